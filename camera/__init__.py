@@ -1,0 +1,28 @@
+"""Camera: compress Mixture-of-Experts language models by their micro-experts.
+
+Importing this package teaches transformers the checkpoint format `camera` and the model type
+`deepseek`.
+"""
+
+from camera import checkpoint, deepseek
+from camera.calibration import Calibration
+from camera.compress import CompressionResult, compress, describe
+from camera.errors import CameraError
+from camera.export import export
+from camera.prune import CameraP, Dense, Random
+
+deepseek.register()
+
+__version__ = "0.1.0"
+__all__ = [
+    "Calibration",
+    "CameraError",
+    "CameraP",
+    "CompressionResult",
+    "Dense",
+    "Random",
+    "checkpoint",
+    "compress",
+    "describe",
+    "export",
+]

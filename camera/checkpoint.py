@@ -1,0 +1,166 @@
+"""The format on disk: a quantization_config with quant_method `camera`, registered on import.
+
+A compressed checkpoint is an ordinary transformers folder whose config.json says how wide each
+expert is; `from_pretrained` builds the skeleton with these widths and loads into it. Routed experts
+are stored as the two tables of `RaggedExperts` under their native fused names.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from camera.errors import CameraError
+from camera.experts import RaggedExperts
+from camera.slicer import resize_note
+
+FORMAT = 1
+
+
+@register_quantization_config("camera")
+class CameraConfig(QuantizationConfigMixin):
+    """What a compressed checkpoint holds: kept widths by module path, and how it was made.
+
+    `experts` maps a routed-experts module to the kept width of each expert, `mlps` a shared expert
+    or dense FFN to its kept width, `made_by` is the method's name and settings.
+    """
+
+    def __init__(
+        self,
+        experts: dict[str, list[int]] | None = None,
+        mlps: dict[str, int] | None = None,
+        made_by: dict[str, Any] | None = None,
+        format: int = FORMAT,
+        **_: Any,
+    ):
+        self.quant_method = "camera"
+        self.format = format
+        self.experts, self.mlps = experts or {}, mlps or {}
+        self.made_by = made_by or {}
+        if format > FORMAT:
+            raise CameraError(
+                f"checkpoint format {format} is newer than this package knows ({FORMAT}): "
+                "upgrade camera-moe."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": self.quant_method,
+            "format": self.format,
+            "made_by": self.made_by,
+            "experts": self.experts,
+            "mlps": self.mlps,
+        }
+
+    @property
+    def widths(self) -> dict[str, list[int]]:
+        """Kept widths of every compressed module, experts and MLPs alike."""
+        return {**{path: [width] for path, width in self.mlps.items()}, **self.experts}
+
+
+def resize_skeleton(model: nn.Module, config: CameraConfig) -> None:
+    """Give a freshly built model (on meta) the modules and widths of a compressed checkpoint."""
+    for path, widths in config.experts.items():
+        parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+        native = getattr(parent, name)
+        experts = RaggedExperts(
+            native.hidden_dim, widths, native.act_fn, "meta", native.down_proj.dtype
+        )
+        setattr(parent, name, experts)
+    for path, width in config.mlps.items():
+        mlp = model.get_submodule(path)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            old = getattr(mlp, name)
+            ends = (width, old.out_features) if name == "down_proj" else (old.in_features, width)
+            new = nn.Linear(*ends, bias=old.bias is not None, device="meta", dtype=old.weight.dtype)
+            setattr(mlp, name, new)
+        resize_note(mlp, width)
+
+
+@register_quantizer("camera")
+class CameraQuantizer(HfQuantizer):
+    """Teaches transformers to load and save compressed checkpoints."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        resize_skeleton(model, self.quantization_config)
+
+    def update_weight_conversions(self, conversions: list, model: PreTrainedModel) -> list:
+        """Drop the rules that fuse native experts: ours are stored as they are used."""
+        return [c for c in conversions if not _touches_experts(c)]
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def _touches_experts(conversion: Any) -> bool:
+    return any(".experts" in target for target in conversion._original_target_patterns)
+
+
+def adopt(model: PreTrainedModel, config: CameraConfig) -> PreTrainedModel:
+    """Mark a model whose layers were sliced in memory, so that `save_pretrained` writes the format."""
+    model.config.quantization_config = config
+    model.hf_quantizer = CameraQuantizer(config, pre_quantized=True)
+    model._weight_conversions = []  # the tables are stored under the names they have in memory
+    return model
+
+
+def load_model(
+    path: str | Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load any causal language model, compressed or not, for evaluation.
+
+    `device` auto is the accelerator if there is one (spread over all of them by accelerate if there
+    are several), else the CPU. Raises CameraError for what can't be loaded.
+    """
+    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if device == "auto":
+        placement = "auto" if count > 1 else {"": resolve_device(device)}
+    else:
+        placement = {"": device}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            device_map=placement,
+            trust_remote_code=trust_remote_code or None,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise CameraError(f"model {path} can't be loaded: {first}") from error
+    return model.eval()
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is the accelerator torch sees, else the CPU; CameraError for a device it hasn't got."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device == "auto":
+        return found.type if found else "cpu"
+    kind = device.split(":")[0]
+    if kind not in ("cpu", found.type if found else "cpu"):
+        raise CameraError(f"device={device} is not available here: use device=auto or device=cpu.")
+    return device
+
+
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id; CameraError if it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code or None)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise CameraError(f"{path} has no tokenizer that loads: {first}") from error

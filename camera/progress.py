@@ -1,0 +1,68 @@
+"""What a long run shows: layer, time left, memory; and the peak of memory it took."""
+
+import threading
+from collections.abc import Iterable, Iterator
+
+import psutil
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+
+
+class PeakMemory:
+    """Peak memory over a `with` block: of the accelerator if there is one, else of the process."""
+
+    def __init__(self, device: torch.device, every: float = 0.05):
+        self._cuda, self._every = device.type == "cuda", every
+        self._stop = threading.Event()
+        self.bytes = 0
+
+    def now(self) -> int:
+        """Memory held at this moment, in bytes."""
+        if self._cuda:
+            return torch.cuda.memory_allocated()
+        return psutil.Process().memory_info().rss
+
+    def __enter__(self) -> "PeakMemory":
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._cuda:
+            self.bytes = torch.cuda.max_memory_allocated()
+        else:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            self.bytes = max(self.bytes, self.now())
+            if self._stop.wait(self._every):
+                return
+
+
+def each_layer(count: int, title: str, memory: PeakMemory, show: bool) -> Iterable[int]:
+    """Iterate over the layers behind a progress bar with time left and memory."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("layers"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[memory]:.2f} GB"),
+    )
+    return _bar(columns, count, title, memory, show)
+
+
+def _bar(columns, count: int, title: str, memory: PeakMemory, show: bool) -> Iterator[int]:
+    with Progress(*columns, disable=not show, transient=False) as progress:
+        task = progress.add_task(title, total=count, memory=memory.now() / 1e9)
+        for index in range(count):
+            yield index
+            progress.update(task, advance=1, memory=memory.now() / 1e9)

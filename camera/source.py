@@ -1,0 +1,84 @@
+"""Where a model comes from: a folder or the hub, resolved and checked before anything is computed."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from camera.errors import CameraError
+
+TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "LICENSE*"]
+TRAVELS = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json"]
+TRAVELS += ["chat_template*", "*.model", "generation_config.json", "LICENSE*"]
+
+
+def resolve_model(model: str, weights: bool = True) -> Path:
+    """The local folder of a model given by path or hub id, downloaded if need be.
+
+    With `weights=False` only config and tokenizer are fetched. Raises CameraError if it can't be
+    had.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise CameraError(f"model.path={model} is a folder without config.json.")
+        return folder
+    if model.startswith(("/", ".", "~")) or model.count("/") != 1:
+        raise CameraError(
+            f"model.path={model} is neither a folder nor a hub id of the form owner/name."
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = TEXT_FILES + (["*.safetensors"] if weights else [])
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises a dozen types; none can be handled further
+        raise CameraError(
+            f"model.path={model} can't be fetched from the hub ({type(error).__name__}): check the "
+            "name and the network, or give a local folder."
+        ) from error
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over config.json and every weight file's name, size and 64 KiB at 17 places of it."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            for part in range(17):
+                file.seek(max(0, (size - 65536) * part // 16))
+                digest.update(file.read(65536))
+    return digest.hexdigest()
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation config and licence: what travels unchanged with the weights."""
+    for pattern in TRAVELS:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Refuse if the disk of `folder` has less than `needed` bytes free."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CameraError(
+            f"{folder} has {free / 1e9:.1f} GB free and the checkpoint may need {needed / 1e9:.1f} "
+            "GB: free space or set output to another disk."
+        )
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON so that the file is whole or absent."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def content_key(about: dict) -> str:
+    """A short name for what a cached file was made from."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]

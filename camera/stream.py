@@ -1,0 +1,271 @@
+"""One decoder layer in memory at a time: load, look, compress, propagate, free.
+
+Shapes: B samples of a batch, L tokens of a sample, H hidden, T = B * L.
+"""
+
+import gc
+import re
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from camera.blocks import FeedForward, Observer, Tap, swapped
+from camera.budget import Budget, budget_of
+from camera.checkpoint import CameraConfig, CameraQuantizer, resize_skeleton
+from camera.errors import CameraError
+from camera.families import family_of
+from camera.shards import ShardReader
+
+_IN_A_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+@dataclass
+class Batch:
+    """One batch on its way through the layers."""
+
+    hidden_BLH: torch.Tensor  # kept on the CPU between layers
+    kwargs: list[dict[str, Any]]  # what the model itself passes to each layer
+    mask_T: torch.Tensor | None  # False where a token is padding
+    ffn_input_BLH: torch.Tensor | None = None
+
+
+class Streamer:
+    """A model of which never more than one decoder layer (and its embeddings) is in memory."""
+
+    def __init__(
+        self,
+        folder: Path,
+        device: str = "cpu",
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+    ):
+        self.folder, self.device = folder, torch.device(device)
+        self.config = load_config(folder, trust_remote_code)
+        self.family = family_of(self.config.model_type)
+        self.reader = ShardReader(folder)
+        self.dtype = self._dtype(dtype)
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(
+                self.config, dtype=self.dtype, trust_remote_code=trust_remote_code or None
+            )
+        self.model.eval().requires_grad_(False)
+        self._conversions = get_model_conversion_mapping(self.model)
+        self.compressed = getattr(self.config, "quantization_config", None)
+        if self.compressed is not None:
+            self._prepare_compressed()
+        self.base = self.model.base_model
+        self.root = f"{self.model.base_model_prefix}.layers"
+        self._materialise_rotary()
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.base.layers
+
+    @cached_property
+    def budget(self) -> Budget:
+        """Parameter counts, from shapes alone."""
+        return budget_of(self.model, self.layers, self.family, self.root)
+
+    def feed_forward(self, index: int) -> FeedForward:
+        """The view of a layer that methods work on."""
+        return FeedForward(self.layers[index], self.family, f"{self.root}.{index}")
+
+    def load_layer(self, index: int) -> nn.Module:
+        """Read one decoder layer; CameraError for missing tensors, NaN and inf."""
+        self._load(lambda key: _layer_of(key) == index, f"{self.root}.{index}.")
+        return self.layers[index]
+
+    def load_rest(self, only: str = "") -> None:
+        """Read what is outside the layers: embeddings, final norm, head (or those named `only`)."""
+        self._load(lambda key: _layer_of(key) is None and only in key, None)
+
+    def free(self, module: nn.Module) -> None:
+        """Give a module's memory back."""
+        module.to("meta")
+        gc.collect()
+
+    @torch.no_grad()
+    def embed(self, batches: Iterable[dict[str, torch.Tensor]]) -> list[Batch]:
+        """Run everything before the first layer; what the model would pass to each layer is kept.
+
+        Embeddings, masks and rotary positions come from the model's own forward, run with layers
+        that only record their arguments.
+        """
+        self.load_rest("embed_tokens")
+        recorders = nn.ModuleList(_Recorder(layer) for layer in self.layers)
+        found, seen = [], {}
+        with swapped(self.base, "layers", recorders), swapped(self.base, "norm", nn.Identity()):
+            for batch in batches:
+                inputs = {key: value.to(self.device) for key, value in batch.items()}
+                self.base(**inputs, use_cache=False)
+                kwargs = [recorder.call[1] for recorder in recorders]
+                mask = batch.get("attention_mask")
+                if mask is None:  # the same for all batches of a shape: keep one copy
+                    kwargs = seen.setdefault(batch["input_ids"].shape, kwargs)
+                else:
+                    mask = mask.bool().reshape(-1)
+                found.append(Batch(recorders[0].call[0].cpu(), kwargs, mask))
+        self.free(self.base.embed_tokens)
+        return found
+
+    @torch.no_grad()
+    def attend(self, index: int, batches: list[Batch]) -> None:
+        """Run a loaded layer up to its FFN, once: keeps the FFN's input and the residual."""
+        layer = self.layers[index]
+        for batch in batches:
+            seen: list[torch.Tensor] = []
+
+            def record(x_BLH: torch.Tensor, seen: list = seen) -> torch.Tensor:
+                seen.append(x_BLH)
+                return torch.zeros_like(x_BLH)
+
+            with swapped(layer, self.family.ffn, Tap(record)):
+                residual = unwrap(layer(batch.hidden_BLH.to(self.device), **batch.kwargs[index]))
+            batch.hidden_BLH, batch.ffn_input_BLH = residual.cpu(), seen[0].cpu()
+
+    @torch.no_grad()
+    def observe(
+        self, index: int, batches: list[Batch], observer: Observer, propagate: bool = False
+    ) -> None:
+        """Show the observer what each expert sees; with `propagate`, finish the layer as well."""
+        ffn = self.feed_forward(index)
+        for batch in batches:
+            mask_T = None if batch.mask_T is None else batch.mask_T.to(self.device)
+            x_BLH = batch.ffn_input_BLH.to(self.device)
+            y_BLH = ffn.observe(x_BLH, observer, mask_T, output=propagate)
+            if propagate:
+                self._add(index, batch, y_BLH, ffn.residual_scale)
+
+    @torch.no_grad()
+    def propagate(self, index: int, batches: list[Batch]) -> None:
+        """Finish the layer with the FFN it now has: the next layer's inputs."""
+        ffn = self.feed_forward(index)
+        for batch in batches:
+            y_BLH = ffn.module(batch.ffn_input_BLH.to(self.device))
+            self._add(index, batch, y_BLH, ffn.residual_scale)
+
+    def _add(self, index: int, batch: Batch, y_BLH: torch.Tensor, scale: float) -> None:
+        out_BLH = batch.hidden_BLH.to(self.device) + y_BLH * scale
+        if not torch.isfinite(out_BLH.sum()):
+            raise CameraError(
+                f"activations after layer {index} hold NaN or inf: check the weights, or run with "
+                "dtype=float32."
+            )
+        batch.hidden_BLH, batch.ffn_input_BLH = out_BLH.cpu(), None
+
+    def _load(self, wanted: Callable[[str], bool], prefix: str | None) -> None:
+        settings = LoadStateDictConfig(
+            dtype=self.dtype,
+            device_map={"": self.device},
+            weight_mapping=self._conversions,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+        )
+        with ExitStack() as stack, _quiet():
+            info, _ = convert_and_load_state_dict_in_model(
+                self.model, self.reader.slices(wanted, stack), settings
+            )
+        if info.mismatched_keys or info.conversion_errors:
+            wrong = next(iter(info.mismatched_keys or info.conversion_errors))
+            name = wrong[0] if isinstance(wrong, tuple) else wrong
+            raise CameraError(
+                f"tensor '{name}' in {self.folder} doesn't have the shape config.json asks for."
+            )
+        if prefix is None:
+            return
+        missing = sorted(key for key in info.missing_keys if key.startswith(prefix))
+        if missing:
+            raise CameraError(
+                f"{self.folder} lacks tensor '{missing[0]}'"
+                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+                + ": download the model again."
+            )
+        for name, tensor in self.model.get_submodule(prefix[:-1]).named_parameters():
+            if not torch.isfinite(tensor.sum(dtype=torch.float32)):
+                raise CameraError(f"tensor '{prefix}{name}' in {self.folder} holds NaN or inf.")
+
+    def _prepare_compressed(self) -> None:
+        if not isinstance(self.compressed, CameraConfig):
+            raise CameraError(
+                f"{self.folder} is already quantised ({self.compressed}): start from its "
+                "unquantised weights."
+            )
+        resize_skeleton(self.model, self.compressed)
+        quantizer = CameraQuantizer(self.compressed)
+        self._conversions = quantizer.update_weight_conversions(self._conversions, self.model)
+
+    def _materialise_rotary(self) -> None:
+        for name, module in list(self.model.named_modules()):
+            if name.endswith("rotary_emb"):  # its buffers live in code, not in the checkpoint
+                real = type(module)(config=self.config).to(self.device)
+                self.model.set_submodule(name, real)
+
+    def _dtype(self, dtype: str) -> torch.dtype:
+        if dtype != "auto":
+            return getattr(torch, dtype)
+        if isinstance(self.config.dtype, torch.dtype):
+            return self.config.dtype
+        with ExitStack() as stack:
+            first = next(iter(self.reader.files))
+            piece = self.reader.slices(lambda key: key == first, stack)[first]
+            return piece[:1].dtype
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer and keeps the arguments of its last call."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.call: tuple[torch.Tensor, dict[str, Any]] = ()
+        for name, value in vars(layer).items():  # plain facts a model may ask a layer for
+            if isinstance(value, (str, int, float)) and not name.startswith("_"):
+                setattr(self, name, value)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.call = (hidden_states, kwargs)
+        return hidden_states
+
+
+class _quiet:  # noqa: N801 - used as a word in a with statement
+    """No progress bar for each layer's few tensors."""
+
+    def __enter__(self) -> None:
+        self.was_on = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        if self.was_on:
+            transformers_logging.enable_progress_bar()
+
+
+def unwrap(output: Any) -> torch.Tensor:
+    """Hidden states of a decoder layer, which returns a tensor or, in some families, a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """config.json as transformers reads it; CameraError for an unknown model type."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code or None)
+    except (ValueError, KeyError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise CameraError(f"{folder / 'config.json'} can't be used: {first}") from error
+    stored = getattr(config, "quantization_config", None)
+    if isinstance(stored, dict) and stored.get("quant_method") == "camera":
+        config.quantization_config = CameraConfig.from_dict(stored)
+    return config
+
+
+def _layer_of(key: str) -> int | None:
+    found = _IN_A_LAYER.search(key)
+    return int(found.group(1)) if found else None
