@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from camera.compress import CompressionResult
+    from camera.result import CompressionResult
 
 TEMPLATE = """---
 base_model: {base}

@@ -10,8 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -109,7 +113,7 @@ def _touches_experts(conversion: Any) -> bool:
 
 
 def adopt(model: PreTrainedModel, config: CameraConfig) -> PreTrainedModel:
-    """Mark a model whose layers were sliced in memory, so that `save_pretrained` writes the format."""
+    """Mark a model sliced in memory, so that `save_pretrained` writes the format."""
     model.config.quantization_config = config
     model.hf_quantizer = CameraQuantizer(config, pre_quantized=True)
     model._weight_conversions = []  # the tables are stored under the names they have in memory
@@ -147,7 +151,7 @@ def load_model(
 
 
 def resolve_device(device: str) -> str:
-    """`auto` is the accelerator torch sees, else the CPU; CameraError for a device it hasn't got."""
+    """`auto` is the accelerator torch sees, else the CPU; CameraError for one it hasn't got."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device == "auto":
         return found.type if found else "cpu"

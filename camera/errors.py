@@ -2,4 +2,4 @@
 
 
 class CameraError(Exception):
-    """A refusal in one sentence: what is wrong, where (config key, file, tensor), how to mend it."""
+    """A refusal in one sentence: what is wrong, where (key, file, tensor), how to mend it."""

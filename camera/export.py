@@ -36,7 +36,7 @@ def export(checkpoint: str | Path, out: str | Path, width_multiple: int = 8) -> 
     if out.exists():
         raise CameraError(f"{out} exists already: delete it or choose another folder.")
     model = load_model(checkpoint, device="cpu")
-    stored = model.config.quantization_config
+    stored = getattr(model.config, "quantization_config", None)
     if not isinstance(stored, CameraConfig):
         raise CameraError(f"{checkpoint} is not a compressed checkpoint: nothing to export.")
     config = copy.deepcopy(model.config)

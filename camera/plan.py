@@ -15,7 +15,7 @@ def keep_highest(
     min_width: int = 0,
     candidates_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """bool [N]: all but the `remove` lowest-scored micro-experts; of equals the first ones go first.
+    """bool [N]: all but the `remove` lowest-scored micro-experts; of equals the first goes first.
 
     `candidates_N` marks those that may go at all. With `min_width` every expert keeps that many of
     its highest. With `width_multiple` m an expert is cut into blocks of m by descending score and

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder or the hub, resolved and checked before anything is computed."""
+"""Where a model comes from, a folder or the hub: resolved, identified, its companions copied."""
 
 import hashlib
 import json

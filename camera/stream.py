@@ -83,12 +83,17 @@ class Streamer:
 
     def load_layer(self, index: int) -> nn.Module:
         """Read one decoder layer; CameraError for missing tensors, NaN and inf."""
-        self._load(lambda key: _layer_of(key) == index, f"{self.root}.{index}.")
+        prefix = f"{self.root}.{index}."
+        self._load(lambda key: _layer_of(key) == index, lambda name: name.startswith(prefix))
         return self.layers[index]
 
     def load_rest(self, only: str = "") -> None:
         """Read what is outside the layers: embeddings, final norm, head (or those named `only`)."""
-        self._load(lambda key: _layer_of(key) is None and only in key, None)
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        self._load(
+            lambda key: _layer_of(key) is None and only in key,
+            lambda name: _layer_of(name) is None and only in name and name not in tied,
+        )
 
     def free(self, module: nn.Module) -> None:
         """Give a module's memory back."""
@@ -157,14 +162,15 @@ class Streamer:
 
     def _add(self, index: int, batch: Batch, y_BLH: torch.Tensor, scale: float) -> None:
         out_BLH = batch.hidden_BLH.to(self.device) + y_BLH * scale
-        if not torch.isfinite(out_BLH.sum()):
+        if not all_finite(out_BLH):
             raise CameraError(
                 f"activations after layer {index} hold NaN or inf: check the weights, or run with "
                 "dtype=float32."
             )
         batch.hidden_BLH, batch.ffn_input_BLH = out_BLH.cpu(), None
 
-    def _load(self, wanted: Callable[[str], bool], prefix: str | None) -> None:
+    def _load(self, wanted: Callable[[str], bool], due: Callable[[str], bool]) -> None:
+        """Read the checkpoint keys that are `wanted`; the tensors that are `due` must come."""
         settings = LoadStateDictConfig(
             dtype=self.dtype,
             device_map={"": self.device},
@@ -181,18 +187,15 @@ class Streamer:
             raise CameraError(
                 f"tensor '{name}' in {self.folder} doesn't have the shape config.json asks for."
             )
-        if prefix is None:
-            return
-        missing = sorted(key for key in info.missing_keys if key.startswith(prefix))
+        missing = sorted(name for name in info.missing_keys if due(name))
         if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CameraError(
-                f"{self.folder} lacks tensor '{missing[0]}'"
-                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-                + ": download the model again."
+                f"{self.folder} lacks tensor '{missing[0]}'{more}: download the model again."
             )
-        for name, tensor in self.model.get_submodule(prefix[:-1]).named_parameters():
-            if not torch.isfinite(tensor.sum(dtype=torch.float32)):
-                raise CameraError(f"tensor '{prefix}{name}' in {self.folder} holds NaN or inf.")
+        for name, tensor in self.model.named_parameters():
+            if due(name) and not all_finite(tensor):
+                raise CameraError(f"tensor '{name}' in {self.folder} holds NaN or inf.")
 
     def _prepare_compressed(self) -> None:
         if not isinstance(self.compressed, CameraConfig):
@@ -236,7 +239,7 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
-class _quiet:  # noqa: N801 - used as a word in a with statement
+class _quiet:
     """No progress bar for each layer's few tensors."""
 
     def __enter__(self) -> None:
@@ -251,6 +254,11 @@ class _quiet:  # noqa: N801 - used as a word in a with statement
 def unwrap(output: Any) -> torch.Tensor:
     """Hidden states of a decoder layer, which returns a tensor or, in some families, a tuple."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is free of NaN and inf, in one read and without a copy."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:

@@ -1,0 +1,25 @@
+# make run    the main job on the embedded model: dense and Camera-P at 0.2, 0.4, 0.6, then the table
+# make test   the tests
+# Both set .venv up at their first call. ARGS adds to either: make run ARGS="sparsity=0.3"
+
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+
+.PHONY: run test clean
+
+run: $(READY)
+	$(VENV)/bin/python main.py experiment=main $(ARGS)
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12")'
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "$(PYTHON) can't make a virtual environment: install its venv package (Debian: python3-venv)"; exit 1; }
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) outputs

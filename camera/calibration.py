@@ -1,0 +1,174 @@
+"""Calibration tokens: which windows of which text the statistics are gathered on.
+
+Shapes: S tokens of a stream, N windows, L tokens of a window.
+"""
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from camera.data import CORPORA, check_corpus, find_corpus, load_documents
+from camera.errors import CameraError
+from camera.windows import (
+    Windows,
+    document_windows,
+    ids_hash,
+    join_documents,
+    stream_windows,
+    tokenize,
+)
+
+KEY = "calibration.source"
+# Where documents are joined for lack of long ones: enough of them that random windows seldom
+# overlap.
+JOINED_SURPLUS = 4
+# A source is a corpus of `camera.data.CORPORA`, a local file, or one of these: equal shares of
+# several corpora.
+MIXTURES: dict[str, tuple[str, ...]] = {"mixed": ("wikitext2", "c4")}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What to calibrate on: `samples` windows of `length` tokens from the `split` of a `source`.
+
+    `source` is wikitext2, c4, mixed (half of each), or the path of a text or jsonl file (which has
+    no splits).
+    """
+
+    source: str = "wikitext2"
+    samples: int = 128
+    length: int = 2048
+    split: str = "train"
+
+
+@dataclass(frozen=True)
+class CalibrationTokens:
+    """The tokens (int64), the sha256 of their ids, and where they came from."""
+
+    ids_NL: Tensor
+    hash: str
+    description: dict[str, Any]
+
+    def describe(self) -> dict[str, Any]:
+        """Source, split, samples, length, seed, documents, tokens available, how drawn, hash."""
+        return dict(self.description)
+
+
+def calibration_tokens(
+    tokenizer,
+    calibration: Calibration,
+    *,
+    data: str | Path,
+    seed: int,
+    max_length: int | None = None,
+) -> CalibrationTokens:
+    """The calibration windows of a source, the same for the same seed, tokenizer and data.
+
+    WikiText-2 (and a text file): the split joined by blank lines, tokenised once, N windows at
+    `start = randint(0, S - L - 1)`: GPTQ's get_wikitext2, which CAMERA follows. C4 (and a jsonl
+    file): a random window of N random documents longer than L (GPTQ's get_c4); where fewer than N
+    are long enough, documents in random order are joined with EOS and cut like WikiText, and
+    `describe()["how"]` says so. `max_length` (the model's context) caps L.
+
+    Raises CameraError for values that can't be, a source that can't be read, and too little text.
+    """
+    check_calibration(calibration, data=data)
+    if max_length is not None and max_length < 2:
+        raise CameraError(
+            f"max_length={max_length}: the model's context must hold 2 tokens or more"
+        )
+    capped = replace(calibration, length=min(calibration.length, max_length or calibration.length))
+    windows = _mixed(tokenizer, capped, data, seed)
+    digest = ids_hash(windows.ids_NL)
+    description = {
+        "source": calibration.source,
+        "split": calibration.split,
+        "samples": capped.samples,
+        "length": capped.length,
+        "length_asked": calibration.length,
+        "seed": seed,
+        "documents": windows.documents,
+        "tokens_available": windows.tokens,
+        "how": windows.how,
+        "hash": digest,
+    }
+    return CalibrationTokens(windows.ids_NL, digest, description)
+
+
+def check_calibration(calibration: Calibration, *, data: str | Path) -> None:
+    """Refuse impossible values and absent sources before any weight or text is read."""
+    for name, least in (("samples", 1), ("length", 2)):
+        value = getattr(calibration, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise CameraError(
+                f"calibration.{name}={value}: give a whole number of at least {least}"
+            )
+    source = calibration.source
+    if source not in (*CORPORA, *MIXTURES) and not Path(source).expanduser().is_file():
+        raise CameraError(
+            f"calibration.source={source}: neither one of {', '.join((*CORPORA, *MIXTURES))} nor "
+            f"a file that exists; name one of them or the path of a text or jsonl file"
+        )
+    parts = _parts(calibration)
+    if calibration.samples < len(parts):
+        raise CameraError(
+            f"calibration.samples={calibration.samples}: calibration.source={source} draws from "
+            f"{len(parts)} corpora; give at least {len(parts)}"
+        )
+    for part in parts:
+        check_corpus(data, part.source, calibration.split, key=KEY)
+
+
+def _parts(calibration: Calibration) -> list[Calibration]:
+    """One calibration per corpus of the source, with its share of the samples."""
+    names = MIXTURES.get(calibration.source, (calibration.source,))
+    shares = [len(range(i, calibration.samples, len(names))) for i in range(len(names))]
+    return [
+        replace(calibration, source=name, samples=share)
+        for name, share in zip(names, shares, strict=True)
+    ]
+
+
+def _mixed(tokenizer, calibration: Calibration, data: str | Path, seed: int) -> Windows:
+    """The windows of every part, dealt in turn so that any first stretch is mixed too."""
+    parts = _parts(calibration)
+    drawn = [_windows(tokenizer, part, data, seed) for part in parts]
+    if len(drawn) == 1:
+        return drawn[0]
+    ids_NL = torch.empty(calibration.samples, calibration.length, dtype=torch.int64)
+    for i, windows in enumerate(drawn):
+        ids_NL[i :: len(drawn)] = windows.ids_NL
+    how = "; ".join(f"{p.source}: {w.how}" for p, w in zip(parts, drawn, strict=True))
+    return Windows(ids_NL, sum(w.documents for w in drawn), sum(w.tokens for w in drawn), how)
+
+
+def _windows(tokenizer, calibration: Calibration, data: str | Path, seed: int) -> Windows:
+    """The windows of one corpus or file."""
+    source, samples, length = calibration.source, calibration.samples, calibration.length
+    documents = load_documents(data, source, calibration.split, key=KEY)
+    separator = find_corpus(source, key=KEY).separator
+    rng = random.Random(seed)
+    if separator is not None:
+        ids_S = tokenize(tokenizer, separator.join(documents))
+        used, how = len(documents), "random windows of the joined text"
+    else:
+        windows = document_windows(tokenizer, documents, samples, length, rng)
+        if windows is not None:
+            return windows
+        order = rng.sample(range(len(documents)), len(documents))
+        ids_S, used, joined = join_documents(
+            tokenizer, documents, order=order, enough=JOINED_SURPLUS * samples * length
+        )
+        how = f"random windows of {joined}, as fewer than {samples} exceed {length} tokens"
+    ids_NL = stream_windows(ids_S, samples, length, rng)
+    if ids_NL is None:
+        raise CameraError(
+            f"calibration.length={length}: {source} has only {len(ids_S)} tokens to draw "
+            f"calibration.samples={samples} windows from, and a window needs more tokens than its "
+            f"length; lower calibration.length or give more text"
+        )
+    return Windows(ids_NL, used, len(ids_S), how)

@@ -1,0 +1,307 @@
+"""Zero-shot tasks by lm-eval's own definitions, from the hub or from an offline folder."""
+
+import contextlib
+import copy
+import difflib
+import functools
+import logging
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from camera.data import HUB, data_folder, hub_errors, layout_file, read_jsonl, rows_hash
+from camera.errors import CameraError
+
+NINE_TASKS: tuple[str, ...] = (
+    "boolq",
+    "openbookqa",
+    "rte",
+    "arc_easy",
+    "winogrande",
+    "hellaswag",
+    "arc_challenge",
+    "piqa",
+    "mathqa",
+)
+# Where lm-eval keeps the nine: reading these folders takes milliseconds, its whole index a quarter
+# of a minute.
+NINE_FOLDERS = (
+    "super_glue/boolq",
+    "openbookqa",
+    "glue/rte",
+    "arc",
+    "winogrande",
+    "hellaswag",
+    "piqa",
+    "mathqa",
+)
+KEY = "evaluation.tasks"
+NOISY_LOGGERS = ("lm_eval", "datasets", "transformers.tokenization_utils_base")
+
+
+def evaluate_tasks(
+    model,
+    tokenizer,
+    tasks: Sequence[str] = NINE_TASKS,
+    *,
+    data: str | Path,
+    limit: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    max_length: int | None = None,
+    softmax_dtype: str | None = "float32",
+    progress: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Zero-shot accuracy of a causal language model on lm-eval tasks.
+
+    Every task is lm-eval's own: prompts, splits and metrics; only where its rows come from changes
+    with `data`. `limit` takes the first rows of each task, as lm-eval does. `max_length` caps the
+    context below the model's own; what is longer loses its left end. `softmax_dtype=None` is
+    lm-eval's default, log-probabilities in the model's own dtype, in which bf16 ties answers;
+    float32 is finer. The global random generators are seeded with `seed`, as lm-eval seeds them.
+
+    Returns by task acc, acc_stderr, acc_norm, acc_norm_stderr (None where the task has no acc_norm,
+    an error also for a single row), n, version, data_hash (sha256 of all rows of the split),
+    provenance, seconds.
+    Raises CameraError for an unknown task, one without accuracy and a missing file before the first
+    is run; for rows that don't fit a task and for NaN when they are met.
+    """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise CameraError(
+            f"evaluation.limit={limit}: give a whole number of rows, at least 1, or null for all"
+        )
+    check_tasks(tasks, data=data)
+    with _quiet():
+        lm = _language_model(model, tokenizer, batch_size, max_length, softmax_dtype, progress)
+        try:
+            return {task: _evaluate(lm, task, data, limit, seed) for task in tasks}
+        finally:
+            lm.restore()
+
+
+def check_tasks(tasks: Sequence[str], *, data: str | Path) -> None:
+    """Refuse unknown or unsuitable tasks and missing files before any weight is read."""
+    if isinstance(tasks, str) or not tasks:
+        raise CameraError(
+            f"{KEY}={tasks!r}: give a list of one task or more, such as [boolq, piqa]"
+        )
+    data_folder(data)
+    for task in tasks:
+        config = _config(task)
+        if "acc" not in [metric["metric"] for metric in config.get("metric_list") or []]:
+            raise CameraError(
+                f"{KEY}: {task} does not measure accuracy (acc), which the tables are made of; "
+                "leave it out"
+            )
+        layout_file(data, _relative(task))
+
+
+def headline(task_result: Mapping[str, Any]) -> float:
+    """What a task is known by: acc_norm where it has one, else acc (as in the CAMERA paper)."""
+    acc_norm = task_result.get("acc_norm")
+    return task_result["acc"] if acc_norm is None else acc_norm
+
+
+def average(results: Mapping[str, Mapping[str, Any]]) -> float:
+    """Mean headline of the tasks present, in percent; CameraError where there are none."""
+    if not results:
+        raise CameraError(f"{KEY}: there is no task result to average; run one task or more")
+    return 100 * sum(headline(result) for result in results.values()) / len(results)
+
+
+def hub_address(task: str) -> dict[str, Any]:
+    """Arguments of `datasets.load_dataset` for the split that lm-eval evaluates."""
+    config = _config(task)
+    return {
+        "path": config["dataset_path"],
+        "name": config.get("dataset_name"),
+        "split": _split(config),
+        **(config.get("dataset_kwargs") or {}),
+    }
+
+
+def _evaluate(lm, task: str, data: str | Path, limit: int | None, seed: int) -> dict[str, Any]:
+    import lm_eval
+
+    started = time.perf_counter()
+    built, rows_sha256, provenance = _build(task, data, limit)
+    # What simple_evaluate sets before it calls this same evaluate; it also spends seconds per call
+    # on a report of the machine, which the run records once.
+    built.set_config(key="num_fewshot", value=0)
+    built.set_fewshot_seed(seed=seed)
+    _seed_everything(seed)
+    outcome = lm_eval.evaluate(
+        lm, task_dict={"tasks": {task: built}}, limit=limit, log_samples=False
+    )
+    scores = outcome["results"][task]
+
+    def score(name: str) -> float | None:
+        value = scores.get(f"{name},none")
+        return float(value) if isinstance(value, int | float) else None
+
+    return {
+        "acc": score("acc"),
+        "acc_stderr": score("acc_stderr"),
+        "acc_norm": score("acc_norm"),
+        "acc_norm_stderr": score("acc_norm_stderr"),
+        "n": outcome["n-samples"][task]["effective"],
+        "version": outcome["versions"][task],
+        "data_hash": rows_sha256,
+        "provenance": provenance,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _build(task: str, data: str | Path, limit: int | None) -> tuple[Any, str, str]:
+    """lm-eval's task over its rows, the hash of the rows, and where they came from."""
+    config = dict(_config(task))
+    split = _split(config)
+    path = layout_file(data, _relative(task))
+    if path is None:
+        with hub_errors(config["dataset_path"]):
+            built = _load(task, config)
+        name = "/".join(filter(None, (config["dataset_path"], config.get("dataset_name"))))
+        return built, rows_hash(built.dataset[split]), f"{HUB}: {name} ({split})"
+
+    import datasets
+
+    rows = read_jsonl(path)
+    # None of the nine drops rows as it prepares them, so what lies beyond the limit need not be
+    # prepared; another task may.
+    kept = rows[:limit] if task in NINE_TASKS else rows
+    # Rows in memory, not the json loader: nothing is written, and no cache can serve what a file
+    # held before.
+    config.update(
+        dataset_path=None,
+        dataset_name=None,
+        dataset_kwargs=None,
+        custom_dataset=lambda **_: {split: datasets.Dataset.from_list(kept)},
+        training_split=None,
+        validation_split=None,
+        test_split=None,
+        fewshot_split=None,
+    )
+    config["test_split" if split == "test" else "validation_split"] = split
+    try:
+        built = _load(task, config)
+    except Exception as error:
+        reason = (str(error) or "no reason given").splitlines()[0][:200]
+        raise CameraError(
+            f"{path} does not hold rows that lm-eval's {task} can read ({type(error).__name__}: "
+            f"{reason}); write it again with `python -m experiments.mirror DIR`"
+        ) from error
+    kinds = Counter(row["provenance"] for row in rows if "provenance" in row)
+    counts = "".join(f", {count} {kind}" for kind, count in sorted(kinds.items()))
+    return built, rows_hash(rows), f"folder: {_relative(task)} ({split}{counts})"
+
+
+def _relative(task: str) -> str:
+    return f"tasks/{task}.jsonl.gz"
+
+
+def _split(config: Mapping[str, Any]) -> str:
+    return config.get("test_split") or config["validation_split"]
+
+
+def _load(task: str, config: dict[str, Any]):
+    manager = _task_manager(task in NINE_TASKS)
+    return manager.load([config])["tasks"][task]
+
+
+@functools.cache
+def _task_manager(only_nine: bool):
+    import lm_eval.tasks
+
+    if not only_nine:
+        return lm_eval.tasks.TaskManager()
+    root = Path(lm_eval.tasks.__file__).parent
+    folders = [root / folder for folder in NINE_FOLDERS]
+    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
+
+
+def _config(task: str) -> dict[str, Any]:
+    """lm-eval's YAML of a task, functions resolved; CameraError for what is not a single task."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    with _quiet():
+        manager = _task_manager(task in NINE_TASKS)
+    if task not in manager.all_subtasks:
+        near = difflib.get_close_matches(str(task), manager.all_subtasks + list(NINE_TASKS), n=3)
+        hint = (
+            f"did you mean {', '.join(near)}" if near else f"the nine are {', '.join(NINE_TASKS)}"
+        )
+        what = (
+            "is a group of lm-eval, not a task"
+            if task in manager.all_tasks
+            else "is no task of lm-eval"
+        )
+        raise CameraError(f"{KEY}: {task} {what}; {hint}")
+    return load_yaml(manager.task_index[task].yaml_path)
+
+
+def _language_model(model, tokenizer, batch_size, max_length, softmax_dtype, progress):
+    """lm-eval's own wrapper of the model; `restore()` puts back the train/eval state it changes."""
+    from lm_eval.models.huggingface import HFLM
+
+    was_training = model.training
+    lm = HFLM(
+        pretrained=model,
+        # A copy: lm-eval gives a tokenizer without a pad token one of its own.
+        tokenizer=copy.deepcopy(tokenizer),
+        batch_size=batch_size,
+        max_length=max_length,
+        softmax_dtype=softmax_dtype,
+    )
+    ask, shown = lm.loglikelihood, progress and sys.stderr.isatty()
+
+    def loglikelihood(requests):
+        answers = ask(requests, disable_tqdm=not shown)
+        # The argmax over NaN is an answer like any other, so a broken model would get a score.
+        if any(math.isnan(score) for score, _ in answers):
+            raise CameraError(
+                f"{KEY}: {requests[0].task_name} gives log-probabilities that are NaN; the "
+                f"checkpoint is damaged or its dtype overflows, so load it in float32 or compress "
+                f"it again"
+            )
+        return answers
+
+    lm.loglikelihood = loglikelihood
+    lm.restore = lambda: model.train(was_training)
+    return lm
+
+
+def _seed_everything(seed: int) -> None:
+    import random
+
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence lm-eval's and the data libraries' reports, except errors."""
+    import datasets
+    import lm_eval.api.task
+
+    levels = {name: logging.getLogger(name).level for name in NOISY_LOGGERS}
+    bar, bars_were_on = lm_eval.api.task.tqdm, datasets.are_progress_bars_disabled() is False
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        lm_eval.api.task.tqdm = bar
+        if bars_were_on:
+            datasets.enable_progress_bars()
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

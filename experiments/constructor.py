@@ -1,0 +1,88 @@
+"""A class named by `_target_` in a YAML: its constructor is its schema, and builds it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import field, make_dataclass
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class Choice(str, Enum):
+    """An option among named ones; OmegaConf lists them when it refuses another."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@cache
+def choice(*options: str) -> type[Choice]:
+    """The type of "one of these"; the same options give the same type, so values interpolate."""
+    return Choice("Choice", {option: option for option in options})
+
+
+def locate(target: str) -> type:
+    """The class of a dotted name; ImportError where there is none."""
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (AttributeError, ValueError) as error:
+        raise ImportError(f"no class {target}") from error
+
+
+def typed_settings(target: str) -> type | dict:
+    """A dataclass whose fields are the constructor's parameters, for OmegaConf to check against.
+
+    Types that OmegaConf doesn't know are left unchecked; the class checks its own values. A class
+    that can't be imported (an extra that isn't installed) goes unchecked until it is built.
+    """
+    try:
+        cls = locate(target)
+    except ImportError:
+        return {}
+    hints = typing.get_type_hints(cls.__init__)
+    fields: list[tuple] = [("_target_", str, field(default=target))]
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        fields.append((name, _checked_type(hints.get(name, Any)), _default(parameter)))
+    return make_dataclass(cls.__name__, fields)
+
+
+def build(settings: dict[str, Any]) -> Any:
+    """The object that a resolved group describes; the class's own errors pass through."""
+    arguments = {key: value for key, value in settings.items() if key != "_target_"}
+    return locate(settings["_target_"])(**arguments)
+
+
+def _default(parameter: inspect.Parameter) -> Any:
+    value = MISSING if parameter.default is parameter.empty else parameter.default
+    value = str(value) if isinstance(value, Path) else value
+    if isinstance(value, list | tuple | dict):
+        return field(default_factory=lambda: list(value) if isinstance(value, tuple) else value)
+    return field(default=value)
+
+
+def _checked_type(hint: Any) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return choice(*arguments) if all(isinstance(a, str) for a in arguments) else Any
+    if origin in (typing.Union, types.UnionType):
+        some = [a for a in arguments if a is not types.NoneType]
+        inner = _checked_type(some[0]) if len(some) == 1 else Any
+        return inner if len(some) == len(arguments) or inner is Any else inner | None
+    if origin in (list, tuple, Sequence) and arguments:
+        inner = _checked_type(arguments[0])
+        return list[inner]  # type: ignore[valid-type]
+    if hint is Path:
+        return str
+    plain = isinstance(hint, type) and issubclass(hint, bool | int | float | str | Enum)
+    return hint if plain else Any

@@ -1,0 +1,120 @@
+"""Where a run's files are: folders named after a hash of what changes the result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from camera import __version__
+from camera.source import fingerprint
+from experiments.settings import Settings
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The run's own folder, its checkpoint, and the energies that all runs share."""
+
+    output: Path
+    run: Path
+    checkpoint: Path
+    identity: dict[str, Any]
+
+    @classmethod
+    def of(cls, settings: Settings) -> Folders:
+        """The folders of these settings; needs nothing but the model's folder, if it is local."""
+        output = Path(settings.output).expanduser()
+        compression = _compression(settings)
+        identity = compression | _evaluation(settings)
+        name = re.sub(r"[^\w.+-]+", "_", f"{settings.model['name']}-{settings.method_name}")
+        return cls(
+            output,
+            output / "runs" / f"{name}-{_short_hash(identity)}",
+            output / "checkpoints" / f"{name}-{_short_hash(compression)}",
+            identity,
+        )
+
+    @property
+    def energies(self) -> Path:
+        """One pass over the dense model serves every alpha and sparsity."""
+        return self.output / "energies"
+
+    @property
+    def done(self) -> bool:
+        return (self.run / "DONE").exists()
+
+    @property
+    def compressed(self) -> bool:
+        """camera.json is the last file that a checkpoint gets."""
+        return (self.checkpoint / "camera.json").exists()
+
+    def lock(self, what: Path) -> FileLock:
+        """A lock between processes on one of these folders."""
+        folder = self.output / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / f"{what.parent.name}-{what.name}.lock")
+
+    def forget(self, before: float) -> None:
+        """Remove the run and its checkpoint if they were finished before that time."""
+        if not _newer(self.run / "DONE", before):
+            shutil.rmtree(self.run, ignore_errors=True)
+        with self.lock(self.checkpoint):
+            if not _newer(self.checkpoint / "camera.json", before):
+                shutil.rmtree(self.checkpoint, ignore_errors=True)
+
+    def discard_checkpoint(self) -> None:
+        """Remove the checkpoint, when no other run is reading it."""
+        with self.lock(self.checkpoint):
+            shutil.rmtree(self.checkpoint, ignore_errors=True)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _compression(settings: Settings) -> dict[str, Any]:
+    identity = {
+        "camera": __version__,
+        "model": _contents(settings.model_path),
+        "method": settings.method,
+        "dtype": settings.dtype,
+    }
+    if settings.calibrates:
+        identity["calibration"] = settings.calibration
+        identity["propagate"] = settings.propagate
+        identity["data"] = _place(settings.data)
+        identity["seed"] = settings.seed
+    return identity
+
+
+def _evaluation(settings: Settings) -> dict[str, Any]:
+    # The batch size, like the device, is a matter of the machine: a run that ran out of memory
+    # goes on with a smaller one instead of starting again.
+    kept = {key: value for key, value in settings.evaluation.items() if key != "batch_size"}
+    return {"evaluation": kept, "data": _place(settings.data), "seed": settings.seed}
+
+
+def _contents(model: str) -> str:
+    # What is in a local folder rather than where it is: it may move, and may be trained again.
+    folder = Path(model).expanduser()
+    return fingerprint(folder) if (folder / "config.json").is_file() else model
+
+
+def _place(data: str) -> str:
+    folder = Path(data).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else data
+
+
+def _short_hash(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _newer(file: Path, than: float) -> bool:
+    return file.exists() and file.stat().st_mtime >= than

@@ -1,0 +1,265 @@
+"""One run: compress, measure, draw, log; each part is a file and, once done, stays done."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+import camera
+from camera.calibration import Calibration
+from camera.checkpoint import load_model, load_tokenizer
+from camera.energy import Energies
+from camera.errors import CameraError
+from camera.evaluation.perplexity import perplexity
+from camera.evaluation.tasks import evaluate_tasks
+from camera.progress import PeakMemory
+from camera.source import write_json
+from experiments.constructor import build
+from experiments.figures import draw_energies, draw_widths
+from experiments.folders import Folders, read_json
+from experiments.histograms import energy_histograms
+from experiments.metrics import assemble
+from experiments.settings import Settings, arguments, check
+from experiments.tracker import NullTracker
+
+log = logging.getLogger("camera")
+
+
+def run(settings: Settings, sweep: str | None = None, since: float | None = None) -> Path:
+    """Do what is not done yet of one run and return its folder, which then holds DONE.
+
+    `sweep` groups runs in the tracker; `force` redoes what was finished before `since` (default:
+    now), so that jobs of one sweep that share a run or a checkpoint don't redo each other's.
+    What fails is written to the folder's error.txt and raised again, CameraError if the user can
+    mend it.
+    """
+    folders = Folders.of(settings)
+    with folders.lock(folders.run):
+        if settings.force:
+            folders.forget(before=time.time() if since is None else since)
+        if folders.done:
+            log.info("%s is done already.", folders.run)
+            return folders.run
+        folders.run.mkdir(parents=True, exist_ok=True)
+        (folders.run / "error.txt").unlink(missing_ok=True)
+        asked = {"method": settings.method_name, "settings": settings.to_dict()}
+        write_json(folders.run / "settings.json", asked | {"identity": folders.identity})
+        with _error_file(folders.run), _log_file(folders.run):
+            check(settings)
+            tracker = build(settings.tracker)
+            tracker.start(
+                folders.run,
+                name=folders.run.name,
+                group=sweep,
+                job_type=settings.method_name,
+                tags=[settings.model["name"], settings.method_name],
+                config=settings.to_dict(),
+            )
+            try:
+                metrics = _measure(settings, folders, tracker)
+                write_json(folders.run / "metrics.json", metrics)
+                tracker.finish(metrics)
+            except BaseException as error:
+                tracker.fail(sentence(error))
+                raise
+            (folders.run / "DONE").touch()
+    if not settings.keep_checkpoint:
+        folders.discard_checkpoint()
+    return folders.run
+
+
+def _measure(settings: Settings, folders: Folders, tracker: NullTracker) -> dict[str, Any]:
+    compression = _part(folders, "compress", partial(_compression, settings, folders))
+    tracker.log(_numbers("compress", compression))
+    _show(settings, folders, compression, tracker)
+    results = {}
+    with _lazy_model(settings, folders) as model:
+        for name, measure in _measurements(settings).items():
+            results[name] = _part(folders, name, partial(_measured, measure, model))
+            tracker.log(_numbers(name, results[name]))
+            log.info("%s: %s", name, _headline(results[name]))
+    return assemble(settings, compression, results)
+
+
+def _part(folders: Folders, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    file = folders.run / f"{name}.json"
+    if not file.exists():
+        log.info("%s: %s", folders.run.name, name)
+        write_json(file, make())
+    return read_json(file)
+
+
+def _compression(settings: Settings, folders: Folders) -> dict[str, Any]:
+    if not settings.compresses:
+        return camera.describe(
+            settings.model_path, trust_remote_code=settings.trust_remote_code
+        ).to_dict()
+    with folders.lock(folders.checkpoint):
+        _compress(settings, folders)
+        return read_json(folders.checkpoint / "camera.json")
+
+
+def _compress(settings: Settings, folders: Folders) -> None:
+    if folders.compressed:
+        return
+    camera.compress(
+        settings.model_path,
+        build(settings.method),
+        folders.checkpoint,
+        calibration=Calibration(**arguments(settings.calibration)),
+        propagate=settings.propagate,
+        data=settings.texts(),
+        seed=settings.seed,
+        device=settings.device,
+        dtype=settings.dtype,
+        energies=folders.energies if settings.propagate == "dense" else None,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+@contextmanager
+def _lazy_model(settings: Settings, folders: Folders) -> Iterator[Callable[[], tuple[Any, Any]]]:
+    """The model and its tokenizer, loaded when first asked for: done parts need neither."""
+    loaded: list[Any] = []
+
+    def load() -> tuple[Any, Any]:
+        if not loaded:
+            loaded.extend(_load(settings, folders))
+        return loaded[0], loaded[1]
+
+    try:
+        yield load
+    finally:
+        loaded.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _load(settings: Settings, folders: Folders) -> tuple[Any, Any]:
+    path: str | Path = settings.model_path
+    remote = settings.trust_remote_code
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    # Under the lock, so that no other run takes the checkpoint away while it is read.
+    with folders.lock(folders.checkpoint):
+        if settings.compresses:
+            _compress(settings, folders)
+            path = folders.checkpoint
+        model = load_model(path, settings.device, settings.dtype, remote)
+        return model, load_tokenizer(path, remote)
+
+
+def _measurements(settings: Settings) -> dict[str, Callable[[Any, Any], dict[str, Any]]]:
+    """What is measured, each by the name of its file."""
+    asked, data = settings.evaluation, settings.texts()
+    measures: dict[str, Callable[[Any, Any], dict[str, Any]]] = {}
+    for corpus in asked["perplexity"]:
+        measures[f"perplexity-{corpus}"] = partial(
+            perplexity,
+            corpus=corpus,
+            data=data,
+            length=asked["length"],
+            stride=asked["stride"],
+            limit=asked["blocks"],
+            batch_size=asked["batch_size"],
+        )
+    for task in asked["tasks"]:
+        measures[f"task-{task}"] = partial(_task, settings, task, data)
+    return measures
+
+
+def _measured(
+    measure: Callable[[Any, Any], dict[str, Any]], model: Callable[[], tuple[Any, Any]]
+) -> dict[str, Any]:
+    network, tokenizer = model()
+    with PeakMemory(network.device) as memory:
+        part = measure(network, tokenizer)
+    return part | {"peak_memory_bytes": memory.bytes}
+
+
+def _task(settings: Settings, task: str, data: str, model: Any, tokenizer: Any) -> dict[str, Any]:
+    results = evaluate_tasks(
+        model,
+        tokenizer,
+        [task],
+        data=data,
+        limit=settings.evaluation["limit"],
+        batch_size=settings.evaluation["batch_size"],
+        seed=settings.seed,
+    )
+    return results[task]
+
+
+def _show(
+    settings: Settings, folders: Folders, compression: dict[str, Any], tracker: NullTracker
+) -> None:
+    figures = []
+    energies = folders.checkpoint / "energies.safetensors"
+    if energies.exists():
+        alpha = settings.method.get("alpha", settings.alpha)
+        histograms = energy_histograms(Energies.load(energies), alpha)
+        tracker.log_histograms(histograms)
+        figures.append(draw_energies(histograms, folders.run / "energies.png"))
+    if compression["widths"]:
+        widths, full = compression["widths"], compression["full_widths"]
+        figures.append(draw_widths(widths, full, folders.run / "widths.png"))
+    tracker.log_figures(figures)
+
+
+def _numbers(prefix: str, part: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a part, nested keys joined by slashes."""
+    numbers: dict[str, float] = {}
+    for key, value in part.items():
+        name = f"{prefix}/{key}"
+        if isinstance(value, dict) and key not in ("widths", "full_widths"):
+            numbers |= _numbers(name, value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            numbers[name] = value
+    return numbers
+
+
+def _headline(part: dict[str, Any]) -> str:
+    keys = [key for key in ("perplexity", "acc", "acc_norm") if part.get(key) is not None]
+    return ", ".join(f"{key} {part[key]:.4g}" for key in keys)
+
+
+def sentence(error: BaseException) -> str:
+    """One line that says what went wrong."""
+    text = " ".join(str(error).split())
+    return (
+        text if isinstance(error, CameraError) else f"{type(error).__name__}: {text}".rstrip(": ")
+    )
+
+
+@contextmanager
+def _error_file(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        (folder / "error.txt").write_text(f"{sentence(error)}\n\n{traceback.format_exc()}")
+        raise
+
+
+@contextmanager
+def _log_file(folder: Path) -> Iterator[None]:
+    handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()

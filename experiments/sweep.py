@@ -1,0 +1,71 @@
+"""What Hydra calls: a job that records how it ended, and the table at the end of a sweep."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from camera.errors import CameraError
+from camera.source import write_json
+from experiments.folders import Folders, read_json
+from experiments.run import run, sentence
+from experiments.settings import Settings
+from experiments.tables import read_runs, show, with_dense_rows, write
+
+log = logging.getLogger("camera")
+
+
+def job(config: DictConfig) -> None:
+    """Do one run; a failure ends a single run with exit code 1, and leaves a sweep to go on.
+
+    In a sweep each job writes `jobs/NUMBER.json` (its folder, its error) for the table.
+    """
+    hydra = HydraConfig.get()
+    sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
+    folder, error = None, None
+    try:
+        settings = Settings.of(config)
+        folder = Folders.of(settings).run
+        if sweep:
+            run(settings, sweep=sweep.name, since=(sweep / "multirun.yaml").stat().st_mtime)
+        else:
+            show(read_runs([run(settings)]))
+    except Exception as failure:
+        error = sentence(failure)
+        # The traceback of what the user can't mend; what they can is one sentence.
+        log.error("%s: %s", folder or "job", error, exc_info=not isinstance(failure, CameraError))
+    if sweep:
+        record = {"folder": str(folder) if folder else None, "error": error}
+        (sweep / "jobs").mkdir(exist_ok=True)
+        write_json(sweep / "jobs" / f"{hydra.job.num:04d}.json", record)
+    elif error:
+        sys.exit(1)
+
+
+class SweepTable(Callback):
+    """After the last job: this sweep's table and that of all runs; exit code 1 if a job failed."""
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        output, sweep = Path(config.output), Path(config.hydra.sweep.dir)
+        records = [read_json(file) for file in sorted((sweep / "jobs").glob("*.json"))]
+        folders = dict.fromkeys(Path(record["folder"]) for record in records if record["folder"])
+        everything = read_runs(sorted((output / "runs").iterdir())) if folders else read_runs([])
+        table = with_dense_rows(everything, [folder.name for folder in folders])
+        write(table, sweep)
+        write(everything, output)
+        show(table)
+        failed = [record for record in records if record["error"]]
+        for folder, error in dict.fromkeys((job["folder"], job["error"]) for job in failed):
+            print(f"failed: {folder or 'a job'}: {error}", file=sys.stderr)
+        print(
+            f"{len(records) - len(failed)} of {len(records)} jobs done; table: {sweep / 'table.md'}"
+        )
+        if failed:
+            sys.exit(1)

@@ -1,0 +1,119 @@
+"""Trackers mirror what a run writes to its folder; losing one loses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from camera.errors import CameraError
+from experiments.histograms import Histogram
+
+
+class NullTracker:
+    """Keeps nothing; also what every tracker can be told."""
+
+    def start(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        group: str | None,
+        job_type: str,
+        tags: Sequence[str],
+        config: dict[str, Any],
+    ) -> None:
+        """Open a run with its files below `folder`; `group` is the sweep."""
+
+    def log(self, values: dict[str, float]) -> None:
+        """Keep numbers, by slash-separated names."""
+
+    def log_histograms(self, histograms: dict[int, Histogram]) -> None:
+        """Keep the energies of each layer."""
+
+    def log_figures(self, files: Sequence[Path]) -> None:
+        """Keep images, by the names of their files."""
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Close the run as a success, its report as the summary."""
+
+    def fail(self, reason: str) -> None:
+        """Close the run as failed; the next run starts afresh."""
+
+
+class WandbTracker(NullTracker):
+    """Weights & Biases; `wandb sync` uploads what was kept offline."""
+
+    def __init__(
+        self,
+        mode: Literal["offline", "online"] = "offline",
+        project: str = "camera",
+        entity: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> None:
+        self.mode, self.project, self.entity, self.tags = mode, project, entity, tuple(tags)
+        self._run: Any = None
+
+    def start(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        group: str | None,
+        job_type: str,
+        tags: Sequence[str],
+        config: dict[str, Any],
+    ) -> None:
+        """Open a W&B run; CameraError if online mode can't be had."""
+        import wandb
+
+        try:
+            self._run = wandb.init(
+                dir=folder,
+                mode=self.mode,
+                project=self.project,
+                entity=self.entity,
+                name=name,
+                group=group,
+                job_type=job_type,
+                tags=[tag[:64] for tag in dict.fromkeys([*tags, *self.tags])],
+                config=config,
+                reinit="finish_previous",
+                settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+            )
+        except wandb.errors.Error as error:
+            reason = " ".join(str(error).split())
+            raise CameraError(
+                f"tracker.mode={self.mode}: W&B can't start ({reason}); run `wandb login`, or use "
+                "tracker.mode=offline and `wandb sync` later."
+            ) from error
+
+    def log(self, values: dict[str, float]) -> None:
+        self._run.log(values)
+
+    def log_histograms(self, histograms: dict[int, Histogram]) -> None:
+        import wandb
+
+        for layer, histogram in histograms.items():
+            binned = (histogram.counts.tolist(), histogram.edges.tolist())
+            self._run.log(
+                {
+                    f"energy/layer_{layer:02d}": wandb.Histogram(np_histogram=binned),
+                    f"energy/zeros_{layer:02d}": histogram.zeros,
+                }
+            )
+
+    def log_figures(self, files: Sequence[Path]) -> None:
+        import wandb
+
+        if files:
+            self._run.log({f"figures/{file.stem}": wandb.Image(str(file)) for file in files})
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        # The settings are the run's config already.
+        self._run.summary.update({k: v for k, v in metrics.items() if k != "settings"})
+        self._run.finish(exit_code=0)
+
+    def fail(self, reason: str) -> None:
+        self._run.summary["error"] = reason
+        self._run.finish(exit_code=1)

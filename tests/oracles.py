@@ -1,0 +1,99 @@
+"""Slow, independent ways to compute what the library computes; nothing of camera's code is used.
+
+Shapes: T tokens, H hidden, E experts, I width, K top-k, N micro-experts of a layer.
+"""
+
+import torch
+from torch.nn import functional as F
+
+
+def ffn_of(layer):
+    return layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
+
+
+def shared_of(ffn):
+    return getattr(ffn, "shared_expert", None) or getattr(ffn, "shared_experts", None)
+
+
+def capture(model, index, ids, mask=None):
+    """FFN input x_TH of one layer and the routing (index_TK, weight_TK) its experts were handed."""
+    seen, ffn = {}, ffn_of(model.model.layers[index])
+    hooks = [ffn.register_forward_pre_hook(lambda _, a: seen.update(x=a[0].flatten(0, 1)))]
+    if hasattr(ffn, "experts"):
+        hooks.append(
+            ffn.experts.register_forward_pre_hook(
+                lambda _, a, k: seen.update(routing=(a + tuple(k.values()))[1:3]), with_kwargs=True
+            )
+        )
+    with torch.no_grad():
+        model(ids, attention_mask=mask)
+    for hook in hooks:
+        hook.remove()
+    return seen["x"], seen.get("routing")
+
+
+def dense_phi(ffn, x_TH, routing):
+    """phi_TN of every micro-expert on every token, all experts computed, times a zero gate."""
+    parts, double = [], x_TH.double()
+    mlp = shared_of(ffn) if hasattr(ffn, "experts") else ffn
+    if mlp is not None:
+        gate, up = (F.linear(double, m.weight.double()) for m in (mlp.gate_proj, mlp.up_proj))
+        scale = 1.0
+        if hasattr(ffn, "shared_expert_gate"):
+            scale = torch.sigmoid(F.linear(double, ffn.shared_expert_gate.weight.double()))
+        parts.append(scale * F.silu(gate) * up)
+    if hasattr(ffn, "experts"):
+        index_TK, weight_TK = routing
+        experts = ffn.experts.gate_up_proj.shape[0]
+        gates_TE = torch.zeros(len(x_TH), experts, dtype=torch.float64)
+        gates_TE.scatter_(1, index_TK, weight_TK.double())
+        for e in range(experts):
+            gate, up = F.linear(double, ffn.experts.gate_up_proj[e].double()).chunk(2, -1)
+            parts.append(gates_TE[:, e, None] * F.silu(gate) * up)
+    return torch.cat(parts, 1).detach()
+
+
+def basis(ffn):
+    """w_down of every micro-expert as rows, [N, H]."""
+    parts = []
+    mlp = shared_of(ffn) if hasattr(ffn, "experts") else ffn
+    if mlp is not None:
+        parts.append(mlp.down_proj.weight.T)
+    if hasattr(ffn, "experts"):
+        parts += [down.T for down in ffn.experts.down_proj]
+    return torch.cat(parts).double().detach()
+
+
+def energies(ffn, x_TH, routing, alpha):
+    phi2_TN = dense_phi(ffn, x_TH, routing).square()
+    norm_N = basis(ffn).square().sum(1)
+    return ((1 - alpha) * phi2_TN.sum(0) + alpha * phi2_TN.amax(0)) * norm_N
+
+
+def zero_lowest(ffn, energy_N, remove):
+    """Prune by zeroing columns of down: function for function what removal does."""
+    lowest = torch.argsort(energy_N, stable=True)[:remove]
+    start = 0
+    mlp = shared_of(ffn) if hasattr(ffn, "experts") else ffn
+    with torch.no_grad():
+        if mlp is not None:
+            width = mlp.down_proj.weight.shape[1]
+            mlp.down_proj.weight[:, lowest[lowest < width]] = 0
+            start = width
+        if hasattr(ffn, "experts"):
+            width = ffn.experts.down_proj.shape[2]
+            for position in lowest[lowest >= start] - start:
+                ffn.experts.down_proj[position // width, :, position % width] = 0
+
+
+def camera_p(model, ids, ratio, alpha):
+    """The plain path: run, score, zero, run again from the start, layer after layer."""
+    has_experts = any(hasattr(ffn_of(layer), "experts") for layer in model.model.layers)
+    for index, layer in enumerate(model.model.layers):
+        ffn = ffn_of(layer)
+        if has_experts and not hasattr(ffn, "experts"):
+            continue
+        x_TH, routing = capture(model, index, ids)
+        energy_N = energies(ffn, x_TH, routing, alpha)
+        zero_lowest(ffn, energy_N, int(len(energy_N) * ratio))
+    return model
