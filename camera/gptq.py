@@ -13,13 +13,12 @@ Source: Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative
 Transformers (ICLR 2023), algorithm 1.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
 from camera.errors import CameraError
-from camera.quantizer import ColumnGroups, Grid, GroupStart, check_bits, dequantize
+from camera.quantizer import ColumnGroups, Grid, QuantizedWeight, Scales, check_bits, dequantize
 
 # What the reference does and this solver does not, unless asked to (GPTQ(quirks=...)).
 QUIRKS = {
@@ -69,44 +68,22 @@ class Factor:
         return Factor(*wide, self.damping_E * experts, self.fallback * experts)
 
 
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """Codes and grids of a batch of weights, columns in their original order.
+def output_error(W_ERC: torch.Tensor, Q_ERC: torch.Tensor, H_ECC: torch.Tensor) -> torch.Tensor:
+    """|Wx - Qx|^2 summed over the tokens of H, per row: (w - q) H (w - q)^T, fp32 [E, R]."""
+    D_ERC = W_ERC.float() - Q_ERC.float()
+    return ((D_ERC @ H_ECC.float()) * D_ERC).sum(2)
 
-    w = scale[group of the column] * (code - zero[group of the column]). Groups that an expert
-    doesn't have (its column segments are fewer than another's) hold 0. bits_ERG broadcasts.
-    loss_ER = sum over columns of (w - q)^2 / U_jj^2 / 2, which is half the row's output error
-    (w - q) H (w - q)^T under the damped H.
+
+def _inverse_factor(H_ECC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Upper triangular U with U^T U = H^-1, and which H were positive definite.
+
+    H = R R^T with R upper triangular is the Cholesky factor of H read backwards, and U = R^-1: one
+    factorisation, and H itself is never inverted.
     """
-
-    codes_ERC: torch.Tensor  # uint8
-    scale_ERG: torch.Tensor
-    zero_ERG: torch.Tensor
-    group_EC: torch.Tensor  # int64
-    bits_ERG: torch.Tensor  # int64
-    groups_E: list[int]
-    loss_ER: torch.Tensor
-    damping_E: list[float]
-    fallback: list[str]
-
-    @property
-    def weight_ERC(self) -> torch.Tensor:
-        """The dequantised weights, fp32."""
-        index = self.group_EC[:, None].expand(self.codes_ERC.shape)
-        scale, zero = self.scale_ERG.gather(2, index), self.zero_ERG.gather(2, index)
-        return dequantize(self.codes_ERC, scale, zero)
-
-    @property
-    def loss_E(self) -> torch.Tensor:
-        """The loss of each expert, fp64 where the device has it."""
-        return self.loss_ER.sum(1)
-
-    def report(self) -> dict:
-        """How many experts needed which damping and which fallback."""
-        pairs = list(zip(self.damping_E, self.fallback, strict=True))
-        damping = dict(Counter(rung for rung, why in pairs if not why.startswith("rtn")))
-        fallback = dict(Counter(why for _, why in pairs if why))
-        return {"experts": len(pairs), "damping": damping, "fallback": fallback}
+    L_ECC, info_E = torch.linalg.cholesky_ex(H_ECC.flip(1, 2))
+    eye = torch.eye(H_ECC.shape[1], device=H_ECC.device)
+    U_ECC = torch.linalg.solve_triangular(L_ECC, eye, upper=False).flip(1, 2)
+    return U_ECC, (info_E == 0) & U_ECC.isfinite().flatten(1).all(1)
 
 
 @dataclass(frozen=True)
@@ -126,7 +103,7 @@ class GPTQ:
     sym: bool = False
     act_order: bool = False
     static_groups: bool = False
-    block_size: int = 64
+    block_size: int = 128
     percdamp: float = 0.01
     fallback: str = "rtn"
     min_tokens: int = 1
@@ -138,10 +115,8 @@ class GPTQ:
     quirks: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.group_size is not None and self.group_size < 1:
-            raise CameraError("group_size must be at least 1, or null for one scale per row.")
-        if self.block_size < 1:
-            raise CameraError("block_size must be at least 1.")
+        if min(self.block_size, 1 if self.group_size is None else self.group_size) < 1:
+            raise CameraError("group_size (null: one scale per row) and block_size start at 1.")
         if not 0 <= self.percdamp <= 1:
             raise CameraError("percdamp must lie between 0 and 1.")
         if self.fallback not in ("rtn", "mean_hessian"):
@@ -154,9 +129,8 @@ class GPTQ:
     @property
     def grid(self) -> Grid:
         """The levels this solver rounds to."""
-        one_sided = "one_sided_sym" in self.quirks
-        clip = self.clip, self.clip_norm
-        return Grid(self.sym, *clip, self.float_zero, one_sided, self.scale_dtype)
+        one_sided, zero = "one_sided_sym" in self.quirks, self.float_zero
+        return Grid(self.sym, self.clip, self.clip_norm, zero, one_sided, self.scale_dtype)
 
     def factor(self, H_ECC: torch.Tensor, tokens_E: torch.Tensor | None = None) -> Factor:
         """Damp, order and invert the Hessians of E experts, all in one batch.
@@ -169,54 +143,47 @@ class GPTQ:
         if tokens_E is not None:
             few_E = few_E | (tokens_E.to(device) < self.min_tokens)
         broken_E = ~H_ECC.isfinite().flatten(1).all(1) & ~few_E
-        source_E = ~(few_E | broken_E)
-        replace = self.fallback == "mean_hessian" and bool(source_E.any()) and bool(few_E.any())
+        sources = torch.nonzero(~(few_E | broken_E)).flatten().tolist()
+        replace = self.fallback == "mean_hessian" and bool(sources) and bool(few_E.any())
         if replace:
-            H_ECC = torch.where(few_E[:, None, None], H_ECC[source_E].mean(0), H_ECC)
+            H_ECC = H_ECC.clone()
+            H_ECC[few_E] = sum(H_ECC[expert] for expert in sources) / len(sources)
         rtn_E = broken_E if replace else few_E | broken_E
 
-        diag_EC = H_ECC.diagonal(0, 1, 2)
-        dead_EC = (diag_EC == 0) & ~rtn_E[:, None]
-        live = (diag_EC != 0).sum(1).clamp(min=1)
-        mean_E = diag_EC.sum(1) / live  # over live columns only, so that H's scale cancels
+        diag_EC = torch.where(rtn_E[:, None], 1.0, H_ECC.diagonal(0, 1, 2))
+        dead_EC = diag_EC == 0
+        # The mean over live columns only, so that the scale of H cancels.
+        mean_E = diag_EC.sum(1) / (~dead_EC).sum(1).clamp(min=1)
         fill_E = mean_E
         if "dead_in_damping" in self.quirks:
             fill_E = torch.ones_like(mean_E)
             mean_E = torch.where(dead_EC, 1.0, diag_EC).sum(1) / max(columns, 1)
         diag_EC = torch.where(dead_EC, fill_E[:, None], diag_EC)
-        perm_EC = None
-        if self.act_order:
-            perm_EC = torch.argsort(diag_EC, dim=1, descending=True, stable=True)
+        perm_EC = diag_EC.argsort(dim=1, descending=True, stable=True) if self.act_order else None
 
-        eye = torch.eye(columns, device=device)
-        U_ECC = eye.repeat(experts, 1, 1)
+        U_ECC = torch.eye(columns, device=device).repeat(experts, 1, 1)
         damping_E, damping = [0.0] * experts, self.percdamp
-        left = torch.nonzero(~rtn_E).flatten().tolist()
-        while left and columns:
-            # H = R R^T with R upper triangular, by the Cholesky factor of H read backwards;
-            # then U = R^-1, without inverting H first.
+        left = torch.nonzero(~rtn_E).flatten().tolist() if columns else []
+        while left and damping < 2:
             H_LCC = H_ECC[left]
             H_LCC.diagonal(0, 1, 2).copy_(diag_EC[left] + damping * mean_E[left, None])
             if perm_EC is not None:
-                H_LCC = H_LCC.take_along_dim(perm_EC[left, :, None], 1)
-                H_LCC = H_LCC.take_along_dim(perm_EC[left, None, :], 2)
-            L_LCC, info_L = torch.linalg.cholesky_ex(H_LCC.flip(1, 2))
-            U_LCC = torch.linalg.solve_triangular(L_LCC, eye, upper=False).flip(1, 2)
-            solved = ((info_L == 0) & U_LCC.isfinite().flatten(1).all(1)).tolist()
-            done = [expert for expert, ok in zip(left, solved, strict=True) if ok]
-            U_ECC[done] = U_LCC[torch.tensor(solved, device=device)]
+                H_LCC = H_LCC.take_along_dim(perm_EC[left][:, :, None], 1)
+                H_LCC = H_LCC.take_along_dim(perm_EC[left][:, None, :], 2)
+            H_LCC, good_L = _inverse_factor(H_LCC)
+            good = good_L.tolist()
+            done = [expert for expert, fine in zip(left, good, strict=True) if fine]
+            U_ECC[done] = H_LCC[good_L]
             for expert in done:
                 damping_E[expert] = damping
-            left = [expert for expert, ok in zip(left, solved, strict=True) if not ok]
+            left = [expert for expert, fine in zip(left, good, strict=True) if not fine]
             damping = damping * 10 if damping else 0.01
-            if damping > 1 + 1e-9:
-                break
-        reasons = zip(few_E.tolist(), broken_E.tolist(), strict=True)
-        few_name = "mean_hessian" if replace else "rtn"
-        fallback = [few_name if few else "rtn_damping" if bad else "" for few, bad in reasons]
-        for expert in left if columns else []:
-            fallback[expert] = "rtn_damping"
-            dead_EC[expert] = False
+        stand_in = "mean_hessian" if replace else "rtn"
+        fallback = [stand_in if few else "" for few in few_E.tolist()]
+        for expert in [*torch.nonzero(broken_E).flatten().tolist(), *left]:
+            fallback[expert], dead_EC[expert] = "rtn_damping", False
+            if perm_EC is not None:
+                perm_EC[expert] = torch.arange(columns, device=device)
         return Factor(U_ECC, dead_EC, perm_EC, damping_E, fallback)
 
     def solve(
@@ -239,9 +206,7 @@ class GPTQ:
         if (bits is not None) + (row_bits is not None) + (column_bits is not None) != 1:
             raise ValueError("give one of bits, row_bits and column_bits")
         if column_bits is not None and self.act_order and not self.static_groups:
-            raise CameraError(
-                "act_order would tear column segments apart: set static_groups=true with it."
-            )
+            raise CameraError("act_order tears column segments apart: set static_groups=true too.")
         if not W_ERC.isfinite().all():
             raise CameraError("the weights hold NaN or infinity: check the checkpoint.")
         if column_bits is not None:
@@ -253,7 +218,7 @@ class GPTQ:
             bits_EGR = check_bits(row_bits.to(device)).expand(experts, rows)[:, None]
         else:
             bits_EGR = check_bits(torch.tensor([[[bits]]], device=device))
-        scales = _Scales(self.grid, bits_EGR, (experts, groups.most, rows), device)
+        scales = Scales(self.grid, bits_EGR, (experts, groups.most, rows), device)
 
         W_ECR = W_ERC.float().transpose(1, 2).clone(memory_format=torch.contiguous_format)
         order_EC, perm_EC, ranges_ECR = groups.index_EC, None, W_ECR
@@ -262,7 +227,8 @@ class GPTQ:
         else:
             factor = factor.expand(experts)
             perm_EC = factor.perm_EC
-            if "dead_in_ranges" in self.quirks and groups.most == 1:
+            whole = self.group_size is None and column_bits is None
+            if whole and "dead_in_ranges" in self.quirks:
                 ranges_ECR = W_ECR.clone()
             W_ECR.masked_fill_(factor.dead_EC[:, :, None], 0)
         static = self.static_groups or ranges_ECR is not W_ECR
@@ -292,7 +258,7 @@ class GPTQ:
         )
 
     def _sweep(self, W_ECR, U_ECC, groups, order_EC, scales, static):
-        """The column loop, for all experts at once: codes and loss; W_ECR is used up."""
+        """The column loop, for all experts at once: codes [E, C, R] and loss; uses W_ECR up."""
         experts, columns, rows = W_ECR.shape
         grid, feedback = self.grid, U_ECC is not None
         everyone = torch.arange(experts, device=W_ECR.device)
@@ -308,16 +274,15 @@ class GPTQ:
                 if not static and (start := groups.starts.get(c)):
                     stop, who = c + start.length, start.experts
                     now_SNR = W_ECR[who, c:stop]
+                    rest_SNR = W_ECR[who, last:stop]
                     if stale_EBR is not None:
-                        now_SNR = torch.cat([stale_EBR[who, c - first :], W_ECR[who, last:stop]], 1)
+                        now_SNR = torch.cat([stale_EBR[who, c - first :], rest_SNR], 1)
                         now_SNR = now_SNR[:, : start.length]
                     elif feedback and first < c and last < stop:
                         # Columns beyond the block have yet to receive this block's errors.
                         U_SBN = U_ECC[who, first:c, last:stop]
                         late_SNR = U_SBN.transpose(1, 2) @ error_EBR[who, : c - first]
-                        now_SNR = torch.cat(
-                            [now_SNR[:, : last - c], now_SNR[:, last - c :] - late_SNR], 1
-                        )
+                        now_SNR = torch.cat([now_SNR[:, : last - c], rest_SNR - late_SNR], 1)
                     scales.fit(start, now_SNR)
                 where = (everyone, order_EC[:, c]) if alike is None else (slice(None), alike[c])
                 scale_ER, zero_ER, maxq_ER = (t[where] for t in scales.tables)
@@ -336,21 +301,3 @@ class GPTQ:
                 W_ECR[:, last:].baddbmm_(U_ENB, error_EBR, alpha=-1)
             loss_ER += error_EBR.square().sum(1) / 2
         return codes_ECR, loss_ER
-
-
-class _Scales:
-    """Scale, zero and largest code of every (expert, group, row), filled group by group."""
-
-    def __init__(self, grid, bits_EGR, shape, device):
-        self._grid = grid
-        self.binary = bool((bits_EGR == 1).any())
-        self.scale_EGR = torch.zeros(shape, device=device)
-        self.zero_EGR = torch.zeros(shape, device=device)
-        maxq_EGR = (2**bits_EGR - 1).float().expand(shape)
-        self.tables = (self.scale_EGR, self.zero_EGR, maxq_EGR)
-
-    def fit(self, start: GroupStart, W_SNR: torch.Tensor) -> None:
-        """Set the scales of the groups that start together from their columns."""
-        where = (start.experts, start.groups)
-        scale_SR, zero_SR = self._grid.fit(W_SNR, self.tables[2][where], start.valid_SN)
-        self.scale_EGR[where], self.zero_EGR[where] = scale_SR, zero_SR

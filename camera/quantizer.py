@@ -1,17 +1,23 @@
-"""Quantisation grids, and which columns of a weight share one.
+"""Quantisation grids, which columns of a weight share one, and a quantised weight.
 
-Shapes: E experts, R rows (outputs), C columns (inputs), N columns of one group, G groups of a row.
+Shapes: E experts, R rows (outputs), C columns (inputs), N columns of one group, G groups of a row,
+S experts of a batch that start a group at the same column.
 Weights stand column by column here (W_ENR), because the solver walks over columns.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
 from camera.errors import CameraError
 
-GPTQ_CLIP = tuple(1 - i / 100 for i in range(80))
-MC_CLIP = (1.0, *(1 + i / 500 for i in range(1, 51)), *(1 - i / 500 for i in range(1, 51)))
+# Factors that a clip search tries on the range, as the references do.
+CLIPS = {
+    "none": (1.0,),
+    "gptq": tuple(1 - i / 100 for i in range(80)),
+    "mc": (1.0, *(1 + i / 500 for i in range(1, 51)), *(1 - i / 500 for i in range(1, 51))),
+}
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -153,7 +159,7 @@ class ColumnGroups:
         self.bits_EG = None
         if column_bits_EC is not None:
             bits = [
-                [row[start] for start, _ in span] + [1] * (self.most - len(span))
+                [row[start] for start, _ in span] + [0] * (self.most - len(span))
                 for row, span in zip(rows, spans, strict=True)
             ]
             self.bits_EG = torch.tensor(bits, dtype=torch.int64, device=device)
@@ -185,6 +191,65 @@ def _spans(bits: list[int], step: int) -> list[tuple[int, int]]:
         else:
             spans.append((column, 1))
     return spans
+
+
+class Scales:
+    """Scale, zero and largest code of every (expert, group, row), filled group by group."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        bits_EGR: torch.Tensor,
+        shape: tuple[int, int, int],
+        device: torch.device,
+    ):
+        self._grid = grid
+        self.binary = bool((bits_EGR == 1).any())
+        self.scale_EGR = torch.zeros(shape, device=device)
+        self.zero_EGR = torch.zeros(shape, device=device)
+        maxq_EGR = (2**bits_EGR - 1).float().expand(shape)
+        self.tables = (self.scale_EGR, self.zero_EGR, maxq_EGR)
+
+    def fit(self, start: GroupStart, W_SNR: torch.Tensor) -> None:
+        """Set the scales of the groups that start together from their columns."""
+        where = (start.experts, start.groups)
+        scale_SR, zero_SR = self._grid.fit(W_SNR, self.tables[2][where], start.valid_SN)
+        self.scale_EGR[where], self.zero_EGR[where] = scale_SR, zero_SR
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Codes and grids of a batch of weights, columns in their original order.
+
+    w = scale[group of the column] * (code - zero[group of the column]). Groups that an expert
+    doesn't have (its column segments are fewer than another's) hold 0. bits_ERG broadcasts.
+    loss_ER = sum over columns of (w - q)^2 / U_jj^2 / 2, which is half the row's output error
+    (w - q) H (w - q)^T under the damped H.
+    """
+
+    codes_ERC: torch.Tensor  # uint8
+    scale_ERG: torch.Tensor
+    zero_ERG: torch.Tensor
+    group_EC: torch.Tensor  # int64
+    bits_ERG: torch.Tensor  # int64
+    groups_E: list[int]
+    loss_ER: torch.Tensor
+    damping_E: list[float]
+    fallback: list[str]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantised weights, fp32 [E, R, C]."""
+        index = self.group_EC[:, None].expand(self.codes_ERC.shape)
+        scale, zero = self.scale_ERG.gather(2, index), self.zero_ERG.gather(2, index)
+        return dequantize(self.codes_ERC, scale, zero)
+
+    def report(self) -> dict:
+        """How many experts needed which damping and which fallback."""
+        pairs = list(zip(self.damping_E, self.fallback, strict=True))
+        damping = dict(Counter(rung for rung, why in pairs if not why.startswith("rtn")))
+        fallback = dict(Counter(why for _, why in pairs if why))
+        return {"experts": len(pairs), "damping": damping, "fallback": fallback}
 
 
 def check_bits(bits: torch.Tensor) -> torch.Tensor:

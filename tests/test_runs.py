@@ -1,0 +1,233 @@
+"""One run: its folder's name, its parts, what is skipped, redone, recorded when it fails."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+from composing import choices, settings_of, tiny
+
+import camera
+from camera.errors import CameraError
+from camera.evaluation.tasks import NINE_TASKS
+from experiments import run as run_module
+from experiments import settings as settings_module
+from experiments.folders import Folders
+from experiments.run import run
+
+KEYS = {
+    "method",
+    "model",
+    "settings",
+    "sparsity",
+    "bits",
+    "perplexity",
+    "tasks",
+    "average",
+    "bytes",
+    "seconds",
+    "peak_memory_bytes",
+    "coverage",
+    "versions",
+    "data_hash",
+    "seed",
+    "environment",
+}
+SCORE = {"acc": 0.5, "acc_stderr": 0.1, "acc_norm": None, "acc_norm_stderr": None}
+
+
+@pytest.fixture
+def make(checkpoints, data_folder, tmp_path):
+    """make(*overrides): settings of a run that takes a second."""
+    return lambda *more: settings_of(*tiny(checkpoints("qwen2_moe"), data_folder, tmp_path), *more)
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    """Tasks answered without lm-eval; the list of what was asked."""
+    asked = []
+
+    def evaluate(model, tokenizer, names, **options):
+        asked.extend(names)
+        return {name: {**SCORE, "data_hash": "0", "seconds": 0.0} for name in names}
+
+    monkeypatch.setattr(run_module, "evaluate_tasks", evaluate)
+    monkeypatch.setattr(settings_module, "check_tasks", lambda *_, **__: None)
+    return asked
+
+
+def names(settings):
+    folders = Folders.of(settings)
+    return folders.run.name, folders.checkpoint.name
+
+
+def test_what_changes_the_result_names_the_folders(make):
+    run_name, checkpoint = names(make())
+    for same in ("device=cpu", "force=true", "tracker=wandb", "evaluation.batch_size=3"):
+        assert names(make(same)) == (run_name, checkpoint)
+    for other in ("evaluation.blocks=3", "evaluation=none"):
+        assert names(make(other))[0] != run_name
+        assert names(make(other))[1] == checkpoint
+    for other in ("alpha=0.5", "sparsity=0.3", "seed=1", "propagate=dense", "dtype=bfloat16"):
+        assert names(make(other))[0] != run_name
+        assert names(make(other))[1] != checkpoint
+
+
+def test_only_what_a_method_uses_names_its_folders(make):
+    dense = names(make("method=dense"))
+    for unused in ("alpha=0.5", "sparsity=0.3", "propagate=dense", "calibration=c4"):
+        assert names(make("method=dense", unused)) == dense
+    drawn = names(make("method=random"))
+    assert names(make("method=random", "calibration=c4", "alpha=0")) == drawn
+    assert names(make("method=random", "seed=1")) != drawn
+
+
+def test_a_folder_is_named_by_content_not_by_place(make, checkpoints, tmp_path):
+    folder = checkpoints("qwen2_moe")
+    copy = tmp_path / "copy"
+    copy.symlink_to(folder)
+    name = "model.name=m"
+    assert names(make(name)) == names(make(name, f"model.path={copy}"))
+    assert names(make(name)) != names(make(name, f"model.path={checkpoints('olmoe')}"))
+
+
+def test_a_run_writes_its_parts_and_the_documented_report(make, tasks):
+    folder = run(make("evaluation.tasks=[boolq,piqa]"))
+    files = {file.name for file in folder.iterdir()}
+    assert files >= {
+        "compress.json",
+        "perplexity-wikitext2.json",
+        "perplexity-c4.json",
+        "task-boolq.json",
+        "task-piqa.json",
+        "energies.png",
+        "widths.png",
+        "metrics.json",
+        "settings.json",
+        "DONE",
+    }
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics.keys() >= KEYS
+    assert metrics["sparsity"].keys() == {"asked", "of", "moe", "model", "routed"}
+    assert abs(metrics["sparsity"]["moe"] - 0.2) < 0.01
+    assert metrics["perplexity"].keys() == {"wikitext2", "c4"}
+    assert metrics["tasks"] == {"boolq": SCORE, "piqa": SCORE}
+    assert metrics["average"] == 50
+    assert metrics["bytes"]["compressed"] < metrics["bytes"]["dense"]
+    assert metrics["seconds"].keys() >= {"calibrate", "compress", "evaluate"}
+    assert not [name for name in files if name.startswith(".")]
+
+
+def test_a_finished_run_is_skipped_and_force_redoes_it(make, monkeypatch):
+    settings = make()
+    folder = run(settings)
+    compressed = []
+    compress = camera.compress
+
+    def counted(*arguments, **options):
+        compressed.append(options)
+        return compress(*arguments, **options)
+
+    monkeypatch.setattr(camera, "compress", counted)
+    run(settings)
+    assert not compressed
+    run(replace(settings, force=True))
+    assert len(compressed) == 1
+    since = (folder / "DONE").stat().st_mtime
+    run(replace(settings, force=True), since=since)
+    assert len(compressed) == 1, "jobs of one sweep don't redo each other's run"
+
+
+def test_done_parts_are_kept_and_another_evaluation_reuses_the_checkpoint(make, tasks, monkeypatch):
+    settings = make("evaluation.tasks=[boolq,piqa]")
+    folder = run(settings)
+    monkeypatch.setattr(camera, "compress", None)
+    monkeypatch.setattr(run_module, "perplexity", lambda *_, **__: pytest.fail("done already"))
+    for gone in ("DONE", "metrics.json", "task-piqa.json"):
+        (folder / gone).unlink()
+    run(settings)
+    assert tasks == ["boolq", "piqa", "piqa"]
+    run(make("evaluation.tasks=[rte]", "evaluation.perplexity=[]"))
+    assert tasks[3:] == ["rte"]
+
+
+def test_a_failure_is_in_the_folder_and_the_next_try_goes_on(make, tasks, monkeypatch):
+    settings = make("evaluation.tasks=[boolq]")
+
+    def fail(*_, **__):
+        raise CameraError("boolq is\n nowhere.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "evaluate_tasks", fail)
+        with pytest.raises(CameraError):
+            run(settings)
+    folder = Folders.of(settings).run
+    lines = (folder / "error.txt").read_text().splitlines()
+    assert lines[0] == "boolq is nowhere."
+    assert "Traceback" in lines[2]
+    assert not (folder / "DONE").exists() and not (folder / "metrics.json").exists()
+    run(settings)
+    assert (folder / "DONE").exists() and not (folder / "error.txt").exists()
+
+
+def test_an_interrupt_is_recorded_and_goes_through(make, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "perplexity", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(make("method=dense"))
+    folder = Folders.of(make("method=dense")).run
+    assert (folder / "error.txt").read_text().startswith("KeyboardInterrupt")
+
+
+def test_a_refused_run_leaves_its_reason(make):
+    with pytest.raises(CameraError, match=r"sparsity=1\.5"):
+        run(make("sparsity=1.5"))
+    assert "sparsity=1.5" in (Folders.of(make("sparsity=1.5")).run / "error.txt").read_text()
+
+
+def test_one_dense_pass_serves_every_alpha_and_sparsity(make):
+    shared = ("propagate=dense", "evaluation=none")
+    first = run(make(*shared))
+    energies = list(Folders.of(make(*shared)).energies.glob("*.safetensors"))
+    second = run(make(*shared, "alpha=0", "sparsity=0.4"))
+    assert len(energies) == 1
+    assert list(Folders.of(make(*shared)).energies.glob("*.safetensors")) == energies
+    spent = [json.loads((f / "compress.json").read_text())["seconds"] for f in (first, second)]
+    assert spent[0]["calibrate"] > spent[1]["calibrate"] == 0
+
+
+def test_a_checkpoint_can_be_given_up_once_it_is_measured(make):
+    settings = make("keep_checkpoint=false", "evaluation.perplexity=[wikitext2]")
+    folder = run(settings)
+    assert (folder / "DONE").exists()
+    assert not Folders.of(settings).checkpoint.exists()
+
+
+@pytest.mark.parametrize("method", choices("method"))
+def test_every_method_runs(method, make):
+    assert (run(make(f"method={method}")) / "DONE").exists()
+
+
+@pytest.mark.parametrize("calibration", choices("calibration"))
+def test_every_calibration_runs(calibration, make):
+    source = (f"calibration={calibration}", "calibration.samples=4", "calibration.length=48")
+    folder = run(make(*source, "evaluation=none"))
+    described = json.loads((folder / "compress.json").read_text())["calibration"]
+    assert described["source"] == calibration
+
+
+@pytest.mark.parametrize("evaluation", choices("evaluation"))
+def test_every_evaluation_runs(evaluation, make, tasks):
+    folder = run(make("method=dense", f"evaluation={evaluation}", "evaluation.blocks=1"))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(tasks) == set(metrics["tasks"])
+    assert set(tasks) in (set(), set(NINE_TASKS))
+
+
+def test_a_killed_runs_folder_does_not_look_finished(make):
+    settings = make("method=dense")
+    folder = run(settings)
+    os.remove(folder / "DONE")
+    assert not Folders.of(settings).done

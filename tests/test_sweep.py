@@ -1,0 +1,76 @@
+"""A sweep from the command line: one job fails, the others finish, the table shows them all."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+from composing import tiny
+
+from experiments.schema import CONF
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "main.py", *arguments], cwd=CONF.parent, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def sweep(checkpoints, data_folder, tmp_path_factory):
+    """The finished command and its output folder."""
+    output = tmp_path_factory.mktemp("outputs")
+    overrides = tiny(checkpoints("qwen2_moe"), data_folder, output)
+    done = command("-m", *overrides, "method=dense,camera_p", "sparsity=0.2,1.5,0.4")
+    return done, output, overrides
+
+
+def test_a_failing_job_does_not_end_the_sweep(sweep):
+    done, output, _ = sweep
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "5 of 6 jobs done" in done.stdout
+    with (output / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["dense", "camera_p", "camera_p", "camera_p"]
+    assert [row["sparsity"] for row in rows] == ["", "20.0", "40.0", "150.0"]
+    assert [row["status"].split(":")[0] for row in rows] == ["done", "done", "done", "failed"]
+    error = output / "runs" / rows[-1]["folder"] / "error.txt"
+    assert error.read_text().startswith("sparsity=1.5 ")
+
+
+def test_the_table_is_printed_and_written(sweep):
+    done, output, _ = sweep
+    (folder,) = (output / "sweeps").iterdir()
+    for kind in ("md", "csv", "tex"):
+        assert (folder / f"table.{kind}").read_text() == (output / f"table.{kind}").read_text()
+    assert "camera_p" in done.stdout and "failed: sparsity=1.5" in done.stdout
+    jobs = [json.loads(file.read_text()) for file in sorted((folder / "jobs").iterdir())]
+    assert [bool(job["error"]) for job in jobs] == [False] * 4 + [True, False]
+
+
+def test_everything_is_below_output(sweep):
+    _, output, _ = sweep
+    places = {"checkpoints", "locks", "runs", "sweeps", "table.csv", "table.md", "table.tex"}
+    assert {path.name for path in output.iterdir()} == places
+
+
+def test_a_second_sweep_skips_what_is_done(sweep):
+    _, output, overrides = sweep
+    before = {path: path.stat().st_mtime_ns for path in (output / "runs").glob("*/DONE")}
+    done = command("-m", *overrides, "method=camera_p", "sparsity=0.2,0.4")
+    assert done.returncode == 0
+    assert done.stdout.count("is done already") == 2
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    newest = max((output / "sweeps").iterdir())
+    with (newest / "table.csv").open() as file:
+        assert [row["method"] for row in csv.DictReader(file)] == ["dense", "camera_p", "camera_p"]
+
+
+def test_a_single_run_says_one_sentence_and_fails(sweep):
+    _, _, overrides = sweep
+    done = command(*overrides, "sparsity=1.5")
+    assert done.returncode == 1
+    assert "sparsity=1.5 must lie between 0 and 1" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
