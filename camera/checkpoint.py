@@ -25,6 +25,7 @@ from camera.experts import RaggedExperts
 from camera.slicer import resize_note
 
 FORMAT = 1
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @register_quantization_config("camera")
@@ -139,7 +140,7 @@ def load_model(
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(path),
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            dtype=resolve_dtype(dtype) or "auto",
             device_map=placement,
             trust_remote_code=trust_remote_code or None,
             use_safetensors=True,
@@ -159,6 +160,15 @@ def resolve_device(device: str) -> str:
     if kind not in ("cpu", found.type if found else "cpu"):
         raise CameraError(f"device={device} is not available here: use device=auto or device=cpu.")
     return device
+
+
+def resolve_dtype(dtype: str) -> torch.dtype | None:
+    """The torch dtype of a name, None for `auto` (the checkpoint's own); CameraError for others."""
+    if dtype == "auto":
+        return None
+    if dtype not in DTYPES:
+        raise CameraError(f"dtype={dtype} is none of auto, {', '.join(DTYPES)}.")
+    return getattr(torch, dtype)
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -14,6 +14,7 @@ from camera.source import require_space, resolve_model
 from camera.stream import Streamer
 
 PROPAGATE = ("compressed", "dense")
+PHI = ("auto", "keep", "recompute")
 
 
 def compress(
@@ -28,6 +29,7 @@ def compress(
     device: str = "auto",
     dtype: str = "auto",
     energies: str | Path | None = None,
+    phi: str = "auto",
     trust_remote_code: bool = False,
     progress: bool = True,
     **settings: Any,
@@ -37,12 +39,15 @@ def compress(
     `method` is a method or the name of one, which then takes `settings` (`sparsity=0.4`, ...).
     With `propagate="compressed"` each layer is measured on what the compressed layers before it
     put out; with `"dense"` on the original model's activations, in one pass that is kept in the
-    folder `energies` and serves every other alpha and sparsity. Raises CameraError for what a user
-    can mend; `out` appears only when it is complete.
+    folder `energies` and serves every other alpha and sparsity. `phi` (keep, recompute, or auto: by
+    free memory) says whether a layer's micro-expert outputs are kept until it is cut. Raises
+    CameraError for what a user can mend; `out` appears only when it is complete.
     """
     method, out = as_method(method, settings), Path(out)
     if propagate not in PROPAGATE:
         raise CameraError(f"propagate={propagate} is none of {', '.join(PROPAGATE)}.")
+    if phi not in PHI:
+        raise CameraError(f"phi={phi} is none of {', '.join(PHI)}.")
     if out.exists():
         raise CameraError(f"{out} exists already: delete it or choose another folder.")
     if not method.compresses:
@@ -52,7 +57,7 @@ def compress(
     method.check(streamer.budget)
     require_space(out.parent, streamer.budget.dense.bytes)
 
-    job = Job(str(model), streamer, method, out, show_progress=progress)
+    job = Job(str(model), streamer, method, out, phi=phi, show_progress=progress)
     if method.calibrates:
         job.tokens = calibration_tokens(
             load_tokenizer(folder, trust_remote_code),

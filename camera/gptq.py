@@ -4,9 +4,9 @@ Shapes: E experts, R rows (outputs), C columns (inputs), N tokens, G scale group
 B columns of a block. Matrices of one shape are solved as one batch; nothing here does I/O.
 
     hessian = Hessian(experts=E, columns=C)
-    hessian.add(expert, x_NC)                                  # for every expert and every chunk
+    hessian.add(expert, x_NC)                                # every expert, every chunk of tokens
     solver = GPTQ(group_size=128)
-    factor = solver.factor(hessian.H_ECC, hessian.tokens_E)    # once for gate and up
+    factor = solver.factor(hessian.H_ECC, hessian.tokens_E)  # once for gate and up
     gate = solver.solve(W_ERC, factor, bits=2)
 
 Source: Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
@@ -129,8 +129,8 @@ class GPTQ:
     @property
     def grid(self) -> Grid:
         """The levels this solver rounds to."""
-        one_sided, zero = "one_sided_sym" in self.quirks, self.float_zero
-        return Grid(self.sym, self.clip, self.clip_norm, zero, one_sided, self.scale_dtype)
+        shape = self.float_zero, "one_sided_sym" in self.quirks
+        return Grid(self.sym, self.clip, self.clip_norm, *shape, self.scale_dtype)
 
     def factor(self, H_ECC: torch.Tensor, tokens_E: torch.Tensor | None = None) -> Factor:
         """Damp, order and invert the Hessians of E experts, all in one batch.
@@ -201,8 +201,7 @@ class GPTQ:
         scale group ends where they change). The rows of several weights may be concatenated.
         CameraError: bits outside 1..8, weights that aren't finite, segments under a moving order.
         """
-        experts, rows, columns = W_ERC.shape
-        device = W_ERC.device
+        (experts, rows, columns), device = W_ERC.shape, W_ERC.device
         if (bits is not None) + (row_bits is not None) + (column_bits is not None) != 1:
             raise ValueError("give one of bits, row_bits and column_bits")
         if column_bits is not None and self.act_order and not self.static_groups:
@@ -273,8 +272,7 @@ class GPTQ:
             for c in range(first, last):
                 if not static and (start := groups.starts.get(c)):
                     stop, who = c + start.length, start.experts
-                    now_SNR = W_ECR[who, c:stop]
-                    rest_SNR = W_ECR[who, last:stop]
+                    now_SNR, rest_SNR = W_ECR[who, c:stop], W_ECR[who, last:stop]
                     if stale_EBR is not None:
                         now_SNR = torch.cat([stale_EBR[who, c - first :], rest_SNR], 1)
                         now_SNR = now_SNR[:, : start.length]

@@ -1,5 +1,6 @@
 """One compression under way: measure, plan, slice, write, layer after layer."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,14 +21,16 @@ from camera.energy import Energies, EnergyObserver, LayerEnergy
 from camera.errors import CameraError
 from camera.experts import RaggedExperts
 from camera.method import Method
-from camera.progress import PeakMemory, each_layer
+from camera.progress import PeakMemory, each_layer, free_memory
 from camera.result import CompressionResult, unquantised_bits, versions
 from camera.shards import ShardWriter
-from camera.slicer import slice_layer
+from camera.slicer import Kept, kept_rows, slice_layer
 from camera.source import content_key, copy_companions, fingerprint, write_json
 from camera.stream import Batch, Streamer
 
+log = logging.getLogger("camera")
 BATCH_TOKENS = 8192
+PHI_SHARE = 0.25  # of the free memory that phi of one layer may take
 REPORT = "camera.json"
 ENERGIES = "energies.safetensors"
 
@@ -36,10 +39,17 @@ class Job:
     """What `compress` drives, and what it has found so far."""
 
     def __init__(
-        self, model: str, streamer: Streamer, method: Method, out: Path, *, show_progress: bool
+        self,
+        model: str,
+        streamer: Streamer,
+        method: Method,
+        out: Path,
+        *,
+        phi: str = "auto",
+        show_progress: bool = True,
     ):
         self.model, self.streamer, self.method, self.out = model, streamer, method, out
-        self.show_progress = show_progress
+        self.phi, self.show_progress = phi, show_progress
         self.tokens: CalibrationTokens | None = None
         self.memory = PeakMemory(streamer.device)
         self.energies: Energies | None = None
@@ -80,21 +90,38 @@ class Job:
             with self._timed("calibrate"):
                 batches = self._embed()
         for i in self._each_layer("compress"):
+            in_pool, kept = i in streamer.budget.layers, None
             with self._timed("compress"):
                 streamer.load_layer(i)
             if measure:
                 with self._timed("calibrate"):
                     streamer.attend(i, batches)
-                    if i in streamer.budget.layers:
-                        self.energies.layers[i] = self._observe(i, batches)
+                    if in_pool:
+                        self.energies.layers[i] = self._observe(i, batches, trace=self.keep_phi(i))
             with self._timed("compress"):
-                if i in streamer.budget.layers:
-                    self._slice(i)
+                if in_pool:
+                    kept = self._slice(i)
                 self._write(i)
             if measure:
                 with self._timed("calibrate"):
-                    streamer.propagate(i, batches)
+                    streamer.propagate(i, batches, kept)
             streamer.free(streamer.layers[i])
+
+    def keep_phi(self, index: int) -> bool:
+        """Whether a layer's phi is kept between measuring and propagating, or computed again."""
+        if self.phi != "auto":
+            return self.phi == "keep"
+        ffn = self.streamer.feed_forward(index)
+        per_token = sum(
+            width if not group.routed else width * self._top_k() / len(group.widths)
+            for group in ffn.groups
+            for width in group.widths
+        )
+        needed = per_token * self.tokens.ids_NL.numel() * self.streamer.dtype.itemsize
+        return needed < PHI_SHARE * free_memory(self.streamer.device)
+
+    def _top_k(self) -> int:
+        return getattr(self.streamer.config, "num_experts_per_tok", 1)
 
     def finish(self) -> CompressionResult:
         """Write what is outside the layers, config and reports; then show the folder, complete."""
@@ -105,6 +132,7 @@ class Job:
             if self.energies is not None:
                 self.energies.save(self.partial / ENERGIES)
         result = self._result(stored)
+        self._warn_of_unreached(result.coverage.get("unreached", []))
         (self.partial / "README.md").write_text(model_card(result))
         write_json(self.partial / REPORT, result.to_dict())
         os.replace(self.partial, self.out)
@@ -126,20 +154,23 @@ class Job:
         size = max(1, BATCH_TOKENS // ids_NL.shape[1])
         return self.streamer.embed({"input_ids": ids_BL} for ids_BL in ids_NL.split(size))
 
-    def _observe(self, index: int, batches: list[Batch], propagate: bool = False) -> LayerEnergy:
+    def _observe(self, index: int, batches: list[Batch], **options: bool) -> LayerEnergy:
         observer = EnergyObserver(self.streamer.feed_forward(index))
-        self.streamer.observe(index, batches, observer, propagate)
+        self.streamer.observe(index, batches, observer, **options)
         return observer.result()
 
     @torch.no_grad()
-    def _slice(self, index: int) -> None:
+    def _slice(self, index: int) -> Kept:
         ffn = self.streamer.feed_forward(index)
         energy = self.energies.layers[index] if self.energies else None
         if energy is not None and energy.widths != ffn.widths:
             raise CameraError(f"energies of layer {index} belong to a model of other widths.")
         keep_N = self.method.plan(index, ffn, energy, self.streamer.budget)
+        kept = kept_rows(ffn, keep_N)
         self.full_widths |= {group.path: max(group.widths) for group in ffn.groups}
-        self.widths |= slice_layer(ffn, keep_N, self.streamer.layers[index])
+        self.widths |= {path: [len(rows) for rows in experts] for path, experts in kept.items()}
+        slice_layer(ffn, kept)
+        return kept
 
     def _write(self, index: int) -> None:
         prefix = f"{self.streamer.root}.{index}."
@@ -211,6 +242,18 @@ class Job:
             ]
             report |= {"reached": len(pools) - len(unreached), "unreached": unreached}
         return report
+
+    def _warn_of_unreached(self, unreached: list[list[Any]]) -> None:
+        layers: dict[int, list[int]] = {}
+        for index, _, expert in unreached:
+            layers.setdefault(index, []).append(expert)
+        for index, experts in layers.items():
+            log.warning(
+                "layer %d: no calibration token reached expert %s, so their energy is zero: raise "
+                "calibration.samples to reach more",
+                index,
+                ", ".join(map(str, experts)),
+            )
 
     def _about(self, propagate: str) -> dict[str, Any]:
         return {

@@ -51,6 +51,13 @@ class PeakMemory:
                 return
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device (on the machine, for the CPU)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
 def each_layer(count: int, title: str, memory: PeakMemory, show: bool) -> Iterable[int]:
     """Iterate over the layers behind a progress bar with time left and memory."""
     columns = (

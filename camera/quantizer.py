@@ -163,6 +163,7 @@ class ColumnGroups:
                 for row, span in zip(rows, spans, strict=True)
             ]
             self.bits_EG = torch.tensor(bits, dtype=torch.int64, device=device)
+            self.bits_EG = self.bits_EG.reshape(len(rows), self.most)
         places: dict[int, list[tuple[int, int, int]]] = {}
         for expert, span in enumerate(spans):
             for group, (start, length) in enumerate(span):

@@ -1,6 +1,6 @@
 """The one slicer: removes micro-experts from all three matrices at once, physically.
 
-Shapes: N micro-experts of a layer's pool, W kept width of one expert, H hidden.
+Shapes: N micro-experts of a layer's pool.
 """
 
 import torch
@@ -9,41 +9,27 @@ from torch import nn
 from camera.blocks import ExpertGroup, FeedForward, MlpExpert
 from camera.experts import RaggedExperts
 
+Kept = dict[str, list[torch.Tensor]]
+"""By module path and expert: the sorted rows of the micro-experts that stay."""
 
-def slice_layer(ffn: FeedForward, keep_N: torch.Tensor, layer: nn.Module) -> dict[str, list[int]]:
-    """Keep the micro-experts where `keep_N` (bool, pool order) is True; the kept widths by path.
 
-    Rows of gate and up and columns of down go together. Routed experts become `RaggedExperts`,
-    a dense FFN or shared expert keeps its linear layers, narrower.
+def kept_rows(ffn: FeedForward, keep_N: torch.Tensor) -> Kept:
+    """A plan (bool, pool order) as row indices per expert."""
+    rows = iter(part.nonzero().squeeze(1) for part in keep_N.cpu().split(ffn.widths))
+    return {group.path: [next(rows) for _ in group.widths] for group in ffn.groups}
+
+
+def slice_layer(ffn: FeedForward, kept: Kept) -> None:
+    """Keep only these micro-experts: rows of gate and up and columns of down go together.
+
+    Routed experts become `RaggedExperts`; a dense FFN or shared expert keeps its linear layers,
+    narrower.
     """
-    widths: dict[str, list[int]] = {}
-    for group, kept in zip(ffn.groups, split_by_group(ffn, keep_N), strict=True):
-        widths[group.path] = [len(rows) for rows in kept]
-        if isinstance(group, MlpExpert):
-            narrow_mlp(group.module, kept[0])
-        else:
-            parent, name = parent_of(layer, ffn, group)
-            setattr(parent, name, _ragged(group, kept))
-    return widths
-
-
-def split_by_group(ffn: FeedForward, keep_N: torch.Tensor) -> list[list[torch.Tensor]]:
-    """Indices of the kept micro-experts, per group and expert, sorted."""
-    per_expert = [part.nonzero().squeeze(1) for part in keep_N.cpu().split(ffn.widths)]
-    groups, start = [], 0
     for group in ffn.groups:
-        groups.append(per_expert[start : start + len(group.widths)])
-        start += len(group.widths)
-    return groups
-
-
-def parent_of(layer: nn.Module, ffn: FeedForward, group: ExpertGroup) -> tuple[nn.Module, str]:
-    """The module that holds a group's module, and the attribute it holds it by."""
-    for module in (ffn.module, layer):
-        for name, child in module.named_children():
-            if child is group.module:
-                return module, name
-    raise LookupError(f"{group.path} is no child of its layer")
+        if isinstance(group, MlpExpert):
+            narrow_mlp(group.module, kept[group.path][0])
+        else:
+            setattr(ffn.module, ffn.family.experts, _ragged(group, kept[group.path]))
 
 
 def narrow_mlp(mlp: nn.Module, rows: torch.Tensor) -> None:

@@ -20,12 +20,14 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from camera.blocks import FeedForward, Observer, Tap, swapped
+from camera.blocks import FeedForward
 from camera.budget import Budget, budget_of
-from camera.checkpoint import CameraConfig, CameraQuantizer, resize_skeleton
+from camera.capture import Observer, Output, Tap, Trace, observe, swapped
+from camera.checkpoint import CameraConfig, CameraQuantizer, resize_skeleton, resolve_dtype
 from camera.errors import CameraError
 from camera.families import family_of
 from camera.shards import ShardReader
+from camera.slicer import Kept
 
 _IN_A_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -38,6 +40,7 @@ class Batch:
     kwargs: list[dict[str, Any]]  # what the model itself passes to each layer
     mask_T: torch.Tensor | None  # False where a token is padding
     ffn_input_BLH: torch.Tensor | None = None
+    trace: Trace | None = None
 
 
 class Streamer:
@@ -141,23 +144,44 @@ class Streamer:
 
     @torch.no_grad()
     def observe(
-        self, index: int, batches: list[Batch], observer: Observer, propagate: bool = False
+        self,
+        index: int,
+        batches: list[Batch],
+        observer: Observer,
+        *,
+        propagate: bool = False,
+        trace: bool = False,
     ) -> None:
-        """Show the observer what each expert sees; with `propagate`, finish the layer as well."""
+        """Show the observer what each expert sees.
+
+        With `propagate` the layer is finished as it is; with `trace` phi is kept, and `propagate`
+        called later, on the cut layer, needs no more than its `down_proj`.
+        """
         ffn = self.feed_forward(index)
         for batch in batches:
             mask_T = None if batch.mask_T is None else batch.mask_T.to(self.device)
             x_BLH = batch.ffn_input_BLH.to(self.device)
-            y_BLH = ffn.observe(x_BLH, observer, mask_T, output=propagate)
             if propagate:
-                self._add(index, batch, y_BLH, ffn.residual_scale)
+                sink = Output(x_BLH)
+            else:
+                sink = batch.trace = Trace() if trace else None
+            observe(ffn, x_BLH, observer, mask_T, sink)
+            if propagate:
+                self._add(index, batch, sink.y_TH.view_as(x_BLH), ffn.residual_scale)
 
     @torch.no_grad()
-    def propagate(self, index: int, batches: list[Batch]) -> None:
-        """Finish the layer with the FFN it now has: the next layer's inputs."""
+    def propagate(self, index: int, batches: list[Batch], kept: Kept | None = None) -> None:
+        """Finish the layer with the FFN it now has: the next layer's inputs.
+
+        Where phi was kept, `kept` says which of its columns the layer still has; else the FFN runs.
+        """
         ffn = self.feed_forward(index)
         for batch in batches:
-            y_BLH = ffn.module(batch.ffn_input_BLH.to(self.device))
+            x_BLH = batch.ffn_input_BLH.to(self.device)
+            if batch.trace is None:
+                y_BLH = ffn.module(x_BLH)
+            else:
+                y_BLH = batch.trace.finish(ffn, kept, Output(x_BLH)).view_as(x_BLH)
             self._add(index, batch, y_BLH, ffn.residual_scale)
 
     def _add(self, index: int, batch: Batch, y_BLH: torch.Tensor, scale: float) -> None:
@@ -167,7 +191,7 @@ class Streamer:
                 f"activations after layer {index} hold NaN or inf: check the weights, or run with "
                 "dtype=float32."
             )
-        batch.hidden_BLH, batch.ffn_input_BLH = out_BLH.cpu(), None
+        batch.hidden_BLH, batch.ffn_input_BLH, batch.trace = out_BLH.cpu(), None, None
 
     def _load(self, wanted: Callable[[str], bool], due: Callable[[str], bool]) -> None:
         """Read the checkpoint keys that are `wanted`; the tensors that are `due` must come."""
@@ -214,8 +238,8 @@ class Streamer:
                 self.model.set_submodule(name, real)
 
     def _dtype(self, dtype: str) -> torch.dtype:
-        if dtype != "auto":
-            return getattr(torch, dtype)
+        if (named := resolve_dtype(dtype)) is not None:
+            return named
         if isinstance(self.config.dtype, torch.dtype):
             return self.config.dtype
         with ExitStack() as stack:

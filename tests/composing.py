@@ -1,6 +1,10 @@
-"""Settings composed as main.py composes them, for tests that need no subprocess."""
+"""Settings composed as main.py composes them, and main.py itself, without a subprocess each."""
 
+import logging
+import runpy
+import sys
 from pathlib import Path
+from unittest import mock
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
@@ -34,3 +38,17 @@ def tiny(model: Path, data: Path, output: Path) -> list[str]:
         "calibration.samples=4",
         "calibration.length=48",
     ]
+
+
+def command(*arguments: str) -> int:
+    """The exit code of `python main.py ARGUMENTS`, in this process: imports take long."""
+    handlers = list(logging.getLogger().handlers)
+    script = str(CONF.parent / "main.py")
+    try:
+        with mock.patch.object(sys, "argv", [script, *arguments]):
+            runpy.run_path(script, run_name="__main__")
+        return 0
+    except SystemExit as exit_:
+        return exit_.code
+    finally:
+        logging.getLogger().handlers = handlers

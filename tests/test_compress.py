@@ -37,12 +37,13 @@ def tensors(folder):
     return {k: v for path in sorted(folder.glob("model-*")) for k, v in load_file(path).items()}
 
 
+@pytest.mark.parametrize("phi", ["keep", "recompute"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_camera_p_equals_the_plain_path(
-    family, run, checkpoints, data_folder, calibration, tmp_path
+    family, phi, run, checkpoints, data_folder, calibration, tmp_path
 ):
     source = checkpoints(family)
-    run(source, alpha=0.9)
+    run(source, alpha=0.9, phi=phi)
     tokenizer = AutoTokenizer.from_pretrained(source)
     ids_NL = calibration_tokens(
         tokenizer, calibration, data=str(data_folder), seed=1234, max_length=128
@@ -201,12 +202,14 @@ def test_the_report_says_what_was_done(run, checkpoints, tmp_path):
     assert sorted(energies.layers) == [1, 2]
 
 
-def test_unreached_experts_are_reported_with_their_layer(run, checkpoints, tmp_path):
+def test_unreached_experts_are_reported_with_their_layer(run, checkpoints, tmp_path, caplog):
     source = tmp_path / "source"
     shutil.copytree(checkpoints("qwen3_moe"), source)
-    result = run(source, calibration=camera.Calibration(samples=1, length=2))
+    with caplog.at_level("WARNING", "camera"):
+        result = run(source, calibration=camera.Calibration(samples=1, length=2))
     assert result.coverage["unreached"]
     layer, path, expert = result.coverage["unreached"][0]
+    assert f"layer {layer}: no calibration token reached expert {expert}" in caplog.text
     energy = Energies.load(tmp_path / "out" / "energies.safetensors").layers[layer]
     assert path == f"model.layers.{layer}.mlp.experts"
     assert energy.energy(0.9).split(energy.widths)[expert].eq(0).all()
@@ -241,6 +244,8 @@ def test_refusals_name_the_key_and_the_mend(run, checkpoints, tmp_path, monkeypa
     fails("method camera_p: .*betta", run, source, betta=1)
     fails("propagate=sideways is none of compressed, dense", run, source, propagate="sideways")
     fails("leaves the model as it is", run, source, "dense")
+    fails("phi=maybe is none of auto, keep, recompute", run, source, phi="maybe")
+    fails("dtype=int4 is none of auto, float32", run, source, dtype="int4")
     fails("device=cuda is not available", run, source, device="cuda")
     fails("neither a folder nor a hub id", run, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()

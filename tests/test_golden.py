@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from camera.blocks import FeedForward
+from camera.capture import observe
 from camera.energy import EnergyObserver
 from camera.families import Family
 from camera.plan import keep_highest
@@ -52,8 +53,8 @@ class Block(nn.Module):
             self.shared_gate.weight.data = gate
 
     def forward(self, x):
-        y = self.experts(x, *self.routing)
-        return y + self.shared(x) if hasattr(self, "shared") else y
+        y = self.experts(x[0], *self.routing)
+        return y + self.shared(x[0]) if hasattr(self, "shared") else y
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -75,7 +76,7 @@ def measured(case):
     ffn = FeedForward(layer, family, "layer")
     observer = EnergyObserver(ffn)
     with torch.no_grad():
-        ffn.observe(tensors["hidden_states"], observer)
+        observe(ffn, tensors["hidden_states"][None], observer)
     return observer.result()
 
 

@@ -6,15 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from composing import tiny
+from composing import command, tiny
 
 from experiments.schema import CONF
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "main.py", *arguments], cwd=CONF.parent, capture_output=True, text=True
-    )
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +16,10 @@ def sweep(checkpoints, data_folder, tmp_path_factory):
     """The finished command and its output folder."""
     output = tmp_path_factory.mktemp("outputs")
     overrides = tiny(checkpoints("qwen2_moe"), data_folder, output)
-    done = command("-m", *overrides, "method=dense,camera_p", "sparsity=0.2,1.5,0.4")
+    jobs = ["-m", *overrides, "method=dense,camera_p", "sparsity=0.2,1.5,0.4"]
+    done = subprocess.run(
+        [sys.executable, "main.py", *jobs], cwd=CONF.parent, capture_output=True, text=True
+    )
     return done, output, overrides
 
 
@@ -56,21 +53,27 @@ def test_everything_is_below_output(sweep):
     assert {path.name for path in output.iterdir()} == places
 
 
-def test_a_second_sweep_skips_what_is_done(sweep):
+def test_a_second_sweep_skips_what_is_done(sweep, capsys):
     _, output, overrides = sweep
     before = {path: path.stat().st_mtime_ns for path in (output / "runs").glob("*/DONE")}
-    done = command("-m", *overrides, "method=camera_p", "sparsity=0.2,0.4")
-    assert done.returncode == 0
-    assert done.stdout.count("is done already") == 2
+    assert command("-m", *overrides, "method=camera_p", "sparsity=0.2,0.4") == 0
+    assert capsys.readouterr().out.count("is done already") == 2
     assert {path: path.stat().st_mtime_ns for path in before} == before
     newest = max((output / "sweeps").iterdir())
     with (newest / "table.csv").open() as file:
         assert [row["method"] for row in csv.DictReader(file)] == ["dense", "camera_p", "camera_p"]
 
 
-def test_a_single_run_says_one_sentence_and_fails(sweep):
+def test_a_single_run_says_one_sentence_and_fails(sweep, capsys):
     _, _, overrides = sweep
-    done = command(*overrides, "sparsity=1.5")
-    assert done.returncode == 1
-    assert "sparsity=1.5 must lie between 0 and 1" in done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    assert command(*overrides, "sparsity=1.5") == 1
+    printed = "".join(capsys.readouterr())
+    assert "sparsity=1.5 must lie between 0 and 1" in printed
+    assert "Traceback" not in printed
+
+
+def test_what_nobody_expects_keeps_its_traceback(sweep, capsys, monkeypatch):
+    _, _, overrides = sweep
+    monkeypatch.setattr("experiments.run.assemble", lambda *_: 1 / 0)
+    assert command(*overrides, "method=dense", "evaluation=none") == 1
+    assert "Traceback" in capsys.readouterr().out

@@ -33,6 +33,14 @@ COLUMNS = {  # what lm-eval's own task reads
     "mathqa": {"Problem", "options", "correct"},
 }
 
+TEMPLATES = {  # where lm-eval keeps a task that is not in task/task.yaml
+    "boolq": "super_glue/boolq/default.yaml",
+    "rte": "glue/rte/default.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "winogrande": "winogrande/default.yaml",
+}
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
@@ -80,7 +88,7 @@ def test_text_and_rows_stay_the_same_on_every_machine():
     """A change of the generator changes what the committed model was trained on: train it anew."""
     world = build_world()
     text = "".join(training_document(world, Random(n)) for n in range(200))
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "859a7b14265219a2"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "9df52c9cb5dcb49f"
 
 
 def test_two_processes_may_write_the_layout_at_once(tmp_path):
@@ -113,7 +121,7 @@ def test_no_test_prompt_with_its_answer_is_in_the_training_text(data):
         [
             *(data / "wikitext2" / "train.txt").read_text().splitlines(),
             *pages(data, "train"),
-            *(training_document(world, rng) for _ in range(30_000)),
+            *(training_document(world, rng) for _ in range(6000)),
         ]
     )
     for task in TASKS:
@@ -127,13 +135,13 @@ def test_no_test_prompt_with_its_answer_is_in_the_training_text(data):
 
 def test_prompts_are_those_of_lm_eval(data, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    import lm_eval.tasks
     from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    index = TaskManager().task_index
+    folder = Path(lm_eval.tasks.__file__).parent
     for task in TASKS:
-        config = load_yaml(index[task].yaml_path)
+        config = load_yaml(folder / TEMPLATES.get(task, f"{task}/{task}.yaml"))
         config |= {"task": task, "dataset_path": "json", "dataset_name": None}
         config["dataset_kwargs"] = {
             "data_files": {"test": str(data / "tasks" / f"{task}.jsonl.gz")}
@@ -179,12 +187,13 @@ def test_every_routed_expert_gets_tokens_of_the_world(model, tokenizer, data):
     ids = torch.tensor(tokenizer.encode(text)[: 16 * 512]).view(16, 512)
     counts = [torch.zeros(model.config.num_experts) for _ in model.model.layers]
 
-    def count(n: int):
-        return lambda _m, _x, out: counts[n].add_(torch.bincount(out[2].flatten(), minlength=32))
+    def watch(n: int):
+        def hook(_module, _inputs, outputs) -> None:
+            counts[n] += torch.bincount(outputs[2].flatten(), minlength=len(counts[n]))
 
-    hooks = [
-        layer.mlp.gate.register_forward_hook(count(n)) for n, layer in enumerate(model.model.layers)
-    ]
+        return model.model.layers[n].mlp.gate.register_forward_hook(hook)
+
+    hooks = [watch(n) for n in range(len(counts))]
     with torch.no_grad():
         model(ids)
     for hook in hooks:

@@ -1,0 +1,163 @@
+"""Run a layer's feed-forward part once and see what each expert of its pool does.
+
+The layer's own router decides; its experts are replaced, for the length of the call, by taps that
+compute only the tokens routed to them. Nothing of the routing is computed here.
+
+Shapes: B samples, L tokens of a sample, T = B * L tokens, H hidden, K experts per token, N tokens
+of one expert, W width of one expert.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+from camera.blocks import ExpertGroup, FeedForward, MlpExpert, RoutedExperts
+from camera.slicer import Kept
+
+Observer = Callable[[ExpertGroup, int, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
+"""observer(group, expert, x_NH, h_NW, a_N): the tokens one expert saw, its activations (fp32) and
+routing weights (None for 1); the micro-expert outputs are phi_NW = a_N * h_NW."""
+
+Sink = Callable[[ExpertGroup, int, torch.Tensor | None, torch.Tensor], None]
+"""sink(group, expert, tokens_N, phi_NW): phi in the model's precision; None for all tokens."""
+
+
+class Output:
+    """A sink that adds the FFN's output up: y_TH = sum_i phi_i * w_i^down over the whole pool."""
+
+    def __init__(self, x_BLH: torch.Tensor):
+        self.y_TH = torch.zeros_like(x_BLH).flatten(0, -2)
+
+    def __call__(
+        self, group: ExpertGroup, expert: int, tokens_N: torch.Tensor | None, phi_NW: torch.Tensor
+    ) -> None:
+        out = group.project(expert, phi_NW)
+        if tokens_N is None:
+            self.y_TH += out
+        else:
+            self.y_TH.index_add_(0, tokens_N, out)
+
+
+class Trace:
+    """A sink that keeps phi, so that a layer cut afterwards needs only `down_proj` to finish."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[str, int, torch.Tensor | None, torch.Tensor]] = []
+
+    def __call__(
+        self, group: ExpertGroup, expert: int, tokens_N: torch.Tensor | None, phi_NW: torch.Tensor
+    ) -> None:
+        self._seen.append((group.path, expert, tokens_N, phi_NW))
+
+    def finish(self, ffn: FeedForward, kept: Kept, output: Output) -> torch.Tensor:
+        """y_TH of the cut layer `ffn`, of whose micro-experts `kept` stayed."""
+        groups = {group.path: group for group in ffn.groups}
+        for path, expert, tokens_N, phi_NW in self._seen:
+            rows = kept[path][expert].to(phi_NW.device)
+            output(groups[path], expert, tokens_N, phi_NW[:, rows])
+        return output.y_TH
+
+
+def observe(
+    ffn: FeedForward,
+    x_BLH: torch.Tensor,
+    observer: Observer,
+    mask_T: torch.Tensor | None = None,
+    sink: Sink | None = None,
+) -> None:
+    """Call `observer`, and `sink` if given, for every expert that x reaches.
+
+    Tokens where `mask_T` is False (padding) are routed as the model would, and reach the sink, but
+    the observer never sees them.
+    """
+    if not ffn.is_moe:
+        _mlp(ffn.groups[0], observer, mask_T, sink, x_BLH)
+        return
+    with ExitStack() as taps:
+        for group in ffn.groups:
+            shared = isinstance(group, MlpExpert)
+            name = ffn.family.shared if shared else ffn.family.experts
+            function = partial(_mlp if shared else _routed, group, observer, mask_T, sink)
+            taps.enter_context(swapped(ffn.module, name, Tap(function)))
+        ffn.module(x_BLH)
+
+
+class Tap(nn.Module):
+    """A module that calls a function: stands in for a part of a layer while the layer runs."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args, **kwargs):
+        return self.function(*args, **kwargs)
+
+
+@contextmanager
+def swapped(parent: nn.Module, name: str, stand_in: nn.Module) -> Iterator[None]:
+    """Put `stand_in` in the place of a submodule for the length of a block."""
+    original = getattr(parent, name)
+    setattr(parent, name, stand_in)
+    try:
+        yield
+    finally:
+        setattr(parent, name, original)
+
+
+def routed_slots(index_TK: torch.Tensor, experts: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (expert, slots) for the experts that were hit; slot // K is the token."""
+    order = torch.argsort(index_TK.reshape(-1), stable=True)
+    counts = torch.bincount(index_TK.reshape(-1), minlength=experts).tolist()
+    for expert, slots in enumerate(order.split(counts)):
+        if len(slots):
+            yield expert, slots
+
+
+def _routed(
+    group: RoutedExperts,
+    observer: Observer,
+    mask_T: torch.Tensor | None,
+    sink: Sink | None,
+    x_TH: torch.Tensor,
+    index_TK: torch.Tensor,
+    weight_TK: torch.Tensor,
+) -> torch.Tensor:
+    top_k, weight = index_TK.shape[-1], weight_TK.reshape(-1)
+    for expert, slots in routed_slots(index_TK, len(group.widths)):
+        if sink is None and mask_T is not None:
+            slots = slots[mask_T[slots // top_k]]
+        tokens_N = slots // top_k
+        x_NH, a_N = x_TH[tokens_N], weight[slots].float()
+        h_NW = group.activations(expert, x_NH)
+        if sink is not None:
+            sink(group, expert, tokens_N, (h_NW * a_N[:, None]).to(x_TH.dtype))
+            if mask_T is not None:
+                shown = mask_T[tokens_N]
+                x_NH, h_NW, a_N = x_NH[shown], h_NW[shown], a_N[shown]
+        if len(a_N):
+            observer(group, expert, x_NH, h_NW, a_N)
+    return torch.zeros_like(x_TH)
+
+
+def _mlp(
+    group: MlpExpert,
+    observer: Observer,
+    mask_T: torch.Tensor | None,
+    sink: Sink | None,
+    x: torch.Tensor,
+) -> torch.Tensor:
+    x_NH = x.reshape(-1, x.shape[-1])
+    if sink is None and mask_T is not None:
+        x_NH = x_NH[mask_T]
+    h_NW, a_N = group.activations(0, x_NH), group.scale(x_NH)
+    if sink is not None:
+        phi_NW = h_NW if a_N is None else h_NW * a_N[:, None]
+        sink(group, 0, None, phi_NW.to(x.dtype))
+        if mask_T is not None:
+            x_NH, h_NW = x_NH[mask_T], h_NW[mask_T]
+            a_N = None if a_N is None else a_N[mask_T]
+    observer(group, 0, x_NH, h_NW, a_N)
+    return torch.zeros_like(x)
