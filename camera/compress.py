@@ -7,6 +7,7 @@ from camera.calibration import Calibration, calibration_tokens
 from camera.checkpoint import load_tokenizer, resolve_device
 from camera.errors import CameraError
 from camera.job import Job
+from camera.measure import Measurement
 from camera.method import METHODS, Method
 from camera.progress import PeakMemory
 from camera.result import CompressionResult, unquantised_bits, versions
@@ -57,19 +58,21 @@ def compress(
     method.check(streamer.budget)
     require_space(out.parent, streamer.budget.dense.bytes)
 
-    job = Job(str(model), streamer, method, out, phi=phi, show_progress=progress)
+    job = Job(str(model), streamer, method, out, show_progress=progress)
     if method.calibrates:
-        job.tokens = calibration_tokens(
+        tokens = calibration_tokens(
             load_tokenizer(folder, trust_remote_code),
             calibration or Calibration(),
             data=data,
             seed=seed,
             max_length=getattr(streamer.config, "max_position_embeddings", None),
         )
+        job.calibration = Measurement(str(model), streamer, tokens, job.each_layer)
     with PeakMemory(streamer.device) as job.memory:
         if method.calibrates and propagate == "dense":
             job.measure_once(Path(energies) if energies else None)
-        job.compress_layers(measure=method.calibrates and propagate == "compressed")
+        measured_as_it_goes = method.calibrates and propagate == "compressed"
+        job.compress_layers(phi if measured_as_it_goes else None)
         return job.finish()
 
 

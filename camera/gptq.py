@@ -133,10 +133,7 @@ class GPTQ:
         return Grid(self.sym, self.clip, self.clip_norm, *shape, self.scale_dtype)
 
     def factor(self, H_ECC: torch.Tensor, tokens_E: torch.Tensor | None = None) -> Factor:
-        """Damp, order and invert the Hessians of E experts, all in one batch.
-
-        Without tokens_E, an expert whose Hessian is all zero counts as one without tokens.
-        """
+        """Damp, order and invert E Hessians at once; without tokens_E, H = 0 means no tokens."""
         experts, columns = H_ECC.shape[:2]
         H_ECC, device = H_ECC.float(), H_ECC.device
         few_E = (H_ECC.diagonal(0, 1, 2) == 0).all(1) & (columns > 0)
@@ -261,7 +258,7 @@ class GPTQ:
         experts, columns, rows = W_ECR.shape
         grid, feedback = self.grid, U_ECC is not None
         everyone = torch.arange(experts, device=W_ECR.device)
-        # Groups that are the same for all experts are sliced, not gathered.
+        # Groups that all experts share are sliced, not gathered.
         alike = order_EC[0].tolist() if len(order_EC) == 1 else None
         codes_ECR = torch.empty(W_ECR.shape, dtype=torch.uint8, device=W_ECR.device)
         loss_ER = W_ECR.new_zeros(experts, rows)

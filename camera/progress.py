@@ -1,7 +1,7 @@
 """What a long run shows: layer, time left, memory; and the peak of memory it took."""
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import psutil
 import torch
@@ -58,8 +58,8 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def each_layer(count: int, title: str, memory: PeakMemory, show: bool) -> Iterable[int]:
-    """Iterate over the layers behind a progress bar with time left and memory."""
+def each_layer(start: int, count: int, title: str, memory: PeakMemory, show: bool) -> Iterator[int]:
+    """Iterate over the layers from `start` behind a progress bar with time left and memory."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -70,12 +70,8 @@ def each_layer(count: int, title: str, memory: PeakMemory, show: bool) -> Iterab
         TimeRemainingColumn(),
         TextColumn("{task.fields[memory]:.2f} GB"),
     )
-    return _bar(columns, count, title, memory, show)
-
-
-def _bar(columns, count: int, title: str, memory: PeakMemory, show: bool) -> Iterator[int]:
-    with Progress(*columns, disable=not show, transient=False) as progress:
-        task = progress.add_task(title, total=count, memory=memory.now() / 1e9)
-        for index in range(count):
+    with Progress(*columns, disable=not show) as progress:
+        task = progress.add_task(title, total=count, completed=start, memory=memory.now() / 1e9)
+        for index in range(start, count):
             yield index
             progress.update(task, advance=1, memory=memory.now() / 1e9)

@@ -1,6 +1,7 @@
 """safetensors checkpoints on disk: read a part lazily, write a shard at a time."""
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from camera.errors import CameraError
 
+log = logging.getLogger("camera")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -91,32 +93,59 @@ class ShardWriter:
         self.folder, self.shards = folder, shards
         self.weight_map: dict[str, str] = {}
         self.sizes: dict[str, tuple[int, int]] = {}
-        self._written = 0
+        self.files: dict[str, int] = {}
 
     def add(self, tensors: dict[str, torch.Tensor]) -> None:
         """Write one shard."""
-        self._written += 1
-        name = f"model-{self._written:05d}-of-{self.shards:05d}.safetensors"
+        name = f"model-{len(self.files) + 1:05d}-of-{self.shards:05d}.safetensors"
         whole = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
         path, partial = self.folder / name, self.folder / f".{name}.partial"
         try:
             save_file(whole, partial, metadata={"format": "pt"})
-            os.replace(partial, path)
+            replace_durably(partial, path)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise CameraError(
                 f"can't write {path} ({error}): free space on that disk or set output elsewhere."
             ) from error
+        self.files[name] = path.stat().st_size
         for key, tensor in whole.items():
             self.weight_map[key] = name
             self.sizes[key] = (tensor.numel(), tensor.numel() * tensor.element_size())
 
+    def state(self) -> dict[str, Any]:
+        """What has been written so far, for `restore`."""
+        return {"weight_map": self.weight_map, "sizes": self.sizes, "files": self.files}
+
+    def restore(self, state: dict[str, Any]) -> bool:
+        """Take up the work of another writer; False if a file is not as it was left."""
+        for name, size in state["files"].items():
+            path = self.folder / name
+            if not path.exists() or path.stat().st_size != size:
+                log.warning("%s is not as it was written: starting anew.", path)
+                return False
+        self.weight_map, self.files = state["weight_map"], state["files"]
+        self.sizes = {name: tuple(size) for name, size in state["sizes"].items()}
+        return True
+
+    @property
+    def bytes(self) -> int:
+        """Size of the files written."""
+        return sum(self.files.values())
+
     def close(self) -> None:
         """Write the index; the checkpoint's tensors are then complete."""
-        if self._written != self.shards:
-            raise RuntimeError(f"{self._written} of {self.shards} shards were written")
+        if len(self.files) != self.shards:
+            raise RuntimeError(f"{len(self.files)} of {self.shards} shards were written")
         index = {
             "metadata": {"total_size": sum(size for _, size in self.sizes.values())},
             "weight_map": dict(sorted(self.weight_map.items())),
         }
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def replace_durably(partial: Path, path: Path) -> None:
+    """Rename a finished file into place once its bytes are on the disk."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)

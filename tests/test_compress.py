@@ -81,12 +81,14 @@ def test_the_same_call_writes_the_same_bytes(method, run, checkpoints, tmp_path)
 def test_dense_energies_are_measured_once_for_all_alphas_and_sparsities(
     run, checkpoints, tmp_path, monkeypatch
 ):
-    import camera.job
+    import camera.measure
 
     passes = []
-    original = camera.job.Job._measure_dense
+    original = camera.measure.Measurement._measure_dense
     monkeypatch.setattr(
-        camera.job.Job, "_measure_dense", lambda self: passes.append(1) or original(self)
+        camera.measure.Measurement,
+        "_measure_dense",
+        lambda self, progress: passes.append(1) or original(self, progress),
     )
     source, kept = checkpoints("qwen2_moe"), tmp_path / "energies"
     for alpha in (0.0, 0.9):
@@ -116,15 +118,15 @@ def test_other_weights_or_tokens_do_not_share_energies(run, checkpoints, calibra
 
 
 def _compress_in_a_process(source, out, data, kept, queue):
-    import camera.job
+    import camera.measure
 
-    original = camera.job.Job._measure_dense
+    original = camera.measure.Measurement._measure_dense
 
-    def counted(self):
+    def counted(self, progress):
         queue.put("measured")
-        return original(self)
+        return original(self, progress)
 
-    camera.job.Job._measure_dense = counted
+    camera.measure.Measurement._measure_dense = counted
     calibration = camera.Calibration(samples=4, length=32)
     camera.compress(
         source,

@@ -29,9 +29,7 @@ def test_histograms_count_every_micro_expert_over_one_range():
     assert histograms[1].counts.sum() == 4 and histograms[1].zeros == 0
     assert histograms[3].counts.sum() == 2 and histograms[3].zeros == 1
     assert np.array_equal(histograms[1].edges, histograms[3].edges)
-    assert histograms[1].edges[0] == pytest.approx(-4) and histograms[1].edges[-1] == pytest.approx(
-        3
-    )
+    assert histograms[1].edges[[0, -1]] == pytest.approx([-4, 3])
 
 
 @pytest.mark.parametrize("layer", [Layer(0.0, 0.0), Layer(2.0), Layer(1e-12, 1e12)])

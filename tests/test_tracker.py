@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -33,11 +34,21 @@ def records(file: Path) -> list[Record]:
     return found
 
 
+def whole(file: Path) -> list[Record]:
+    """The records once the last one is there: W&B's own process writes them after `finish`."""
+    for _ in range(300):
+        found = records(file)
+        if any(record.HasField("exit") for record in found):
+            return found
+        time.sleep(0.1)
+    raise TimeoutError(f"{file} is never finished")
+
+
 def read_back(folder: Path) -> dict:
     """Config, summary and logged values of a run's only W&B file, with its group and exit code."""
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     read = {"config": {}, "summary": {}, "history": {}}
-    for record in records(file):
+    for record in whole(file):
         if record.HasField("run"):
             read["run"] = record.run
             for update in record.run.config.update:

@@ -1,0 +1,126 @@
+"""Calibration: the tokens' way through a streamed model, and the energies measured on it."""
+
+import os
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+from filelock import FileLock
+
+from camera.calibration import CalibrationTokens
+from camera.energy import Energies, EnergyObserver, LayerEnergy
+from camera.progress import free_memory
+from camera.result import versions
+from camera.resume import Progress, code_version
+from camera.slicer import Kept
+from camera.source import content_key, fingerprint
+from camera.stream import Batch, Streamer
+
+BATCH_TOKENS = 8192
+PHI_SHARE = 0.25  # of the free memory, for phi of one layer
+EachLayer = Callable[[str, int], Iterable[int]]
+"""each_layer(title, start): the layers from `start` on, behind a progress bar."""
+
+
+class Measurement:
+    """Calibration tokens on their way through a model, measured layer by layer."""
+
+    def __init__(
+        self, model: str, streamer: Streamer, tokens: CalibrationTokens, each_layer: EachLayer
+    ):
+        self.model, self.streamer, self.tokens = model, streamer, tokens
+        self.each_layer = each_layer
+        self.batches: list[Batch] = []
+
+    def about(self, propagate: str) -> dict:
+        """What energies were measured on, for their file."""
+        return {
+            "model": self.model,
+            "propagate": propagate,
+            "calibration": self.tokens.describe(),
+            "versions": versions(),
+        }
+
+    def start(self, progress: Progress) -> None:
+        """Embed the tokens; where an earlier run got further, take its hidden states."""
+        ids_NL = self.tokens.ids_NL
+        size = max(1, BATCH_TOKENS // ids_NL.shape[1])
+        self.batches = self.streamer.embed({"input_ids": ids} for ids in ids_NL.split(size))
+        if progress.done:
+            for batch, hidden_BLH in zip(self.batches, progress.hidden(), strict=True):
+                batch.hidden_BLH = hidden_BLH
+
+    def hidden(self) -> list:
+        """The inputs of the layer that comes next."""
+        return [batch.hidden_BLH for batch in self.batches]
+
+    def measure(self, index: int, *, propagate: bool = False, trace: bool = False) -> LayerEnergy:
+        """Energies of a loaded layer whose attention has run."""
+        observer = EnergyObserver(self.streamer.feed_forward(index))
+        self.streamer.observe(index, self.batches, observer, propagate=propagate, trace=trace)
+        return observer.result()
+
+    def attend(self, index: int) -> None:
+        """Run a loaded layer up to its FFN."""
+        self.streamer.attend(index, self.batches)
+
+    def propagate(self, index: int, kept: Kept | None) -> None:
+        """Finish a layer as it now is."""
+        self.streamer.propagate(index, self.batches, kept)
+
+    def keeps_phi(self, phi: str) -> bool:
+        """Whether phi of a layer is kept until it is cut; `auto` goes by free memory."""
+        if phi != "auto":
+            return phi == "keep"
+        top_k = getattr(self.streamer.config, "num_experts_per_tok", 1)
+        widest = 0.0
+        for pool in self.streamer.budget.layers.values():
+            routed = sum(pool.routed)
+            active = sum(
+                width * top_k / routed if is_routed else width
+                for width, is_routed in zip(pool.widths, pool.routed, strict=True)
+            )
+            widest = max(widest, active)
+        needed = widest * self.tokens.ids_NL.numel() * self.streamer.dtype.itemsize
+        return needed < PHI_SHARE * free_memory(self.streamer.device)
+
+    def dense_energies(self, folder: Path) -> Energies:
+        """Energies of the original model: read from `folder` if measured before, else measured."""
+        streamer = self.streamer
+        about = {
+            "weights": fingerprint(streamer.folder),
+            "tokens": self.tokens.hash,
+            "dtype": str(streamer.dtype),
+            "version": version("camera-moe"),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{streamer.config.model_type}-{content_key(about)}"
+        path = folder / f"{name}.safetensors"
+        with FileLock(f"{path}.lock"):  # parallel jobs of a sweep measure once
+            if not path.exists():
+                progress = Progress(
+                    folder / f".{name}" / "progress", about | code_and_device(streamer)
+                )
+                found = self._measure_dense(progress)
+                partial = folder / f".{name}.partial"
+                found.save(partial)
+                os.replace(partial, path)
+                progress.clear()
+        return Energies.load(path)
+
+    def _measure_dense(self, progress: Progress) -> Energies:
+        progress.restore()
+        self.start(progress)
+        energies, streamer = Energies(progress.energies(), self.about("dense")), self.streamer
+        for i in self.each_layer("measure", progress.done):
+            streamer.load_layer(i)
+            self.attend(i)
+            energies.layers[i] = self.measure(i, propagate=True)
+            streamer.free(streamer.layers[i])
+            progress.commit(i + 1, {}, self.hidden(), energies.layers[i])
+        return energies
+
+
+def code_and_device(streamer: Streamer) -> dict[str, str]:
+    """What else than the inputs decides the bytes of a result."""
+    return {"code": code_version(), "device": streamer.device.type}
