@@ -11,6 +11,7 @@ from camera.measure import Measurement
 from camera.method import METHODS, Method
 from camera.progress import PeakMemory
 from camera.result import CompressionResult, unquantised_bits, versions
+from camera.skeleton import Skeleton
 from camera.source import require_space, resolve_model
 from camera.stream import Streamer
 
@@ -78,8 +79,8 @@ def compress(
 
 def describe(model: str | Path, trust_remote_code: bool = False) -> CompressionResult:
     """What `compress` would report of the original model: its counts, with nothing removed."""
-    streamer = Streamer(resolve_model(str(model)), "cpu", "auto", trust_remote_code)
-    dense, size = streamer.budget.dense, streamer.reader.bytes
+    skeleton = Skeleton(resolve_model(str(model)), trust_remote_code=trust_remote_code)
+    dense, size = skeleton.budget.dense, skeleton.reader.bytes
     return CompressionResult(
         method="dense",
         model=str(model),

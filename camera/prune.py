@@ -4,7 +4,7 @@ Shapes: N micro-experts of a layer's pool (shared expert first, then routed expe
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -26,7 +26,7 @@ class MicroExpertPruning(Method):
     """
 
     sparsity: float
-    sparsity_of: str = "moe"
+    sparsity_of: Literal["moe", "model", "routed"] = "moe"
     width_multiple: int = 1
     min_width: int = 0
 

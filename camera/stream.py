@@ -3,33 +3,17 @@
 Shapes: B samples of a batch, L tokens of a sample, H hidden, T = B * L.
 """
 
-import gc
-import re
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
-from camera.blocks import FeedForward
-from camera.budget import Budget, budget_of
 from camera.capture import Observer, Output, Tap, Trace, observe, swapped
-from camera.checkpoint import CameraConfig, CameraQuantizer, resize_skeleton, resolve_dtype
 from camera.errors import CameraError
-from camera.families import family_of
-from camera.shards import ShardReader
+from camera.skeleton import Skeleton, all_finite
 from camera.slicer import Kept
-
-_IN_A_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass
@@ -43,65 +27,8 @@ class Batch:
     trace: Trace | None = None
 
 
-class Streamer:
-    """A model of which never more than one decoder layer (and its embeddings) is in memory."""
-
-    def __init__(
-        self,
-        folder: Path,
-        device: str = "cpu",
-        dtype: str = "auto",
-        trust_remote_code: bool = False,
-    ):
-        self.folder, self.device = folder, torch.device(device)
-        self.config = load_config(folder, trust_remote_code)
-        self.family = family_of(self.config.model_type)
-        self.reader = ShardReader(folder)
-        self.dtype = self._dtype(dtype)
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(
-                self.config, dtype=self.dtype, trust_remote_code=trust_remote_code or None
-            )
-        self.model.eval().requires_grad_(False)
-        self._conversions = get_model_conversion_mapping(self.model)
-        self.compressed = getattr(self.config, "quantization_config", None)
-        if self.compressed is not None:
-            self._prepare_compressed()
-        self.base = self.model.base_model
-        self.root = f"{self.model.base_model_prefix}.layers"
-        self._materialise_rotary()
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        return self.base.layers
-
-    @cached_property
-    def budget(self) -> Budget:
-        """Parameter counts, from shapes alone."""
-        return budget_of(self.model, self.layers, self.family, self.root)
-
-    def feed_forward(self, index: int) -> FeedForward:
-        """The view of a layer that methods work on."""
-        return FeedForward(self.layers[index], self.family, f"{self.root}.{index}")
-
-    def load_layer(self, index: int) -> nn.Module:
-        """Read one decoder layer; CameraError for missing tensors, NaN and inf."""
-        prefix = f"{self.root}.{index}."
-        self._load(lambda key: _layer_of(key) == index, lambda name: name.startswith(prefix))
-        return self.layers[index]
-
-    def load_rest(self, only: str = "") -> None:
-        """Read what is outside the layers: embeddings, final norm, head (or those named `only`)."""
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
-        self._load(
-            lambda key: _layer_of(key) is None and only in key,
-            lambda name: _layer_of(name) is None and only in name and name not in tied,
-        )
-
-    def free(self, module: nn.Module) -> None:
-        """Give a module's memory back."""
-        module.to("meta")
-        gc.collect()
+class Streamer(Skeleton):
+    """Runs text through a model of which never more than one decoder layer is in memory."""
 
     @torch.no_grad()
     def embed(self, batches: Iterable[dict[str, torch.Tensor]]) -> list[Batch]:
@@ -193,60 +120,6 @@ class Streamer:
             )
         batch.hidden_BLH, batch.ffn_input_BLH, batch.trace = out_BLH.cpu(), None, None
 
-    def _load(self, wanted: Callable[[str], bool], due: Callable[[str], bool]) -> None:
-        """Read the checkpoint keys that are `wanted`; the tensors that are `due` must come."""
-        settings = LoadStateDictConfig(
-            dtype=self.dtype,
-            device_map={"": self.device},
-            weight_mapping=self._conversions,
-            dtype_plan=self.model._get_dtype_plan(self.dtype),
-        )
-        with ExitStack() as stack, _quiet():
-            info, _ = convert_and_load_state_dict_in_model(
-                self.model, self.reader.slices(wanted, stack), settings
-            )
-        if info.mismatched_keys or info.conversion_errors:
-            wrong = next(iter(info.mismatched_keys or info.conversion_errors))
-            name = wrong[0] if isinstance(wrong, tuple) else wrong
-            raise CameraError(
-                f"tensor '{name}' in {self.folder} doesn't have the shape config.json asks for."
-            )
-        missing = sorted(name for name in info.missing_keys if due(name))
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise CameraError(
-                f"{self.folder} lacks tensor '{missing[0]}'{more}: download the model again."
-            )
-        for name, tensor in self.model.named_parameters():
-            if due(name) and not all_finite(tensor):
-                raise CameraError(f"tensor '{name}' in {self.folder} holds NaN or inf.")
-
-    def _prepare_compressed(self) -> None:
-        if not isinstance(self.compressed, CameraConfig):
-            raise CameraError(
-                f"{self.folder} is already quantised ({self.compressed}): start from its "
-                "unquantised weights."
-            )
-        resize_skeleton(self.model, self.compressed)
-        quantizer = CameraQuantizer(self.compressed)
-        self._conversions = quantizer.update_weight_conversions(self._conversions, self.model)
-
-    def _materialise_rotary(self) -> None:
-        for name, module in list(self.model.named_modules()):
-            if name.endswith("rotary_emb"):  # its buffers live in code, not in the checkpoint
-                real = type(module)(config=self.config).to(self.device)
-                self.model.set_submodule(name, real)
-
-    def _dtype(self, dtype: str) -> torch.dtype:
-        if (named := resolve_dtype(dtype)) is not None:
-            return named
-        if isinstance(self.config.dtype, torch.dtype):
-            return self.config.dtype
-        with ExitStack() as stack:
-            first = next(iter(self.reader.files))
-            piece = self.reader.slices(lambda key: key == first, stack)[first]
-            return piece[:1].dtype
-
 
 class _Recorder(nn.Module):
     """Stands in for a decoder layer and keeps the arguments of its last call."""
@@ -263,41 +136,6 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
-class _quiet:
-    """No progress bar for each layer's few tensors."""
-
-    def __enter__(self) -> None:
-        self.was_on = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        if self.was_on:
-            transformers_logging.enable_progress_bar()
-
-
 def unwrap(output: Any) -> torch.Tensor:
     """Hidden states of a decoder layer, which returns a tensor or, in some families, a tuple."""
     return output[0] if isinstance(output, tuple) else output
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is free of NaN and inf, in one read and without a copy."""
-    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
-
-
-def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """config.json as transformers reads it; CameraError for an unknown model type."""
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code or None)
-    except (ValueError, KeyError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise CameraError(f"{folder / 'config.json'} can't be used: {first}") from error
-    stored = getattr(config, "quantization_config", None)
-    if isinstance(stored, dict) and stored.get("quant_method") == "camera":
-        config.quantization_config = CameraConfig.from_dict(stored)
-    return config
-
-
-def _layer_of(key: str) -> int | None:
-    found = _IN_A_LAYER.search(key)
-    return int(found.group(1)) if found else None

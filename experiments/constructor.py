@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import field, make_dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,13 @@ from typing import Any
 from omegaconf import MISSING
 
 
-class Choice(str, Enum):
-    """An option among named ones; OmegaConf lists them when it refuses another."""
-
-    def __str__(self) -> str:
-        return self.value
-
-
 @cache
-def choice(*options: str) -> type[Choice]:
-    """The type of "one of these"; the same options give the same type, so values interpolate."""
-    return Choice("Choice", {option: option for option in options})
+def choice(*options: str) -> type[StrEnum]:
+    """The type of "one of these", which OmegaConf lists when it refuses another value.
+
+    The same options give the same type, so that a value can be interpolated into another key.
+    """
+    return StrEnum("Choice", {option: option for option in options})
 
 
 def locate(target: str) -> type:

@@ -11,7 +11,7 @@ import torch
 from experiments.tiny_moe.corpus import article, training_document, web_page
 from experiments.tiny_moe.world import World
 
-FOCUS_STEPS, FOCUS_SHARE, FOCUS_ODDS = range(744, 1400), 0.2, 0.7
+FOCUS_SHARE = 0.25
 
 
 def rows(
@@ -27,27 +27,37 @@ def rows(
     return torch.tensor(filled)
 
 
-def curriculum(step: int) -> Callable[[World, Random], str]:
-    """How the documents of a step are drawn: for a while, most are about a few of the entities.
+def source(odds: float) -> Callable[[World, Random], str]:
+    """How documents are drawn; with `odds`, one is about a few of the entities only.
 
     A model that has learnt to recall some facts takes in the others sooner than one that meets all
     of them at once.
     """
-    if step not in FOCUS_STEPS:
-        return training_document
 
-    def focused(world: World, rng: Random) -> str:
+    def document(world: World, rng: Random) -> str:
         few = replace(world, share=FOCUS_SHARE)
-        return training_document(few if rng.random() < FOCUS_ODDS else world, rng)
+        return training_document(few if rng.random() < odds else world, rng)
 
-    return focused
+    return document
 
 
 def training_batch(
-    world: World, tokenizer, seed: int, step: int, count: int, length: int
+    world: World, tokenizer, seed: int, step: int, count: int, length: int, odds: float
 ) -> torch.Tensor:
     """The rows of one step."""
-    return rows(world, tokenizer, Random(f"train/{seed}/{step}"), count, length, curriculum(step))
+    return rows(world, tokenizer, Random(f"train/{seed}/{step}"), count, length, source(odds))
+
+
+def token_weights(world: World, tokenizer, weight: float) -> torch.Tensor:
+    """Weights of the vocabulary in the loss: `weight` for what answers consist of, 1 for the rest.
+
+    Most other tokens are drawn at random by the generator and can be learnt by no one.
+    """
+    answers = {value for pool in world.pools.values() for value in pool}
+    answers |= {"yes", "no", "True", "False", *map(str, range(1, 82))}
+    weights = torch.ones(len(tokenizer))
+    weights[[tokenizer.encode(f" {answer}")[0] for answer in sorted(answers)]] = weight
+    return weights
 
 
 def validation_batches(world: World, tokenizer, count: int, length: int) -> dict[str, torch.Tensor]:

@@ -19,14 +19,19 @@ from torch.nn import functional
 
 from experiments.tiny_moe.model import SIZES, RouterWatch, build_model
 from experiments.tiny_moe.saving import export, load_checkpoint, save_checkpoint
-from experiments.tiny_moe.stream import training_batch, validation_batches
+from experiments.tiny_moe.stream import token_weights, training_batch, validation_batches
 from experiments.tiny_moe.tokenizer import build_tokenizer
 from experiments.tiny_moe.world import build_world
 
 DEFAULTS = {
     "seed": 0,
-    "rows": 4,
-    "peak": 2e-3,  # learning rate of the plateau
+    "tokens": 1536,  # in a batch
+    "short": 64,  # length of rows at first: fewer names compete, and recall is learnt sooner
+    "long": 0.25,  # share of the steps, the last, in which rows are as long as the context
+    "focus": 0.2,  # share of the steps, the first, that are mostly about few entities
+    "odds": 0.6,  # of a document to be about those in that time
+    "answers": 4.0,  # weight of answer tokens in the loss
+    "peak": 2.5e-3,  # learning rate of the plateau
     "warmup": 100,  # steps
     "decay": 0.3,  # share of the steps in which the rate falls
     "weight_decay": 0.1,
@@ -47,10 +52,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: float)
     return peak * min((step + 1) / warmup, 1.0, max(0.0, (steps - step) / fall))
 
 
-def token_loss(model, ids: Tensor) -> Tensor:
+def token_loss(model, ids: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean next-token loss."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    return functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    return functional.cross_entropy(logits.float(), ids[:, 1:].flatten(), weight=weights)
 
 
 def make_optimizer(model, peak: float, weight_decay: float) -> torch.optim.AdamW:
@@ -82,6 +87,7 @@ def describe(model, options: dict, steps: int, sizes: dict) -> dict:
         "threads": torch.get_num_threads(),
         "seconds": 0.0,
         "curve": [],
+        "legs": [],
     }
 
 
@@ -100,8 +106,11 @@ def train(out: Path, steps: int, sizes: dict | None = None, **options) -> dict:
     record, first = describe(model, o, steps, sizes), 0
     if (checkpoint := out / "checkpoint.pt").exists():
         first, earlier = load_checkpoint(checkpoint, model, optimizer)
-        record |= {"seconds": earlier["seconds"], "curve": earlier["curve"]}
+        kept = ("seconds", "curve", "legs")
+        record |= {key: earlier[key] for key in kept if key in earlier}
         print(f"resumed at step {first}", flush=True)
+    record["legs"] += [{"from": first, **record["settings"]}]
+    weights = token_weights(world, tokenizer, o["answers"])
     validation = validation_batches(world, tokenizer, 8, length)
     before, start = record["seconds"], time.monotonic()
     saved = exported = start
@@ -110,16 +119,18 @@ def train(out: Path, steps: int, sizes: dict | None = None, **options) -> dict:
     for step in range(first + 1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, steps, o["peak"], o["warmup"], o["decay"])
-        ids = training_batch(world, tokenizer, o["seed"], step - 1, o["rows"], length)
+        width = length if step > (1 - o["long"]) * steps else min(length, o["short"])
+        count, odds = o["tokens"] // width, o["odds"] * (step <= o["focus"] * steps)
+        ids = training_batch(world, tokenizer, o["seed"], step - 1, count, width, odds)
         with torch.autocast("cpu", torch.bfloat16, enabled=bool(o["bf16"])):
-            loss = token_loss(model, ids)
+            loss = token_loss(model, ids, weights)
         balance = watch.balance_loss()
         (loss + o["balance"] * balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         now = time.monotonic()
-        record |= {"seconds": before + now - start, "tokens": step * ids.numel(), "steps": step}
+        record |= {"seconds": before + now - start, "tokens": step * o["tokens"], "steps": step}
         if step % o["report"] == 0 or step == steps:
             point = {"step": step, "seconds": round(record["seconds"], 1)}
             point |= {"loss": round(loss.item(), 4), "balance": round(balance.item(), 4)}
