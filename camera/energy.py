@@ -116,15 +116,16 @@ class Energies:
             for name in ("sum2_N", "max2_N", "basis_N", "tokens_E"):
                 tensors[f"{i}.{name}"] = getattr(layer, name).contiguous()
         groups = {str(i): layer.groups for i, layer in self.layers.items()}
-        header = {"groups": json.dumps(groups), "about": json.dumps(self.about)}
-        save_file(tensors, path, metadata=header)
+        # one entry only: safetensors writes several in any order, and files are compared by bytes
+        header = json.dumps({"groups": groups, "about": self.about})
+        save_file(tensors, path, metadata={"camera": header})
 
     @classmethod
     def load(cls, path: Path) -> "Energies":
         """Read a file of `save`; CameraError if it is missing or broken."""
         try:
             with safe_open(path, "pt") as file:
-                header = file.metadata()
+                header = json.loads(file.metadata()["camera"])
                 layers = {
                     int(i): LayerEnergy(
                         groups,
@@ -133,9 +134,9 @@ class Energies:
                             for name in ("sum2_N", "max2_N", "basis_N", "tokens_E")
                         ),
                     )
-                    for i, groups in json.loads(header["groups"]).items()
+                    for i, groups in header["groups"].items()
                 }
-                return cls(layers, json.loads(header["about"]))
+                return cls(layers, header["about"])
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise CameraError(
                 f"energies file {path} can't be read ({error}): delete it and run again."
