@@ -186,3 +186,14 @@ def test_a_newer_format_is_refused(compressed, tmp_path):
 def test_export_refuses_what_is_not_compressed(checkpoints, tmp_path):
     with pytest.raises(CameraError, match="not a compressed checkpoint"):
         camera.export(checkpoints("mixtral"), tmp_path / "x")
+
+
+def test_export_from_the_command_line(compressed, tmp_path, monkeypatch, capsys):
+    from camera.export import main
+
+    folder, _ = compressed("mixtral")
+    monkeypatch.setattr("sys.argv", ["export", str(folder), str(tmp_path / "x")])
+    main()
+    assert "mixtral, uniform width" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="exists already"):
+        main()
