@@ -5,10 +5,10 @@ Importing this package teaches transformers the checkpoint format `camera` and t
 """
 
 from camera import checkpoint, deepseek
+from camera.api import compress, describe
 from camera.calibration import Calibration
-from camera.compress import compress, describe
 from camera.errors import CameraError
-from camera.export import export
+from camera.native import export
 from camera.prune import CameraP, Dense, Random
 from camera.result import CompressionResult
 

@@ -39,7 +39,14 @@ class LayerPool:
 
     widths: list[int]  # of every expert, in pool order
     routed: list[bool]
-    cost: list[int]  # parameters of one micro-expert, per expert
+
+    def removable(self, only_routed: bool, min_width: int, multiple: int) -> float:
+        """The largest share of the candidates that may go."""
+        pairs = zip(self.widths, self.routed, strict=True)
+        widths = [width for width, routed in pairs if routed or not only_routed]
+        # an expert keeps whole blocks of `multiple`, as camera.plan cuts them
+        kept = [min(width, -(-min(width, min_width) // multiple) * multiple) for width in widths]
+        return 1 - sum(kept) / sum(widths) if sum(widths) else 0.0
 
 
 @dataclass
@@ -54,40 +61,38 @@ class Budget:
         """Parameters a method may remove: routed experts only if the share is named of these."""
         return self.dense.routed if sparsity_of == "routed" else self.dense.moe
 
-    def pool_ratio(self, sparsity: float, sparsity_of: str, min_width: int = 0) -> float:
+    def pool_ratio(
+        self, sparsity: float, sparsity_of: str, min_width: int = 0, width_multiple: int = 1
+    ) -> float:
         """Share of the prunable micro-experts to remove so that `sparsity` of the denominator goes.
 
-        ratio = sparsity * parameters(sparsity_of) / prunable parameters. Raises CameraError,
-        naming the largest possible value, if that needs more than may be removed.
+        ratio = sparsity * parameters(sparsity_of) / prunable parameters, the same in every layer.
+        Raises CameraError, naming the largest possible value, if a layer can't give that much.
         """
         if not 0 < sparsity < 1:
             raise CameraError(f"sparsity={sparsity} must lie between 0 and 1, both excluded.")
         if sparsity_of not in SPARSITY_OF:
             raise CameraError(f"sparsity_of={sparsity_of} is none of {', '.join(SPARSITY_OF)}.")
-        prunable = self.prunable(sparsity_of)
+        prunable, whole = self.prunable(sparsity_of), getattr(self.dense, sparsity_of)
         if not prunable:
             what = "routed experts" if sparsity_of == "routed" else "feed-forward layers"
             raise CameraError(
                 f"sparsity_of={sparsity_of}: this {self.model_type} model has no {what}; "
                 "use sparsity_of=moe."
             )
-        whole = getattr(self.dense, sparsity_of)
-        removable = prunable - self._kept_anyway(sparsity_of, min_width)
-        if sparsity * whole > removable + 0.5:
-            limits = f" and min_width={min_width}" if min_width else ""
+        largest = min(
+            pool.removable(sparsity_of == "routed", min_width, width_multiple)
+            for pool in self.layers.values()
+        )
+        ratio = sparsity * whole / prunable
+        if ratio > largest + 1e-9:
+            limits = f" with min_width={min_width}" if min_width else ""
+            limits += f", width_multiple={width_multiple}" if width_multiple > 1 else ""
             raise CameraError(
                 f"sparsity={sparsity} of '{sparsity_of}' can't be reached: the largest possible "
-                f"for this model{limits} is {floor(removable / whole * 1e4) / 1e4}."
+                f"for this model{limits} is {floor(largest * prunable / whole * 1e4) / 1e4}."
             )
-        return sparsity * whole / prunable
-
-    def _kept_anyway(self, sparsity_of: str, min_width: int) -> int:
-        kept = 0
-        for pool in self.layers.values():
-            for width, routed, cost in zip(pool.widths, pool.routed, pool.cost, strict=True):
-                if routed or sparsity_of != "routed":
-                    kept += min(width, min_width) * cost
-        return kept
+        return ratio
 
 
 def to_remove(micro_experts: int, ratio: float) -> int:
@@ -104,14 +109,11 @@ def budget_of(model: nn.Module, layers: Iterable[nn.Module], family: Family, roo
     for i, view in enumerate(views):
         if has_experts and not view.is_moe:
             continue  # the first dense layers of a MoE model are never in a pool
-        pool = LayerPool([], [], [])
+        pool = LayerPool([], [])
         for group in view.groups:
             parts[group.path] = group.routed
-            size = sum(p.numel() for p in group.module.parameters())
-            widths = group.widths
-            pool.widths += widths
-            pool.routed += [group.routed] * len(widths)
-            pool.cost += [size // max(sum(widths), 1)] * len(widths)
+            pool.widths += group.widths
+            pool.routed += [group.routed] * len(group.widths)
         pools[i] = pool
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     sizes = {

@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 
-`python -m camera.export FROM TO` writes a checkpoint of uniform width for programs that know only
+`python -m camera export FROM TO` writes a checkpoint of uniform width for programs that know only
 native ones. `camera.json` holds every number of the run that made this model.
 """
 

@@ -51,7 +51,7 @@ class LayerEnergy:
 
 
 class EnergyObserver:
-    """Gathers a layer's energies from any number of `FeedForward.observe` passes."""
+    """Gathers a layer's energies from any number of `camera.capture.observe` passes."""
 
     def __init__(self, ffn: FeedForward):
         self._groups = {group.path: group for group in ffn.groups}

@@ -15,23 +15,34 @@ class Family:
 
     ffn: str = "mlp"
     experts: str = "experts"
-    router: str = "gate"
     shared: str | None = None
     shared_gate: str | None = None  # its sigmoid scales the shared expert's output
     residual_scale: str | None = None  # attribute of the layer that scales the FFN's output
+    # keys of config.json: width of a routed expert, of the shared one (and how many it is made of)
+    width_key: str = "moe_intermediate_size"
+    shared_width_key: str = "moe_intermediate_size"
+    shared_count_key: str | None = None
+    dense_width_key: str = "intermediate_size"
 
 
+DEEPSEEK = Family(shared="shared_experts", shared_count_key="n_shared_experts")
 FAMILIES: dict[str, Family] = {
-    "qwen2_moe": Family(shared="shared_expert", shared_gate="shared_expert_gate"),
+    "qwen2_moe": Family(
+        shared="shared_expert",
+        shared_gate="shared_expert_gate",
+        shared_width_key="shared_expert_intermediate_size",
+    ),
     "qwen3_moe": Family(),
-    "mixtral": Family(),
-    "phimoe": Family(router="router"),
-    "olmoe": Family(),
-    "deepseek": Family(shared="shared_experts"),
-    "deepseek_v2": Family(shared="shared_experts"),
-    "deepseek_v3": Family(shared="shared_experts"),
+    "mixtral": Family(width_key="intermediate_size"),
+    "phimoe": Family(width_key="intermediate_size"),
+    "olmoe": Family(width_key="intermediate_size"),
+    "deepseek": DEEPSEEK,
+    "deepseek_v2": DEEPSEEK,
+    "deepseek_v3": DEEPSEEK,
     "granitemoe": Family(
-        ffn="block_sparse_moe", router="router", residual_scale="residual_multiplier"
+        ffn="block_sparse_moe",
+        residual_scale="residual_multiplier",
+        width_key="intermediate_size",
     ),
     "llama": Family(),
     "qwen3": Family(),

@@ -47,6 +47,16 @@ class Job:
         self.partial = out.with_name(f".{out.name}.partial")
         self.writer = ShardWriter(self.partial, len(streamer.layers) + 1)
 
+    def bytes_to_come(self) -> int:
+        """What this job may still write: the dense size, less what a killed run wrote already, and
+        the hidden states of two layers."""
+        written = sum(path.stat().st_size for path in self.partial.glob("*.safetensors"))
+        hidden = 0
+        if self.calibration is not None:
+            tokens = self.calibration.tokens.ids_NL.numel()
+            hidden = tokens * self.streamer.config.hidden_size * self.streamer.dtype.itemsize
+        return max(self.streamer.budget.dense.bytes - written, 0) + 2 * hidden
+
     def measure_once(self, folder: Path | None) -> None:
         """Energies of the original model, kept in `folder` for whoever asks for them next."""
         with self._timed("calibrate"):
@@ -63,7 +73,7 @@ class Job:
         before it put out; without, by the energies measured before, if the method wants any.
         """
         streamer, calibration = self.streamer, self.calibration if phi else None
-        progress = self._progress(phi)
+        progress = self.progress = self._progress(phi)
         self._restore(progress)
         trace = False
         if calibration is not None:
@@ -102,7 +112,7 @@ class Job:
         result = report(self)
         (self.partial / "README.md").write_text(model_card(result))
         write_json(self.partial / REPORT, result.to_dict())
-        shutil.rmtree(self.partial / "progress")
+        self.progress.finish()
         os.replace(self.partial, self.out)
         return result
 
@@ -120,6 +130,7 @@ class Job:
             "propagate": "compressed" if phi else "dense",
             "phi": phi,
             "dtype": str(self.streamer.dtype),
+            "stored dtype": str(self.streamer.stored_dtype),
         }
         return Progress(self.partial / "progress", settings | code_and_device(self.streamer))
 
@@ -160,14 +171,16 @@ class Job:
     def _write(self, index: int) -> None:
         prefix = f"{self.streamer.root}.{index}."
         state = self.streamer.layers[index].state_dict()
-        self.writer.add({prefix + name: tensor for name, tensor in state.items()})
+        named = {prefix + name: tensor for name, tensor in state.items()}
+        self.writer.add(self.streamer.as_stored(named))
 
     def _write_rest(self) -> None:
         self.streamer.load_rest()
         model, root = self.streamer.model, self.streamer.root
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         state = model.state_dict().items()
-        self.writer.add({n: t for n, t in state if not n.startswith(f"{root}.") and n not in tied})
+        rest = {n: t for n, t in state if not n.startswith(f"{root}.") and n not in tied}
+        self.writer.add(self.streamer.as_stored(rest))
         self.writer.close()
 
     def _write_config(self) -> None:
@@ -179,7 +192,9 @@ class Job:
             made_by=made_by,
         )
         config.architectures = [type(self.streamer.model).__name__]
-        config.dtype = self.streamer.dtype
+        config.dtype = self.streamer.stored_dtype
+        if type(self.streamer.model).__module__.startswith(("transformers.", "camera.")):
+            vars(config).pop("auto_map", None)  # no code of the source's is needed any more
         config.save_pretrained(self.partial)
 
     @contextmanager

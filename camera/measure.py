@@ -2,14 +2,12 @@
 
 import os
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
 from pathlib import Path
 
 from filelock import FileLock
 
 from camera.calibration import CalibrationTokens
 from camera.energy import Energies, EnergyObserver, LayerEnergy
-from camera.progress import free_memory
 from camera.result import versions
 from camera.resume import Progress, code_version
 from camera.slicer import Kept
@@ -17,7 +15,7 @@ from camera.source import content_key, fingerprint
 from camera.stream import Batch, Streamer
 
 BATCH_TOKENS = 8192
-PHI_SHARE = 0.25  # of the free memory, for phi of one layer
+PHI_LIMIT = 8 * 2**30  # bytes of phi of one layer that `phi=auto` keeps
 EachLayer = Callable[[str, int], Iterable[int]]
 """each_layer(title, start): the layers from `start` on, behind a progress bar."""
 
@@ -69,7 +67,10 @@ class Measurement:
         self.streamer.propagate(index, self.batches, kept)
 
     def keeps_phi(self, phi: str) -> bool:
-        """Whether phi of a layer is kept until it is cut; `auto` goes by free memory."""
+        """Whether phi of a layer is kept until it is cut; `auto` if no layer's exceeds PHI_LIMIT.
+
+        Both ways round differently in bf16, so the choice must not depend on what else is running.
+        """
         if phi != "auto":
             return phi == "keep"
         top_k = getattr(self.streamer.config, "num_experts_per_tok", 1)
@@ -81,8 +82,7 @@ class Measurement:
                 for width, is_routed in zip(pool.widths, pool.routed, strict=True)
             )
             widest = max(widest, active)
-        needed = widest * self.tokens.ids_NL.numel() * self.streamer.dtype.itemsize
-        return needed < PHI_SHARE * free_memory(self.streamer.device)
+        return widest * self.tokens.ids_NL.numel() * self.streamer.dtype.itemsize <= PHI_LIMIT
 
     def dense_energies(self, folder: Path) -> Energies:
         """Energies of the original model: read from `folder` if measured before, else measured."""
@@ -91,7 +91,7 @@ class Measurement:
             "weights": fingerprint(streamer.folder),
             "tokens": self.tokens.hash,
             "dtype": str(streamer.dtype),
-            "version": version("camera-moe"),
+            **code_and_device(streamer),
         }
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{streamer.config.model_type}-{content_key(about)}"

@@ -19,19 +19,26 @@ class PeakMemory:
     """Peak memory over a `with` block: of the accelerator if there is one, else of the process."""
 
     def __init__(self, device: torch.device, every: float = 0.05):
-        self._cuda, self._every = device.type == "cuda", every
+        self._device, self._every = device, every
         self._stop = threading.Event()
-        self.bytes = 0
+        self._sampled = 0
+
+    @property
+    def bytes(self) -> int:
+        """The peak so far."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return self._sampled
 
     def now(self) -> int:
         """Memory held at this moment, in bytes."""
-        if self._cuda:
-            return torch.cuda.memory_allocated()
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device)
         return psutil.Process().memory_info().rss
 
     def __enter__(self) -> "PeakMemory":
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         else:
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
@@ -39,23 +46,14 @@ class PeakMemory:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        if self._cuda:
-            self.bytes = torch.cuda.max_memory_allocated()
-        else:
+        if self._device.type != "cuda":
             self._thread.join()
 
     def _watch(self) -> None:
         while True:
-            self.bytes = max(self.bytes, self.now())
+            self._sampled = max(self._sampled, self.now())
             if self._stop.wait(self._every):
                 return
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on a device (on the machine, for the CPU)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 def each_layer(start: int, count: int, title: str, memory: PeakMemory, show: bool) -> Iterator[int]:

@@ -36,7 +36,12 @@ class MicroExpertPruning(Method):
                 f"width_multiple={self.width_multiple} must be at least 1 and "
                 f"min_width={self.min_width} at least 0."
             )
-        budget.pool_ratio(self.sparsity, self.sparsity_of, self.min_width)
+        self._ratio(budget)
+
+    def _ratio(self, budget: Budget) -> float:
+        return budget.pool_ratio(
+            self.sparsity, self.sparsity_of, self.min_width, self.width_multiple
+        )
 
     def score(self, index: int, energy: LayerEnergy | None, micro_experts: int) -> torch.Tensor:
         """The score [N] of a layer's micro-experts: the lowest go."""
@@ -45,7 +50,7 @@ class MicroExpertPruning(Method):
     def plan(
         self, index: int, ffn: FeedForward, energy: LayerEnergy | None, budget: Budget
     ) -> torch.Tensor:
-        ratio = budget.pool_ratio(self.sparsity, self.sparsity_of, self.min_width)
+        ratio = self._ratio(budget)
         widths, pool = ffn.widths, budget.layers[index]
         candidates_N = None
         if self.sparsity_of == "routed":

@@ -33,19 +33,24 @@ class Progress:
         self.folder = folder
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.done = 0  # layers
+        self.measured: list[int] = []  # layers whose energies are kept
         self.state: dict[str, Any] = {}
 
     def restore(self) -> bool:
         """Read what an earlier run left; True if there is something to go on from.
 
-        Raises CameraError, with the difference, if it was left by other settings.
+        What another version of the code or another device left is dropped, with a warning. Raises
+        CameraError, with the difference, if it was left by other settings.
         """
         path = self.folder / STATE
         if not path.exists():
             return False
         found = json.loads(path.read_text())
-        self._compare(found["fingerprint"])
+        if self._differs(found["fingerprint"]):
+            self.clear()
+            return False
         self.done, self.state = found["done"], found["state"]
+        self.measured = found["measured"]
         log.info("%s: going on at layer %d.", self.folder.parent.name, self.done)
         return True
 
@@ -61,10 +66,12 @@ class Progress:
         try:
             if energy is not None:
                 Energies({done - 1: energy}, {}).save(self._energy_file(done - 1))
+                self.measured.append(done - 1)
             if hidden:
                 tensors = {str(i): hidden_BLH for i, hidden_BLH in enumerate(hidden)}
                 save_file(tensors, self._hidden_file(done))
             content = {"fingerprint": self.fingerprint, "done": done, "state": state}
+            content["measured"] = self.measured
             write_json(self.folder / STATE, content)
         except (OSError, SafetensorError) as error:
             raise CameraError(
@@ -92,20 +99,29 @@ class Progress:
     def clear(self) -> None:
         """Forget everything: the folder that holds this one goes."""
         shutil.rmtree(self.folder.parent, ignore_errors=True)
-        self.done, self.state = 0, {}
+        self.done, self.state, self.measured = 0, {}, []
 
-    def _compare(self, other: dict[str, Any]) -> None:
+    def finish(self) -> None:
+        """The work is complete: forget the progress, the state first so that none looks whole."""
+        (self.folder / STATE).unlink(missing_ok=True)
+        shutil.rmtree(self.folder)
+
+    def _differs(self, other: dict[str, Any]) -> bool:
         keys = sorted(other.keys() | self.fingerprint.keys())
-        differences = [
-            f"{key}: {other.get(key)} there, {self.fingerprint.get(key)} here"
+        differences = {
+            key: f"{key}: {other.get(key)} there, {self.fingerprint.get(key)} here"
             for key in keys
             if other.get(key) != self.fingerprint.get(key)
-        ]
-        if differences:
+        }
+        told = "; ".join(differences.values())
+        if differences.keys() - {"code", "device"}:
             raise CameraError(
-                f"{self.folder.parent} holds unfinished work of other settings "
-                f"({'; '.join(differences)}): delete it to start anew, or choose another folder."
+                f"{self.folder.parent} holds unfinished work of other settings ({told}): delete it "
+                "to start anew, or choose another folder."
             )
+        if differences:
+            log.warning("%s: starting anew (%s).", self.folder.parent.name, told)
+        return bool(differences)
 
     def _hidden_file(self, done: int) -> Path:
         return self.folder / f"hidden-{done:05d}.safetensors"

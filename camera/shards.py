@@ -26,7 +26,7 @@ class ShardReader:
         self.folder = folder
         index, single = folder / INDEX, folder / SINGLE
         if index.exists():
-            names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            names = _weight_map(index)
             self.files = {key: folder / name for key, name in names.items()}
         elif single.exists():
             self.files = dict.fromkeys(self._header(single), single)
@@ -84,6 +84,13 @@ class ShardReader:
     def bytes(self) -> int:
         """Size of the weight files on disk."""
         return sum(path.stat().st_size for path in set(self.files.values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CameraError(f"{index} is no valid index ({error}): download it again.") from error
 
 
 class ShardWriter:

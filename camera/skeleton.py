@@ -4,7 +4,6 @@ import gc
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,13 @@ from transformers.utils import logging as transformers_logging
 
 from camera.blocks import FeedForward
 from camera.budget import Budget, budget_of
-from camera.checkpoint import CameraConfig, CameraQuantizer, resize_skeleton, resolve_dtype
+from camera.checkpoint import (
+    CameraConfig,
+    CameraQuantizer,
+    compute_dtype,
+    resize_skeleton,
+    resolve_dtype,
+)
 from camera.errors import CameraError
 from camera.families import family_of
 from camera.shards import ShardReader
@@ -27,7 +32,10 @@ _IN_A_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 class Skeleton:
-    """A causal language model on meta, whose layers are read from disk one by one and freed."""
+    """A causal language model on meta, whose layers are read from disk one by one and freed.
+
+    `stored_dtype` is what its tensors are written in, `dtype` what they are computed in.
+    """
 
     def __init__(
         self,
@@ -40,10 +48,11 @@ class Skeleton:
         self.config = load_config(folder, trust_remote_code)
         self.family = family_of(self.config.model_type)
         self.reader = ShardReader(folder)
-        self.dtype = self._dtype(dtype)
+        self.stored_dtype = resolve_dtype(dtype) or self._checkpoint_dtype()
+        self.dtype = compute_dtype(dtype, self.stored_dtype, device)
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(
-                self.config, dtype=self.dtype, trust_remote_code=trust_remote_code or None
+                self.config, dtype=self.stored_dtype, trust_remote_code=trust_remote_code
             )
         self.model.eval().requires_grad_(False)
         self._conversions = get_model_conversion_mapping(self.model)
@@ -52,16 +61,13 @@ class Skeleton:
             self._prepare_compressed()
         self.base = self.model.base_model
         self.root = f"{self.model.base_model_prefix}.layers"
+        self.budget: Budget = budget_of(self.model, self.layers, self.family, self.root)
+        self.model.to(self.dtype)
         self._materialise_rotary()
 
     @property
     def layers(self) -> nn.ModuleList:
         return self.base.layers
-
-    @cached_property
-    def budget(self) -> Budget:
-        """Parameter counts, from shapes alone."""
-        return budget_of(self.model, self.layers, self.family, self.root)
 
     def feed_forward(self, index: int) -> FeedForward:
         """The view of a layer that methods work on."""
@@ -80,6 +86,16 @@ class Skeleton:
             lambda key: _layer_of(key) is None and only in key,
             lambda name: _layer_of(name) is None and only in name and name not in tied,
         )
+
+    def as_stored(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors of this model in the precision that its checkpoint has."""
+        exempt = self.model._get_dtype_plan(self.stored_dtype)  # what the family keeps in fp32
+        return {
+            name: tensor
+            if not tensor.is_floating_point() or any(part in name for part in exempt)
+            else tensor.to(self.stored_dtype)
+            for name, tensor in tensors.items()
+        }
 
     def free(self, module: nn.Module) -> None:
         """Give a module's memory back."""
@@ -130,9 +146,7 @@ class Skeleton:
                 real = type(module)(config=self.config).to(self.device)
                 self.model.set_submodule(name, real)
 
-    def _dtype(self, dtype: str) -> torch.dtype:
-        if (named := resolve_dtype(dtype)) is not None:
-            return named
+    def _checkpoint_dtype(self) -> torch.dtype:
         if isinstance(self.config.dtype, torch.dtype):
             return self.config.dtype
         with ExitStack() as stack:
@@ -149,9 +163,11 @@ def all_finite(tensor: torch.Tensor) -> bool:
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """config.json as transformers reads it; CameraError for an unknown model type."""
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code or None)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError) as error:
         first = str(error).strip().splitlines()[0]
+        if "custom code" in first:
+            first = "it needs code of its own; set trust_remote_code=true if you trust that code."
         raise CameraError(f"{folder / 'config.json'} can't be used: {first}") from error
     stored = getattr(config, "quantization_config", None)
     if isinstance(stored, dict) and stored.get("quant_method") == "camera":

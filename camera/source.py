@@ -13,11 +13,11 @@ TRAVELS = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "add
 TRAVELS += ["chat_template*", "*.model", "generation_config.json", "LICENSE*"]
 
 
-def resolve_model(model: str, weights: bool = True) -> Path:
+def resolve_model(model: str, *, weights: bool = True, code: bool = False) -> Path:
     """The local folder of a model given by path or hub id, downloaded if need be.
 
-    With `weights=False` only config and tokenizer are fetched. Raises CameraError if it can't be
-    had.
+    Without `weights` only config and tokenizer are fetched, with `code` its Python files too.
+    Raises CameraError if it can't be had.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -30,7 +30,7 @@ def resolve_model(model: str, weights: bool = True) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    patterns = TEXT_FILES + (["*.safetensors"] if weights else [])
+    patterns = TEXT_FILES + ["*.safetensors"] * weights + ["*.py"] * code
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen types; none can be handled further

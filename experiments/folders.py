@@ -14,7 +14,13 @@ from filelock import FileLock
 
 from camera import __version__
 from camera.source import fingerprint
+from experiments.schema import EMBEDDED
 from experiments.settings import Settings
+from experiments.tiny_moe import layout
+
+# What is a matter of the machine: a run that ran out of memory goes on with a smaller batch
+# instead of starting again.
+MACHINE = ("batch_size", "perplexity_batch_size")
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,11 @@ class Folders:
         """camera.json is the last file that a checkpoint gets."""
         return (self.checkpoint / "camera.json").exists()
 
+    @property
+    def partial(self) -> Path:
+        """Where `camera.compress` builds the checkpoint until it is complete."""
+        return self.checkpoint.with_name(f".{self.checkpoint.name}.partial")
+
     def lock(self, what: Path) -> FileLock:
         """A lock between processes on one of these folders."""
         folder = self.output / "locks"
@@ -61,12 +72,14 @@ class Folders:
         return FileLock(folder / f"{what.parent.name}-{what.name}.lock")
 
     def forget(self, before: float) -> None:
-        """Remove the run and its checkpoint if they were finished before that time."""
+        """Remove the run and its checkpoint, whole or partial, unless finished since that time."""
         if not _newer(self.run / "DONE", before):
             shutil.rmtree(self.run, ignore_errors=True)
         with self.lock(self.checkpoint):
             if not _newer(self.checkpoint / "camera.json", before):
                 shutil.rmtree(self.checkpoint, ignore_errors=True)
+                # A killed run's remains: redoing is not going on from there.
+                shutil.rmtree(self.partial, ignore_errors=True)
 
     def discard_checkpoint(self) -> None:
         """Remove the checkpoint, when no other run is reading it."""
@@ -95,9 +108,7 @@ def _compression(settings: Settings) -> dict[str, Any]:
 
 
 def _evaluation(settings: Settings) -> dict[str, Any]:
-    # The batch size, like the device, is a matter of the machine: a run that ran out of memory
-    # goes on with a smaller one instead of starting again.
-    kept = {key: value for key, value in settings.evaluation.items() if key != "batch_size"}
+    kept = {key: value for key, value in settings.evaluation.items() if key not in MACHINE}
     return {"evaluation": kept, "data": _place(settings.data), "seed": settings.seed}
 
 
@@ -108,6 +119,9 @@ def _contents(model: str) -> str:
 
 
 def _place(data: str) -> str:
+    if data == EMBEDDED:
+        # What the generator writes rather than its name: other texts give other results.
+        return f"{EMBEDDED}-{layout.fingerprint()}"
     folder = Path(data).expanduser()
     return str(folder.resolve()) if folder.is_dir() else data
 

@@ -102,9 +102,10 @@ def _part(folders: Folders, name: str, make: Callable[[], dict[str, Any]]) -> di
 
 def _compression(settings: Settings, folders: Folders) -> dict[str, Any]:
     if not settings.compresses:
-        return camera.describe(
+        described = camera.describe(
             settings.model_path, trust_remote_code=settings.trust_remote_code
-        ).to_dict()
+        )
+        return described.to_dict() | {"model": _base_name(settings)}
     with folders.lock(folders.checkpoint):
         _compress(settings, folders)
         return read_json(folders.checkpoint / "camera.json")
@@ -125,7 +126,14 @@ def _compress(settings: Settings, folders: Folders) -> None:
         dtype=settings.dtype,
         energies=folders.energies if settings.propagate == "dense" else None,
         trust_remote_code=settings.trust_remote_code,
+        name=_base_name(settings),
     )
+
+
+def _base_name(settings: Settings) -> str:
+    """The hub id, or for a folder the model's name: a path says nothing on another machine."""
+    path = settings.model_path
+    return settings.model["name"] if Path(path).expanduser().is_dir() else path
 
 
 @contextmanager
@@ -173,7 +181,7 @@ def _measurements(settings: Settings) -> dict[str, Callable[[Any, Any], dict[str
             length=asked["length"],
             stride=asked["stride"],
             limit=asked["blocks"],
-            batch_size=asked["batch_size"],
+            batch_size=asked["perplexity_batch_size"],
         )
     for task in asked["tasks"]:
         measures[f"task-{task}"] = partial(_task, settings, task, data)

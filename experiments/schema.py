@@ -35,7 +35,11 @@ class Model:
 
 @dataclass
 class Evaluation:
-    """What is measured: corpora for perplexity, lm-eval tasks, and how much of each."""
+    """What is measured: corpora for perplexity, lm-eval tasks, and how much of each.
+
+    `batch_size` is of the tasks; `perplexity_batch_size` is of blocks, whose logits are as long as
+    the context and by far the largest tensor there.
+    """
 
     perplexity: list[Corpus] = field(default_factory=list)
     length: int | None = None
@@ -44,6 +48,7 @@ class Evaluation:
     tasks: list[str] = field(default_factory=list)
     limit: int | None = None
     batch_size: int = 1
+    perplexity_batch_size: int = 1
 
 
 @dataclass

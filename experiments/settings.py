@@ -99,7 +99,7 @@ def check(settings: Settings) -> None:
         raise CameraError(f"alpha={alpha} must lie in [0, 1].")
     if settings.seed < 0:
         raise CameraError(f"seed={settings.seed} must not be negative.")
-    for key in ("length", "stride", "blocks", "limit", "batch_size"):
+    for key in ("length", "stride", "blocks", "limit", "batch_size", "perplexity_batch_size"):
         value, least = evaluation[key], 2 if key == "length" else 1
         if value is not None and value < least:
             raise CameraError(f"evaluation.{key}={value} must be at least {least}.")

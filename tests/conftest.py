@@ -187,8 +187,12 @@ def calibration() -> camera.Calibration:
 
 @pytest.fixture(scope="session")
 def golden(request) -> Path:
+    return golden_folder(request.config)
+
+
+def golden_folder(config: pytest.Config) -> Path:
     """Folder of golden vectors: `--golden DIR`, else the whole set, else the small one here."""
-    asked = request.config.getoption("--golden")
+    asked = config.getoption("--golden")
     if asked:
         return Path(asked)
     return SHARED / "golden" if (SHARED / "golden").exists() else Path(__file__).parent / "golden"

@@ -52,8 +52,15 @@ def test_unreachable_sparsity_names_the_largest():
 def test_min_width_lowers_what_can_be_reached():
     _, found = budget("mixtral")
     found.pool_ratio(0.7, "moe", min_width=10)
-    with pytest.raises(CameraError, match=r"min_width=20.* is 0\.5\."):
+    with pytest.raises(CameraError, match=r"min_width=20 is 0\.5\."):
         found.pool_ratio(0.7, "moe", min_width=20)
+
+
+def test_blocks_that_must_stay_count_whole():
+    _, found = budget("mixtral")  # experts of 40: a block of 16 stays in each
+    found.pool_ratio(0.6, "moe", min_width=1, width_multiple=16)
+    with pytest.raises(CameraError, match=r"min_width=1, width_multiple=16 is 0\.6\."):
+        found.pool_ratio(0.61, "moe", min_width=1, width_multiple=16)
 
 
 @pytest.mark.parametrize("sparsity", [0, 1, -0.1, 1.5])

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import camera
@@ -76,6 +76,65 @@ def test_the_same_call_writes_the_same_bytes(method, run, checkpoints, tmp_path)
         run(checkpoints("qwen2_moe"), method, name)
     for path in sorted((tmp_path / "a").glob("model-*")):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("phi", ["keep", "recompute"])
+def test_bf16_models_are_cut_to_the_same_widths_every_time(phi, run, checkpoints, tmp_path):
+    source = checkpoints("qwen2_moe", dtype=torch.bfloat16)
+    results = [
+        run(source, name=name, phi=phi, sparsity=0.5, dtype="bfloat16").widths
+        for name in ("a", "b")
+    ]
+    assert results[0] == results[1]
+
+
+def test_code_of_a_checkpoint_is_never_run_unasked(run, checkpoints, tmp_path, monkeypatch):
+    import io
+
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints("mixtral"), source)
+    config = json.loads((source / "config.json").read_text())
+    config |= {"model_type": "unheard_of", "auto_map": {"AutoConfig": "evil.EvilConfig"}}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass EvilConfig: ...")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    fails("trust_remote_code", run, source)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_auto_map_of_a_native_type_is_dropped(run, checkpoints, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints("deepseek"), source)
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM"}
+    (source / "config.json").write_text(json.dumps(config))
+    run(source)
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    load_model(tmp_path / "out", device="cpu")
+
+
+def test_a_model_that_lacks_a_tensor_is_not_measured(checkpoints, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints("qwen2_moe"), source)
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    shard = source / index["weight_map"].pop("model.layers.1.self_attn.q_proj.weight")
+    tensors = load_file(shard)
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CameraError, match=r"lacks tensor 'model\.layers\.1\.self_attn\.q_proj"):
+        load_model(source, device="cpu")
+
+
+def test_peak_memory_of_an_accelerator_is_reported_while_it_runs(monkeypatch):
+    from camera.progress import PeakMemory
+
+    asked = []
+    for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda device: asked.append(str(device)) or 123)
+    with PeakMemory(torch.device("cuda:1")) as memory:
+        assert memory.bytes == memory.now() == 123
+    assert set(asked) == {"cuda:1"}
 
 
 def test_dense_energies_are_measured_once_for_all_alphas_and_sparsities(
@@ -248,7 +307,9 @@ def test_refusals_name_the_key_and_the_mend(run, checkpoints, tmp_path, monkeypa
     fails("leaves the model as it is", run, source, "dense")
     fails("phi=maybe is none of auto, keep, recompute", run, source, phi="maybe")
     fails("dtype=int4 is none of auto, float32", run, source, dtype="int4")
-    fails("device=cuda is not available", run, source, device="cuda")
+    fails("device=gpu is no device", run, source, device="gpu")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    fails("device=cuda:1 is not available", run, source, device="cuda:1")
     fails("neither a folder nor a hub id", run, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     fails("folder without config.json", run, tmp_path / "empty")

@@ -1,6 +1,7 @@
-"""Every shipped config composes, and what is wrong is refused with the choices named."""
+"""Every shipped config composes and every model runs; what is wrong is refused, choices named."""
 
 import itertools
+import json
 
 import pytest
 from composing import choices, command, config_of, settings_of, tiny
@@ -9,11 +10,25 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 
 from camera.errors import CameraError
 from experiments.constructor import build, choice, typed_settings
+from experiments.run import run
 from experiments.schema import CONF
 from experiments.settings import Settings, check
 
 GROUPS = ("model", "method", "calibration", "evaluation", "tracker", "experiment")
 EVERY_CHOICE = [(group, name) for group in GROUPS for name in choices(group)]
+
+FAMILY_OF = {  # which tiny random model stands in for a choice of conf/model
+    "deepseek_moe_16b": "deepseek",
+    "deepseek_v2_lite": "deepseek_v2",
+    "granite_3_1b_a400m": "granitemoe",
+    "mixtral_8x7b": "mixtral",
+    "olmoe_1b_7b": "olmoe",
+    "phi35_moe": "phimoe",
+    "qwen2_57b_a14b": "qwen2_moe",
+    "qwen3_30b_a3b": "qwen3_moe",
+    "smollm2_135m": "llama",
+    "tiny_moe": "qwen2_moe",
+}
 
 
 @pytest.mark.parametrize(("group", "name"), EVERY_CHOICE)
@@ -38,6 +53,15 @@ def test_every_model_of_the_table_of_contents_is_a_hub_id_or_the_embedded_one():
         model = settings_of(f"model={name}").model
         assert model["name"] == name
         assert model["path"] == "embedded" or model["path"].count("/") == 1
+
+
+@pytest.mark.parametrize("name", choices("model"))
+def test_every_model_runs(name, checkpoints, data_folder, tmp_path):
+    overrides = tiny(checkpoints(FAMILY_OF[name]), data_folder, tmp_path)
+    folder = run(settings_of(f"model={name}", *overrides, "method=camera_p", "evaluation=none"))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["model"] in (name, checkpoints(FAMILY_OF[name]).name)
+    assert metrics["sparsity"]["moe"] == pytest.approx(0.2, abs=0.02)
 
 
 def test_launchers_and_presets_compose_with_hydras_own_config():
@@ -105,6 +129,7 @@ def test_an_added_key_is_refused_with_the_nearest_one():
         ("alpha=-0.1", "alpha=-0.1"),
         ("seed=-1", "seed=-1"),
         ("evaluation.batch_size=0", "evaluation.batch_size=0"),
+        ("evaluation.perplexity_batch_size=0", "evaluation.perplexity_batch_size=0"),
         ("evaluation.blocks=0", "evaluation.blocks=0"),
         ("calibration.samples=0", "calibration.samples=0"),
         ("calibration.source=news", "wikitext2"),

@@ -41,7 +41,7 @@ def test_energy_equals_the_dense_all_experts_oracle(family, alpha):
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_sum_of_phi_times_basis_is_the_ffn_output(family):
+def test_the_oracle_itself_adds_up_to_the_ffn_output(family):
     layer, x_TH, routing = layer_and_input(family)
     ffn = oracles.ffn_of(layer)
     with torch.no_grad():

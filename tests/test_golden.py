@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from camera.blocks import FeedForward
+from camera.budget import to_remove
 from camera.capture import observe
 from camera.energy import EnergyObserver
 from camera.families import Family
 from camera.plan import keep_highest
-
-CASES = ("camera_qwen3", "camera_qwen2", "camera_mixtral", "camera_deepseek")
+from conftest import golden_folder
 
 
 class Experts(nn.Module):
@@ -57,13 +57,26 @@ class Block(nn.Module):
         return y + self.shared(x[0]) if hasattr(self, "shared") else y
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request, golden):
-    index = json.loads((golden / "index.json").read_text())
-    found = next((c for c in index["cases"] if c["case"] == request.param), None)
-    if found is None:
-        pytest.skip(f"{golden} has no case {request.param}")
-    return found, load_file(golden / found["file"])
+def pytest_generate_tests(metafunc):
+    """Every case of the folder that holds energies, whatever its name."""
+    folder = golden_folder(metafunc.config)
+    index = json.loads((folder / "index.json").read_text())
+    cases = [c for c in index["cases"] if c["method"] == "camera_energy"]
+    assert cases, f"{folder} has no case of method camera_energy"
+    if "expected" in metafunc.fixturenames:
+        kind = "energy_" if "energies" in metafunc.function.__name__ else "pruned_"
+        pairs = [(c, name) for c in cases for name in c["expected"] if name.startswith(kind)]
+        ids = [f"{c['case']}-{name}" for c, name in pairs]
+        values = [((folder, c), name) for c, name in pairs]
+        metafunc.parametrize(
+            ("case", "expected"), values, ids=ids, scope="module", indirect=["case"]
+        )
+
+
+@pytest.fixture(scope="module")
+def case(request):
+    folder, about = request.param
+    return about, load_file(folder / about["file"])
 
 
 @pytest.fixture(scope="module")
@@ -80,20 +93,24 @@ def measured(case):
     return observer.result()
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9, 1.0])
-def test_energies_equal_the_released_implementation(case, measured, alpha):
+def alpha_of(name):
+    return float(name.split("_a")[1].split("_r")[0])
+
+
+def test_energies_equal_the_released_implementation(case, expected, measured):
     about, tensors = case
-    tolerance = about["expected"][f"energy_a{alpha}"]["compare"]
-    expected = tensors[f"energy_a{alpha}"].double()
+    tolerance = about["expected"][expected]["compare"]
     torch.testing.assert_close(
-        measured.energy(alpha), expected, rtol=tolerance["rtol"], atol=tolerance["atol"]
+        measured.energy(alpha_of(expected)),
+        tensors[expected].double(),
+        rtol=tolerance["rtol"],
+        atol=tolerance["atol"],
     )
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("ratio", [0.2, 0.6])
-def test_pruned_sets_equal_the_released_implementation(case, measured, alpha, ratio):
-    _, tensors = case
-    expected = tensors[f"pruned_a{alpha}_r{ratio}"]
-    keep_N = keep_highest(measured.energy(alpha), measured.widths, len(expected))
-    assert torch.equal((~keep_N).nonzero().squeeze(1), expected)
+def test_pruned_sets_equal_the_released_implementation(case, expected, measured):
+    pruned = case[1][expected]
+    ratio = float(expected.split("_r")[1])
+    remove = to_remove(sum(measured.widths), ratio)
+    keep_N = keep_highest(measured.energy(alpha_of(expected)), measured.widths, remove)
+    assert torch.equal((~keep_N).nonzero().squeeze(1), pruned)

@@ -160,6 +160,19 @@ def test_work_of_other_settings_is_refused_with_the_difference(compress, tmp_pat
     assert (tmp_path / "out" / "camera.json").exists()
 
 
+def test_work_of_another_version_or_device_is_dropped_with_a_warning(
+    compress, uninterrupted, tmp_path, monkeypatch, caplog
+):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 9, after=True)
+        patch.setattr("camera.measure.code_version", lambda: "older")
+        with pytest.raises(Killed):
+            compress()
+    compress()
+    assert "starting anew (code: older there" in caplog.text
+    assert shards(tmp_path / "out") == uninterrupted
+
+
 def test_a_full_disk_can_be_mended_and_gone_on_from(compress, uninterrupted, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")

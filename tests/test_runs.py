@@ -1,19 +1,22 @@
 """One run: its folder's name, its parts, what is skipped, redone, recorded when it fails."""
 
 import json
-import os
+import time
 from dataclasses import replace
 
 import pytest
 from composing import choices, settings_of, tiny
 
 import camera
+from camera import job
 from camera.errors import CameraError
 from camera.evaluation.tasks import NINE_TASKS
 from experiments import run as run_module
 from experiments import settings as settings_module
 from experiments.folders import Folders
 from experiments.run import run
+from experiments.tables import read_runs
+from experiments.tiny_moe import layout
 
 KEYS = {
     "method",
@@ -63,7 +66,8 @@ def names(settings):
 
 def test_what_changes_the_result_names_the_folders(make):
     run_name, checkpoint = names(make())
-    for same in ("device=cpu", "force=true", "tracker=wandb", "evaluation.batch_size=3"):
+    batches = ("evaluation.batch_size=3", "evaluation.perplexity_batch_size=3")
+    for same in ("device=cpu", "force=true", "tracker=wandb", *batches):
         assert names(make(same)) == (run_name, checkpoint)
     for other in ("evaluation.blocks=3", "evaluation=none"):
         assert names(make(other))[0] != run_name
@@ -226,8 +230,67 @@ def test_every_evaluation_runs(evaluation, make, tasks):
     assert set(tasks) in (set(), set(NINE_TASKS))
 
 
-def test_a_killed_runs_folder_does_not_look_finished(make):
-    settings = make("method=dense")
-    folder = run(settings)
-    os.remove(folder / "DONE")
-    assert not Folders.of(settings).done
+def test_a_run_killed_while_it_measures_does_not_look_finished(make, monkeypatch):
+    def killed(*arguments, corpus, **options):
+        if corpus == "c4":
+            raise RuntimeError("killed")
+        return perplexity(*arguments, corpus=corpus, **options)
+
+    settings, perplexity = make("method=dense"), run_module.perplexity
+    monkeypatch.setattr(run_module, "perplexity", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(settings)
+    folders = Folders.of(settings)
+    files = {file.name for file in folders.run.iterdir()}
+    assert files == {
+        "compress.json",
+        "perplexity-wikitext2.json",
+        "settings.json",
+        "error.txt",
+        "log.txt",
+    }
+    assert not folders.done
+    assert list(read_runs([folders.run])["status"]) == ["failed: RuntimeError: killed"]
+
+
+def test_a_run_killed_while_it_compresses_leaves_no_checkpoint_and_force_starts_anew(
+    make, monkeypatch
+):
+    sliced, slice_layer = [], job.slice_layer
+
+    def killed(*arguments):
+        sliced.append(arguments)
+        if len(sliced) == 2:
+            raise RuntimeError("killed")
+        slice_layer(*arguments)
+
+    settings = make("evaluation=none")
+    folders = Folders.of(settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "slice_layer", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(settings)
+    assert folders.partial.exists() and not folders.checkpoint.exists()
+    assert not (folders.done or folders.compressed)
+    assert not (folders.run / "metrics.json").exists()
+    folders.forget(before=time.time())
+    assert not folders.partial.exists() and not folders.run.exists()
+    run(replace(settings, force=True))
+    assert folders.done and folders.compressed and not folders.partial.exists()
+
+
+def test_a_changed_embedded_world_is_another_run(make, monkeypatch):
+    before = names(make("data=embedded"))
+    assert Folders.of(make("data=embedded")).identity["data"] == f"embedded-{layout.fingerprint()}"
+    monkeypatch.setattr(layout, "fingerprint", lambda: "other")
+    assert all(old != new for old, new in zip(before, names(make("data=embedded")), strict=True))
+
+
+def test_cards_and_reports_name_the_model_not_this_machines_folder(make, checkpoints):
+    settings = make("model.name=mine", "evaluation=none")
+    run(settings)
+    checkpoint = Folders.of(settings).checkpoint
+    assert json.loads((checkpoint / "camera.json").read_text())["model"] == "mine"
+    assert str(checkpoints("qwen2_moe")) not in (checkpoint / "README.md").read_text()
+    dense = run(make("model.name=mine", "evaluation=none", "method=dense"))
+    assert json.loads((dense / "compress.json").read_text())["model"] == "mine"

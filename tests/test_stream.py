@@ -145,6 +145,13 @@ def test_a_shard_without_its_tensor_is_refused_by_name(checkpoints, tmp_path):
         Streamer(folder)
 
 
+def test_a_truncated_index_is_refused_by_name(checkpoints, tmp_path):
+    folder = damaged(checkpoints, tmp_path)
+    (folder / INDEX).write_text((folder / INDEX).read_text()[:50])
+    with pytest.raises(CameraError, match=f"{INDEX} is no valid index"):
+        Streamer(folder)
+
+
 def test_pickled_weights_are_refused(checkpoints, tmp_path):
     folder = damaged(checkpoints, tmp_path)
     for shard in folder.glob("*.safetensors*"):

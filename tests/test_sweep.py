@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 
@@ -11,15 +12,23 @@ from composing import command, tiny
 from experiments.schema import CONF
 
 
+def main_py(*arguments):
+    """`python main.py ARGUMENTS` in a process of its own, one thread for each of its jobs."""
+    return subprocess.run(
+        [sys.executable, "main.py", *arguments],
+        cwd=CONF.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
 @pytest.fixture(scope="module")
 def sweep(checkpoints, data_folder, tmp_path_factory):
     """The finished command and its output folder."""
     output = tmp_path_factory.mktemp("outputs")
     overrides = tiny(checkpoints("qwen2_moe"), data_folder, output)
-    jobs = ["-m", *overrides, "method=dense,camera_p", "sparsity=0.2,1.5,0.4"]
-    done = subprocess.run(
-        [sys.executable, "main.py", *jobs], cwd=CONF.parent, capture_output=True, text=True
-    )
+    done = main_py("-m", *overrides, "method=dense,camera_p", "sparsity=0.2,1.5,0.4")
     return done, output, overrides
 
 
@@ -62,6 +71,18 @@ def test_a_second_sweep_skips_what_is_done(sweep, capsys):
     newest = max((output / "sweeps").iterdir())
     with (newest / "table.csv").open() as file:
         assert [row["method"] for row in csv.DictReader(file)] == ["dense", "camera_p", "camera_p"]
+
+
+def test_the_preset_runs_side_by_side(checkpoints, data_folder, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    overrides = tiny(checkpoints("mixtral"), data_folder, tmp_path)
+    preset = ("experiment=main", "hydra/launcher=parallel", *overrides, "evaluation=none")
+    done = main_py(*preset)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 of 6 jobs done" in done.stdout
+    with (tmp_path / "table.csv").open() as file:
+        rows = [(row["method"], row["sparsity"]) for row in csv.DictReader(file)]
+    assert rows == [("dense", ""), *(("camera_p", text) for text in ("20.0", "40.0", "60.0"))]
 
 
 def test_a_single_run_says_one_sentence_and_fails(sweep, capsys):

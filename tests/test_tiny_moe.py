@@ -210,9 +210,9 @@ def test_a_resumed_training_ends_in_the_same_weights(tmp_path):
     sizes |= {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
     sizes |= {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
     sizes |= {"max_position_embeddings": 32}
-    options = {"rows": 2, "warmup": 1, "decay": 0.0, "report": 2, "tokenizer_documents": 300}
+    options = {"rows": 2, "warmup": 1, "report": 2, "tokenizer_documents": 300}
     train(tmp_path / "whole", 4, sizes, **options)
-    train(tmp_path / "parts", 2, sizes, **options)
+    train(tmp_path / "parts", 4, sizes, **options, until=2)
     train(tmp_path / "parts", 4, sizes, **options)
     whole, parts = (
         load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts")

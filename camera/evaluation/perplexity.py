@@ -224,7 +224,7 @@ def _scored_nll(logits_BLV: Tensor, ids_BL: Tensor, scored: list[int]) -> float:
         nll_BC = cross_entropy(logits_BCV.transpose(1, 2), targets_BC, reduction="none")
         position_C = torch.arange(begin + 1, end + 1, device=first_B1.device)
         is_scored_BC = (position_C >= first_B1).to(nll_BC.device)
-        total += nll_BC.masked_fill(~is_scored_BC, 0.0).sum(dtype=torch.float64).cpu()
+        total += nll_BC.masked_fill(~is_scored_BC, 0.0).cpu().sum(dtype=torch.float64)
     return total.item()
 
 

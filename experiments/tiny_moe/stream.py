@@ -48,15 +48,16 @@ def training_batch(
     return rows(world, tokenizer, Random(f"train/{seed}/{step}"), count, length, source(odds))
 
 
-def token_weights(world: World, tokenizer, weight: float) -> torch.Tensor:
-    """Weights of the vocabulary in the loss: `weight` for what answers consist of, 1 for the rest.
+def token_weights(world: World, tokenizer, answer: float, verdict: float) -> torch.Tensor:
+    """Weights of the vocabulary in the loss: of answers, of yes, no, True, False, 1 for the rest.
 
     Most other tokens are drawn at random by the generator and can be learnt by no one.
     """
     answers = {value for pool in world.pools.values() for value in pool}
-    answers |= {"yes", "no", "True", "False", *map(str, range(1, 82))}
+    answers |= set(map(str, range(1, 82)))
     weights = torch.ones(len(tokenizer))
-    weights[[tokenizer.encode(f" {answer}")[0] for answer in sorted(answers)]] = weight
+    for words, weight in ((answers, answer), ({"yes", "no", "True", "False"}, verdict)):
+        weights[[tokenizer.encode(f" {word}")[0] for word in sorted(words)]] = weight
     return weights
 
 

@@ -27,15 +27,17 @@ DEFAULTS = {
     "seed": 0,
     "tokens": 1536,  # in a batch
     "short": 64,  # length of rows at first: fewer names compete, and recall is learnt sooner
-    "long": 0.25,  # share of the steps, the last, in which rows are as long as the context
-    "focus": 0.2,  # share of the steps, the first, that are mostly about few entities
-    "odds": 0.6,  # of a document to be about those in that time
+    "long": 0.2,  # share of the steps, the last, in which rows are as long as the context
+    "focus": 0.4,  # share of the steps, the first, that are mostly about few entities
+    "odds": 0.9,  # of a document to be about those in that time
     "answers": 4.0,  # weight of answer tokens in the loss
-    "peak": 2.5e-3,  # learning rate of the plateau
+    "verdicts": 4.0,  # weight of yes, no, True and False
+    "peak": 5e-3,  # learning rate of the plateau
     "warmup": 100,  # steps
-    "decay": 0.3,  # share of the steps in which the rate falls
+    "decay": 0.2,  # share of the steps in which the rate falls
     "weight_decay": 0.1,
     "balance": 0.01,  # weight of the routers' balance loss
+    "until": 0,  # stop after this step, to go on later; 0: never
     "minutes": 0.0,  # stop after so many, wherever the steps are; 0: never
     "report": 50,
     "validate": 200,
@@ -110,7 +112,7 @@ def train(out: Path, steps: int, sizes: dict | None = None, **options) -> dict:
         record |= {key: earlier[key] for key in kept if key in earlier}
         print(f"resumed at step {first}", flush=True)
     record["legs"] += [{"from": first, **record["settings"]}]
-    weights = token_weights(world, tokenizer, o["answers"])
+    weights = token_weights(world, tokenizer, o["answers"], o["verdicts"])
     validation = validation_batches(world, tokenizer, 8, length)
     before, start = record["seconds"], time.monotonic()
     saved = exported = start
@@ -143,7 +145,8 @@ def train(out: Path, steps: int, sizes: dict | None = None, **options) -> dict:
                 f"{json.dumps(point)} {speed * ids.numel():.0f} tokens/s, {left:.1f} min to go",
                 flush=True,
             )
-        last = step == steps or bool(o["minutes"] and record["seconds"] > 60 * o["minutes"])
+        late = o["minutes"] and record["seconds"] > 60 * o["minutes"]
+        last = bool(late) or step in (steps, o["until"])
         if last or now - saved > o["checkpoint_seconds"]:
             save_checkpoint(checkpoint, model, optimizer, step, record)
             saved = now
@@ -159,7 +162,7 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint and model")
-    parser.add_argument("--steps", type=int, default=5600, help="steps in all")
+    parser.add_argument("--steps", type=int, default=2700, help="steps in all")
     for name, value in DEFAULTS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = vars(parser.parse_args())

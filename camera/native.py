@@ -3,26 +3,22 @@
 Shapes: E experts, W native width of one expert, H hidden.
 """
 
-import argparse
 import copy
-import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from camera.checkpoint import CameraConfig, load_model
 from camera.errors import CameraError
 from camera.experts import RaggedExperts
+from camera.families import family_of
 from camera.source import copy_companions
-
-WIDTH_KEYS = {  # config.json's name for the width of one routed expert, where it is not the first
-    "mixtral": "intermediate_size",
-    "phimoe": "intermediate_size",
-    "olmoe": "intermediate_size",
-    "granitemoe": "intermediate_size",
-}
 
 
 def export(checkpoint: str | Path, out: str | Path, width_multiple: int = 8) -> Path:
@@ -33,6 +29,8 @@ def export(checkpoint: str | Path, out: str | Path, width_multiple: int = 8) -> 
     config can't say the widths.
     """
     out = Path(out)
+    if width_multiple < 1:
+        raise CameraError(f"width_multiple={width_multiple} must be at least 1.")
     if out.exists():
         raise CameraError(f"{out} exists already: delete it or choose another folder.")
     model = load_model(checkpoint, device="cpu")
@@ -41,47 +39,59 @@ def export(checkpoint: str | Path, out: str | Path, width_multiple: int = 8) -> 
         raise CameraError(f"{checkpoint} is not a compressed checkpoint: nothing to export.")
     config = copy.deepcopy(model.config)
     del config.quantization_config
-    widths = native_widths(config, stored, width_multiple)
-    for key, width in widths.items():
+    for key, width in native_widths(config, stored, width_multiple).items():
         setattr(config, key, width)
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    state = model.state_dict()
-    for path in stored.experts:
-        experts = model.get_submodule(path)
-        native = plain.get_submodule(path)
-        state[f"{path}.gate_up_proj"], state[f"{path}.down_proj"] = pad_experts(
-            experts, native.down_proj.shape[-1]
-        )
-    for path in stored.mlps:
-        width = plain.get_submodule(path).up_proj.out_features
-        state |= pad_mlp(path, model.get_submodule(path), width)
-    plain.load_state_dict(state, assign=True)
+    plain.load_state_dict(padded_state(model, plain, stored), assign=True)
     plain.tie_weights()
-    out.mkdir(parents=True)
-    plain.save_pretrained(out)
-    copy_companions(Path(checkpoint), out)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        plain.save_pretrained(partial)
+        copy_companions(Path(checkpoint), partial)
+        os.replace(partial, out)
+    except (OSError, SafetensorError) as error:
+        raise CameraError(
+            f"can't write {out} ({error}): free space on that disk or choose another folder."
+        ) from error
     return out
 
 
-def native_widths(config, stored: CameraConfig, multiple: int) -> dict[str, int]:
+def native_widths(config: Any, stored: CameraConfig, multiple: int) -> dict[str, int]:
     """{config key: width} that holds the widest expert of each kind; one width for all layers."""
+    family = family_of(config.model_type)
     found: dict[str, int] = {}
 
-    def widen(key: str, width: int, per: int = 1) -> None:
-        padded = max(-(-width // multiple) * multiple, multiple)
-        found[key] = max(found.get(key, 0), -(-padded // per))
+    def widen(key: str, width: int, parts: int = 1) -> None:
+        width = max(-(-width // parts), 1)
+        found[key] = max(found.get(key, 0), -(-width // multiple) * multiple)
 
     for widths in stored.experts.values():
-        widen(WIDTH_KEYS.get(config.model_type, "moe_intermediate_size"), max(widths))
+        widen(family.width_key, max(widths))
     for path, width in stored.mlps.items():
-        if path.endswith("shared_expert"):
-            widen("shared_expert_intermediate_size", width)
-        elif path.endswith("shared_experts"):
-            widen("moe_intermediate_size", width, per=config.n_shared_experts)
+        if family.shared and path.endswith(f".{family.shared}"):
+            count = getattr(config, family.shared_count_key) if family.shared_count_key else 1
+            widen(family.shared_width_key, width, count)
         else:
-            widen("intermediate_size", width)
+            widen(family.dense_width_key, width)
     return found
+
+
+def padded_state(
+    model: nn.Module, plain: nn.Module, stored: CameraConfig
+) -> dict[str, torch.Tensor]:
+    """The compressed model's tensors in the shapes of the native one."""
+    state = model.state_dict()
+    for path in stored.experts:
+        width = plain.get_submodule(path).down_proj.shape[-1]
+        padded = pad_experts(model.get_submodule(path), width)
+        state[f"{path}.gate_up_proj"], state[f"{path}.down_proj"] = padded
+    for path in stored.mlps:
+        width = plain.get_submodule(path).up_proj.out_features
+        state |= pad_mlp(path, model.get_submodule(path), width)
+    return state
 
 
 def pad_experts(experts: RaggedExperts, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,22 +119,3 @@ def pad_mlp(path: str, mlp: nn.Module, width: int) -> dict[str, torch.Tensor]:
     padded[f"{path}.down_proj.weight"] = weight.new_zeros(len(weight), width)
     padded[f"{path}.down_proj.weight"][:, : weight.shape[1]] = weight
     return padded
-
-
-def main() -> None:
-    """`python -m camera.export FROM TO`."""
-    parser = argparse.ArgumentParser(description=export.__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="folder of a compressed checkpoint")
-    parser.add_argument("out", help="folder to write; must not exist")
-    parser.add_argument("--width-multiple", type=int, default=8)
-    arguments = parser.parse_args()
-    try:
-        path = export(arguments.checkpoint, arguments.out, arguments.width_multiple)
-    except CameraError as error:
-        raise SystemExit(f"error: {error}") from None
-    config = json.loads((path / "config.json").read_text())
-    print(f"{path}: {config['model_type']}, uniform width")
-
-
-if __name__ == "__main__":
-    main()

@@ -33,6 +33,7 @@ def compress(
     energies: str | Path | None = None,
     phi: str = "auto",
     trust_remote_code: bool = False,
+    name: str | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> CompressionResult:
@@ -42,7 +43,8 @@ def compress(
     With `propagate="compressed"` each layer is measured on what the compressed layers before it
     put out; with `"dense"` on the original model's activations, in one pass that is kept in the
     folder `energies` and serves every other alpha and sparsity. `phi` (keep, recompute, or auto: by
-    free memory) says whether a layer's micro-expert outputs are kept until it is cut. Raises
+    size) says whether a layer's micro-expert outputs are kept until it is cut. `name` is what model
+    card and report call the base model (default: its hub id, or the name of its folder). Raises
     CameraError for what a user can mend; `out` appears only when it is complete.
     """
     method, out = as_method(method, settings), Path(out)
@@ -54,12 +56,12 @@ def compress(
         raise CameraError(f"{out} exists already: delete it or choose another folder.")
     if not method.compresses:
         raise CameraError(f"method {method.name} leaves the model as it is: nothing to do.")
-    folder = resolve_model(str(model))
+    folder = resolve_model(str(model), code=trust_remote_code)
     streamer = Streamer(folder, resolve_device(device), dtype, trust_remote_code)
     method.check(streamer.budget)
-    require_space(out.parent, streamer.budget.dense.bytes)
+    name = name or (Path(model).absolute().name if Path(model).is_dir() else str(model))
 
-    job = Job(str(model), streamer, method, out, show_progress=progress)
+    job = Job(name, streamer, method, out, show_progress=progress)
     if method.calibrates:
         tokens = calibration_tokens(
             load_tokenizer(folder, trust_remote_code),
@@ -68,7 +70,8 @@ def compress(
             seed=seed,
             max_length=getattr(streamer.config, "max_position_embeddings", None),
         )
-        job.calibration = Measurement(str(model), streamer, tokens, job.each_layer)
+        job.calibration = Measurement(name, streamer, tokens, job.each_layer)
+    require_space(out.parent, job.bytes_to_come())
     with PeakMemory(streamer.device) as job.memory:
         if method.calibrates and propagate == "dense":
             job.measure_once(Path(energies) if energies else None)
@@ -79,7 +82,8 @@ def compress(
 
 def describe(model: str | Path, trust_remote_code: bool = False) -> CompressionResult:
     """What `compress` would report of the original model: its counts, with nothing removed."""
-    skeleton = Skeleton(resolve_model(str(model)), trust_remote_code=trust_remote_code)
+    folder = resolve_model(str(model), code=trust_remote_code)
+    skeleton = Skeleton(folder, trust_remote_code=trust_remote_code)
     dense, size = skeleton.budget.dense, skeleton.reader.bytes
     return CompressionResult(
         method="dense",
