@@ -245,10 +245,10 @@ def _config(task: str) -> dict[str, Any]:
 
 def _language_model(model, tokenizer, batch_size, max_length, softmax_dtype, progress):
     """lm-eval's own wrapper of the model; `restore()` puts back the train/eval state it changes."""
-    from lm_eval.models.huggingface import HFLM
+    from camera.evaluation.packed_lm import PackedLM
 
     was_training = model.training
-    lm = HFLM(
+    lm = PackedLM(
         pretrained=model,
         # A copy: lm-eval gives a tokenizer without a pad token one of its own.
         tokenizer=copy.deepcopy(tokenizer),
