@@ -63,11 +63,6 @@ class CameraConfig(QuantizationConfigMixin):
             "mlps": self.mlps,
         }
 
-    @property
-    def widths(self) -> dict[str, list[int]]:
-        """Kept widths of every compressed module, experts and MLPs alike."""
-        return {**{path: [width] for path, width in self.mlps.items()}, **self.experts}
-
 
 def resize_skeleton(model: nn.Module, config: CameraConfig) -> None:
     """Give a freshly built model (on meta) the modules and widths of a compressed checkpoint."""
@@ -111,14 +106,6 @@ class CameraQuantizer(HfQuantizer):
 
 def _touches_experts(conversion: Any) -> bool:
     return any(".experts" in target for target in conversion._original_target_patterns)
-
-
-def adopt(model: PreTrainedModel, config: CameraConfig) -> PreTrainedModel:
-    """Mark a model sliced in memory, so that `save_pretrained` writes the format."""
-    model.config.quantization_config = config
-    model.hf_quantizer = CameraQuantizer(config, pre_quantized=True)
-    model._weight_conversions = []  # the tables are stored under the names they have in memory
-    return model
 
 
 def load_model(

@@ -78,7 +78,7 @@ class Job:
         trace = False
         if calibration is not None:
             self.energies = Energies(progress.energies(), calibration.about("compressed"))
-            trace = progress.state.get("trace", calibration.keeps_phi(phi))
+            trace = calibration.keeps_phi(phi)
             with self._timed("calibrate"):
                 calibration.start(progress)
         for i in self.each_layer("compress", progress.done):
@@ -99,7 +99,7 @@ class Job:
                     calibration.propagate(i, kept)
             streamer.free(streamer.layers[i])
             hidden = calibration.hidden() if calibration is not None else []
-            progress.commit(i + 1, self._state(trace), hidden, energy)
+            progress.commit(i + 1, self._state(), hidden, energy)
 
     def finish(self) -> CompressionResult:
         """Write what is outside the layers, config and reports; then show the folder, complete."""
@@ -145,14 +145,13 @@ class Job:
             setattr(self, name, progress.state[name])
         self.routed = set(progress.state["routed"])
 
-    def _state(self, trace: bool) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         return {
             "shards": self.writer.state(),
             "widths": self.widths,
             "full_widths": self.full_widths,
             "routed": sorted(self.routed),
             "seconds": self.seconds,
-            "trace": trace,
         }
 
     @torch.no_grad()
