@@ -11,6 +11,7 @@
 import hydra
 from omegaconf import DictConfig
 
+from camera.parallel import process_group
 from experiments.schema import naming_valid_keys
 from experiments.sweep import job
 
@@ -22,5 +23,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    with naming_valid_keys():
+    with naming_valid_keys(), process_group():
         main()

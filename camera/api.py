@@ -10,7 +10,7 @@ from camera.job import Job
 from camera.measure import Measurement
 from camera.method import METHODS, Method
 from camera.progress import PeakMemory
-from camera.result import CompressionResult, unquantised_bits, versions
+from camera.result import CompressionResult, versions
 from camera.skeleton import Skeleton
 from camera.source import require_space, resolve_model
 from camera.stream import Streamer
@@ -30,7 +30,7 @@ def compress(
     seed: int = 1234,
     device: str = "auto",
     dtype: str = "auto",
-    energies: str | Path | None = None,
+    statistics: str | Path | None = None,
     phi: str = "auto",
     trust_remote_code: bool = False,
     name: str | None = None,
@@ -42,10 +42,11 @@ def compress(
     `method` is a method or the name of one, which then takes `settings` (`sparsity=0.4`, ...).
     With `propagate="compressed"` each layer is measured on what the compressed layers before it
     put out; with `"dense"` on the original model's activations, in one pass that is kept in the
-    folder `energies` and serves every other alpha and sparsity. `phi` (keep, recompute, or auto: by
-    size) says whether a layer's micro-expert outputs are kept until it is cut. `name` is what model
-    card and report call the base model (default: its hub id, or the name of its folder). Raises
-    CameraError for what a user can mend; `out` appears only when it is complete.
+    folder `statistics` and serves every other alpha and sparsity (methods that rank all layers
+    together or need gradients always do that). `phi` (keep, recompute, or auto: by size) says
+    whether a layer's micro-expert outputs are kept until it is cut. `name` is what model card and
+    report call the base model (default: its hub id, or the name of its folder). Raises CameraError
+    for what a user can mend; `out` appears only when it is complete.
     """
     method, out = as_method(method, settings), Path(out)
     if propagate not in PROPAGATE:
@@ -70,13 +71,17 @@ def compress(
             seed=seed,
             max_length=getattr(streamer.config, "max_position_embeddings", None),
         )
-        job.calibration = Measurement(name, streamer, tokens, job.each_layer)
+        job.calibration = Measurement(name, streamer, method, tokens, job.each_layer)
     require_space(out.parent, job.bytes_to_come())
     with PeakMemory(streamer.device) as job.memory:
-        if method.calibrates and propagate == "dense":
-            job.measure_once(Path(energies) if energies else None)
-        measured_as_it_goes = method.calibrates and propagate == "compressed"
-        job.compress_layers(phi if measured_as_it_goes else None)
+        tokens_pass = None
+        if method.calibrates:
+            once = method.one_shot or propagate == "dense"
+            if once and (method.one_shot or method.storable):
+                job.measure_once(Path(statistics) if statistics else None)
+            if not once or not method.storable:
+                tokens_pass = propagate
+        job.compress_layers(tokens_pass, phi)
         return job.finish()
 
 
@@ -90,7 +95,7 @@ def describe(model: str | Path, trust_remote_code: bool = False) -> CompressionR
         model=str(model),
         settings={},
         sparsity={"asked": 0.0, "of": None, **dense.sparsity(dense)},
-        bits=unquantised_bits(dense),
+        bits=dict.fromkeys(("raw", "stored", "model"), 8 * dense.bytes / dense.model),
         bytes={"dense": size, "compressed": size},
         seconds={"calibrate": 0.0, "compress": 0.0},
         versions=versions(),

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from camera.errors import CameraError
-from camera.experts import RaggedExperts
+from camera.experts import Form
 from camera.families import Family
 
 
@@ -47,13 +47,13 @@ class ExpertGroup:
 
 
 class RoutedExperts(ExpertGroup):
-    """The routed experts of a layer, native (3-D parameters) or already ragged."""
+    """The routed experts of a layer, native (3-D parameters) or in a compressed form."""
 
     routed = True
 
     def __init__(self, path: str, module: nn.Module):
         super().__init__(path, module)
-        if isinstance(module, RaggedExperts):
+        if isinstance(module, Form):
             self.widths = module.widths
             return
         plain = getattr(module, "has_gate", False) and getattr(module, "is_concatenated", False)
@@ -74,15 +74,19 @@ class RoutedExperts(ExpertGroup):
         return self._fused(expert).chunk(2)
 
     def down(self, expert: int) -> torch.Tensor:
-        if isinstance(self.module, RaggedExperts):
+        if isinstance(self.module, Form):
             return self.module.down(expert)
         return self.module.down_proj[expert]
 
     def activations(self, expert: int, x_NH: torch.Tensor) -> torch.Tensor:
-        return self.module._apply_gate(F.linear(x_NH, self._fused(expert)).float())
+        gate_up = F.linear(x_NH, self._fused(expert)).float()
+        if isinstance(self.module, Form):
+            gate, up = gate_up.chunk(2, dim=-1)
+            return self.module.act_fn(gate) * up
+        return self.module._apply_gate(gate_up)
 
     def _fused(self, expert: int) -> torch.Tensor:
-        if isinstance(self.module, RaggedExperts):
+        if isinstance(self.module, Form):
             return self.module.gate_up(expert)
         return self.module.gate_up_proj[expert]
 
@@ -98,9 +102,13 @@ class MlpExpert(ExpertGroup):
         self.widths = [module.up_proj.out_features]
 
     def gate_up(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(self.module, Form):
+            return self.module.gate_up(expert).chunk(2)
         return self.module.gate_proj.weight, self.module.up_proj.weight
 
     def down(self, expert: int) -> torch.Tensor:
+        if isinstance(self.module, Form):
+            return self.module.down(expert)
         return self.module.down_proj.weight
 
     def activations(self, expert: int, x_NH: torch.Tensor) -> torch.Tensor:
@@ -120,6 +128,7 @@ class FeedForward:
     """The feed-forward part of one decoder layer and the expert groups of its pool."""
 
     def __init__(self, layer: nn.Module, family: Family, path: str):
+        self.layer, self.path = layer, path
         self.module: nn.Module = getattr(layer, family.ffn)
         self.is_moe = hasattr(self.module, family.experts)
         self.residual_scale: float = (
@@ -137,6 +146,15 @@ class FeedForward:
             self.groups.append(MlpExpert(f"{root}.{family.shared}", shared, gate))
         experts = getattr(self.module, family.experts)
         self.groups.append(RoutedExperts(f"{root}.{family.experts}", experts))
+
+    def replace(self, group: ExpertGroup, module: nn.Module) -> None:
+        """Put a module where a group's stands; the views of this object are then out of date."""
+        if not self.is_moe:
+            setattr(self.layer, self.family.ffn, module)
+            self.module = module
+        else:
+            name = self.family.experts if group.routed else self.family.shared
+            setattr(self.module, name, module)
 
     @property
     def widths(self) -> list[int]:

@@ -8,11 +8,13 @@ the routed experts alone.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import floor
+from typing import Any
 
 from torch import nn
 
 from camera.blocks import FeedForward
 from camera.errors import CameraError
+from camera.experts import FORMS
 from camera.families import Family
 
 SPARSITY_OF = ("moe", "model", "routed")
@@ -56,6 +58,7 @@ class Budget:
     dense: Count
     layers: dict[int, LayerPool] = field(default_factory=dict)
     model_type: str = ""
+    hidden: int = 0  # width of the residual stream
 
     def prunable(self, sparsity_of: str) -> int:
         """Parameters a method may remove: routed experts only if the share is named of these."""
@@ -121,16 +124,62 @@ def budget_of(model: nn.Module, layers: Iterable[nn.Module], family: Family, roo
         for name, p in model.state_dict().items()
         if name not in tied
     }
-    return Budget(count(sizes, parts), pools, model.config.model_type)
+    return Budget(count(sizes, parts), pools, model.config.model_type, model.config.hidden_size)
 
 
-def count(sizes: dict[str, tuple[int, int]], parts: dict[str, bool]) -> Count:
-    """Count tensors {name: (parameters, bytes)}; `parts` are the pool's modules, True if routed."""
+def count(
+    sizes: dict[str, tuple[int, int]],
+    parts: dict[str, bool],
+    forms: dict[str, dict[str, Any]] | None = None,
+) -> Count:
+    """Count tensors {name: (numbers, bytes)}; `parts` are the pool's modules, True if routed.
+
+    `forms` are the specs of compressed modules: where codes are packed, the numbers stored are not
+    the weights they stand for.
+    """
+    weights = _weights(forms or {})
     model = moe = routed = size = 0
     for name, (parameters, stored) in sizes.items():
-        model, size = model + parameters, size + stored
-        part = next((p for p in parts if name.startswith(p + ".")), None)
+        size += stored
+        if _owner(name, weights) is not None:
+            continue
+        model += parameters
+        part = _owner(name, parts)
         if part is not None:
             moe += parameters
             routed += parameters if parts[part] else 0
+    for path, number in weights.items():
+        model += number
+        if path in parts:
+            moe += number
+            routed += number if parts[path] else 0
     return Count(model, moe, routed, size)
+
+
+def bits(
+    sizes: dict[str, tuple[int, int]], forms: dict[str, dict[str, Any]], total: Count
+) -> dict[str, float]:
+    """Bits per weight: raw codes and stored (scales included) of what is quantised, whole model.
+
+    Where nothing is quantised all three are those of the stored weights.
+    """
+    model = 8 * total.bytes / total.model
+    raw = {
+        path: FORMS[spec["form"]].raw_bits(spec)
+        for path, spec in forms.items()
+        if FORMS[spec["form"]].raw_bits(spec) is not None
+    }
+    weights = sum(_weights({path: forms[path] for path in raw}).values())
+    if not weights:
+        return {"raw": model, "stored": model, "model": model}
+    stored = sum(size for name, (_, size) in sizes.items() if _owner(name, raw) is not None)
+    return {"raw": sum(raw.values()) / weights, "stored": 8 * stored / weights, "model": model}
+
+
+def _weights(forms: dict[str, dict[str, Any]]) -> dict[str, int]:
+    found = {path: FORMS[spec["form"]].weights(spec) for path, spec in forms.items()}
+    return {path: number for path, number in found.items() if number is not None}
+
+
+def _owner(name: str, paths: Iterable[str]) -> str | None:
+    return next((path for path in paths if name.startswith(path + ".")), None)

@@ -1,8 +1,7 @@
 """The format on disk: a quantization_config with quant_method `camera`, registered on import.
 
-A compressed checkpoint is an ordinary transformers folder whose config.json says how wide each
-expert is; `from_pretrained` builds the skeleton with these widths and loads into it. Routed experts
-are stored as the two tables of `RaggedExperts` under their native fused names.
+A compressed checkpoint is an ordinary transformers folder whose config.json says by path what form
+(camera/experts/) a module has; `from_pretrained` builds the skeleton of these and loads into it.
 """
 
 from pathlib import Path
@@ -21,8 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from camera.errors import CameraError
-from camera.experts import RaggedExperts
-from camera.slicer import resize_note
+from camera.experts import FORMS
 
 FORMAT = 1
 DTYPES = ("float32", "bfloat16", "float16")
@@ -30,23 +28,22 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @register_quantization_config("camera")
 class CameraConfig(QuantizationConfigMixin):
-    """What a compressed checkpoint holds: kept widths by module path, and how it was made.
+    """What a compressed checkpoint holds, and how it was made.
 
-    `experts` maps a routed-experts module to the kept width of each expert, `mlps` a shared expert
-    or dense FFN to its kept width, `made_by` is the method's name and settings.
+    `modules` maps a module's path to its form, {"form": name, ...}; `made_by` is the method's name
+    and settings.
     """
 
     def __init__(
         self,
-        experts: dict[str, list[int]] | None = None,
-        mlps: dict[str, int] | None = None,
+        modules: dict[str, dict[str, Any]] | None = None,
         made_by: dict[str, Any] | None = None,
         format: int = FORMAT,
         **_: Any,
     ):
         self.quant_method = "camera"
         self.format = format
-        self.experts, self.mlps = experts or {}, mlps or {}
+        self.modules = modules or {}
         self.made_by = made_by or {}
         if format > FORMAT:
             raise CameraError(
@@ -59,28 +56,20 @@ class CameraConfig(QuantizationConfigMixin):
             "quant_method": self.quant_method,
             "format": self.format,
             "made_by": self.made_by,
-            "experts": self.experts,
-            "mlps": self.mlps,
+            "modules": self.modules,
         }
 
 
-def resize_skeleton(model: nn.Module, config: CameraConfig) -> None:
-    """Give a freshly built model (on meta) the modules and widths of a compressed checkpoint."""
-    for path, widths in config.experts.items():
-        parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
-        native = getattr(parent, name)
-        experts = RaggedExperts(
-            native.hidden_dim, widths, native.act_fn, "meta", native.down_proj.dtype
-        )
-        setattr(parent, name, experts)
-    for path, width in config.mlps.items():
-        mlp = model.get_submodule(path)
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            old = getattr(mlp, name)
-            ends = (width, old.out_features) if name == "down_proj" else (old.in_features, width)
-            new = nn.Linear(*ends, bias=old.bias is not None, device="meta", dtype=old.weight.dtype)
-            setattr(mlp, name, new)
-        resize_note(mlp, width)
+def build_forms(model: nn.Module, config: CameraConfig) -> None:
+    """Give a freshly built model (on meta) the modules of a compressed checkpoint."""
+    for path, spec in config.modules.items():
+        if spec["form"] not in FORMS:
+            raise CameraError(
+                f"module {path} has the form '{spec['form']}', which this package doesn't know "
+                f"({', '.join(sorted(FORMS))}): upgrade camera-moe."
+            )
+        native = model.get_submodule(path)
+        model.set_submodule(path, FORMS[spec["form"]].build(native, spec))
 
 
 @register_quantizer("camera")
@@ -90,7 +79,7 @@ class CameraQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        resize_skeleton(model, self.quantization_config)
+        build_forms(model, self.quantization_config)
 
     def update_weight_conversions(self, conversions: list, model: PreTrainedModel) -> list:
         """Drop the rules that fuse native experts: ours are stored as they are used."""

@@ -1,31 +1,28 @@
-"""Micro-expert energy: statistics over calibration tokens, the formula, and its file.
+"""Micro-expert energy: statistics over calibration tokens, and the formula.
 
 Shapes: N micro-experts of a layer's pool (shared expert first, then routed experts 0, 1, ...;
 within an expert by row), W width of one expert, E experts of the pool, T tokens.
 """
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from camera.blocks import ExpertGroup, FeedForward
-from camera.errors import CameraError
+from camera.statistics import LayerStatistics
 
 
 @dataclass
-class LayerEnergy:
+class LayerEnergy(LayerStatistics):
     """What calibration knows of one layer's pool; any alpha is served without another pass.
 
     sum2_N = sum over tokens of phi^2 (fp64), max2_N = max over tokens of phi^2 (fp32),
     basis_N = |w_down|^2 (fp32), tokens_E = tokens each expert saw (int64).
     """
 
-    groups: dict[str, list[int]]  # module path -> width of each of its experts, in pool order
+    kind: ClassVar[str] = "energy"
+    reduced: ClassVar[dict[str, str]] = {"sum2_N": "sum", "max2_N": "max", "tokens_E": "sum"}
     sum2_N: torch.Tensor
     max2_N: torch.Tensor
     basis_N: torch.Tensor
@@ -38,16 +35,6 @@ class LayerEnergy:
         """
         phi_N = (1 - alpha) * self.sum2_N + alpha * self.max2_N.double()
         return phi_N * self.basis_N.double()
-
-    @property
-    def widths(self) -> list[int]:
-        """Width of every expert of the pool."""
-        return [width for widths in self.groups.values() for width in widths]
-
-    def unreached(self) -> list[tuple[str, int]]:
-        """(module path, expert) of the experts that no calibration token reached."""
-        experts = [(path, e) for path, widths in self.groups.items() for e in range(len(widths))]
-        return [place for place, n in zip(experts, self.tokens_E.tolist(), strict=True) if n == 0]
 
 
 class EnergyObserver:
@@ -101,46 +88,3 @@ def basis_norm(group: ExpertGroup) -> torch.Tensor:
     """|w_down|^2 of every micro-expert of a group, fp32, in pool order."""
     experts = range(len(group.widths))
     return torch.cat([group.down(e).detach().float().square().sum(0) for e in experts])
-
-
-class Energies:
-    """The energies of a whole model, layer by layer, with what they were measured on."""
-
-    def __init__(self, layers: dict[int, LayerEnergy], about: dict):
-        self.layers, self.about = layers, about
-
-    def save(self, path: Path) -> None:
-        """Write all statistics to one safetensors file, `about` in its header."""
-        tensors = {}
-        for i, layer in self.layers.items():
-            for name in ("sum2_N", "max2_N", "basis_N", "tokens_E"):
-                tensors[f"{i}.{name}"] = getattr(layer, name).contiguous()
-        groups = {str(i): layer.groups for i, layer in self.layers.items()}
-        # one entry only: safetensors writes several in any order, and files are compared by bytes
-        header = json.dumps({"groups": groups, "about": self.about})
-        save_file(tensors, path, metadata={"camera": header})
-
-    @classmethod
-    def load(cls, path: Path) -> "Energies":
-        """Read a file of `save`; CameraError if it is missing or broken."""
-        try:
-            with safe_open(path, "pt") as file:
-                header = json.loads(file.metadata()["camera"])
-                layers = {
-                    int(i): LayerEnergy(
-                        groups,
-                        *(
-                            file.get_tensor(f"{i}.{name}")
-                            for name in ("sum2_N", "max2_N", "basis_N", "tokens_E")
-                        ),
-                    )
-                    for i, groups in header["groups"].items()
-                }
-                return cls(layers, header["about"])
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
-            raise CameraError(
-                f"energies file {path} can't be read ({error}): delete it and run again."
-            ) from error
-
-    def __iter__(self) -> Iterator[tuple[int, LayerEnergy]]:
-        return iter(sorted(self.layers.items()))

@@ -15,17 +15,22 @@ class Family:
 
     ffn: str = "mlp"
     experts: str = "experts"
+    router: str = "gate"
     shared: str | None = None
     shared_gate: str | None = None  # its sigmoid scales the shared expert's output
     residual_scale: str | None = None  # attribute of the layer that scales the FFN's output
-    # keys of config.json: width of a routed expert, of the shared one (and how many it is made of)
+    # keys of config.json: how many routed experts, the width of one, of the shared one (and how
+    # many that is made of), of a dense FFN
+    count_key: str = "num_experts"
     width_key: str = "moe_intermediate_size"
     shared_width_key: str = "moe_intermediate_size"
     shared_count_key: str | None = None
     dense_width_key: str = "intermediate_size"
 
 
-DEEPSEEK = Family(shared="shared_experts", shared_count_key="n_shared_experts")
+DEEPSEEK = Family(
+    shared="shared_experts", shared_count_key="n_shared_experts", count_key="n_routed_experts"
+)
 FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(
         shared="shared_expert",
@@ -33,16 +38,18 @@ FAMILIES: dict[str, Family] = {
         shared_width_key="shared_expert_intermediate_size",
     ),
     "qwen3_moe": Family(),
-    "mixtral": Family(width_key="intermediate_size"),
-    "phimoe": Family(width_key="intermediate_size"),
+    "mixtral": Family(width_key="intermediate_size", count_key="num_local_experts"),
+    "phimoe": Family(router="router", width_key="intermediate_size", count_key="num_local_experts"),
     "olmoe": Family(width_key="intermediate_size"),
     "deepseek": DEEPSEEK,
     "deepseek_v2": DEEPSEEK,
     "deepseek_v3": DEEPSEEK,
     "granitemoe": Family(
         ffn="block_sparse_moe",
+        router="router",
         residual_scale="residual_multiplier",
         width_key="intermediate_size",
+        count_key="num_local_experts",
     ),
     "llama": Family(),
     "qwen3": Family(),

@@ -1,29 +1,34 @@
 """One compression under way: measure, plan, slice, write, layer after layer."""
 
+import copy
+import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from camera import parallel
+from camera.background import Background
 from camera.card import model_card
 from camera.checkpoint import CameraConfig
-from camera.energy import Energies
 from camera.errors import CameraError
 from camera.measure import Measurement, code_and_device
 from camera.method import Method
+from camera.native import native_state
 from camera.progress import PeakMemory, each_layer
-from camera.report import ENERGIES, report
+from camera.report import STATISTICS, report
 from camera.result import CompressionResult
 from camera.resume import Progress
 from camera.shards import ShardWriter
-from camera.slicer import Kept, kept_rows, slice_layer
+from camera.slicer import Kept
 from camera.source import copy_companions, fingerprint, write_json
+from camera.statistics import LayerStatistics, Statistics
 from camera.stream import Streamer
 
 REPORT = "camera.json"
@@ -39,11 +44,13 @@ class Job:
         self.show_progress = show_progress
         self.calibration: Measurement | None = None
         self.memory = PeakMemory(streamer.device)
-        self.energies: Energies | None = None
+        self.statistics: Statistics | None = None
         self.seconds = {"calibrate": 0.0, "compress": 0.0}
+        self.modules: dict[str, dict[str, Any]] = {}  # path -> form of what stands there now
         self.widths: dict[str, list[int]] = {}
         self.full_widths: dict[str, int] = {}
         self.routed: set[str] = set()
+        self.layer_reports: dict[str, dict[str, Any]] = {}
         self.partial = out.with_name(f".{out.name}.partial")
         self.writer = ShardWriter(self.partial, len(streamer.layers) + 1)
 
@@ -58,62 +65,106 @@ class Job:
         return max(self.streamer.budget.dense.bytes - written, 0) + 2 * hidden
 
     def measure_once(self, folder: Path | None) -> None:
-        """Energies of the original model, kept in `folder` for whoever asks for them next."""
+        """See all of the original model, kept in `folder` for whoever asks for it next."""
         with self._timed("calibrate"):
             if folder is not None:
-                self.energies = self.calibration.dense_energies(folder)
-                return
-            with TemporaryDirectory() as nowhere:
-                self.energies = self.calibration.dense_energies(Path(nowhere))
+                self.statistics = self.calibration.dense_statistics(folder)
+            else:
+                with TemporaryDirectory(dir=self.out.parent) as nowhere:
+                    self.statistics = self.calibration.dense_statistics(Path(nowhere))
+            self.method.prepare(self.statistics.layers, self.streamer.budget)
 
-    def compress_layers(self, phi: str | None) -> None:
-        """Slice and write every layer, going on where a killed run stopped.
+    def compress_layers(self, tokens: Literal["compressed", "dense"] | None, phi: str) -> None:
+        """Compress and write every layer, going on where a killed run stopped.
 
-        With `phi` (keep, recompute or auto) each layer is measured on what the compressed layers
-        before it put out; without, by the energies measured before, if the method wants any.
+        `tokens` says whether calibration tokens pass through the layers on the way, and whether a
+        layer gets what the compressed or what the dense layers before it put out; without, layers
+        are compressed by what `measure_once` saw, if the method wants any.
         """
-        streamer, calibration = self.streamer, self.calibration if phi else None
-        progress = self.progress = self._progress(phi)
+        streamer, calibration = self.streamer, self.calibration if tokens else None
+        progress = self.progress = self._progress(tokens, phi)
         self._restore(progress)
-        trace = False
+        dense, trace = tokens == "dense", False
         if calibration is not None:
-            self.energies = Energies(progress.energies(), calibration.about("compressed"))
-            trace = calibration.keeps_phi(phi)
+            self.statistics = Statistics(progress.statistics(), calibration.about(tokens))
+            trace = self.method.slices and not dense and calibration.keeps_phi(phi)
             with self._timed("calibrate"):
                 calibration.start(progress)
-        for i in self.each_layer("compress", progress.done):
-            in_pool, energy, kept = i in streamer.budget.layers, None, None
-            with self._timed("compress"):
-                streamer.load_layer(i)
-            if calibration is not None:
-                with self._timed("calibrate"):
-                    calibration.attend(i)
-                    if in_pool:
-                        energy = self.energies.layers[i] = calibration.measure(i, trace=trace)
-            with self._timed("compress"):
+        with Background() as behind:
+            for i in self.each_layer("compress", progress.done):
+                stored = self._one_layer(i, calibration, dense, trace, behind)
+                hidden = calibration.hidden() if calibration is not None else []
+                state = self.streamer.layers[i].state_dict()
+                streamer.free(streamer.layers[i])
+                behind.submit(partial(self._keep, i, state, self._state(), hidden, stored))
+        self.seconds["waited for disk"] = streamer.ahead.seconds_waited + behind.seconds_waited
+
+    def _one_layer(
+        self,
+        index: int,
+        calibration: Measurement | None,
+        dense: bool,
+        trace: bool,
+        behind: Background,
+    ) -> LayerStatistics | None:
+        """Load, measure, compress and propagate; what is worth keeping of what was seen."""
+        streamer, seen, kept, stored = self.streamer, None, None, None
+        in_pool = index in streamer.budget.layers
+        with self._timed("compress"):
+            streamer.load_layer(index)
+        if calibration is not None:
+            if parallel.world() > 1:
+                behind.wait()  # no process gets more than a layer ahead of another's files
+            with self._timed("calibrate"):
+                calibration.attend(index)
                 if in_pool:
-                    kept = self._slice(i)
-                self._write(i)
-            if calibration is not None:
-                with self._timed("calibrate"):
-                    calibration.propagate(i, kept)
-            streamer.free(streamer.layers[i])
-            hidden = calibration.hidden() if calibration is not None else []
-            progress.commit(i + 1, self._state(), hidden, energy)
+                    seen = calibration.measure(index, propagate=dense, trace=trace)
+                    stored = self.statistics.layers[index] = seen.stored()
+                elif dense:
+                    calibration.propagate(index)
+        elif self.statistics is not None:
+            seen = self.statistics.layers.get(index)
+        if in_pool:
+            behind.wait()  # the layer before is on the disk, and out of memory
+            with self._timed("compress"):
+                kept = self._compress(index, seen)
+        if calibration is not None and not dense:
+            with self._timed("calibrate"):
+                calibration.propagate(index, kept)
+        return stored
+
+    def _keep(
+        self,
+        index: int,
+        layer: dict[str, torch.Tensor],
+        state: dict[str, Any],
+        hidden: list[torch.Tensor],
+        stored: LayerStatistics | None,
+    ) -> None:
+        """Put a finished layer on the disk, then say that it is there."""
+        prefix = f"{self.streamer.root}.{index}."
+        if parallel.rank() == 0:
+            self._add(index, {prefix + name: tensor for name, tensor in layer.items()})
+        state |= {"shards": self.writer.state()}
+        self.progress.commit(index + 1, state, hidden, stored)
 
     def finish(self) -> CompressionResult:
         """Write what is outside the layers, config and reports; then show the folder, complete."""
+        if parallel.rank() > 0:
+            parallel.barrier()
+            return CompressionResult(**json.loads((self.out / REPORT).read_text()))
         with self._timed("compress"):
             self._write_rest()
             self._write_config()
             copy_companions(self.streamer.folder, self.partial)
-            if self.energies is not None:
-                self.energies.save(self.partial / ENERGIES)
+            if self.statistics is not None and self.statistics.travels:
+                self.statistics.save(self.partial / STATISTICS)
         result = report(self)
         (self.partial / "README.md").write_text(model_card(result))
         write_json(self.partial / REPORT, result.to_dict())
         self.progress.finish()
         os.replace(self.partial, self.out)
+        parallel.barrier()
         return result
 
     def each_layer(self, title: str, start: int) -> Iterator[int]:
@@ -121,57 +172,56 @@ class Job:
         count = len(self.streamer.layers)
         return each_layer(start, count, title, self.memory, self.show_progress)
 
-    def _progress(self, phi: str | None) -> Progress:
+    def _progress(self, tokens: str | None, phi: str) -> Progress:
         settings = {
             "weights": fingerprint(self.streamer.folder),
             "method": self.method.name,
             **self.method.settings(),
             "calibration": self.calibration.tokens.hash if self.calibration else None,
-            "propagate": "compressed" if phi else "dense",
-            "phi": phi,
+            "propagate": tokens or "dense",
+            "phi": phi if tokens else None,
             "dtype": str(self.streamer.dtype),
             "stored dtype": str(self.streamer.stored_dtype),
         }
-        return Progress(self.partial / "progress", settings | code_and_device(self.streamer))
+        settings |= code_and_device(self.streamer, self.method)
+        return Progress(self.partial / "progress", settings)
 
     def _restore(self, progress: Progress) -> None:
-        if progress.restore() and not self.writer.restore(progress.state["shards"]):
-            progress.clear()  # a shard is not what was written: start anew
-        if not progress.done:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
+        whole = progress.restore() and self.writer.restore(progress.state["shards"])
+        if not parallel.least(whole):
+            progress.clear()  # or a shard is not what was written
+            self.partial.mkdir(parents=True, exist_ok=True)
             return
-        for name in ("widths", "full_widths", "seconds"):
+        for name in ("modules", "widths", "full_widths", "layer_reports", "seconds"):
             setattr(self, name, progress.state[name])
         self.routed = set(progress.state["routed"])
 
     def _state(self) -> dict[str, Any]:
-        return {
-            "shards": self.writer.state(),
+        found = {
+            "modules": self.modules,
             "widths": self.widths,
             "full_widths": self.full_widths,
+            "layer_reports": self.layer_reports,
             "routed": sorted(self.routed),
             "seconds": self.seconds,
         }
+        return copy.deepcopy(found)
 
     @torch.no_grad()
-    def _slice(self, index: int) -> Kept:
-        ffn = self.streamer.feed_forward(index)
-        energy = self.energies.layers[index] if self.energies else None
-        if energy is not None and energy.widths != ffn.widths:
-            raise CameraError(f"energies of layer {index} belong to a model of other widths.")
-        kept = kept_rows(ffn, self.method.plan(index, ffn, energy, self.streamer.budget))
+    def _compress(self, index: int, seen: LayerStatistics | None) -> Kept | None:
+        streamer, ffn = self.streamer, self.streamer.feed_forward(index)
+        if seen is not None and seen.widths != ffn.widths:
+            raise CameraError(f"statistics of layer {index} belong to a model of other widths.")
         self.full_widths |= {group.path: max(group.widths) for group in ffn.groups}
-        self.widths |= {path: [len(rows) for rows in experts] for path, experts in kept.items()}
-        self.routed |= {group.path for group in ffn.groups if group.routed}
-        slice_layer(ffn, kept)
-        return kept
-
-    def _write(self, index: int) -> None:
-        prefix = f"{self.streamer.root}.{index}."
-        state = self.streamer.layers[index].state_dict()
-        named = {prefix + name: tensor for name, tensor in state.items()}
-        self.writer.add(self.streamer.as_stored(named))
+        outcome = self.method.compress(index, ffn, seen, streamer.budget)
+        self.modules |= outcome.modules
+        if outcome.report:
+            self.layer_reports[str(index)] = outcome.report
+        for group in streamer.feed_forward(index).groups:
+            self.widths[group.path] = group.widths
+            if group.routed:
+                self.routed.add(group.path)
+        return outcome.kept
 
     def _write_rest(self) -> None:
         self.streamer.load_rest()
@@ -179,17 +229,25 @@ class Job:
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         state = model.state_dict().items()
         rest = {n: t for n, t in state if not n.startswith(f"{root}.") and n not in tied}
-        self.writer.add(self.streamer.as_stored(rest))
+        self._add(len(self.streamer.layers), rest)
         self.writer.close()
 
+    def _add(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        tensors = self.streamer.as_stored(tensors)
+        if self.method.native:
+            tensors = native_state(self.streamer.model, tensors)
+        self.writer.add(index, tensors)
+
     def _write_config(self) -> None:
-        config = self.streamer.config
-        made_by: dict[str, Any] = {"method": self.method.name, **self.method.settings()}
-        config.quantization_config = CameraConfig(
-            experts={path: widths for path, widths in self.widths.items() if path in self.routed},
-            mlps={p: widths[0] for p, widths in self.widths.items() if p not in self.routed},
-            made_by=made_by,
-        )
+        config, method = self.streamer.config, self.method
+        if method.native:
+            for key, value in method.native_config(config, self.streamer.budget).items():
+                setattr(config, key, value)
+        else:
+            stored = self.streamer.compressed
+            before = {} if stored is None else stored.modules
+            made_by: dict[str, Any] = {"method": method.name, **method.settings()}
+            config.quantization_config = CameraConfig(before | self.modules, made_by)
         config.architectures = [type(self.streamer.model).__name__]
         config.dtype = self.streamer.stored_dtype
         if type(self.streamer.model).__module__.startswith(("transformers.", "camera.")):

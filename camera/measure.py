@@ -1,17 +1,22 @@
-"""Calibration: the tokens' way through a streamed model, and the energies measured on it."""
+"""Calibration: the tokens' way through a streamed model, and the statistics gathered on it."""
 
+import inspect
 import os
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock
 
+from camera import backward, parallel
 from camera.calibration import CalibrationTokens
-from camera.energy import Energies, EnergyObserver, LayerEnergy
+from camera.method import Method
 from camera.result import versions
 from camera.resume import Progress, code_version
 from camera.slicer import Kept
 from camera.source import content_key, fingerprint
+from camera.statistics import LayerStatistics, Statistics
 from camera.stream import Batch, Streamer
 
 BATCH_TOKENS = 8192
@@ -24,14 +29,20 @@ class Measurement:
     """Calibration tokens on their way through a model, measured layer by layer."""
 
     def __init__(
-        self, model: str, streamer: Streamer, tokens: CalibrationTokens, each_layer: EachLayer
+        self,
+        model: str,
+        streamer: Streamer,
+        method: Method,
+        tokens: CalibrationTokens,
+        each_layer: EachLayer,
     ):
-        self.model, self.streamer, self.tokens = model, streamer, tokens
+        self.model, self.streamer, self.method, self.tokens = model, streamer, method, tokens
+        self.mine = replace(tokens, ids_NL=parallel.share(tokens.ids_NL))  # this process's share
         self.each_layer = each_layer
         self.batches: list[Batch] = []
 
     def about(self, propagate: str) -> dict:
-        """What energies were measured on, for their file."""
+        """What statistics were gathered on, for their file."""
         return {
             "model": self.model,
             "propagate": propagate,
@@ -41,7 +52,7 @@ class Measurement:
 
     def start(self, progress: Progress) -> None:
         """Embed the tokens; where an earlier run got further, take its hidden states."""
-        ids_NL = self.tokens.ids_NL
+        ids_NL = self.mine.ids_NL
         size = max(1, BATCH_TOKENS // ids_NL.shape[1])
         self.batches = self.streamer.embed({"input_ids": ids} for ids in ids_NL.split(size))
         if progress.done:
@@ -52,17 +63,19 @@ class Measurement:
         """The inputs of the layer that comes next."""
         return [batch.hidden_BLH for batch in self.batches]
 
-    def measure(self, index: int, *, propagate: bool = False, trace: bool = False) -> LayerEnergy:
-        """Energies of a loaded layer whose attention has run."""
-        observer = EnergyObserver(self.streamer.feed_forward(index))
+    def measure(
+        self, index: int, *, propagate: bool = False, trace: bool = False
+    ) -> LayerStatistics:
+        """What the method sees of a loaded layer whose attention has run."""
+        observer = self.method.observer(index, self.streamer.feed_forward(index))
         self.streamer.observe(index, self.batches, observer, propagate=propagate, trace=trace)
-        return observer.result()
+        return parallel.add_up(observer.result())
 
     def attend(self, index: int) -> None:
         """Run a loaded layer up to its FFN."""
         self.streamer.attend(index, self.batches)
 
-    def propagate(self, index: int, kept: Kept | None) -> None:
+    def propagate(self, index: int, kept: Kept | None = None) -> None:
         """Finish a layer as it now is."""
         self.streamer.propagate(index, self.batches, kept)
 
@@ -84,43 +97,59 @@ class Measurement:
             widest = max(widest, active)
         return widest * self.tokens.ids_NL.numel() * self.streamer.dtype.itemsize <= PHI_LIMIT
 
-    def dense_energies(self, folder: Path) -> Energies:
-        """Energies of the original model: read from `folder` if measured before, else measured."""
-        streamer = self.streamer
+    def dense_statistics(self, folder: Path) -> Statistics:
+        """Statistics of the original model: read from `folder` if gathered before, else gathered.
+
+        Methods that see the same things of the same model and tokens share a file.
+        """
+        streamer, key = self.streamer, self.method.statistics_key()
         about = {
             "weights": fingerprint(streamer.folder),
             "tokens": self.tokens.hash,
             "dtype": str(streamer.dtype),
-            **code_and_device(streamer),
+            "statistics": key,
+            **code_and_device(streamer, self.method),
         }
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"{streamer.config.model_type}-{content_key(about)}"
+        name = f"{streamer.config.model_type}-{key['kind']}-{content_key(about)}"
         path = folder / f"{name}.safetensors"
-        with FileLock(f"{path}.lock"):  # parallel jobs of a sweep measure once
-            if not path.exists():
-                progress = Progress(
-                    folder / f".{name}" / "progress", about | code_and_device(streamer)
-                )
-                found = self._measure_dense(progress)
-                partial = folder / f".{name}.partial"
-                found.save(partial)
-                os.replace(partial, path)
+        first = parallel.rank() == 0
+        with FileLock(f"{path}.lock") if first else nullcontext():  # a sweep's jobs measure once
+            if not parallel.least(path.exists()):
+                progress = Progress(folder / f".{name}" / "progress", about)
+                found = self._measure_dense(progress, folder / f".{name}")
+                if first:
+                    partial = folder / f".{name}.partial"
+                    found.save(partial)
+                    os.replace(partial, path)
                 progress.clear()
-        return Energies.load(path)
+        return Statistics.load(path)
 
-    def _measure_dense(self, progress: Progress) -> Energies:
+    def _measure_dense(self, progress: Progress, folder: Path) -> Statistics:
         progress.restore()
+        if self.method.backward:
+            return Statistics(self._measure_backward(progress, folder), self.about("dense"))
         self.start(progress)
-        energies, streamer = Energies(progress.energies(), self.about("dense")), self.streamer
+        streamer = self.streamer
         for i in self.each_layer("measure", progress.done):
             streamer.load_layer(i)
             self.attend(i)
-            energies.layers[i] = self.measure(i, propagate=True)
+            seen = None
+            if i in streamer.budget.layers:
+                seen = self.measure(i, propagate=True).stored()
+            else:
+                self.propagate(i)
             streamer.free(streamer.layers[i])
-            progress.commit(i + 1, {}, self.hidden(), energies.layers[i])
-        return energies
+            progress.commit(i + 1, {}, self.hidden(), seen)
+        return Statistics(progress.statistics(), self.about("dense"))
+
+    def _measure_backward(self, progress: Progress, folder: Path) -> dict[int, LayerStatistics]:
+        return backward.measure(
+            self.streamer, self.mine, self.method.observer, self.each_layer, progress, folder
+        )
 
 
-def code_and_device(streamer: Streamer) -> dict[str, str]:
+def code_and_device(streamer: Streamer, method: Method) -> dict[str, str]:
     """What else than the inputs decides the bytes of a result."""
-    return {"code": code_version(), "device": streamer.device.type}
+    code = code_version(Path(inspect.getfile(type(method))))
+    return {"code": code, "device": streamer.device.type}

@@ -1,20 +1,32 @@
 """What a compression method is: calibrate -> plan -> apply, one layer at a time.
 
 `compress` drives any `Method`; a new one is a class here or in `baselines/` and one YAML.
-Shapes: N micro-experts of a layer's pool.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, ClassVar
-
-import torch
 
 from camera.blocks import FeedForward
 from camera.budget import Budget
-from camera.energy import LayerEnergy
+from camera.energy import EnergyObserver
+from camera.slicer import Kept
+from camera.statistics import LayerStatistics
 
 METHODS: dict[str, type["Method"]] = {}
+
+
+@dataclass
+class Outcome:
+    """What a method did to one layer.
+
+    `modules` says by path what form now stands there, for config.json; `kept`, where the layer was
+    only sliced, which micro-experts stayed; `report` is JSON-able and stands in camera.json.
+    """
+
+    modules: dict[str, dict[str, Any]]
+    kept: Kept | None = None
+    report: dict[str, Any] = field(default_factory=dict)
 
 
 class Method(ABC):
@@ -23,6 +35,10 @@ class Method(ABC):
     name: ClassVar[str]
     calibrates: ClassVar[bool]  # whether it needs calibration tokens
     compresses: ClassVar[bool] = True
+    slices: ClassVar[bool] = False  # only removes micro-experts: phi of the others stays true
+    native: ClassVar[bool] = False  # writes a plain checkpoint of the model's own type
+    backward: ClassVar[bool] = False  # its statistics need gradients
+    storable: ClassVar[bool] = True  # its statistics are small enough to keep for all layers
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -33,12 +49,34 @@ class Method(ABC):
         """The settings that change what the method does, for hashes and reports."""
         return asdict(self) if is_dataclass(self) else {}
 
+    @property
+    def one_shot(self) -> bool:
+        """Whether all layers are measured, on the dense model, before the first is compressed."""
+        return self.backward
+
     @abstractmethod
     def check(self, budget: Budget) -> None:
         """Refuse what can't be done with this model, before any weight is read."""
 
+    def statistics_key(self) -> dict[str, Any]:
+        """What decides the statistics besides model and tokens: runs that agree share them."""
+        return {"kind": "energy"}
+
+    def observer(self, index: int, ffn: FeedForward) -> Any:
+        """What looks at layer `index` in a calibration pass; its `result` is what is seen."""
+        return EnergyObserver(ffn)
+
+    def prepare(  # noqa: B027 (most methods have nothing to do here)
+        self, statistics: dict[int, LayerStatistics], budget: Budget
+    ) -> None:
+        """Plan what needs all layers at once; called before the first `compress` if one_shot."""
+
     @abstractmethod
-    def plan(
-        self, index: int, ffn: FeedForward, energy: LayerEnergy | None, budget: Budget
-    ) -> torch.Tensor:
-        """bool [N]: the micro-experts of layer `index` that stay."""
+    def compress(
+        self, index: int, ffn: FeedForward, seen: LayerStatistics | None, budget: Budget
+    ) -> Outcome:
+        """Plan layer `index` by what was seen of it, and change its modules in place."""
+
+    def native_config(self, config: Any, budget: Budget) -> dict[str, Any]:
+        """The keys of config.json that a native checkpoint changes."""
+        return {}

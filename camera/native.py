@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from camera.checkpoint import CameraConfig, load_model
 from camera.errors import CameraError
@@ -68,9 +69,11 @@ def native_widths(config: Any, stored: CameraConfig, multiple: int) -> dict[str,
         width = max(-(-width // parts), 1)
         found[key] = max(found.get(key, 0), -(-width // multiple) * multiple)
 
-    for widths in stored.experts.values():
-        widen(family.width_key, max(widths))
-    for path, width in stored.mlps.items():
+    for path, spec in stored.modules.items():
+        if "widths" in spec:
+            widen(family.width_key, max(spec["widths"]))
+            continue
+        width = spec["width"]
         if family.shared and path.endswith(f".{family.shared}"):
             count = getattr(config, family.shared_count_key) if family.shared_count_key else 1
             widen(family.shared_width_key, width, count)
@@ -84,14 +87,21 @@ def padded_state(
 ) -> dict[str, torch.Tensor]:
     """The compressed model's tensors in the shapes of the native one."""
     state = model.state_dict()
-    for path in stored.experts:
-        width = plain.get_submodule(path).down_proj.shape[-1]
-        padded = pad_experts(model.get_submodule(path), width)
-        state[f"{path}.gate_up_proj"], state[f"{path}.down_proj"] = padded
-    for path in stored.mlps:
-        width = plain.get_submodule(path).up_proj.out_features
-        state |= pad_mlp(path, model.get_submodule(path), width)
+    for path in stored.modules:
+        module, native = model.get_submodule(path), plain.get_submodule(path)
+        if isinstance(module, RaggedExperts):
+            padded = pad_experts(module, native.down_proj.shape[-1])
+            state[f"{path}.gate_up_proj"], state[f"{path}.down_proj"] = padded
+        else:
+            state |= pad_mlp(path, module, native.up_proj.out_features)
     return state
+
+
+def native_state(
+    model: PreTrainedModel, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Tensors of a native model under the names and in the shapes its checkpoints have on disk."""
+    return revert_weight_conversion(model, tensors)
 
 
 def pad_experts(experts: RaggedExperts, width: int) -> tuple[torch.Tensor, torch.Tensor]:

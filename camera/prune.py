@@ -12,23 +12,36 @@ from camera.blocks import FeedForward
 from camera.budget import Budget, to_remove
 from camera.energy import LayerEnergy
 from camera.errors import CameraError
-from camera.method import Method
+from camera.method import Method, Outcome
 from camera.plan import keep_highest
+from camera.slicer import kept_rows, slice_layer
+from camera.statistics import LayerStatistics
 
 
 @dataclass
 class MicroExpertPruning(Method):
-    """Removes the n = int(N * ratio) lowest-scored micro-experts of every layer's pool.
+    """Removes the n = int(N * ratio) lowest-scored micro-experts, of every layer's pool or of all.
 
     The ratio is solved from `sparsity` of `sparsity_of` (moe | model | routed; with `routed` the
-    shared experts are left alone). `width_multiple` rounds each expert's kept width for kernels,
-    `min_width` keeps every expert at least that wide.
+    shared experts are left alone). `rank_scope` layer gives every layer the same ratio, global
+    ranks all layers together, by scores of the dense model. `width_multiple` rounds each expert's
+    kept width for kernels, `min_width` keeps every expert at least that wide.
     """
+
+    slices: ClassVar[bool] = True
 
     sparsity: float
     sparsity_of: Literal["moe", "model", "routed"] = "moe"
+    rank_scope: Literal["layer", "global"] = "layer"
     width_multiple: int = 1
     min_width: int = 0
+
+    def __post_init__(self) -> None:
+        self._plans: dict[int, torch.Tensor] = {}
+
+    @property
+    def one_shot(self) -> bool:
+        return self.backward or self.rank_scope == "global"
 
     def check(self, budget: Budget) -> None:
         if self.width_multiple < 1 or self.min_width < 0:
@@ -36,33 +49,53 @@ class MicroExpertPruning(Method):
                 f"width_multiple={self.width_multiple} must be at least 1 and "
                 f"min_width={self.min_width} at least 0."
             )
+        if self.rank_scope not in ("layer", "global"):
+            raise CameraError(f"rank_scope={self.rank_scope} is none of layer, global.")
         self._ratio(budget)
+
+    def score(self, index: int, seen: LayerStatistics | None, micro_experts: int) -> torch.Tensor:
+        """The score [N] of a layer's micro-experts: the lowest go."""
+        raise NotImplementedError
+
+    def prepare(self, statistics: dict[int, LayerStatistics], budget: Budget) -> None:
+        if self.rank_scope == "global":
+            self._plans = self.plan(statistics, budget, list(budget.layers))
+
+    def compress(
+        self, index: int, ffn: FeedForward, seen: LayerStatistics | None, budget: Budget
+    ) -> Outcome:
+        keep_N = self._plans.get(index)
+        if keep_N is None:
+            keep_N = self.plan({index: seen}, budget, [index])[index]
+        kept = kept_rows(ffn, keep_N)
+        return Outcome(slice_layer(ffn, kept), kept)
+
+    def plan(
+        self, statistics: dict[int, LayerStatistics], budget: Budget, layers: list[int]
+    ) -> dict[int, torch.Tensor]:
+        """bool [N] of each of these layers, ranked together: which micro-experts stay."""
+        pools = [budget.layers[i] for i in layers]
+        sizes = [sum(pool.widths) for pool in pools]
+        scores = [self.score(i, statistics.get(i), n) for i, n in zip(layers, sizes, strict=True)]
+        widths = [width for pool in pools for width in pool.widths]
+        candidates_N, prunable = None, sum(sizes)
+        if self.sparsity_of == "routed":
+            routed = torch.tensor([routed for pool in pools for routed in pool.routed])
+            candidates_N = torch.repeat_interleave(routed, torch.tensor(widths))
+            prunable = int(candidates_N.sum())
+        keep_N = keep_highest(
+            torch.cat(scores),
+            widths,
+            to_remove(prunable, self._ratio(budget)),
+            width_multiple=self.width_multiple,
+            min_width=self.min_width,
+            candidates_N=candidates_N,
+        )
+        return dict(zip(layers, keep_N.split(sizes), strict=True))
 
     def _ratio(self, budget: Budget) -> float:
         return budget.pool_ratio(
             self.sparsity, self.sparsity_of, self.min_width, self.width_multiple
-        )
-
-    def score(self, index: int, energy: LayerEnergy | None, micro_experts: int) -> torch.Tensor:
-        """The score [N] of a layer's micro-experts: the lowest go."""
-        raise NotImplementedError
-
-    def plan(
-        self, index: int, ffn: FeedForward, energy: LayerEnergy | None, budget: Budget
-    ) -> torch.Tensor:
-        ratio = self._ratio(budget)
-        widths, pool = ffn.widths, budget.layers[index]
-        candidates_N = None
-        if self.sparsity_of == "routed":
-            candidates_N = torch.repeat_interleave(torch.tensor(pool.routed), torch.tensor(widths))
-        prunable = sum(widths) if candidates_N is None else int(candidates_N.sum())
-        return keep_highest(
-            self.score(index, energy, sum(widths)),
-            widths,
-            to_remove(prunable, ratio),
-            width_multiple=self.width_multiple,
-            min_width=self.min_width,
-            candidates_N=candidates_N,
         )
 
 
@@ -83,8 +116,8 @@ class CameraP(MicroExpertPruning):
             raise CameraError(f"alpha={self.alpha} must lie between 0 and 1.")
         super().check(budget)
 
-    def score(self, index: int, energy: LayerEnergy | None, micro_experts: int) -> torch.Tensor:
-        return energy.energy(self.alpha)
+    def score(self, index: int, seen: LayerEnergy, micro_experts: int) -> torch.Tensor:
+        return seen.energy(self.alpha)
 
 
 @dataclass
@@ -96,7 +129,7 @@ class Random(MicroExpertPruning):
 
     seed: int = 1234
 
-    def score(self, index: int, energy: LayerEnergy | None, micro_experts: int) -> torch.Tensor:
+    def score(self, index: int, seen: LayerStatistics | None, micro_experts: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + index)
         return torch.rand(micro_experts, generator=generator, dtype=torch.float64)
 
@@ -112,7 +145,7 @@ class Dense(Method):
     def check(self, budget: Budget) -> None:
         """Any model will do."""
 
-    def plan(
-        self, index: int, ffn: FeedForward, energy: LayerEnergy | None, budget: Budget
-    ) -> torch.Tensor:
-        return torch.ones(sum(ffn.widths), dtype=torch.bool)
+    def compress(
+        self, index: int, ffn: FeedForward, seen: LayerStatistics | None, budget: Budget
+    ) -> Outcome:
+        return Outcome({})

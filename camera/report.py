@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from camera.budget import count
-from camera.result import CompressionResult, unquantised_bits, versions
+from camera.budget import bits, count
+from camera.result import CompressionResult, versions
 
 if TYPE_CHECKING:
     from camera.job import Job
 
-ENERGIES = "energies.safetensors"
+STATISTICS = "statistics.safetensors"
 log = logging.getLogger("camera")
 
 
 def report(job: Job) -> CompressionResult:
     """The facts of a job whose tensors are all written."""
     streamer, dense = job.streamer, job.streamer.budget.dense
-    compressed = count(job.writer.sizes, {path: path in job.routed for path in job.widths})
+    sizes, forms = job.writer.sizes, job.modules
+    compressed = count(sizes, {path: path in job.routed for path in job.widths}, forms)
     coverage = _coverage(job)
     _warn_of_unreached(coverage.get("unreached", []))
     return CompressionResult(
@@ -30,7 +31,7 @@ def report(job: Job) -> CompressionResult:
             "of": getattr(job.method, "sparsity_of", None),
             **dense.sparsity(compressed),
         },
-        bits=unquantised_bits(compressed),
+        bits=bits(sizes, forms, compressed),
         bytes={"dense": streamer.reader.bytes, "compressed": job.writer.bytes},
         seconds={name: round(spent, 3) for name, spent in job.seconds.items()},
         peak_memory_bytes=job.memory.bytes,
@@ -38,23 +39,23 @@ def report(job: Job) -> CompressionResult:
         widths=job.widths,
         full_widths=job.full_widths,
         calibration=job.calibration.tokens.describe() if job.calibration else None,
-        energies=ENERGIES if job.energies else None,
+        statistics=STATISTICS if job.statistics and job.statistics.travels else None,
+        layers=job.layer_reports,
         versions=versions(),
         checkpoint=str(job.out),
     )
 
 
 def _coverage(job: Job) -> dict[str, Any]:
-    pools = [width for pool in job.streamer.budget.layers.values() for width in pool.widths]
-    planned = sum(job.full_widths[path] * len(kept) for path, kept in job.widths.items())
-    found = {"experts": len(pools), "parameters_covered": planned / max(sum(pools), 1)}
-    if job.energies is not None:
+    experts = sum(len(pool.widths) for pool in job.streamer.budget.layers.values())
+    found: dict[str, Any] = {"experts": experts}
+    if job.statistics is not None:
         unreached = [
             [index, path, expert]
-            for index, layer in job.energies
+            for index, layer in job.statistics
             for path, expert in layer.unreached()
         ]
-        found |= {"reached": len(pools) - len(unreached), "unreached": unreached}
+        found |= {"reached": experts - len(unreached), "unreached": unreached}
     return found
 
 
@@ -64,7 +65,7 @@ def _warn_of_unreached(unreached: list[list[Any]]) -> None:
         layers.setdefault(index, []).append(expert)
     for index, experts in layers.items():
         log.warning(
-            "layer %d: no calibration token reached expert %s, so their energy is zero: raise "
+            "layer %d: no calibration token reached expert %s, so nothing is known of them: raise "
             "calibration.samples to reach more",
             index,
             ", ".join(map(str, experts)),

@@ -4,8 +4,6 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from camera.budget import Count
-
 
 @dataclass
 class CompressionResult:
@@ -23,19 +21,14 @@ class CompressionResult:
     widths: dict[str, list[int]] = field(default_factory=dict)  # kept, by module path
     full_widths: dict[str, int] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
-    energies: str | None = None  # file name inside the checkpoint
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # what the method says of each
+    statistics: str | None = None  # file name inside the checkpoint
     versions: dict[str, str] = field(default_factory=dict)
     checkpoint: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         return asdict(self)
-
-
-def unquantised_bits(compressed: Count) -> dict[str, float]:
-    """Bits of a stored weight where nothing is quantised."""
-    stored = 8 * compressed.bytes / compressed.model
-    return {"raw": stored, "stored": stored, "model": stored}
 
 
 def versions() -> dict[str, str]:

@@ -1,8 +1,8 @@
 """What a killed run leaves behind so that the next one goes on at the right layer.
 
 A folder holds, after every finished layer: the state (JSON), the hidden states that the next layer
-needs, the energies measured so far. The state file is replaced last: what it names is complete, and
-whatever else lies there is ignored and overwritten.
+needs, the statistics gathered so far. The state file is replaced last: what it names is complete,
+and whatever else lies there is ignored and overwritten.
 
 Shapes: B samples of a batch, L tokens of a sample, H hidden.
 """
@@ -18,12 +18,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from camera.energy import Energies, LayerEnergy
+from camera import parallel
 from camera.errors import CameraError
 from camera.source import write_json
+from camera.statistics import LayerStatistics, Statistics
 
 log = logging.getLogger("camera")
-STATE = "state.json"
 
 
 class Progress:
@@ -33,8 +33,9 @@ class Progress:
         self.folder = folder
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.done = 0  # layers
-        self.measured: list[int] = []  # layers whose energies are kept
+        self.measured: list[int] = []  # layers whose statistics are kept
         self.state: dict[str, Any] = {}
+        self._rank = f"-{parallel.rank()}" if parallel.rank() else ""
 
     def restore(self) -> bool:
         """Read what an earlier run left; True if there is something to go on from.
@@ -42,15 +43,16 @@ class Progress:
         What another version of the code or another device left is dropped, with a warning. Raises
         CameraError, with the difference, if it was left by other settings.
         """
-        path = self.folder / STATE
-        if not path.exists():
-            return False
-        found = json.loads(path.read_text())
-        if self._differs(found["fingerprint"]):
+        found = {"done": 0}
+        if self._state_file.exists():
+            found = json.loads(self._state_file.read_text())
+            if self._differs(found["fingerprint"]):
+                found = {"done": 0}
+        self.done = parallel.least(found["done"])
+        if not self.done:
             self.clear()
             return False
-        self.done, self.state = found["done"], found["state"]
-        self.measured = found["measured"]
+        self.state, self.measured = found["state"], found["measured"]
         log.info("%s: going on at layer %d.", self.folder.parent.name, self.done)
         return True
 
@@ -59,26 +61,28 @@ class Progress:
         done: int,
         state: dict[str, Any],
         hidden: list[torch.Tensor],
-        energy: LayerEnergy | None = None,
+        seen: LayerStatistics | None = None,
     ) -> None:
         """Record that `done` layers are finished; `hidden` are the inputs of the next one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            if energy is not None:
-                Energies({done - 1: energy}, {}).save(self._energy_file(done - 1))
+            if seen is not None and parallel.rank() == 0:
+                Statistics({done - 1: seen}, {}).save(self._statistics_file(done - 1))
                 self.measured.append(done - 1)
             if hidden:
                 tensors = {str(i): hidden_BLH for i, hidden_BLH in enumerate(hidden)}
                 save_file(tensors, self._hidden_file(done))
             content = {"fingerprint": self.fingerprint, "done": done, "state": state}
             content["measured"] = self.measured
-            write_json(self.folder / STATE, content)
+            write_json(self._state_file, content)
         except (OSError, SafetensorError) as error:
             raise CameraError(
                 f"can't write {self.folder} ({error}): free space on that disk, then run the same "
                 "command again to go on from here."
             ) from error
-        self._hidden_file(self.done).unlink(missing_ok=True)
+        # of several processes one may be a layer ahead when they are killed
+        kept = self.done if parallel.world() == 1 else self.done - 1
+        self._hidden_file(kept).unlink(missing_ok=True)
         self.done, self.state = done, state
 
     def hidden(self) -> list[torch.Tensor]:
@@ -86,24 +90,26 @@ class Progress:
         tensors = load_file(self._hidden_file(self.done))
         return [tensors[str(i)] for i in range(len(tensors))]
 
-    def energies(self) -> dict[int, LayerEnergy]:
-        """The energies of the layers that are done."""
-        files = [self._energy_file(i) for i in range(self.done)]
+    def statistics(self) -> dict[int, LayerStatistics]:
+        """The statistics of the layers that are done."""
+        files = [self._statistics_file(i) for i in range(self.done)]
         return {
             i: layer
             for file in files
             if file.exists()
-            for i, layer in Energies.load(file).layers.items()
+            for i, layer in Statistics.load(file).layers.items()
         }
 
     def clear(self) -> None:
         """Forget everything: the folder that holds this one goes."""
-        shutil.rmtree(self.folder.parent, ignore_errors=True)
+        if parallel.rank() == 0:
+            shutil.rmtree(self.folder.parent, ignore_errors=True)
+        parallel.barrier()
         self.done, self.state, self.measured = 0, {}, []
 
     def finish(self) -> None:
         """The work is complete: forget the progress, the state first so that none looks whole."""
-        (self.folder / STATE).unlink(missing_ok=True)
+        self._state_file.unlink(missing_ok=True)
         shutil.rmtree(self.folder)
 
     def _differs(self, other: dict[str, Any]) -> bool:
@@ -123,16 +129,20 @@ class Progress:
             log.warning("%s: starting anew (%s).", self.folder.parent.name, told)
         return bool(differences)
 
+    @property
+    def _state_file(self) -> Path:
+        return self.folder / f"state{self._rank}.json"
+
     def _hidden_file(self, done: int) -> Path:
-        return self.folder / f"hidden-{done:05d}.safetensors"
+        return self.folder / f"hidden-{done:05d}{self._rank}.safetensors"
 
-    def _energy_file(self, index: int) -> Path:
-        return self.folder / f"energy-{index:05d}.safetensors"
+    def _statistics_file(self, index: int) -> Path:
+        return self.folder / f"statistics-{index:05d}.safetensors"
 
 
-def code_version() -> str:
-    """sha256 of this package's source: another version could go on to other bytes."""
+def code_version(*more: Path) -> str:
+    """sha256 of this package's source (and `more`): another version could go on to other bytes."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in [*sorted(Path(__file__).parent.rglob("*.py")), *more]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -1,12 +1,13 @@
-"""safetensors checkpoints on disk: read a part lazily, write a shard at a time."""
+"""safetensors checkpoints on disk: read a part, write a shard at a time."""
 
 import json
 import logging
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,19 +18,45 @@ from camera.errors import CameraError
 log = logging.getLogger("camera")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: safetensors holds it as raw bytes at an offset of its file."""
+
+    file: Path
+    start: int
+    bytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 class ShardReader:
-    """Lazy view of a one-file or sharded checkpoint; refuses what is missing or corrupt at once."""
+    """A one-file or sharded checkpoint; refuses what is missing or corrupt at once.
+
+    Tensors are read into memory of their own rather than mapped: what a mapping has touched counts
+    as the process's memory until the file is closed.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         index, single = folder / INDEX, folder / SINGLE
         if index.exists():
             names = _weight_map(index)
-            self.files = {key: folder / name for key, name in names.items()}
         elif single.exists():
-            self.files = dict.fromkeys(self._header(single), single)
+            names = None
         else:
             pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
                 p.name for p in folder.glob("*.pt*")
@@ -43,47 +70,82 @@ class ShardReader:
                 f"{folder} holds no {SINGLE} and no {INDEX}: give model.path a folder with "
                 "safetensors weights."
             )
-        self._check()
+        self.places = _places(single) if names is None else self._indexed(names)
 
-    def _check(self) -> None:
-        for path in sorted(set(self.files.values())):
+    def _indexed(self, names: dict[str, str]) -> dict[str, Place]:
+        headers: dict[str, dict[str, Place]] = {}
+        for name in sorted(set(names.values())):
+            path = self.folder / name
             if not path.exists():
                 raise CameraError(
-                    f"shard {path.name} is listed in {INDEX} but missing from {self.folder}: "
+                    f"shard {name} is listed in {INDEX} but missing from {self.folder}: "
                     "download the model again."
                 )
-            header = self._header(path)
-            lost = next((k for k, f in self.files.items() if f == path and k not in header), None)
-            if lost is not None:
-                raise CameraError(
-                    f"tensor '{lost}' is not in shard {path}, where {INDEX} puts it: download the "
-                    "model again."
-                )
-
-    def _header(self, path: Path) -> set[str]:
-        try:
-            with safe_open(path, "pt") as file:
-                return set(file.keys())
-        except (SafetensorError, OSError) as error:
+            headers[name] = _places(path)
+        lost = next((key for key, name in names.items() if key not in headers[name]), None)
+        if lost is not None:
             raise CameraError(
-                f"shard {path} is truncated or corrupt ({error}): download it again."
-            ) from error
+                f"tensor '{lost}' is not in shard {self.folder / names[lost]}, where {INDEX} puts "
+                "it: download the model again."
+            )
+        return {key: headers[name][key] for key, name in names.items()}
 
-    def slices(self, wanted: Callable[[str], bool], stack: ExitStack) -> dict[str, Any]:
-        """{key: lazy slice} of the keys that `wanted` accepts; `stack` closes the files."""
-        handles: dict[Path, Any] = {}
-        found = {}
-        for key, path in self.files.items():
-            if wanted(key):
-                if path not in handles:
-                    handles[path] = stack.enter_context(safe_open(path, "pt", device="cpu"))
-                found[key] = handles[path].get_slice(key)
+    def read(self, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+        """{key: tensor} of the keys that `wanted` accepts, in the order they lie on the disk."""
+        chosen = [(key, place) for key, place in self.places.items() if wanted(key)]
+        chosen.sort(key=lambda pair: (pair[1].file, pair[1].start))
+        found: dict[str, torch.Tensor] = {}
+        with ExitStack() as stack:
+            files: dict[Path, BinaryIO] = {}
+            for key, place in chosen:
+                if place.file not in files:
+                    files[place.file] = stack.enter_context(place.file.open("rb", buffering=0))
+                found[key] = _read(files[place.file], place)
         return found
 
     @property
     def bytes(self) -> int:
         """Size of the weight files on disk."""
-        return sum(path.stat().st_size for path in set(self.files.values()))
+        return sum(path.stat().st_size for path in {place.file for place in self.places.values()})
+
+
+def _places(path: Path) -> dict[str, Place]:
+    """Where the tensors of a file lie; safetensors' own reader checks that the file is whole."""
+    try:
+        with safe_open(path, "pt"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError) as error:
+        raise CameraError(
+            f"shard {path} is truncated or corrupt ({error}): download it again."
+        ) from error
+    places = {}
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise CameraError(
+                f"tensor '{key}' in {path} has the type {entry['dtype']}, which this "
+                f"package doesn't read ({', '.join(DTYPES)})."
+            )
+        start, end = entry["data_offsets"]
+        shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+        places[key] = Place(path, 8 + length + start, end - start, dtype, shape)
+    return places
+
+
+def _read(file: BinaryIO, place: Place) -> torch.Tensor:
+    raw = torch.empty(place.bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    file.seek(place.start)
+    view, done = memoryview(raw.numpy()), 0
+    while done < place.bytes:  # one read gives 2 GB at most
+        got = file.readinto(view[done:])
+        if not got:
+            raise CameraError(f"shard {place.file} ends early: download it again.")
+        done += got
+    return raw.view(place.dtype).view(place.shape)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -102,9 +164,9 @@ class ShardWriter:
         self.sizes: dict[str, tuple[int, int]] = {}
         self.files: dict[str, int] = {}
 
-    def add(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Write one shard."""
-        name = f"model-{len(self.files) + 1:05d}-of-{self.shards:05d}.safetensors"
+    def add(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Write shard `index` (from 0)."""
+        name = f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
         whole = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
         path, partial = self.folder / name, self.folder / f".{name}.partial"
         try:

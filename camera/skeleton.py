@@ -1,9 +1,7 @@
 """A model of which only the parts asked for are in memory: on meta first, filled from shards."""
 
-import gc
 import re
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,13 @@ from camera.budget import Budget, budget_of
 from camera.checkpoint import (
     CameraConfig,
     CameraQuantizer,
+    build_forms,
     compute_dtype,
-    resize_skeleton,
     resolve_dtype,
 )
 from camera.errors import CameraError
 from camera.families import family_of
+from camera.read_ahead import ReadAhead
 from camera.shards import ShardReader
 
 _IN_A_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -48,6 +47,7 @@ class Skeleton:
         self.config = load_config(folder, trust_remote_code)
         self.family = family_of(self.config.model_type)
         self.reader = ShardReader(folder)
+        self.ahead = ReadAhead(self._read_layer, self.config.num_hidden_layers, self.device)
         self.stored_dtype = resolve_dtype(dtype) or self._checkpoint_dtype()
         self.dtype = compute_dtype(dtype, self.stored_dtype, device)
         with torch.device("meta"):
@@ -74,16 +74,23 @@ class Skeleton:
         return FeedForward(self.layers[index], self.family, f"{self.root}.{index}")
 
     def load_layer(self, index: int) -> nn.Module:
-        """Read one decoder layer; CameraError for missing tensors, NaN and inf."""
+        """Read one decoder layer, and begin to read the next one.
+
+        CameraError for missing tensors, NaN and inf.
+        """
         prefix = f"{self.root}.{index}."
-        self._load(lambda key: _layer_of(key) == index, lambda name: name.startswith(prefix))
+        self._load(self.ahead.take(index), lambda name: name.startswith(prefix))
+        self.ahead.start_next()
         return self.layers[index]
+
+    def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
+        return self.reader.read(lambda key: _layer_of(key) == index)
 
     def load_rest(self, only: str = "") -> None:
         """Read what is outside the layers: embeddings, final norm, head (or those named `only`)."""
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
         self._load(
-            lambda key: _layer_of(key) is None and only in key,
+            self.reader.read(lambda key: _layer_of(key) is None and only in key),
             lambda name: _layer_of(name) is None and only in name and name not in tied,
         )
 
@@ -100,20 +107,17 @@ class Skeleton:
     def free(self, module: nn.Module) -> None:
         """Give a module's memory back."""
         module.to("meta")
-        gc.collect()
 
-    def _load(self, wanted: Callable[[str], bool], due: Callable[[str], bool]) -> None:
-        """Read the checkpoint keys that are `wanted`; the tensors that are `due` must come."""
+    def _load(self, tensors: dict[str, torch.Tensor], due: Callable[[str], bool]) -> None:
+        """Put tensors of the checkpoint into the model; those that are `due` must be there."""
         settings = LoadStateDictConfig(
             dtype=self.dtype,
             device_map={"": self.device},
             weight_mapping=self._conversions,
             dtype_plan=self.model._get_dtype_plan(self.dtype),
         )
-        with ExitStack() as stack, _quiet():
-            info, _ = convert_and_load_state_dict_in_model(
-                self.model, self.reader.slices(wanted, stack), settings
-            )
+        with _quiet():
+            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, settings)
         if info.mismatched_keys or info.conversion_errors:
             wrong = next(iter(info.mismatched_keys or info.conversion_errors))
             name = wrong[0] if isinstance(wrong, tuple) else wrong
@@ -136,7 +140,7 @@ class Skeleton:
                 f"{self.folder} is already quantised ({self.compressed}): start from its "
                 "unquantised weights."
             )
-        resize_skeleton(self.model, self.compressed)
+        build_forms(self.model, self.compressed)
         quantizer = CameraQuantizer(self.compressed)
         self._conversions = quantizer.update_weight_conversions(self._conversions, self.model)
 
@@ -149,10 +153,7 @@ class Skeleton:
     def _checkpoint_dtype(self) -> torch.dtype:
         if isinstance(self.config.dtype, torch.dtype):
             return self.config.dtype
-        with ExitStack() as stack:
-            first = next(iter(self.reader.files))
-            piece = self.reader.slices(lambda key: key == first, stack)[first]
-            return piece[:1].dtype
+        return next(iter(self.reader.places.values())).dtype
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

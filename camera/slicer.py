@@ -3,11 +3,13 @@
 Shapes: N micro-experts of a layer's pool.
 """
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from camera.blocks import ExpertGroup, FeedForward, MlpExpert
-from camera.experts import RaggedExperts
+from camera.errors import CameraError
+from camera.experts import Form, RaggedExperts, narrow_mlp
 
 Kept = dict[str, list[torch.Tensor]]
 """By module path and expert: the sorted rows of the micro-experts that stay."""
@@ -19,38 +21,26 @@ def kept_rows(ffn: FeedForward, keep_N: torch.Tensor) -> Kept:
     return {group.path: [next(rows) for _ in group.widths] for group in ffn.groups}
 
 
-def slice_layer(ffn: FeedForward, kept: Kept) -> None:
+def slice_layer(ffn: FeedForward, kept: Kept) -> dict[str, dict[str, Any]]:
     """Keep only these micro-experts: rows of gate and up and columns of down go together.
 
     Routed experts become `RaggedExperts`; a dense FFN or shared expert keeps its linear layers,
-    narrower.
+    narrower. Returns the form of every module that was cut, by path.
     """
+    forms = {}
     for group in ffn.groups:
+        rows = kept[group.path]
         if isinstance(group, MlpExpert):
-            narrow_mlp(group.module, kept[group.path][0])
+            if isinstance(group.module, Form):
+                raise CameraError(
+                    f"{group.path} is packed: prune before you quantise, or export it first."
+                )
+            forms[group.path] = narrow_mlp(group.module, rows[0])
         else:
-            setattr(ffn.module, ffn.family.experts, _ragged(group, kept[group.path]))
-
-
-def narrow_mlp(mlp: nn.Module, rows: torch.Tensor) -> None:
-    """Keep these rows of gate_proj and up_proj and columns of down_proj."""
-    for name in ("gate_proj", "up_proj"):
-        linear = getattr(mlp, name)
-        rows = rows.to(linear.weight.device)
-        linear.weight = nn.Parameter(linear.weight.data[rows].contiguous(), requires_grad=False)
-        if linear.bias is not None:
-            linear.bias = nn.Parameter(linear.bias.data[rows].contiguous(), requires_grad=False)
-        linear.out_features = len(rows)
-    down = mlp.down_proj
-    down.weight = nn.Parameter(down.weight.data[:, rows].contiguous(), requires_grad=False)
-    down.in_features = len(rows)
-    resize_note(mlp, len(rows))
-
-
-def resize_note(mlp: nn.Module, width: int) -> None:
-    """Keep the width that an MLP remembers of itself true."""
-    if hasattr(mlp, "intermediate_size"):
-        mlp.intermediate_size = width
+            experts = _ragged(group, rows)
+            ffn.replace(group, experts)
+            forms[group.path] = experts.spec()
+    return forms
 
 
 def _ragged(group: ExpertGroup, kept: list[torch.Tensor]) -> RaggedExperts:

@@ -38,7 +38,7 @@ class Streamer(Skeleton):
         that only record their arguments.
         """
         self.load_rest("embed_tokens")
-        recorders = nn.ModuleList(_Recorder(layer) for layer in self.layers)
+        recorders = nn.ModuleList(Recorder(layer) for layer in self.layers)
         found, seen = [], {}
         with swapped(self.base, "layers", recorders), swapped(self.base, "norm", nn.Identity()):
             for batch in batches:
@@ -79,7 +79,8 @@ class Streamer(Skeleton):
         propagate: bool = False,
         trace: bool = False,
     ) -> None:
-        """Show the observer what each expert sees.
+        """Show the observer what each expert sees, and before, if it has `begin(x_TH, mask_T)`, the
+        FFN's input of each batch.
 
         With `propagate` the layer is finished as it is; with `trace` phi is kept, and `propagate`
         called later, on the cut layer, needs no more than its `down_proj`.
@@ -88,6 +89,8 @@ class Streamer(Skeleton):
         for batch in batches:
             mask_T = None if batch.mask_T is None else batch.mask_T.to(self.device)
             x_BLH = batch.ffn_input_BLH.to(self.device)
+            if hasattr(observer, "begin"):
+                observer.begin(x_BLH.flatten(0, -2), mask_T)
             if propagate:
                 sink = Output(x_BLH)
             else:
@@ -121,7 +124,7 @@ class Streamer(Skeleton):
         batch.hidden_BLH, batch.ffn_input_BLH, batch.trace = out_BLH.cpu(), None, None
 
 
-class _Recorder(nn.Module):
+class Recorder(nn.Module):
     """Stands in for a decoder layer and keeps the arguments of its last call."""
 
     def __init__(self, layer: nn.Module):

@@ -20,12 +20,12 @@ from experiments.tiny_moe import layout
 
 # What is a matter of the machine: a run that ran out of memory goes on with a smaller batch
 # instead of starting again.
-MACHINE = ("batch_size", "perplexity_batch_size")
+MACHINE = ("batch_size", "perplexity_batch_size", "stream")
 
 
 @dataclass(frozen=True)
 class Folders:
-    """The run's own folder, its checkpoint, and the energies that all runs share."""
+    """The run's own folder, its checkpoint, and the statistics that runs share."""
 
     output: Path
     run: Path
@@ -47,9 +47,13 @@ class Folders:
         )
 
     @property
-    def energies(self) -> Path:
+    def statistics(self) -> Path:
         """One pass over the dense model serves every alpha and sparsity."""
-        return self.output / "energies"
+        return self.output / "statistics"
+
+    def part(self, name: str) -> Path:
+        """The file of one part of the run: compress, perplexity-CORPUS, task-NAME."""
+        return self.run / f"{name}.json"
 
     @property
     def done(self) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from camera.energy import Energies
+from camera.statistics import Statistics
 
 BINS = 64
 
@@ -20,9 +20,13 @@ class Histogram:
     zeros: int
 
 
-def energy_histograms(energies: Energies, alpha: float) -> dict[int, Histogram]:
-    """A histogram for each layer, over one range so that layers compare."""
-    values = {layer: e.energy(alpha).double().cpu().numpy() for layer, e in energies.layers.items()}
+def energy_histograms(statistics: Statistics, alpha: float) -> dict[int, Histogram]:
+    """A histogram for each layer of known energy, over one range so that layers compare."""
+    values = {
+        index: layer.energy(alpha).double().cpu().numpy()
+        for index, layer in statistics.layers.items()
+        if hasattr(layer, "energy")
+    }
     logs = {layer: np.log10(v[v > 0]) for layer, v in values.items()}
     everything = np.concatenate([*logs.values(), np.empty(0)])
     low, high = (everything.min(), everything.max()) if everything.size else (0.0, 1.0)

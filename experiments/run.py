@@ -17,14 +17,17 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 import camera
+from camera import parallel
 from camera.calibration import Calibration
 from camera.checkpoint import load_model, load_tokenizer
-from camera.energy import Energies
 from camera.errors import CameraError
+from camera.evaluation.parts import Measures, evaluate_streamed
 from camera.evaluation.perplexity import perplexity
+from camera.evaluation.placement import should_stream
 from camera.evaluation.tasks import evaluate_tasks
 from camera.progress import PeakMemory
-from camera.source import write_json
+from camera.source import resolve_model, write_json
+from camera.statistics import Statistics
 from experiments.constructor import build
 from experiments.figures import draw_energies, draw_widths
 from experiments.folders import Folders, read_json
@@ -42,9 +45,19 @@ def run(settings: Settings, sweep: str | None = None, since: float | None = None
     `sweep` groups runs in the tracker; `force` redoes what was finished before `since` (default:
     now), so that jobs of one sweep that share a run or a checkpoint don't redo each other's.
     What fails is written to the folder's error.txt and raised again, CameraError if the user can
-    mend it.
+    mend it. Under torchrun rank 0 does all that; the other ranks join it where it compresses.
     """
     folders = Folders.of(settings)
+    if parallel.rank() > 0:
+        parallel.follow(partial(_camera_compress, settings, folders))
+        return folders.run
+    try:
+        return _run(settings, folders, sweep, since)
+    finally:
+        parallel.release()
+
+
+def _run(settings: Settings, folders: Folders, sweep: str | None, since: float | None) -> Path:
     with folders.lock(folders.run):
         if settings.force:
             folders.forget(before=time.time() if since is None else since)
@@ -84,6 +97,7 @@ def _measure(settings: Settings, folders: Folders, tracker: NullTracker) -> dict
     tracker.log(_numbers("compress", compression))
     _show(settings, folders, compression, tracker)
     results = {}
+    _stream(settings, folders)
     with _lazy_model(settings, folders) as model:
         for name, measure in _measurements(settings).items():
             results[name] = _part(folders, name, partial(_measured, measure, model))
@@ -93,7 +107,7 @@ def _measure(settings: Settings, folders: Folders, tracker: NullTracker) -> dict
 
 
 def _part(folders: Folders, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    file = folders.run / f"{name}.json"
+    file = folders.part(name)
     if not file.exists():
         log.info("%s: %s", folders.run.name, name)
         write_json(file, make())
@@ -112,8 +126,12 @@ def _compression(settings: Settings, folders: Folders) -> dict[str, Any]:
 
 
 def _compress(settings: Settings, folders: Folders) -> None:
-    if folders.compressed:
-        return
+    if not folders.compressed:
+        parallel.call()
+        _camera_compress(settings, folders)
+
+
+def _camera_compress(settings: Settings, folders: Folders) -> None:
     camera.compress(
         settings.model_path,
         build(settings.method),
@@ -124,7 +142,7 @@ def _compress(settings: Settings, folders: Folders) -> None:
         seed=settings.seed,
         device=settings.device,
         dtype=settings.dtype,
-        energies=folders.energies if settings.propagate == "dense" else None,
+        statistics=folders.statistics,
         trust_remote_code=settings.trust_remote_code,
         name=_base_name(settings),
     )
@@ -155,18 +173,60 @@ def _lazy_model(settings: Settings, folders: Folders) -> Iterator[Callable[[], t
             torch.cuda.empty_cache()
 
 
-def _load(settings: Settings, folders: Folders) -> tuple[Any, Any]:
-    path: str | Path = settings.model_path
-    remote = settings.trust_remote_code
-    if not sys.stderr.isatty():
-        disable_progress_bar()
-    # Under the lock, so that no other run takes the checkpoint away while it is read.
+@contextmanager
+def _checkpoint(settings: Settings, folders: Folders) -> Iterator[str | Path]:
+    """What to evaluate, under a lock so that no other run takes it away while it is read."""
     with folders.lock(folders.checkpoint):
         if settings.compresses:
             _compress(settings, folders)
-            path = folders.checkpoint
+            yield folders.checkpoint
+        else:
+            yield settings.model_path
+
+
+def _load(settings: Settings, folders: Folders) -> tuple[Any, Any]:
+    remote = settings.trust_remote_code
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    with _checkpoint(settings, folders) as path:
         model = load_model(path, settings.device, settings.dtype, remote)
         return model, load_tokenizer(path, remote)
+
+
+def _stream(settings: Settings, folders: Folders) -> None:
+    """All that isn't measured yet in one read of the weights, where the model doesn't fit."""
+    asked, remote = settings.evaluation, settings.trust_remote_code
+    corpora = [c for c in asked["perplexity"] if not folders.part(f"perplexity-{c}").exists()]
+    tasks = [t for t in asked["tasks"] if not folders.part(f"task-{t}").exists()]
+    if asked["stream"] == "never" or not corpora + tasks:
+        return
+    with _checkpoint(settings, folders) as path:
+        folder = resolve_model(str(path), code=remote)
+        if not should_stream(folder, settings.device, settings.dtype, asked["stream"]):
+            return
+        log.info("%s: evaluating layer by layer", folders.run.name)
+        found = evaluate_streamed(
+            folder,
+            Measures(
+                settings.texts(),
+                corpora,
+                tasks,
+                asked["length"],
+                asked["stride"],
+                asked["blocks"],
+                asked["limit"],
+                settings.seed,
+            ),
+            device=settings.device,
+            dtype=settings.dtype,
+            trust_remote_code=remote,
+            progress=sys.stderr.isatty(),
+            folder=folders.output / "hidden",
+        )
+    for corpus, part in found["perplexity"].items():
+        write_json(folders.part(f"perplexity-{corpus}"), part)
+    for task, part in found["tasks"].items():
+        write_json(folders.part(f"task-{task}"), part)
 
 
 def _measurements(settings: Settings) -> dict[str, Callable[[Any, Any], dict[str, Any]]]:
@@ -214,10 +274,9 @@ def _show(
     settings: Settings, folders: Folders, compression: dict[str, Any], tracker: NullTracker
 ) -> None:
     figures = []
-    energies = folders.checkpoint / "energies.safetensors"
-    if energies.exists():
-        alpha = settings.method.get("alpha", settings.alpha)
-        histograms = energy_histograms(Energies.load(energies), alpha)
+    seen = folders.checkpoint / "statistics.safetensors"
+    alpha = settings.method.get("alpha", settings.alpha)
+    if seen.exists() and (histograms := energy_histograms(Statistics.load(seen), alpha)):
         tracker.log_histograms(histograms)
         figures.append(draw_energies(histograms, folders.run / "energies.png"))
     if compression["widths"]:
@@ -231,7 +290,7 @@ def _numbers(prefix: str, part: dict[str, Any]) -> dict[str, float]:
     numbers: dict[str, float] = {}
     for key, value in part.items():
         name = f"{prefix}/{key}"
-        if isinstance(value, dict) and key not in ("widths", "full_widths"):
+        if isinstance(value, dict) and key not in ("widths", "full_widths", "layers"):
             numbers |= _numbers(name, value)
         elif isinstance(value, int | float) and not isinstance(value, bool):
             numbers[name] = value

@@ -21,6 +21,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 Fraction = choice("moe", "model", "routed")
 Propagate = choice("compressed", "dense")
 Dtype = choice("auto", "float32", "bfloat16", "float16")
+Stream = choice("auto", "always", "never")
 Corpus = choice("wikitext2", "c4")
 
 
@@ -38,7 +39,8 @@ class Evaluation:
     """What is measured: corpora for perplexity, lm-eval tasks, and how much of each.
 
     `batch_size` is of the tasks; `perplexity_batch_size` is of blocks, whose logits are as long as
-    the context and by far the largest tensor there.
+    the context and by far the largest tensor there. `stream` says whether the model is read layer
+    by layer (`auto`: where it doesn't fit the memory there is), in batches of its own size.
     """
 
     perplexity: list[Corpus] = field(default_factory=list)
@@ -49,6 +51,7 @@ class Evaluation:
     limit: int | None = None
     batch_size: int = 1
     perplexity_batch_size: int = 1
+    stream: Stream = Stream.auto
 
 
 @dataclass
@@ -63,6 +66,7 @@ class Config:
 
     sparsity: float = 0.2
     sparsity_of: Fraction = Fraction.moe
+    bits: float = 2.25
     alpha: float = 0.9
     seed: int = 1234
     propagate: Propagate = Propagate.compressed

@@ -12,6 +12,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from camera import parallel
 from camera.errors import CameraError
 from camera.source import write_json
 from experiments.folders import Folders, read_json
@@ -36,11 +37,17 @@ def job(config: DictConfig) -> None:
         if sweep:
             run(settings, sweep=sweep.name, since=(sweep / "multirun.yaml").stat().st_mtime)
         else:
-            show(read_runs([run(settings)]))
+            done = run(settings)
+            if parallel.rank() == 0:
+                show(read_runs([done]))
     except Exception as failure:
         error = sentence(failure)
         # The traceback of what the user can't mend; what they can is one sentence.
         log.error("%s: %s", folder or "job", error, exc_info=not isinstance(failure, CameraError))
+    if error and parallel.world() > 1:
+        sys.exit(1)  # and torchrun ends the others, which may wait for this one for ever
+    if parallel.rank() > 0:
+        return
     if sweep:
         record = {"folder": str(folder) if folder else None, "error": error}
         (sweep / "jobs").mkdir(exist_ok=True)
@@ -53,6 +60,8 @@ class SweepTable(Callback):
     """After the last job: this sweep's table and that of all runs; exit code 1 if a job failed."""
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        if parallel.rank() > 0:
+            return
         output, sweep = Path(config.output), Path(config.hydra.sweep.dir)
         records = [read_json(file) for file in sorted((sweep / "jobs").glob("*.json"))]
         folders = dict.fromkeys(Path(record["folder"]) for record in records if record["folder"])

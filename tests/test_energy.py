@@ -6,9 +6,10 @@ import torch
 import oracles
 from camera.blocks import FeedForward
 from camera.capture import Output, observe
-from camera.energy import Energies, EnergyObserver
+from camera.energy import EnergyObserver
 from camera.errors import CameraError
 from camera.families import FAMILIES as DECLARED
+from camera.statistics import Statistics
 from conftest import FAMILIES, MOE_FAMILIES, build_model
 
 
@@ -133,8 +134,8 @@ def test_an_expert_without_tokens_has_no_energy_and_is_reported():
 def test_energies_survive_saving(tmp_path):
     layer, x_TH, _ = layer_and_input("qwen2_moe")
     energy, _ = measure("qwen2_moe", layer, x_TH)
-    Energies({7: energy}, {"model": "m"}).save(tmp_path / "e.safetensors")
-    again = Energies.load(tmp_path / "e.safetensors")
+    Statistics({7: energy}, {"model": "m"}).save(tmp_path / "e.safetensors")
+    again = Statistics.load(tmp_path / "e.safetensors")
     assert again.about == {"model": "m"}
     assert again.layers[7].groups == energy.groups
     assert torch.equal(again.layers[7].energy(0.9), energy.energy(0.9))
@@ -144,7 +145,7 @@ def test_a_broken_energies_file_is_refused_by_name(tmp_path):
     path = tmp_path / "e.safetensors"
     path.write_bytes(b"not a safetensors file")
     with pytest.raises(CameraError, match=str(path)):
-        Energies.load(path)
+        Statistics.load(path)
 
 
 def test_bf16_weights_are_measured_in_fp32():

@@ -16,7 +16,7 @@ from camera.resume import Progress
 LAYERS = 5
 CALLS = (
     "camera.shards.save_file",
-    "camera.energy.save_file",
+    "camera.statistics.save_file",
     "camera.resume.save_file",
     "camera.resume.write_json",
 )
@@ -93,18 +93,18 @@ def test_killed_at_any_file_it_goes_on_to_the_same_bytes(
     )
     compress()
     assert shards(tmp_path / "out") == uninterrupted
-    written_per_layer = 4  # shard, energy, hidden states, state
+    written_per_layer = 4  # shard, statistics, hidden states, state
     finished = (at if after else at - 1) // written_per_layer
     assert loaded == list(range(finished, LAYERS))
 
 
 def test_a_dense_pass_goes_on_too(compress, tmp_path, monkeypatch):
-    compress("whole", propagate="dense", energies=tmp_path / "a")
+    compress("whole", propagate="dense", statistics=tmp_path / "a")
     with monkeypatch.context() as patch:
         interrupt(patch, 8, after=True)
         with pytest.raises(Killed):
-            compress(propagate="dense", energies=tmp_path / "b")
-    compress(propagate="dense", energies=tmp_path / "b")
+            compress(propagate="dense", statistics=tmp_path / "b")
+    compress(propagate="dense", statistics=tmp_path / "b")
     assert shards(tmp_path / "out") == shards(tmp_path / "whole")
     (one,), (other,) = ((tmp_path / n).glob("*.safetensors") for n in "ab")
     assert one.read_bytes() == other.read_bytes()

@@ -193,7 +193,7 @@ def test_a_refused_run_leaves_its_reason(make):
 
 def test_one_dense_pass_serves_every_alpha_and_sparsity(make):
     shared = ("propagate=dense", "evaluation=none")
-    folder = Folders.of(make(*shared)).energies
+    folder = Folders.of(make(*shared)).statistics
     run(make(*shared))
     (measured,) = folder.glob("*.safetensors")
     written = measured.stat().st_mtime_ns

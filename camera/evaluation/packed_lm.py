@@ -4,26 +4,14 @@ Shapes: B contexts of a batch, L columns of a packed row, V vocabulary, C tokens
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
-MASKABLE = ("sdpa", "eager")  # attention implementations that take a mask of one's own
-
-
-class Pack(NamedTuple):
-    """A context and the answers after it: (number of the request, tokens of the answer)."""
-
-    context: tuple[int, ...]
-    answers: list[tuple[int, list[int]]]
-
-    @property
-    def extra(self) -> int:
-        """Columns after the context: an answer's last token is predicted, never read."""
-        return sum(len(answer) - 1 for _, answer in self.answers)
+from camera.evaluation.packs import MASKABLE, Pack, packs_of, reach, rows_of
 
 
 class PackedLM(HFLM):
@@ -31,8 +19,8 @@ class PackedLM(HFLM):
 
     Each answer sees the context and itself, at the positions it would have alone, so the numbers
     are HFLM's own up to rounding; a question of four answers costs its text once instead of four
-    times, and no logits are computed inside the context. What doesn't fit the model's context goes
-    the way of HFLM, which cuts it on the left.
+    times, and no logits are computed inside the context. What doesn't fit the model's context, or
+    its attention's reach, goes the way of HFLM, which cuts it on the left.
     """
 
     def _loglikelihood_tokens(
@@ -52,16 +40,10 @@ class PackedLM(HFLM):
         return [found[i] for i in range(len(requests))]
 
     def _packs(self, requests: list) -> tuple[list[Pack], list[int]]:
-        groups: dict[tuple[int, ...], Pack] = {}
-        alone: list[int] = []
-        maskable = self.model.config._attn_implementation in MASKABLE
-        for i, (_, context, answer) in enumerate(requests):
-            if not maskable or not context or len(context) + len(answer) - 1 > self.max_length:
-                alone.append(i)
-                continue
-            pack = groups.setdefault(tuple(context), Pack(tuple(context), []))
-            pack.answers.append((i, answer))
-        return sorted(groups.values(), key=lambda p: len(p.context) + p.extra, reverse=True), alone
+        if self.model.config._attn_implementation not in MASKABLE:
+            return [], list(range(len(requests)))
+        longest = min(self.max_length, reach(self.model) or self.max_length)
+        return packs_of([(context, answer) for _, context, answer in requests], longest)
 
     def _batches(self, packs: list[Pack]) -> Iterator[list[Pack]]:
         """As many answers at once as the batch size allows, at least one context."""
@@ -77,54 +59,21 @@ class PackedLM(HFLM):
             yield batch
 
     def _score(self, batch: list[Pack]) -> dict[int, tuple[float, bool]]:
-        ids_BL, position_BL, seen_BLL, extra = _rows(batch)
-        dtype = next(self.model.parameters()).dtype
-        mask = torch.zeros(seen_BLL.shape, dtype=dtype)
-        mask.masked_fill_(~seen_BLL, torch.finfo(dtype).min)
+        rows = rows_of(batch)
         with torch.inference_mode():
             logits_BLV = self.model(
-                input_ids=ids_BL.to(self.device),
-                attention_mask=mask[:, None].to(self.device),
-                position_ids=position_BL.to(self.device),
+                input_ids=rows.ids_BL.to(self.device),
+                attention_mask=rows.mask(next(self.model.parameters()).dtype, self.device),
+                position_ids=rows.position_BL.to(self.device),
                 use_cache=False,
-                logits_to_keep=extra + 1,
+                logits_to_keep=rows.ids_BL.shape[1] - rows.last,
             ).logits
         found = {}
         for pack, logits_LV in zip(batch, logits_BLV, strict=True):
-            start = 1  # column 0 is the context's last token, which predicts every first token
-            for i, answer in pack.answers:
-                columns = torch.tensor([0, *range(start, start + len(answer) - 1)])
-                start += len(answer) - 1
+            for i, answer, columns in pack.columns():
                 answer_C = torch.tensor(answer, device=logits_LV.device)
                 found[i] = _likelihood(logits_LV[columns], answer_C, self.softmax_dtype)
         return found
-
-
-def _rows(batch: list[Pack]) -> tuple[Tensor, Tensor, Tensor, int]:
-    """ids_BL, position_BL, seen_BLL (row may look at column) and the columns after the contexts.
-
-    Contexts end in the same column; padding before and after sees only itself.
-    """
-    widest = max(len(pack.context) for pack in batch)
-    extra = max(pack.extra for pack in batch)
-    size = (len(batch), widest + extra)
-    ids_BL, position_BL = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.long)
-    seen_BLL = torch.eye(size[1], dtype=torch.bool).repeat(size[0], 1, 1)
-    for row, pack in enumerate(batch):
-        length = len(pack.context)
-        first, column = widest - length, widest
-        ids_BL[row, first:widest] = torch.tensor(pack.context)
-        position_BL[row, first:widest] = torch.arange(length)
-        seen_BLL[row, first:widest, first:widest] = torch.ones(length, length).tril().bool()
-        for _, answer in pack.answers:
-            read = len(answer) - 1
-            end = column + read
-            ids_BL[row, column:end] = torch.tensor(answer[:-1], dtype=torch.long)
-            position_BL[row, column:end] = torch.arange(length, length + read)
-            seen_BLL[row, column:end, first:widest] = True
-            seen_BLL[row, column:end, column:end] = torch.ones(read, read).tril().bool()
-            column = end
-    return ids_BL, position_BL, seen_BLL, extra
 
 
 def _likelihood(

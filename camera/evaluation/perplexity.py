@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,13 +69,97 @@ def perplexity(
     Raises CameraError for an impossible length, stride, limit or batch_size, too little text, and
     logits that aren't finite.
     """
+    _at_least_one("evaluation.batch_size", batch_size)
+    passage = read_passage(
+        model,
+        tokenizer,
+        corpus=corpus,
+        data=data,
+        split=split,
+        length=length,
+        stride=stride,
+        limit=limit,
+    )
+    started = time.perf_counter()
+    nll = _total_nll(model, passage, batch_size, progress)
+    return passage.result(nll, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Passage:
+    """The blocks of a corpus whose tokens are to be predicted, and how they came about."""
+
+    corpus: str
+    split: str
+    how: str
+    documents: int
+    length: int
+    stride: int
+    ids_S: Tensor
+    blocks: list[Block]
+
+    @property
+    def title(self) -> str:
+        return f"{self.corpus} perplexity"
+
+    def requests(self) -> list[tuple[list[int], list[int]]]:
+        """Of each block the tokens that are only seen, and those that are predicted after them."""
+        ids = self.ids_S.tolist()
+        return [
+            (ids[b.begin : b.end - b.scored], ids[b.end - b.scored : b.end]) for b in self.blocks
+        ]
+
+    def finite(self, nll: float, first: Block) -> float:
+        """The nll of a batch that starts with a block; CameraError if it is NaN or inf."""
+        if math.isfinite(nll):
+            return nll
+        raise CameraError(
+            f"{self.title}: the logits of the block at token {first.begin} are not finite (NaN or "
+            f"inf); the checkpoint is damaged or its dtype overflows, so load it in float32 or "
+            f"compress it again"
+        )
+
+    def result(self, nll: float, seconds: float) -> dict[str, Any]:
+        """What `perplexity` returns, from the nll of all predicted tokens."""
+        tokens = sum(block.scored for block in self.blocks)
+        mean = nll / tokens
+        return {
+            "perplexity": math.exp(mean) if mean < 700 else math.inf,
+            "nll_per_token": mean,
+            "tokens": tokens,
+            "blocks": len(self.blocks),
+            "length": self.length,
+            "stride": self.stride,
+            "corpus": self.corpus,
+            "split": self.split,
+            "stream": self.how,
+            "documents": self.documents,
+            "data_hash": ids_hash(self.ids_S[: self.blocks[-1].end]),
+            "seconds": seconds,
+        }
+
+
+def read_passage(
+    model,
+    tokenizer,
+    *,
+    corpus: str,
+    data: str | Path,
+    split: str | None = None,
+    length: int | None = None,
+    stride: int | None = None,
+    limit: int | None = None,
+) -> Passage:
+    """The passage that `perplexity` measures; of the model only config and vocabulary are used.
+
+    Raises CameraError for an impossible length, stride or limit, too little text, and a tokenizer
+    of another model.
+    """
     split = split or find_corpus(corpus, key=KEY).evaluated
     check_corpus(data, corpus, split, key=KEY)
     length, stride = _sizes(model, length, stride)
-    _at_least_one("evaluation.batch_size", batch_size)
     if limit is not None:
         _at_least_one("evaluation.blocks", limit)
-
     ids_S, documents, how = _stream(tokenizer, corpus, data, split, length)
     blocks = list(_blocks(len(ids_S), length, stride))[:limit]
     if not blocks:
@@ -88,24 +173,7 @@ def perplexity(
             f"the tokenizer gives the token {largest} and the model embeds only {vocabulary}; "
             f"evaluate the model with its own tokenizer"
         )
-    started = time.perf_counter()
-    nll = _total_nll(model, ids_S, blocks, batch_size, f"{corpus} perplexity", progress)
-    tokens = sum(block.scored for block in blocks)
-    mean = nll / tokens
-    return {
-        "perplexity": math.exp(mean) if mean < 700 else math.inf,
-        "nll_per_token": mean,
-        "tokens": tokens,
-        "blocks": len(blocks),
-        "length": length,
-        "stride": stride,
-        "corpus": corpus,
-        "split": split,
-        "stream": how,
-        "documents": documents,
-        "data_hash": ids_hash(ids_S[: blocks[-1].end]),
-        "seconds": time.perf_counter() - started,
-    }
+    return Passage(corpus, split, how, documents, length, stride, ids_S, blocks)
 
 
 def context_length(model) -> int | None:
@@ -171,28 +239,20 @@ def _blocks(size: int, length: int, stride: int) -> Iterator[Block]:
             return
 
 
-def _total_nll(
-    model, ids_S: Tensor, blocks: list[Block], batch_size: int, title: str, progress: bool
-) -> float:
+def _total_nll(model, passage: Passage, batch_size: int, progress: bool) -> float:
     """Σ nll of every scored token, summed in fp64."""
     from tqdm import tqdm
 
-    total = 0.0
+    total, blocks, ids_S = 0.0, passage.blocks, passage.ids_S
     with (
         _evaluating(model) as device,
-        tqdm(total=len(blocks), desc=title, disable=None if progress else True) as bar,
+        tqdm(total=len(blocks), desc=passage.title, disable=None if progress else True) as bar,
     ):
         for batch in _batches(blocks, batch_size):
             ids_BL = torch.stack([ids_S[block.begin : block.end] for block in batch]).to(device)
             logits_BLV = model(input_ids=ids_BL, use_cache=False).logits
             nll = _scored_nll(logits_BLV, ids_BL, [block.scored for block in batch])
-            if not math.isfinite(nll):
-                raise CameraError(
-                    f"{title}: the logits of the block at token {batch[0].begin} are not finite "
-                    f"(NaN or inf); the checkpoint is damaged or its dtype overflows, so load it "
-                    f"in float32 or compress it again"
-                )
-            total += nll
+            total += passage.finite(nll, batch[0])
             bar.update(len(batch))
     return total
 

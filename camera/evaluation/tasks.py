@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +71,28 @@ def evaluate_tasks(
     Raises CameraError for an unknown task, one without accuracy and a missing file before the first
     is run; for rows that don't fit a task and for NaN when they are met.
     """
+    with quiet():
+        asked = read_tasks(tasks, data=data, limit=limit, seed=seed)
+        lm = _language_model(model, tokenizer, batch_size, max_length, softmax_dtype, progress)
+        try:
+            return {task.name: task.score(lm) for task in asked}
+        finally:
+            lm.restore()
+
+
+def read_tasks(
+    tasks: Sequence[str], *, data: str | Path, limit: int | None = None, seed: int = 0
+) -> "Iterator[Task]":
+    """The tasks over their rows, each built when it is its turn.
+
+    Raises CameraError at once for what `check_tasks` refuses and an impossible limit.
+    """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise CameraError(
             f"evaluation.limit={limit}: give a whole number of rows, at least 1, or null for all"
         )
     check_tasks(tasks, data=data)
-    with _quiet():
-        lm = _language_model(model, tokenizer, batch_size, max_length, softmax_dtype, progress)
-        try:
-            return {task: _evaluate(lm, task, data, limit, seed) for task in tasks}
-        finally:
-            lm.restore()
+    return (Task.over(task, data, limit, seed) for task in tasks)
 
 
 def check_tasks(tasks: Sequence[str], *, data: str | Path) -> None:
@@ -124,36 +136,65 @@ def hub_address(task: str) -> dict[str, Any]:
     }
 
 
-def _evaluate(lm, task: str, data: str | Path, limit: int | None, seed: int) -> dict[str, Any]:
-    import lm_eval
+@dataclass(frozen=True)
+class Task:
+    """One of lm-eval's tasks over its rows."""
 
-    started = time.perf_counter()
-    built, rows_sha256, provenance = _build(task, data, limit)
-    # What simple_evaluate sets before it calls this same evaluate; it also spends seconds per call
-    # on a report of the machine, which the run records once.
-    built.set_config(key="num_fewshot", value=0)
-    built.set_fewshot_seed(seed=seed)
-    _seed_everything(seed)
-    outcome = lm_eval.evaluate(
-        lm, task_dict={"tasks": {task: built}}, limit=limit, log_samples=False
-    )
-    scores = outcome["results"][task]
+    name: str
+    built: Any  # lm_eval.api.task.ConfigurableTask
+    rows_sha256: str
+    provenance: str
+    limit: int | None
+    seed: int
+    seconds: float  # to build it
 
-    def score(name: str) -> float | None:
-        value = scores.get(f"{name},none")
-        return float(value) if isinstance(value, int | float) else None
+    @classmethod
+    def over(cls, name: str, data: str | Path, limit: int | None, seed: int) -> "Task":
+        """A task over its rows in `data`, set up as lm-eval's simple_evaluate does it."""
+        started = time.perf_counter()
+        built, rows_sha256, provenance = _build(name, data, limit)
+        # simple_evaluate also spends seconds per call on a report of the machine, which the run
+        # records once.
+        built.set_config(key="num_fewshot", value=0)
+        built.set_fewshot_seed(seed=seed)
+        seconds = time.perf_counter() - started
+        return cls(name, built, rows_sha256, provenance, limit, seed, seconds)
 
-    return {
-        "acc": score("acc"),
-        "acc_stderr": score("acc_stderr"),
-        "acc_norm": score("acc_norm"),
-        "acc_norm_stderr": score("acc_norm_stderr"),
-        "n": outcome["n-samples"][task]["effective"],
-        "version": outcome["versions"][task],
-        "data_hash": rows_sha256,
-        "provenance": provenance,
-        "seconds": time.perf_counter() - started,
-    }
+    def requests(self) -> list:
+        """What `score` is going to ask the language model."""
+        self.built.build_all_requests(limit=self.limit, rank=0, world_size=1)
+        self.built.build_all_requests = lambda **_: None  # lm-eval would do it again, in minutes
+        return self.built.instances
+
+    def score(self, lm) -> dict[str, Any]:
+        """What `evaluate_tasks` returns of a task, by the answers of an lm-eval model."""
+        import lm_eval
+
+        started = time.perf_counter()
+        _seed_everything(self.seed)
+        outcome = lm_eval.evaluate(
+            lm,
+            task_dict={"tasks": {self.name: self.built}},
+            limit=self.limit,
+            log_samples=False,
+        )
+        scores = outcome["results"][self.name]
+
+        def score(name: str) -> float | None:
+            value = scores.get(f"{name},none")
+            return float(value) if isinstance(value, int | float) else None
+
+        return {
+            "acc": score("acc"),
+            "acc_stderr": score("acc_stderr"),
+            "acc_norm": score("acc_norm"),
+            "acc_norm_stderr": score("acc_norm_stderr"),
+            "n": outcome["n-samples"][self.name]["effective"],
+            "version": outcome["versions"][self.name],
+            "data_hash": self.rows_sha256,
+            "provenance": self.provenance,
+            "seconds": self.seconds + time.perf_counter() - started,
+        }
 
 
 def _build(task: str, data: str | Path, limit: int | None) -> tuple[Any, str, str]:
@@ -227,7 +268,7 @@ def _config(task: str) -> dict[str, Any]:
     """lm-eval's YAML of a task, functions resolved; CameraError for what is not a single task."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    with _quiet():
+    with quiet():
         manager = _task_manager(task in NINE_TASKS)
     if task not in manager.all_subtasks:
         near = difflib.get_close_matches(str(task), manager.all_subtasks + list(NINE_TASKS), n=3)
@@ -257,21 +298,23 @@ def _language_model(model, tokenizer, batch_size, max_length, softmax_dtype, pro
         softmax_dtype=softmax_dtype,
     )
     ask, shown = lm.loglikelihood, progress and sys.stderr.isatty()
-
-    def loglikelihood(requests):
-        answers = ask(requests, disable_tqdm=not shown)
-        # The argmax over NaN is an answer like any other, so a broken model would get a score.
-        if any(math.isnan(score) for score, _ in answers):
-            raise CameraError(
-                f"{KEY}: {requests[0].task_name} gives log-probabilities that are NaN; the "
-                f"checkpoint is damaged or its dtype overflows, so load it in float32 or compress "
-                f"it again"
-            )
-        return answers
-
-    lm.loglikelihood = loglikelihood
+    lm.loglikelihood = lambda requests: refuse_nan(requests, ask(requests, disable_tqdm=not shown))
     lm.restore = lambda: model.train(was_training)
     return lm
+
+
+def refuse_nan(requests: Sequence, answers: list[tuple[float, bool]]) -> list[tuple[float, bool]]:
+    """The answers as they are; CameraError where one is NaN.
+
+    The argmax over NaN is an answer like any other, so a broken model would get a score.
+    """
+    if any(math.isnan(score) for score, _ in answers):
+        raise CameraError(
+            f"{KEY}: {requests[0].task_name} gives log-probabilities that are NaN; the "
+            f"checkpoint is damaged or its dtype overflows, so load it in float32 or compress "
+            f"it again"
+        )
+    return answers
 
 
 def _seed_everything(seed: int) -> None:
@@ -286,7 +329,7 @@ def _seed_everything(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence lm-eval's and the data libraries' reports, except errors."""
     import datasets
     import lm_eval.api.task

@@ -1,0 +1,76 @@
+"""GPTQ and round-to-nearest: the same bits for every weight of every expert."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from camera.bit_plan import MOST_BITS, Footprint, solve_group_size
+from camera.blocks import FeedForward
+from camera.budget import Budget
+from camera.errors import CameraError
+from camera.quantization import Quantization, footprints
+from camera.solve_layer import ExpertBits
+
+CLOSE = 0.05  # uniform bits and a group size can't meet every target; further below is refused
+
+
+@dataclass
+class Gptq(Quantization):
+    """Every weight of the pool gets the same whole number of bits, solved by GPTQ.
+
+    The target `bits` counts scales and zeros: 2.25 is 2 bits with a scale and a zero (16 bits each)
+    per 128 weights. The largest number of bits is taken that a group size allows (without
+    `group_size`: the smallest multiple of 8 that stays within the target), which may store up to
+    5 % less than the target; where nothing comes that close, the target is refused.
+    Source: Frantar et al. (ICLR 2023).
+    """
+
+    name: ClassVar[str] = "gptq"
+
+    bits: float | None = 2.25
+
+    def check(self, budget: Budget) -> None:
+        super().check(budget)
+        self.solve(budget)
+
+    def reachable(self, budget: Budget) -> tuple[float, float]:
+        return 0.0, float("inf")  # `solve` knows better
+
+    def solve(self, budget: Budget) -> tuple[int, int | None]:
+        """Bits and group size for the target; CameraError, naming the next best, if none fits."""
+        if self.bits is None:
+            raise CameraError(f"method {self.name} needs a target: set bits.")
+        pools = footprints(budget, None, self.sym).values()
+        weights = sum(pool.weights for pool in pools)
+        longest = max(max(pool.hidden, *pool.widths) for pool in pools)
+
+        def average(bits: int, size: int | None) -> float:
+            whole = [Footprint(p.hidden, p.widths, size, p.sym) for p in pools]
+            return sum(pool.uniform(bits) * pool.weights for pool in whole) / max(weights, 1)
+
+        above = float("inf")
+        for bits in range(MOST_BITS, 0, -1):
+            size = None if self.group_size == -1 else self.group_size
+            if self.group_size is None:
+                size = solve_group_size(
+                    lambda g, b=bits: average(b, g) * weights, weights, self.bits, longest
+                )
+            stored = average(bits, size)
+            if stored > self.bits * (1 + 1e-9):
+                above = stored
+            elif stored >= self.bits * (1 - CLOSE):
+                return bits, size
+            else:
+                break
+        raise CameraError(
+            f"bits={self.bits} can't be met by the same bits everywhere: the nearest that this "
+            f"model can store are {stored:.4g} and {above:.4g} bits per weight, scales included; "
+            "set bits or group_size."
+        )
+
+    def plan(
+        self, index: int, ffn: FeedForward, seen: Any, budget: Budget
+    ) -> tuple[list[ExpertBits], int | None]:
+        bits, size = self.solve(budget)
+        return [ExpertBits.matched(torch.full((width,), bits)) for width in ffn.widths], size

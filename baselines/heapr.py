@@ -1,0 +1,51 @@
+"""HEAPr: micro-experts ranked across layers by a second-order estimate of what the loss would lose.
+
+Shapes: N micro-experts of a layer's pool.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from camera.blocks import FeedForward
+from camera.budget import Budget
+from camera.errors import CameraError
+from camera.prune import MicroExpertPruning
+from camera.sensitivity import LayerSensitivity, SensitivityObserver
+
+
+@dataclass
+class HEAPr(MicroExpertPruning):
+    """HEAPr: one shot, from one forward and one backward pass; the lowest of all layers go.
+
+    `term` product is the method's own score, mean(h^2) * mean((dloss/dh)^2), and joint the term
+    that it factorises, mean((h * dloss/dh)^2). `normalize` routed takes means over an expert's own
+    tokens, all sums over the calibration set. The reference prunes routed experts only:
+    `sparsity_of` routed with `rank_scope` global; otherwise shared experts are ranked along.
+    Source: HEAPr (ICLR 2026); its experts without a token go first, as here.
+    """
+
+    name: ClassVar[str] = "heapr"
+    calibrates: ClassVar[bool] = True
+    backward: ClassVar[bool] = True
+
+    rank_scope: Literal["layer", "global"] = "global"
+    term: Literal["product", "joint"] = "product"
+    normalize: Literal["routed", "all"] = "routed"
+
+    def check(self, budget: Budget) -> None:
+        if self.term not in ("product", "joint"):
+            raise CameraError(f"method.term={self.term} is none of product, joint.")
+        if self.normalize not in ("routed", "all"):
+            raise CameraError(f"method.normalize={self.normalize} is none of routed, all.")
+        super().check(budget)
+
+    def statistics_key(self) -> dict[str, Any]:
+        return {"kind": "sensitivity"}
+
+    def observer(self, index: int, ffn: FeedForward) -> SensitivityObserver:
+        return SensitivityObserver(ffn)
+
+    def score(self, index: int, seen: LayerSensitivity, micro_experts: int) -> torch.Tensor:
+        return getattr(seen, self.term)(self.normalize)

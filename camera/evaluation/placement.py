@@ -1,0 +1,57 @@
+"""Whether a model is evaluated whole or streamed: what it takes, and what is free."""
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from camera.checkpoint import resolve_device, resolve_dtype
+from camera.errors import CameraError
+from camera.shards import ShardReader
+
+MODES = ("auto", "always", "never")
+MARGIN = 1.2  # of the weights' bytes: activations, fragments, and what else is running
+
+
+def should_stream(
+    folder: Path, device: str = "auto", dtype: str = "auto", mode: str = "auto"
+) -> bool:
+    """Whether to evaluate layer by layer: `always`, `never`, or `auto`: if the weights, in the
+    dtype they are computed in and with a margin, exceed the free memory where they would go.
+
+    That is the accelerators' together for device=auto, the device's own else; on a CPU what the
+    system has available. Raises CameraError for another mode.
+    """
+    if mode not in MODES:
+        raise CameraError(f"evaluation.stream={mode} is none of {', '.join(MODES)}.")
+    if mode != "auto":
+        return mode == "always"
+    return MARGIN * weight_bytes(folder, device, dtype) > free_memory(device)
+
+
+def weight_bytes(folder: Path, device: str = "auto", dtype: str = "auto") -> int:
+    """Bytes of a checkpoint's tensors once `load_model` has them in memory."""
+    asked = resolve_dtype(dtype)
+    if asked is None and torch.device(resolve_device(device)).type == "cpu":
+        asked = torch.float32
+    return sum(
+        place.bytes // place.dtype.itemsize * asked.itemsize
+        if asked and place.dtype.is_floating_point
+        else place.bytes
+        for place in ShardReader(folder).places.values()
+    )
+
+
+def free_memory(device: str = "auto") -> int:
+    """Bytes free on a device; of `auto` with several accelerators on all of them."""
+    place = torch.device(resolve_device(device))
+    if place.type in ("cpu", "mps"):  # these share the system's memory
+        return psutil.virtual_memory().available
+    torch.accelerator.empty_cache()
+    if device == "auto":
+        indices = range(torch.accelerator.device_count())
+    else:
+        indices = [
+            place.index if place.index is not None else torch.accelerator.current_device_index()
+        ]
+    return sum(torch.accelerator.get_memory_info(index)[0] for index in indices)

@@ -1,0 +1,181 @@
+"""What every quantising method shares: settings, the target, Hessians, the solver, the report.
+
+A method says which bits (`plan`); everything else is here and in camera/solve_layer.py.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from camera.bit_plan import Footprint
+from camera.blocks import FeedForward
+from camera.budget import Budget
+from camera.errors import CameraError
+from camera.experts.cut import Cut, Solved
+from camera.experts.packed_linear import PackedLinear, PackedRouter
+from camera.experts.packed_spec import linear_spec, router_spec, spec_bytes, spec_code_bits
+from camera.gptq import GPTQ
+from camera.layer_hessians import HessianObserver, LayerHessians
+from camera.method import Method, Outcome
+from camera.quantizer import CLIPS
+from camera.solve_layer import ExpertBits, solve_layer
+from camera.statistics import LayerStatistics
+
+GROUP_SIZE = 128
+CLOSE = 0.01  # share of the target by which a plan may stay below it
+
+
+@dataclass
+class Quantization(Method):
+    """Quantises all experts of a layer's pool by one solver; subclasses plan the bits.
+
+    bits: the target, stored bits per weight on average over the quantised weights, scales and zeros
+    included (null: whatever the other settings give). group_size: inputs that share a scale, -1 for
+    the whole row, null to have it chosen. sym: no zeros. clip: range search (none, gptq, mc).
+    act_order, static_groups, percdamp, fallback, min_tokens: see camera.gptq.GPTQ.
+    weighted_hessian counts a token by its squared routing weight. true_sequential takes down's
+    Hessian from the quantised gate and up, on the first `sequential_tokens` inputs of an expert.
+    attn_bits, router_bits: round attention and router to nearest (null: left alone).
+    """
+
+    calibrates: ClassVar[bool] = True
+    storable: ClassVar[bool] = False
+
+    bits: float | None = None
+    group_size: int | None = None
+    sym: bool = False
+    clip: Literal["none", "gptq", "mc"] = "none"
+    act_order: bool = False
+    static_groups: bool = False
+    percdamp: float = 0.01
+    fallback: Literal["rtn", "mean_hessian"] = "rtn"
+    min_tokens: int = 1
+    weighted_hessian: bool = False
+    true_sequential: bool = False
+    sequential_tokens: int = 8192
+    attn_bits: int | None = None
+    router_bits: int | None = None
+
+    @abstractmethod
+    def plan(
+        self, index: int, ffn: FeedForward, seen: Any, budget: Budget
+    ) -> tuple[list[ExpertBits], int | None]:
+        """The bits of every expert of a layer's pool, and the group size (None: whole rows)."""
+
+    def reachable(self, budget: Budget) -> tuple[float, float]:
+        """The least and the most stored bits that the settings can give this model."""
+        raise NotImplementedError
+
+    def check(self, budget: Budget) -> None:
+        if self.clip not in CLIPS:
+            raise CameraError(f"clip={self.clip} is none of {', '.join(CLIPS)}.")
+        if self.group_size is not None and self.group_size != -1 and self.group_size < 1:
+            raise CameraError("group_size must be at least 1, -1 (the whole row) or null.")
+        for key in ("attn_bits", "router_bits"):
+            value = getattr(self, key)
+            if value is not None and not 1 <= value <= 8:
+                raise CameraError(f"{key}={value} must lie between 1 and 8, or be null.")
+        if self.true_sequential and self.weighted_hessian:
+            raise CameraError(
+                "true_sequential keeps inputs without their routing weights: set "
+                "weighted_hessian=false."
+            )
+        self.solver(GROUP_SIZE)  # refuses its own settings
+        if self.bits is None:
+            return
+        least, most = self.reachable(budget)
+        if not least <= self.bits * (1 + 1e-9) or self.bits > most * (1 + CLOSE):
+            raise CameraError(
+                f"bits={self.bits} can't be met: with these settings this model can store between "
+                f"{least:.4g} and {most:.4g} bits per weight, scales included; change bits, "
+                "group_bits or group_size."
+            )
+
+    def solver(self, group_size: int | None) -> GPTQ:
+        """The solver with this method's settings; scales are what 16 bits can store."""
+        return GPTQ(
+            group_size=group_size,
+            sym=self.sym,
+            act_order=self.act_order,
+            static_groups=self.static_groups,
+            percdamp=self.percdamp,
+            fallback=self.fallback,
+            min_tokens=self.min_tokens,
+            clip=CLIPS[self.clip],
+            scale_dtype=torch.float16,
+        )
+
+    def observer(self, index: int, ffn: FeedForward) -> Any:
+        keep = self.sequential_tokens if self.true_sequential else 0
+        return HessianObserver(ffn, weighted=self.weighted_hessian, keep=keep)
+
+    def compress(
+        self, index: int, ffn: FeedForward, seen: LayerStatistics | None, budget: Budget
+    ) -> Outcome:
+        bits, group_size = self.plan(index, ffn, seen, budget)
+        solver, weights = self.solver(group_size), 3 * hidden_size(ffn) * sum(ffn.widths)
+        hessians = seen if isinstance(seen, LayerHessians) else None
+        forms, found = solve_layer(
+            ffn, bits, solver, hessians, true_sequential=self.true_sequential
+        )
+        specs = forms.values()
+        report = {
+            "bits": {  # of the weights that were there, the removed ones included
+                "target": self.bits,
+                "stored": 8 * sum(map(spec_bytes, specs)) / weights if weights else 0.0,
+                "raw": sum(map(spec_code_bits, specs)) / weights if weights else 0.0,
+            },
+            "group_size": group_size,
+            "experts": found,
+        }
+        outside = round_outside(ffn, solver, self.attn_bits, self.router_bits)
+        return Outcome(forms | outside, report=report)
+
+
+def hidden_size(ffn: FeedForward) -> int:
+    """Outputs of the layer's experts."""
+    return ffn.groups[0].down(0).shape[0]
+
+
+def footprints(budget: Budget, group_size: int | None, sym: bool) -> dict[int, Footprint]:
+    """What every layer's pool takes, before any weight is read."""
+    micro_experts = sum(sum(pool.widths) for pool in budget.layers.values())
+    hidden = budget.dense.moe // (3 * max(micro_experts, 1))  # biases are less than a row
+    return {
+        index: Footprint(hidden, tuple(pool.widths), group_size, sym)
+        for index, pool in budget.layers.items()
+    }
+
+
+def round_outside(
+    ffn: FeedForward, solver: GPTQ, attn_bits: int | None, router_bits: int | None
+) -> dict[str, dict[str, Any]]:
+    """Round a layer's attention and router to nearest, in place; the forms by path."""
+    forms: dict[str, dict[str, Any]] = {}
+    router = getattr(ffn.module, ffn.family.router, None) if ffn.is_moe else None
+    for name, module in list(ffn.layer.named_modules()):
+        parent, _, last = name.rpartition(".")
+        owner = ffn.layer.get_submodule(parent)
+        inside = name == ffn.family.ffn or name.startswith(f"{ffn.family.ffn}.")
+        in_router = router is not None and any(module is part for part in router.modules())
+        bits = router_bits if in_router else None if inside else attn_bits
+        weight = getattr(module, "weight", None)
+        plain = isinstance(module, nn.Linear)
+        if bits is None or weight is None or not (plain or (in_router and weight.dim() == 2)):
+            continue
+        shape = tuple(weight.shape)
+        cut = Cut.of("rows", [[bits] * shape[0]])
+        quantized = solver.solve(weight.detach()[None], bits=bits)
+        make = linear_spec if plain else router_spec
+        spec = make(*shape, cut, solver.group_size, solver.sym)
+        if plain:
+            packed = PackedLinear(spec, module.bias, weight.device, weight.dtype)
+            setattr(owner, last, packed)
+        else:
+            packed = PackedRouter.of(module, spec, weight.device)
+        packed.put(Solved.of(quantized, 0))
+        forms[f"{ffn.path}.{name}"] = spec
+    return forms

@@ -1,0 +1,307 @@
+"""Camera-Q, and its ablation Camera-Q-dagger: bits by micro-expert energy, over the one solver.
+
+Shapes: N micro-experts of a layer's pool (shared expert first, then routed experts), E experts of
+the pool, H hidden, W width of one expert.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from camera.bit_plan import (
+    MOST_BITS,
+    SCOPES,
+    Footprint,
+    assign,
+    cuts_of,
+    index_bits,
+    ranking,
+    share_path,
+    solve_group_size,
+    solve_optimal,
+    solve_shares,
+)
+from camera.blocks import FeedForward
+from camera.budget import Budget
+from camera.energy import EnergyObserver, LayerEnergy
+from camera.errors import CameraError
+from camera.gptq import GPTQ
+from camera.layer_hessians import LayerHessians
+from camera.quantization import CLOSE, GROUP_SIZE, Quantization, footprints, hidden_size
+from camera.solve_layer import ExpertBits
+from camera.statistics import LayerStatistics
+
+SAMPLE = (2048, 128)  # rows and columns of the normal weights that rounding errors are measured on
+
+
+@dataclass
+class CameraQ(Quantization):
+    """Micro-experts of high energy get more bits, the same in gate, up and down.
+
+    allocation groups: the pool, ranked by energy, is cut into groups of `group_bits` (0: removed)
+    in shares `ratios`; without ratios, `low_share` of it gets the fewest bits and the share of the
+    most is solved so that the stored average meets `bits`. With ratios and no group_size, that is
+    solved instead. allocation optimal: of all `group_bits` those that minimise the predicted error
+    sum_i E_i * error(b_i) within the target. rank_scope: rank within a layer, each expert, or the
+    whole model (by energies of the dense model). align: boundaries in an expert are multiples.
+
+    Source: CAMERA (AAAI 2026), whose shares and group size aren't published.
+    """
+
+    name: ClassVar[str] = "camera_q"
+
+    bits: float | None = 2.25
+    alpha: float = 0.9
+    group_bits: list[int] = field(default_factory=lambda: [3, 2, 1])
+    ratios: list[float] | None = None
+    low_share: float = 0.25
+    rank_scope: Literal["layer", "expert", "model"] = "layer"
+    allocation: Literal["groups", "optimal"] = "groups"
+    align: int = 1
+
+    def __post_init__(self) -> None:
+        self._plans: dict[int, torch.Tensor] | None = None
+
+    @property
+    def one_shot(self) -> bool:
+        return self.rank_scope == "model"
+
+    def check(self, budget: Budget) -> None:
+        levels = list(self.group_bits)
+        if levels != sorted(set(levels) & set(range(9)), reverse=True) or not any(levels):
+            raise CameraError(
+                f"group_bits={levels} must be different bits from 8 to 0, the most first."
+            )
+        if not 0 <= self.alpha <= 1:
+            raise CameraError(f"alpha={self.alpha} must lie between 0 and 1.")
+        if not 0 <= self.low_share <= 1:
+            raise CameraError(f"low_share={self.low_share} must lie between 0 and 1.")
+        if self.rank_scope not in SCOPES:
+            raise CameraError(f"rank_scope={self.rank_scope} is none of {', '.join(SCOPES)}.")
+        if self.allocation not in ("groups", "optimal"):
+            raise CameraError(f"allocation={self.allocation} is none of groups, optimal.")
+        if self.align < 1:
+            raise CameraError("align must be at least 1.")
+        self._check_shares(levels)
+        super().check(budget)
+
+    def _check_shares(self, levels: Sequence[int]) -> None:
+        if self.act_order and not self.static_groups:
+            raise CameraError("act_order tears column segments apart: set static_groups=true too.")
+        if self.allocation == "optimal":
+            if self.ratios is not None or self.bits is None:
+                raise CameraError("allocation=optimal solves the shares: set bits and ratios=null.")
+            return
+        if self.ratios is None:
+            share_path(levels, 0, self.low_share)  # refuses more groups than can be solved
+            if self.bits is None and len(levels) > 1:
+                raise CameraError("bits=null leaves the shares open: set ratios.")
+        elif len(self.ratios) != len(levels) or min(self.ratios) < 0:
+            raise CameraError(
+                f"ratios={list(self.ratios)} must be a share for each of group_bits={levels}."
+            )
+        elif abs(sum(self.ratios) - 1) > 1e-6:
+            raise CameraError(f"ratios={list(self.ratios)} must add up to 1.")
+
+    def reachable(self, budget: Budget) -> tuple[float, float]:
+        pools = list(footprints(budget, self._group_size(), self.sym).values())
+        weights = sum(pool.weights for pool in pools)
+        ends = []
+        for bits in (min(self.group_bits), max(self.group_bits)):
+            stored = 0.0
+            for pool in pools:
+                size, steps = pool.micro_experts, len(self.group_bits) - 1
+                cuts = [size if bits == self.group_bits[0] else 0] * steps
+                stored += self.stored(pool, torch.full((size,), bits), cuts)
+            ends.append(stored / max(weights, 1))
+        return tuple(ends)
+
+    def observer(self, index: int, ffn: FeedForward) -> Any:
+        if self.one_shot and self._plans is None:
+            return EnergyObserver(ffn)
+        return super().observer(index, ffn)
+
+    def prepare(self, statistics: dict[int, LayerStatistics], budget: Budget) -> None:
+        pools = footprints(budget, self._group_size(), self.sym)
+        widths = [width for pool in pools.values() for width in pool.widths]
+        hidden = next(iter(pools.values())).hidden
+        whole = Footprint(hidden, tuple(widths), self._group_size(), self.sym)
+        scores_N = torch.cat([statistics[index].energy(self.alpha) for index in pools])
+        bits_N, self._model_group_size = self.allocate(scores_N, whole)
+        sizes = [pool.micro_experts for pool in pools.values()]
+        self._plans = dict(zip(pools, bits_N.split(sizes), strict=True))
+
+    def plan(
+        self, index: int, ffn: FeedForward, seen: LayerEnergy, budget: Budget
+    ) -> tuple[list[ExpertBits], int | None]:
+        energy_N, widths = seen.energy(self.alpha), ffn.widths
+        if self._plans is not None:
+            bits_N, group_size = self._plans[index], self._model_group_size
+        else:
+            pool = Footprint(hidden_size(ffn), tuple(widths), self._group_size(), self.sym)
+            bits_N, group_size = self.allocate(energy_N, pool)
+        parts = zip(bits_N.split(widths), energy_N.split(widths), strict=True)
+        return [ExpertBits.matched(bits_W, energy_W) for bits_W, energy_W in parts], group_size
+
+    def allocate(self, energy_N: torch.Tensor, pool: Footprint) -> tuple[torch.Tensor, int | None]:
+        """Bits of every micro-expert of a pool, and the group size."""
+        bits_N, _, group_size = self.allocate_cuts(energy_N, pool)
+        return bits_N, group_size
+
+    def allocate_cuts(
+        self, energy_N: torch.Tensor, pool: Footprint
+    ) -> tuple[torch.Tensor, tuple[int, ...], int | None]:
+        """The same, and where the ranking is cut (in shares only)."""
+        order_N = ranking(energy_N, pool.widths, self.rank_scope)
+        levels, align = list(self.group_bits), self.align
+        stored = partial(self.stored, pool)
+        if self.ratios is not None:
+            cuts = cuts_of(self.ratios, len(order_N))
+            bits_N = assign(order_N, pool.widths, levels, cuts, align)
+            return bits_N, cuts, self._solved_group_size(bits_N, cuts, pool)
+        if self.bits is None:  # one group
+            return torch.full_like(order_N, levels[0]), (), pool.group_size
+        if self.allocation == "optimal":
+            errors = rounding_errors(self.solver(pool.group_size), tuple(levels))
+            args = (energy_N, order_N, pool, errors, self.bits)
+            return solve_optimal(*args, align=align, stored=stored), (), pool.group_size
+        bits_N, cuts = solve_shares(
+            order_N, pool, levels, self.bits, low_share=self.low_share, align=align, stored=stored
+        )
+        return bits_N, cuts, pool.group_size
+
+    def stored(self, pool: Footprint, bits_N: torch.Tensor, cuts: Sequence[int]) -> float:
+        """Bits on disk of a plan."""
+        return pool.stored(bits_N)
+
+    def _group_size(self) -> int | None:
+        if self.group_size is None:
+            return GROUP_SIZE
+        return None if self.group_size == -1 else self.group_size
+
+    def _solved_group_size(self, bits_N, cuts, pool: Footprint) -> int | None:
+        if self.bits is None:
+            return self._group_size()
+
+        def stored(size: int | None) -> float:
+            return self.stored(replace(pool, group_size=size), bits_N, cuts)
+
+        if self.group_size is not None:
+            average = stored(self._group_size()) / max(pool.weights, 1)
+            if abs(average / self.bits - 1) > CLOSE:
+                raise CameraError(
+                    f"ratios={list(self.ratios)} with group_size={self.group_size} store "
+                    f"{average:.4g} bits per weight, not bits={self.bits}: set one of them to null."
+                )
+            return self._group_size()
+        size = solve_group_size(stored, pool.weights, self.bits, max(pool.hidden, *pool.widths))
+        if size is None:
+            raise CameraError(
+                f"bits={self.bits} can't be met with ratios={list(self.ratios)}: one scale per row "
+                f"alone stores {stored(None) / pool.weights:.4g} bits per weight."
+            )
+        return size
+
+
+@cache
+def rounding_errors(solver: GPTQ, levels: tuple[int, ...]) -> dict[int, float]:
+    """What share of a micro-expert's energy is lost at a number of bits, by round-to-nearest.
+
+    phi * w_down is a product of what gate, up and down give. With c = <w, q> / <w, w> and
+    s = <q, q> / <w, w> of rounded weights, and errors of the three matrices independent of each
+    other, |x - x'|^2 / |x|^2 = 1 - 2 c^3 + s^3; for removed micro-experts that is 1. Measured on
+    normal weights with the solver's grid, so that it is known before any weight is read.
+    """
+    generator = torch.Generator().manual_seed(0)
+    w_RC = torch.randn(SAMPLE, generator=generator)
+    errors, whole = {}, w_RC.square().sum()
+    for bits in levels:
+        if bits == 0:
+            errors[bits] = 1.0
+            continue
+        q_RC = solver.solve(w_RC[None], bits=bits).weight[0]
+        c, s = (w_RC * q_RC).sum() / whole, q_RC.square().sum() / whole
+        errors[bits] = float(1 - 2 * c**3 + s**3)
+    return errors
+
+
+@dataclass
+class CameraQDagger(CameraQ):
+    """Camera-Q without what makes it Camera-Q: the bits of the three matrices don't match.
+
+    split channels: each matrix is cut along its own input, gate and up by the energy of their input
+    channels [(1 - alpha) |X_c|_2^2 + alpha |X_c|_inf^2] |W_c|^2, down by micro-expert energy; the
+    shares are Camera-Q's in all three. split shuffle: Camera-Q's numbers of rows and columns of
+    every expert, dealt out at random in each matrix. The orders that are stored count as bits.
+    """
+
+    name: ClassVar[str] = "camera_q_dagger"
+
+    split: Literal["channels", "shuffle"] = "channels"
+    seed: int = 1234
+
+    def check(self, budget: Budget) -> None:
+        if self.split not in ("channels", "shuffle"):
+            raise CameraError(f"split={self.split} is none of channels, shuffle.")
+        if 0 in self.group_bits:
+            raise CameraError("camera_q_dagger can't remove micro-experts: take 0 off group_bits.")
+        if self.rank_scope == "model" or self.allocation == "optimal":
+            raise CameraError(
+                "camera_q_dagger ranks within a layer or expert, in shares: set rank_scope=layer "
+                "and allocation=groups."
+            )
+        super().check(budget)
+
+    def plan(
+        self, index: int, ffn: FeedForward, seen: LayerHessians, budget: Budget
+    ) -> tuple[list[ExpertBits], int | None]:
+        if self.split == "channels":
+            return self._by_channels(ffn, seen)
+        matched, group_size = super().plan(index, ffn, seen, budget)
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + index)
+
+        def deal(bits: torch.Tensor) -> torch.Tensor:
+            return bits[torch.randperm(len(bits), generator=generator)]
+
+        return [
+            ExpertBits("rows", deal(e.gate), deal(e.up), deal(e.down)) for e in matched
+        ], group_size
+
+    def stored(self, pool: Footprint, bits_N: torch.Tensor, cuts: Sequence[int]) -> float:
+        if self.split == "shuffle":
+            index = sum(2 * index_bits(width) for width in pool.widths)
+            return super().stored(pool, bits_N, cuts) + index
+        channels = self._channel_bits(pool.hidden, cuts, len(bits_N))
+        counts_B = torch.bincount(channels, minlength=MOST_BITS + 1)
+        counts_EB = counts_B.expand(len(pool.widths), -1)
+        return pool.stored_by_columns(counts_EB, pool.counts(bits_N))
+
+    def _channel_bits(self, hidden: int, cuts: Sequence[int], micro_experts: int) -> torch.Tensor:
+        """Bits of input channels in falling order: the shares that the cuts give micro-experts."""
+        inside = [round(cut * hidden / max(micro_experts, 1)) for cut in cuts]
+        return assign(torch.arange(hidden), [hidden], self.group_bits, inside)
+
+    def _by_channels(
+        self, ffn: FeedForward, seen: LayerHessians
+    ) -> tuple[list[ExpertBits], int | None]:
+        energy_N, widths = seen.energy(self.alpha), ffn.widths
+        pool = Footprint(hidden_size(ffn), tuple(widths), self._group_size(), self.sym)
+        bits_N, cuts, group_size = self.allocate_cuts(energy_N, pool)
+        falling_H = self._channel_bits(pool.hidden, cuts, len(bits_N))
+        channel_EH = seen.channel_energy(self.alpha).cpu()
+        parts = iter(zip(bits_N.split(widths), energy_N.split(widths), channel_EH, strict=True))
+        plan = []
+        for group in ffn.groups:
+            for expert in range(len(group.widths)):
+                bits_W, energy_W, channel_H = next(parts)
+                both = []
+                for weight in group.gate_up(expert):
+                    norm_H = weight.detach().float().square().sum(0).double().cpu()
+                    bits_H = torch.empty_like(falling_H)
+                    bits_H[ranking(channel_H * norm_H, [pool.hidden], "layer")] = falling_H
+                    both.append(bits_H)
+                plan.append(ExpertBits("columns", *both, bits_W, energy_W))
+        return plan, group_size

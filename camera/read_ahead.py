@@ -1,0 +1,62 @@
+"""The layer that comes next is read while this one computes; never more than one."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from time import perf_counter
+
+import torch
+
+Read = Callable[[int], dict[str, torch.Tensor]]
+
+
+class ReadAhead:
+    """Layers from disk to the device, the next one in a thread (and on CUDA a stream) of its own.
+
+    Layers are taken one after the other, up or down. `seconds_read` is what reading took,
+    `seconds_waited` the part of it that computing did not hide.
+    """
+
+    def __init__(self, read: Read, layers: int, device: torch.device):
+        self._read, self._layers, self._device = read, layers, device
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._coming: tuple[int, Future] | None = None
+        self._last, self._up = -1, True
+        self.seconds_read = self.seconds_waited = 0.0
+
+    def take(self, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of a layer, waited for if they aren't there yet."""
+        start = perf_counter()
+        coming, self._coming = self._coming, None
+        if coming is None or coming[0] != index:
+            if coming is not None:
+                coming[1].result()  # wanted or not: never two at a time
+            coming = index, self._thread.submit(self._fetch, index)
+        tensors = coming[1].result()
+        if self._stream is not None:
+            for tensor in tensors.values():
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+        self._up, self._last = index > self._last, index
+        self.seconds_waited += perf_counter() - start
+        return tensors
+
+    def start_next(self) -> None:
+        """Begin to read what follows the layer taken last."""
+        index = self._last + (1 if self._up else -1)
+        if self._coming is None and 0 <= index < self._layers:
+            self._coming = index, self._thread.submit(self._fetch, index)
+
+    def _fetch(self, index: int) -> dict[str, torch.Tensor]:
+        start = perf_counter()
+        try:
+            tensors = self._read(index)
+            if self._stream is not None:
+                with torch.cuda.stream(self._stream):
+                    tensors = {
+                        key: tensor.to(self._device, non_blocking=True)
+                        for key, tensor in tensors.items()
+                    }
+                self._stream.synchronize()
+            return tensors
+        finally:
+            self.seconds_read += perf_counter() - start

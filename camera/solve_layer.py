@@ -1,0 +1,292 @@
+"""Apply a bit plan to a layer: order, solve and pack the matrices of every expert.
+
+Shapes: E experts of a batch, R rows, C columns, G scale groups of a row, H hidden, W width of one
+expert, M micro-experts of it that stay, N tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from camera.blocks import ExpertGroup, FeedForward, MlpExpert
+from camera.experts.cut import Cut, Solved
+from camera.experts.narrow import PROJECTIONS
+from camera.experts.packed import PackedExperts
+from camera.experts.packed_mlp import PackedMlp
+from camera.experts.packed_spec import experts_spec, mlp_spec
+from camera.gptq import GPTQ
+from camera.layer_hessians import LayerHessians
+from camera.solve_batch import Ledger, solve_batch
+
+SOLVE_BYTES = 4 * 2**30  # of Hessians, factors and weights that are solved as one batch
+
+
+@dataclass(frozen=True)
+class ExpertBits:
+    """The bits of one expert's three matrices.
+
+    down [W]: by column, i.e. micro-expert; 0 removes it. gate, up: by row [W] (`axis` rows) or by
+    input channel [H] (columns). priority [W]: of micro-experts of equal bits the highest comes
+    first; None leaves them in order.
+    """
+
+    axis: str
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+    priority: torch.Tensor | None = None
+
+    @classmethod
+    def matched(cls, bits_W: torch.Tensor, priority_W: torch.Tensor | None = None) -> "ExpertBits":
+        """The same bits in gate, up and down of a micro-expert."""
+        return cls("rows", bits_W, bits_W, bits_W, priority_W)
+
+    def order(self) -> torch.Tensor:
+        """The micro-experts that stay, by falling bits of down: int64 [M]."""
+        first = torch.arange(len(self.down))
+        if self.priority is not None:
+            first = torch.argsort(self.priority, descending=True, stable=True)
+        order = first[falling(self.down[first])]
+        return order[self.down[order] > 0]
+
+    def folded(self) -> "ExpertBits":
+        """The same after the micro-experts were put in that order."""
+        order = self.order()
+        rows = order if self.axis == "rows" else slice(None)
+        return ExpertBits(self.axis, self.gate[rows], self.up[rows], self.down[order])
+
+
+def falling(bits: torch.Tensor) -> torch.Tensor:
+    """The order that makes bits descend and moves nothing else."""
+    return torch.argsort(bits, descending=True, stable=True)
+
+
+def solve_layer(
+    ffn: FeedForward,
+    plan: list[ExpertBits],
+    solver: GPTQ,
+    seen: LayerHessians | None = None,
+    *,
+    true_sequential: bool = False,
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Quantise every expert of a layer's pool (`plan`, in pool order) and put packed modules there.
+
+    Without `seen` weights are rounded to nearest. `true_sequential`: the Hessian of down is that of
+    the inputs which the quantised gate and up give, from the inputs kept in `seen`. Returns the
+    forms by path, and by path what is worth reporting.
+    """
+    forms, report, start = {}, {}, 0
+    for group in ffn.groups:
+        pool = list(range(start, start + len(group.widths)))
+        start += len(group.widths)
+        experts = [_Expert(group, e, plan[p].order(), plan[p].folded()) for e, p in enumerate(pool)]
+        module = _empty(group, experts, solver)
+        work = _Solving(group, experts, solver, seen, pool, true_sequential)
+        for expert, gate_up, down in work.solved():
+            where = () if isinstance(group, MlpExpert) else (expert,)
+            module.put(*where, gate_up=gate_up, down=down)
+        ffn.replace(group, module)
+        forms[group.path], report[group.path] = module.spec(), work.report()
+    return forms, report
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """One expert's weights, with micro-experts in the order in which they will stand."""
+
+    group: ExpertGroup
+    number: int
+    order_M: torch.Tensor
+    bits: ExpertBits
+
+    def gate_up(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gate and up [M, H]."""
+        gate, up = self.group.gate_up(self.number)
+        rows = self.order_M.to(gate.device)
+        return gate[rows], up[rows]
+
+    def down(self) -> torch.Tensor:
+        """[H, M]."""
+        weight = self.group.down(self.number)
+        return weight[:, self.order_M.to(weight.device)]
+
+    def hidden(self, H_WW: torch.Tensor) -> torch.Tensor:
+        """The Hessian of down's inputs, [M, M]."""
+        rows = self.order_M.to(H_WW.device)
+        return H_WW[rows][:, rows]
+
+    def biases(self) -> dict[str, torch.Tensor | None]:
+        """Biases of an MLP's linear layers."""
+        linears = {name: getattr(self.group.module, name) for name in PROJECTIONS}
+        found = {name: getattr(linear, "bias", None) for name, linear in linears.items()}
+        for name in PROJECTIONS[:2]:
+            if found[name] is not None:
+                found[name] = found[name][self.order_M.to(found[name].device)]
+        return found
+
+
+def _empty(group: ExpertGroup, experts: list[_Expert], solver: GPTQ) -> PackedExperts | PackedMlp:
+    """The packed module that the solved matrices go into."""
+    axis, bits = experts[0].bits.axis, [expert.bits for expert in experts]
+    moved = any((part[1:] > part[:-1]).any() for b in bits for part in (b.gate, b.up))
+    scattered = ("columns",) * _moves_columns(solver)  # a group's columns aren't neighbours
+    kept = tuple(dict.fromkeys(((axis,) if moved else ()) + scattered))
+    gate_up = Cut.of(axis, [b.gate for b in bits], kept)
+    down = Cut.of("columns", [b.down for b in bits], scattered)
+    old, widths = group.down(0), [len(expert.order_M) for expert in experts]
+    cuts = (gate_up, down, solver.group_size, solver.sym)
+    if isinstance(group, MlpExpert):
+        spec = mlp_spec(old.shape[0], widths[0], *cuts)
+        return PackedMlp(spec, group.act_fn, experts[0].biases(), old.device, old.dtype)
+    spec = experts_spec(old.shape[0], widths, *cuts)
+    return PackedExperts(spec, group.act_fn, old.device, old.dtype)
+
+
+def _moves_columns(solver: GPTQ) -> bool:
+    return solver.act_order and not solver.static_groups
+
+
+class _Solving:
+    """Solves the experts of one module, batch by batch, and keeps what is to be reported."""
+
+    def __init__(self, group, experts, solver, seen, pool, true_sequential):
+        self.group, self.experts, self.seen, self.pool = group, experts, seen, pool
+        self.true_sequential = true_sequential
+        # the mean Hessian makes sense for inputs that all experts share, which down's are not
+        self.mean = solver.fallback == "mean_hessian"
+        self.solver = replace(solver, fallback="rtn")
+        self.ledgers = {"gate_up": Ledger(len(experts)), "down": Ledger(len(experts))}
+
+    def report(self) -> dict[str, Any]:
+        """Errors, damping and fallbacks of gate and up, and of down."""
+        return {name: ledger.report() for name, ledger in self.ledgers.items()}
+
+    def solved(self) -> Iterator[tuple[int, list[Solved], Solved]]:
+        """(expert, [gate, up], down) of every expert."""
+        for batch in self._batches():
+            experts = [self.experts[e] for e in batch]
+            gate_ups, weights = self._gate_up(batch, experts)
+            H_EMM, tokens_E = None, None
+            if self.seen is not None:
+                H_EMM, tokens_E = self._hidden(batch, experts, weights), self._tokens(batch)
+            del weights
+            downs, _ = solve_batch(
+                self.solver,
+                [expert.down() for expert in experts],
+                [expert.bits.down for expert in experts],
+                "columns",
+                H_EMM,
+                tokens_E,
+                (self.ledgers["down"], batch),
+            )
+            yield from zip(batch, gate_ups, downs, strict=True)
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Experts that fit into memory together, those of similar widths side by side."""
+        hidden = self.group.down(0).shape[0]
+        order = sorted(range(len(self.experts)), key=lambda e: len(self.experts[e].order_M))
+        batch: list[int] = []
+        for e in reversed(order):
+            width = len(self.experts[e].order_M)
+            widest = len(self.experts[batch[0]].order_M) if batch else width
+            each = 4 * (6 * hidden**2 + 6 * widest**2 + 12 * hidden * widest)
+            uneven = _moves_columns(self.solver) and width != widest
+            if batch and (uneven or (len(batch) + 1) * each > SOLVE_BYTES):
+                yield batch
+                batch = []
+            batch.append(e)
+        if batch:
+            yield batch
+
+    def _tokens(self, batch: list[int]) -> torch.Tensor:
+        return self.seen.tokens_E[[self.pool[e] for e in batch]]
+
+    def _gate_up(self, batch: list[int], experts: list[_Expert]):
+        """Solved [gate, up] of every expert, and both dequantised, [M, H]."""
+        H_EHH, tokens_E, fallback = self._inputs(batch)
+        ledger, bits = self.ledgers["gate_up"], [expert.bits for expert in experts]
+        pairs = [expert.gate_up() for expert in experts]
+        if bits[0].axis == "rows":
+            orders = [[falling(b.gate), falling(b.up)] for b in bits]
+            stacked = [
+                torch.cat([w[n.to(w.device)] for w, n in zip(pair, ns, strict=True)])
+                for pair, ns in zip(pairs, orders, strict=True)
+            ]
+            rows = [
+                torch.cat([b.gate[ns[0]], b.up[ns[1]]]) for b, ns in zip(bits, orders, strict=True)
+            ]
+            args = (stacked, rows, "rows", H_EHH, tokens_E, (ledger, batch))
+            solved, weights = solve_batch(self.solver, *args, fallback)
+            halves = [s.chunk(2) for s in solved]
+            gate_ups = [
+                [replace(half, rows=n) for half, n in zip(pair, ns, strict=True)]
+                for pair, ns in zip(halves, orders, strict=True)
+            ]
+            backs = [
+                [w[n.argsort().to(w.device)] for w, n in zip(both.chunk(2), ns, strict=True)]
+                for both, ns in zip(weights, orders, strict=True)
+            ]
+            return gate_ups, backs
+        gate_ups, backs = [[] for _ in experts], [[] for _ in experts]
+        for part in range(2):
+            column_bits = [(b.gate, b.up)[part] for b in bits]
+            orders = [falling(b) for b in column_bits]
+            H_ECC = None
+            if H_EHH is not None:
+                H_ECC = torch.stack(
+                    [H[n][:, n] for H, n in zip(H_EHH, _there(orders, H_EHH), strict=True)]
+                )
+            matrices = [
+                pair[part][:, n.to(pair[part].device)]
+                for pair, n in zip(pairs, orders, strict=True)
+            ]
+            sorted_bits = [b[n] for b, n in zip(column_bits, orders, strict=True)]
+            args = (matrices, sorted_bits, "columns", H_ECC, tokens_E, (ledger, batch))
+            solved, weights = solve_batch(self.solver, *args, fallback)
+            for e, n in enumerate(orders):
+                gate_ups[e].append(replace(solved[e], columns=n))
+                backs[e].append(weights[e][:, n.argsort().to(weights[e].device)])
+        return gate_ups, backs
+
+    def _inputs(self, batch: list[int]):
+        """Hessians of the experts' inputs, their tokens, and what stands in where there are few."""
+        if self.seen is None:
+            return None, None, None
+        tokens_E, least = self._tokens(batch), self.solver.min_tokens
+        H_EHH = self.seen.input_EHH[[self.pool[e] for e in batch]]
+        everyone = torch.tensor(self.pool)
+        reached = everyone[self.seen.tokens_E[everyone] >= max(least, 1)]
+        few_E = tokens_E < max(least, 1)
+        if not self.mean or not len(reached) or not few_E.any():
+            return H_EHH, tokens_E, None
+        mean_HH = sum(self.seen.input_EHH[p] for p in reached.tolist()) / len(reached)
+        H_EHH[few_E.to(H_EHH.device)] = mean_HH
+        fallback = ["mean_hessian" if few else None for few in few_E.tolist()]
+        return H_EHH, tokens_E.clamp(min=max(least, 1)), fallback
+
+    def _hidden(self, batch, experts, weights) -> list[torch.Tensor]:
+        """Hessians [M, M] of down's inputs."""
+        if not self.true_sequential:
+            return [
+                expert.hidden(self.seen.hidden(self.pool[e]))
+                for e, expert in zip(batch, experts, strict=True)
+            ]
+        found = []
+        for e, expert, (gate, up) in zip(batch, experts, weights, strict=True):
+            x_NH = self.seen.kept(self.pool[e]).to(gate.device).float()
+            biases = expert.biases() if isinstance(self.group, MlpExpert) else {}
+            bias = [biases.get(name) for name in PROJECTIONS[:2]]
+            gate_NM, up_NM = (
+                F.linear(x_NH, w, None if b is None else b.float())
+                for w, b in zip((gate, up), bias, strict=True)
+            )
+            h_NM = self.group.act_fn(gate_NM) * up_NM
+            found.append(h_NM.T @ h_NM)
+        return found
+
+
+def _there(orders: list[torch.Tensor], other: torch.Tensor) -> list[torch.Tensor]:
+    return [order.to(other.device) for order in orders]

@@ -1,0 +1,127 @@
+"""Packed experts of a layer against the same experts unpacked, prefill and decoding one token.
+
+The shape is an expert of Qwen3-30B-A3B (hidden 2048, width 768, 8 of a token's) divided by --scale,
+cut as Camera-Q cuts it: 3, 2 and 1 bit in shares 1/8, 3/4, 1/8. Packed experts dequantise an expert
+whenever tokens reach it; plain ones hold their weights in the same dtype. All sides take turns, and
+the best turn of each counts, because other work on the machine only ever adds time. `ratio` is
+packed seconds over plain seconds: above 1 packing costs time. `memory` is packed bytes over plain.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+
+from camera.experts.cut import Cut
+from camera.experts.packed import PackedExperts
+from camera.experts.packed_spec import average_bits, experts_spec, spec_bytes, spec_weights
+
+HIDDEN, WIDTH, TOP_K = 2048, 768, 8
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m experiments.bench packed`."""
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--scale", type=int, default=2, help="divides both widths of the expert")
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 512], help="per forward")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (0: as they are)")
+    parser.add_argument("--device", default="cpu")
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Seconds and ratios by dtype and tokens, and what dequantising alone costs."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    hidden, width = HIDDEN // args.scale, WIDTH // args.scale
+    packed = _random_experts(args.experts, hidden, width, args.group_size, args.device)
+    spec = packed.spec()
+    results = []
+    for name in args.dtypes:
+        dtype = getattr(torch, name)
+        packed.to(dtype)
+        plain = packed.dequantize()
+        for tokens in args.tokens:
+            call = _inputs(tokens, hidden, args.experts, dtype, args.device)
+            hit = call[1].unique().tolist()
+            sides: dict[str, Callable[[], object]] = {
+                "packed": lambda c=call: packed(*c),
+                "plain": lambda p=plain, c=call: p(*c),
+                "dequantize": lambda h=hit: _dequantize(packed, h),
+            }
+            best = _best(sides, args.repeats)
+            results.append(
+                {
+                    "dtype": name,
+                    "tokens": tokens,
+                    "experts_hit": len(hit),
+                    **{f"{side}_ms": round(1e3 * took, 3) for side, took in best.items()},
+                    "ratio": round(best["packed"] / best["plain"], 2),
+                    "memory": round(spec_bytes(spec) / spec_weights(spec) / dtype.itemsize, 4),
+                }
+            )
+    return {
+        "experts": args.experts,
+        "hidden": hidden,
+        "width": width,
+        "average_bits": round(average_bits(spec), 4),
+        "group_size": args.group_size,
+        "threads": torch.get_num_threads(),
+        "device": args.device,
+        "repeats": args.repeats,
+        "results": results,
+    }
+
+
+def _random_experts(
+    experts: int, hidden: int, width: int, group_size: int, device: str
+) -> PackedExperts:
+    """Any codes will do: the time doesn't depend on them."""
+    few = width // 8
+    bits = [[3] * few + [2] * (width - 2 * few) + [1] * few] * experts
+    cuts = Cut.of("rows", bits), Cut.of("columns", bits)
+    spec = experts_spec(hidden, [width] * experts, *cuts, group_size, False)
+    packed = PackedExperts(spec, torch.nn.SiLU(), device)
+    torch.manual_seed(0)
+    for name, tensor in packed.named_buffers():
+        if name.endswith(("_scales", "_zeros")):
+            value = 0.02 if name.endswith("_scales") else 1.5
+            tensor.copy_(torch.full(tensor.shape, value, dtype=torch.half).view(torch.int16))
+        elif tensor.numel():
+            tensor.random_(0, 256)
+    return packed
+
+
+def _inputs(tokens: int, hidden: int, experts: int, dtype: torch.dtype, device: str) -> tuple:
+    """x_TH and a routing over all experts, the weights of a token summing to 1."""
+    x_TH = torch.randn(tokens, hidden, device=device, dtype=dtype)
+    scores_TE = torch.rand(tokens, experts, device=device)
+    weight_TK, index_TK = scores_TE.softmax(-1).topk(min(TOP_K, experts))
+    return x_TH, index_TK, (weight_TK / weight_TK.sum(-1, keepdim=True)).to(dtype)
+
+
+def _dequantize(packed: PackedExperts, experts: list[int]) -> None:
+    for expert in experts:
+        packed.gate_up(expert)
+        packed.down(expert)
+
+
+@torch.inference_mode()
+def _best(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Seconds of every side's best turn; the first turn warms up."""
+    spent: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(repeats + 1):
+        for side, call in sides.items():
+            start = _now()
+            call()
+            spent[side].append(_now() - start)
+    return {side: min(turns[1:]) for side, turns in spent.items()}
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
