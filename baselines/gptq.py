@@ -1,11 +1,12 @@
 """GPTQ and round-to-nearest: the same bits for every weight of every expert."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
-from camera.bit_plan import MOST_BITS, Footprint, solve_group_size
+from camera.bit_plan import MOST_BITS, solve_group_size
 from camera.blocks import FeedForward
 from camera.budget import Budget
 from camera.errors import CameraError
@@ -41,32 +42,28 @@ class Gptq(Quantization):
         """Bits and group size for the target; CameraError, naming the next best, if none fits."""
         if self.bits is None:
             raise CameraError(f"method {self.name} needs a target: set bits.")
-        pools = footprints(budget, None, self.sym).values()
+        pools = footprints(budget, None, self.sym, self.scattered).values()
         weights = sum(pool.weights for pool in pools)
         longest = max(max(pool.hidden, *pool.widths) for pool in pools)
 
-        def average(bits: int, size: int | None) -> float:
-            whole = [Footprint(p.hidden, p.widths, size, p.sym) for p in pools]
-            return sum(pool.uniform(bits) * pool.weights for pool in whole) / max(weights, 1)
+        def stored(bits: int, size: int | None) -> float:
+            sized = [replace(pool, group_size=size) for pool in pools]
+            return sum(pool.uniform(bits) * pool.weights for pool in sized)
 
-        above = float("inf")
+        near = []
         for bits in range(MOST_BITS, 0, -1):
             size = None if self.group_size == -1 else self.group_size
             if self.group_size is None:
-                size = solve_group_size(
-                    lambda g, b=bits: average(b, g) * weights, weights, self.bits, longest
-                )
-            stored = average(bits, size)
-            if stored > self.bits * (1 + 1e-9):
-                above = stored
-            elif stored >= self.bits * (1 - CLOSE):
-                return bits, size
-            else:
+                size = solve_group_size(partial(stored, bits), weights, self.bits, longest)
+            near.append(stored(bits, size) / max(weights, 1))
+            if near[-1] <= self.bits * (1 + 1e-9):
                 break
+        if self.bits * (1 - CLOSE) <= near[-1] <= self.bits * (1 + 1e-9):
+            return bits, size
         raise CameraError(
             f"bits={self.bits} can't be met by the same bits everywhere: the nearest that this "
-            f"model can store are {stored:.4g} and {above:.4g} bits per weight, scales included; "
-            "set bits or group_size."
+            f"model can store are {' and '.join(f'{n:.4g}' for n in near[-2:])} bits per weight, "
+            "scales included; set bits or group_size."
         )
 
     def plan(

@@ -62,6 +62,10 @@ class Magnitude(MicroExpertPruning):
     def check(self, budget: Budget) -> None:
         if self.norm not in ("product", "sum"):
             raise CameraError(f"method.norm={self.norm} is none of product, sum.")
+        if self.rank_scope != "layer":
+            raise CameraError(
+                f"method.rank_scope={self.rank_scope}: magnitude ranks within a layer; set layer."
+            )
         super().check(budget)
 
     def statistics_key(self) -> dict[str, Any]:

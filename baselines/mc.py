@@ -149,7 +149,7 @@ class MixtureCompressor(Quantization):
         super().check(budget)
 
     def reachable(self, budget: Budget) -> tuple[float, float]:
-        pools = footprints(budget, self._size(), self.sym)
+        pools = footprints(budget, self._size(), self.sym, self.scattered)
         ends = []
         for most in (False, True):
             stored = 0
@@ -172,7 +172,8 @@ class MixtureCompressor(Quantization):
         self, index: int, ffn: FeedForward, seen: LayerFactors, budget: Budget
     ) -> tuple[list[ExpertBits], int | None]:
         layer: LayerPool = budget.layers[index]
-        pool = Footprint(hidden_size(ffn), tuple(ffn.widths), self._size(), self.sym)
+        shape = hidden_size(ffn), tuple(ffn.widths)
+        pool = Footprint(*shape, self._size(), self.sym, self.scattered)
         cost_EB = expert_costs(
             seen.count_E,
             seen.weight_E,

@@ -84,7 +84,7 @@ class Allocations:
         if budget < self.least:
             raise CameraError(
                 f"{budget} bits are too few for {len(self._steps)} experts: the least is "
-                f"{self.least} ({', '.join(map(str, self.flags))} bits at least once); raise `bits`."
+                f"{self.least} ({', '.join(map(str, self.flags))} bits once or more); raise `bits`."
             )
         used, seen, picked = int(self._best[: budget + 1].argmin()), (1 << len(self.flags)) - 1, []
         for choice, origin in reversed(self._steps):

@@ -1,5 +1,6 @@
 """From a model and a method to a smaller checkpoint: the entry point of every method."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from camera.checkpoint import load_tokenizer, resolve_device
 from camera.errors import CameraError
 from camera.job import Job
 from camera.measure import Measurement
+from camera.memory import Memory
 from camera.method import METHODS, Method
 from camera.progress import PeakMemory
 from camera.result import CompressionResult, versions
@@ -15,8 +17,8 @@ from camera.skeleton import Skeleton
 from camera.source import require_space, resolve_model
 from camera.stream import Streamer
 
+log = logging.getLogger("camera")
 PROPAGATE = ("compressed", "dense")
-PHI = ("auto", "keep", "recompute")
 
 
 def compress(
@@ -31,7 +33,7 @@ def compress(
     device: str = "auto",
     dtype: str = "auto",
     statistics: str | Path | None = None,
-    phi: str = "auto",
+    memory: Memory | None = None,
     trust_remote_code: bool = False,
     name: str | None = None,
     progress: bool = True,
@@ -43,16 +45,13 @@ def compress(
     With `propagate="compressed"` each layer is measured on what the compressed layers before it
     put out; with `"dense"` on the original model's activations, in one pass that is kept in the
     folder `statistics` and serves every other alpha and sparsity (methods that rank all layers
-    together or need gradients always do that). `phi` (keep, recompute, or auto: by size) says
-    whether a layer's micro-expert outputs are kept until it is cut. `name` is what model card and
-    report call the base model (default: its hub id, or the name of its folder). Raises CameraError
-    for what a user can mend; `out` appears only when it is complete.
+    together or need gradients always do that). `memory` says what is kept in it. `name` is what
+    model card and report call the base model (default: its hub id, or the name of its folder).
+    Raises CameraError for what a user can mend; `out` appears only when it is complete.
     """
     method, out = as_method(method, settings), Path(out)
     if propagate not in PROPAGATE:
         raise CameraError(f"propagate={propagate} is none of {', '.join(PROPAGATE)}.")
-    if phi not in PHI:
-        raise CameraError(f"phi={phi} is none of {', '.join(PHI)}.")
     if out.exists():
         raise CameraError(f"{out} exists already: delete it or choose another folder.")
     if not method.compresses:
@@ -72,6 +71,8 @@ def compress(
             max_length=getattr(streamer.config, "max_position_embeddings", None),
         )
         job.calibration = Measurement(name, streamer, method, tokens, job.each_layer)
+    job.needs = streamer.prepare(memory or Memory(), job.tokens, method.slices, out.parent)
+    log.info("%s: this takes %s", out.name, job.needs)
     require_space(out.parent, job.bytes_to_come())
     with PeakMemory(streamer.device) as job.memory:
         tokens_pass = None
@@ -81,7 +82,7 @@ def compress(
                 job.measure_once(Path(statistics) if statistics else None)
             if not once or not method.storable:
                 tokens_pass = propagate
-        job.compress_layers(tokens_pass, phi)
+        job.compress_layers(tokens_pass)
         return job.finish()
 
 

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from camera import parallel
-from camera.blocks import FeedForward
+from camera.blocks import FeedForward, swapped
 from camera.calibration import CalibrationTokens
-from camera.capture import Tap, swapped
+from camera.capture import Tap
 from camera.errors import CameraError
 from camera.gradients import GradientObserver, backpropagate
 from camera.resume import Progress
@@ -119,7 +119,7 @@ class BackwardPass:
         streamer = self.streamer
         streamer.load_layer(index)
         streamer.attend(index, self._batches)
-        streamer.propagate(index, self._batches)
+        streamer.observe(index, self._batches, lambda *_: None, propagate=True)
         streamer.free(streamer.layers[index])
         self._store.put(index + 1, [batch.hidden_BLH for batch in self._batches])
 

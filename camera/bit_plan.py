@@ -5,8 +5,9 @@ of the pool, B bit widths in descending order ("levels"), C columns of a matrix.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from math import floor
 
 import torch
 
@@ -39,13 +40,15 @@ class Footprint:
 
     A line of n codes of b bits in groups of g takes n b + ceil(n / g) m(b), m of `metadata_bits`;
     codes of one segment of an expert fill whole bytes, as camera/experts/packed_matrix.py stores
-    them. `widths` are those of every expert, `group_size` None is one group per line.
+    them. `widths` are those of every expert, `group_size` None is one group per line; `scattered`
+    matrices, whose groups aren't neighbours, store the order of their columns too.
     """
 
     hidden: int
     widths: tuple[int, ...]
     group_size: int | None = 128
     sym: bool = False
+    scattered: bool = False
 
     @property
     def weights(self) -> int:
@@ -71,7 +74,11 @@ class Footprint:
     def _stored(self, counts_EB: torch.Tensor) -> int:
         hidden_EB = torch.full_like(counts_EB, self.hidden)
         gate_up = self.segments(2 * counts_EB, hidden_EB)
-        return gate_up + self.segments(hidden_EB * (counts_EB > 0), counts_EB)
+        total = gate_up + self.segments(hidden_EB * (counts_EB > 0), counts_EB)
+        if self.scattered:
+            total += 2 * len(self.widths) * index_bits(self.hidden)
+            total += sum(map(index_bits, self.widths))
+        return total
 
     def stored_by_columns(self, gate_up_EB: torch.Tensor, down_EB: torch.Tensor) -> int:
         """Bits where gate and up are cut by their input columns too, and store the columns' order.
@@ -150,8 +157,9 @@ def _levels_at(rank: torch.Tensor, levels: Sequence[int], cuts: Sequence[int]) -
 
 
 def cuts_of(ratios: Sequence[float], micro_experts: int) -> list[int]:
-    """Where the groups of these shares end in a ranking."""
-    return [round(share * micro_experts) for share in accumulate(ratios)][:-1]
+    """Where the groups of these shares end in a ranking, those below rounded down as Camera-P's."""
+    below = accumulate(reversed(ratios[1:]))
+    return [micro_experts - floor(share * micro_experts + 1e-9) for share in below][::-1]
 
 
 def share_path(
@@ -247,7 +255,7 @@ def solve_optimal(
     """
     levels = sorted(errors, reverse=True)
     error_B = torch.tensor([errors[b] for b in levels], dtype=torch.float64)
-    whole = Footprint(footprint.hidden, (1 << 20,), footprint.group_size, footprint.sym)
+    whole = replace(footprint, widths=(1 << 20,))
     cost_B = torch.tensor([whole.uniform(b) for b in levels], dtype=torch.float64)
     score_N = score_N.double()[order_N]
 

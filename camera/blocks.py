@@ -7,6 +7,9 @@ A layer's pool is its shared expert (if any) and then its routed experts, or the
 dense FFN is.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -44,6 +47,11 @@ class ExpertGroup:
     @property
     def act_fn(self) -> nn.Module:
         return self.module.act_fn
+
+    @property
+    def module_size(self) -> int:
+        """Numbers that the module holds."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
 
 
 class RoutedExperts(ExpertGroup):
@@ -160,3 +168,14 @@ class FeedForward:
     def widths(self) -> list[int]:
         """Width of every expert of the pool, in pool order."""
         return [width for group in self.groups for width in group.widths]
+
+
+@contextmanager
+def swapped(parent: nn.Module, name: str, stand_in: nn.Module) -> Iterator[None]:
+    """Put `stand_in` in the place of a submodule for the length of a block."""
+    original = getattr(parent, name)
+    setattr(parent, name, stand_in)
+    try:
+        yield
+    finally:
+        setattr(parent, name, original)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from camera.blocks import FeedForward
+from camera.drop import Routing, routing_of
 from camera.errors import CameraError
 from camera.experts import FORMS
 from camera.families import Family
@@ -41,6 +42,7 @@ class LayerPool:
 
     widths: list[int]  # of every expert, in pool order
     routed: list[bool]
+    routing: Routing | None = None  # what its router needs; None where no whole experts can go
 
     def removable(self, only_routed: bool, min_width: int, multiple: int) -> float:
         """The largest share of the candidates that may go."""
@@ -112,7 +114,7 @@ def budget_of(model: nn.Module, layers: Iterable[nn.Module], family: Family, roo
     for i, view in enumerate(views):
         if has_experts and not view.is_moe:
             continue  # the first dense layers of a MoE model are never in a pool
-        pool = LayerPool([], [])
+        pool = LayerPool([], [], routing_of(view))
         for group in view.groups:
             parts[group.path] = group.routed
             pool.widths += group.widths

@@ -8,13 +8,13 @@ of one expert, W width of one expert.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 
 import torch
 from torch import nn
 
-from camera.blocks import ExpertGroup, FeedForward, MlpExpert, RoutedExperts
+from camera.blocks import ExpertGroup, FeedForward, MlpExpert, RoutedExperts, swapped
 from camera.slicer import Kept
 
 Observer = Callable[[ExpertGroup, int, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
@@ -34,7 +34,7 @@ class Output:
     def __call__(
         self, group: ExpertGroup, expert: int, tokens_N: torch.Tensor | None, phi_NW: torch.Tensor
     ) -> None:
-        out = group.project(expert, phi_NW)
+        out = group.project(expert, phi_NW).to(self.y_TH.device)
         if tokens_N is None:
             self.y_TH += out
         else:
@@ -67,9 +67,12 @@ def observe(
     observer: Observer,
     mask_T: torch.Tensor | None = None,
     sink: Sink | None = None,
+    record: Callable[..., torch.Tensor] | None = None,
 ) -> None:
     """Call `observer`, and `sink` if given, for every expert that x reaches.
 
+    Where routed experts are to be looked at later, `record` stands for them: it is called with
+    mask_T, sink, x_TH, index_TK, weight_TK.
     Tokens where `mask_T` is False (padding) are routed as the model would, and reach the sink, but
     the observer never sees them.
     """
@@ -81,6 +84,8 @@ def observe(
             shared = isinstance(group, MlpExpert)
             name = ffn.family.shared if shared else ffn.family.experts
             function = partial(_mlp if shared else _routed, group, observer, mask_T, sink)
+            if record is not None and not shared:
+                function = partial(record, mask_T, sink)
             taps.enter_context(swapped(ffn.module, name, Tap(function)))
         ffn.module(x_BLH)
 
@@ -94,17 +99,6 @@ class Tap(nn.Module):
 
     def forward(self, *args, **kwargs):
         return self.function(*args, **kwargs)
-
-
-@contextmanager
-def swapped(parent: nn.Module, name: str, stand_in: nn.Module) -> Iterator[None]:
-    """Put `stand_in` in the place of a submodule for the length of a block."""
-    original = getattr(parent, name)
-    setattr(parent, name, stand_in)
-    try:
-        yield
-    finally:
-        setattr(parent, name, original)
 
 
 def routed_slots(index_TK: torch.Tensor, experts: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -130,16 +124,29 @@ def _routed(
         if sink is None and mask_T is not None:
             slots = slots[mask_T[slots // top_k]]
         tokens_N = slots // top_k
-        x_NH, a_N = x_TH[tokens_N], weight[slots].float()
-        h_NW = group.activations(expert, x_NH)
-        if sink is not None:
-            sink(group, expert, tokens_N, (h_NW * a_N[:, None]).to(x_TH.dtype))
-            if mask_T is not None:
-                shown = mask_T[tokens_N]
-                x_NH, h_NW, a_N = x_NH[shown], h_NW[shown], a_N[shown]
-        if len(a_N):
-            observer(group, expert, x_NH, h_NW, a_N)
+        shown_N = mask_T[tokens_N] if mask_T is not None else None
+        one_expert(group, expert, observer, shown_N, sink, tokens_N, x_TH[tokens_N], weight[slots])
     return torch.zeros_like(x_TH)
+
+
+def one_expert(
+    group: RoutedExperts,
+    expert: int,
+    observer: Observer,
+    shown_N: torch.Tensor | None,
+    sink: Sink | None,
+    tokens_N: torch.Tensor,
+    x_NH: torch.Tensor,
+    a_N: torch.Tensor,
+) -> None:
+    """Compute one expert on its tokens and show them; `shown_N` is False for padding."""
+    a_N, h_NW = a_N.float(), group.activations(expert, x_NH)
+    if sink is not None:
+        sink(group, expert, tokens_N, (h_NW * a_N[:, None]).to(x_NH.dtype))
+        if shown_N is not None:
+            x_NH, h_NW, a_N = x_NH[shown_N], h_NW[shown_N], a_N[shown_N]
+    if len(a_N):
+        observer(group, expert, x_NH, h_NW, a_N)
 
 
 def _mlp(

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from camera.blocks import ExpertGroup, FeedForward, MlpExpert
-from camera.capture import Tap, routed_slots, swapped
+from camera.blocks import ExpertGroup, FeedForward, MlpExpert, swapped
+from camera.capture import Tap, routed_slots
 from camera.statistics import LayerStatistics
 from camera.stream import unwrap
 

@@ -3,11 +3,11 @@
 import copy
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from camera.card import model_card
 from camera.checkpoint import CameraConfig
 from camera.errors import CameraError
 from camera.measure import Measurement, code_and_device
+from camera.memory import HIDDEN_HELD, Needs
 from camera.method import Method
 from camera.native import native_state
 from camera.progress import PeakMemory, each_layer
@@ -43,6 +44,7 @@ class Job:
         self.model, self.streamer, self.method, self.out = model, streamer, method, out
         self.show_progress = show_progress
         self.calibration: Measurement | None = None
+        self.needs: Needs | None = None  # set by `compress` before it starts
         self.memory = PeakMemory(streamer.device)
         self.statistics: Statistics | None = None
         self.seconds = {"calibrate": 0.0, "compress": 0.0}
@@ -52,29 +54,29 @@ class Job:
         self.routed: set[str] = set()
         self.layer_reports: dict[str, dict[str, Any]] = {}
         self.partial = out.with_name(f".{out.name}.partial")
+        self.seen = out.with_name(f".{out.name}.seen")  # statistics nobody else asked for
         self.writer = ShardWriter(self.partial, len(streamer.layers) + 1)
 
     def bytes_to_come(self) -> int:
         """What this job may still write: the dense size, less what a killed run wrote already, and
-        the hidden states of two layers."""
+        the hidden states that it keeps there."""
         written = sum(path.stat().st_size for path in self.partial.glob("*.safetensors"))
-        hidden = 0
-        if self.calibration is not None:
-            tokens = self.calibration.tokens.ids_NL.numel()
-            hidden = tokens * self.streamer.config.hidden_size * self.streamer.dtype.itemsize
-        return max(self.streamer.budget.dense.bytes - written, 0) + 2 * hidden
+        tables = 2 + (HIDDEN_HELD if self.needs.hidden_on_disk else 0)
+        left = max(self.streamer.budget.dense.bytes - written, 0)
+        return left + tables * self.needs.hidden
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens that this process sends through the model."""
+        return self.calibration.mine.ids_NL.numel() if self.calibration else 0
 
     def measure_once(self, folder: Path | None) -> None:
         """See all of the original model, kept in `folder` for whoever asks for it next."""
         with self._timed("calibrate"):
-            if folder is not None:
-                self.statistics = self.calibration.dense_statistics(folder)
-            else:
-                with TemporaryDirectory(dir=self.out.parent) as nowhere:
-                    self.statistics = self.calibration.dense_statistics(Path(nowhere))
+            self.statistics = self.calibration.dense_statistics(folder or self.seen)
             self.method.prepare(self.statistics.layers, self.streamer.budget)
 
-    def compress_layers(self, tokens: Literal["compressed", "dense"] | None, phi: str) -> None:
+    def compress_layers(self, tokens: Literal["compressed", "dense"] | None) -> None:
         """Compress and write every layer, going on where a killed run stopped.
 
         `tokens` says whether calibration tokens pass through the layers on the way, and whether a
@@ -82,12 +84,12 @@ class Job:
         are compressed by what `measure_once` saw, if the method wants any.
         """
         streamer, calibration = self.streamer, self.calibration if tokens else None
-        progress = self.progress = self._progress(tokens, phi)
+        progress = self.progress = self._progress(tokens)
         self._restore(progress)
         dense, trace = tokens == "dense", False
         if calibration is not None:
             self.statistics = Statistics(progress.statistics(), calibration.about(tokens))
-            trace = self.method.slices and not dense and calibration.keeps_phi(phi)
+            trace = self.needs.keep_phi and not dense
             with self._timed("calibrate"):
                 calibration.start(progress)
         with Background() as behind:
@@ -164,6 +166,7 @@ class Job:
         write_json(self.partial / REPORT, result.to_dict())
         self.progress.finish()
         os.replace(self.partial, self.out)
+        shutil.rmtree(self.seen, ignore_errors=True)
         parallel.barrier()
         return result
 
@@ -172,14 +175,15 @@ class Job:
         count = len(self.streamer.layers)
         return each_layer(start, count, title, self.memory, self.show_progress)
 
-    def _progress(self, tokens: str | None, phi: str) -> Progress:
+    def _progress(self, tokens: str | None) -> Progress:
         settings = {
             "weights": fingerprint(self.streamer.folder),
             "method": self.method.name,
             **self.method.settings(),
             "calibration": self.calibration.tokens.hash if self.calibration else None,
             "propagate": tokens or "dense",
-            "phi": phi if tokens else None,
+            "phi kept": self.needs.keep_phi,
+            "experts visited": self.needs.visit,
             "dtype": str(self.streamer.dtype),
             "stored dtype": str(self.streamer.stored_dtype),
         }
@@ -234,9 +238,8 @@ class Job:
 
     def _add(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
         tensors = self.streamer.as_stored(tensors)
-        if self.method.native:
-            tensors = native_state(self.streamer.model, tensors)
-        self.writer.add(index, tensors)
+        on_disk = native_state(self.streamer.model, tensors) if self.method.native else tensors
+        self.writer.add(index, on_disk, counted=tensors)
 
     def _write_config(self) -> None:
         config, method = self.streamer.config, self.method

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,7 +21,6 @@ from camera.statistics import LayerStatistics, Statistics
 from camera.stream import Batch, Streamer
 
 BATCH_TOKENS = 8192
-PHI_LIMIT = 8 * 2**30  # bytes of phi of one layer that `phi=auto` keeps
 EachLayer = Callable[[str, int], Iterable[int]]
 """each_layer(title, start): the layers from `start` on, behind a progress bar."""
 
@@ -79,24 +79,6 @@ class Measurement:
         """Finish a layer as it now is."""
         self.streamer.propagate(index, self.batches, kept)
 
-    def keeps_phi(self, phi: str) -> bool:
-        """Whether phi of a layer is kept until it is cut; `auto` if no layer's exceeds PHI_LIMIT.
-
-        Both ways round differently in bf16, so the choice must not depend on what else is running.
-        """
-        if phi != "auto":
-            return phi == "keep"
-        top_k = getattr(self.streamer.config, "num_experts_per_tok", 1)
-        widest = 0.0
-        for pool in self.streamer.budget.layers.values():
-            routed = sum(pool.routed)
-            active = sum(
-                width * top_k / routed if is_routed else width
-                for width, is_routed in zip(pool.widths, pool.routed, strict=True)
-            )
-            widest = max(widest, active)
-        return widest * self.tokens.ids_NL.numel() * self.streamer.dtype.itemsize <= PHI_LIMIT
-
     def dense_statistics(self, folder: Path) -> Statistics:
         """Statistics of the original model: read from `folder` if gathered before, else gathered.
 
@@ -151,5 +133,7 @@ class Measurement:
 
 def code_and_device(streamer: Streamer, method: Method) -> dict[str, str]:
     """What else than the inputs decides the bytes of a result."""
-    code = code_version(Path(inspect.getfile(type(method))))
-    return {"code": code, "device": streamer.device.type}
+    own = Path(inspect.getfile(type(method)))
+    package = sys.modules[type(method).__module__.partition(".")[0]]
+    files = sorted(own.parent.rglob("*.py")) if hasattr(package, "__path__") else [own]
+    return {"code": code_version(*files), "device": streamer.device.type}

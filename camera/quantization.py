@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
+from camera import parallel
 from camera.bit_plan import Footprint
 from camera.blocks import FeedForward
 from camera.budget import Budget
@@ -108,7 +109,17 @@ class Quantization(Method):
             scale_dtype=torch.float16,
         )
 
+    @property
+    def scattered(self) -> bool:
+        """Whether the columns of a scale group aren't neighbours, so that orders are stored."""
+        return self.act_order and not self.static_groups
+
     def observer(self, index: int, ffn: FeedForward) -> Any:
+        if self.true_sequential and parallel.world() > 1:
+            raise CameraError(
+                "true_sequential runs experts again on inputs that one process keeps: start it "
+                "without torchrun, or set true_sequential=false."
+            )
         keep = self.sequential_tokens if self.true_sequential else 0
         return HessianObserver(ffn, weighted=self.weighted_hessian, keep=keep)
 
@@ -140,12 +151,12 @@ def hidden_size(ffn: FeedForward) -> int:
     return ffn.groups[0].down(0).shape[0]
 
 
-def footprints(budget: Budget, group_size: int | None, sym: bool) -> dict[int, Footprint]:
+def footprints(
+    budget: Budget, group_size: int | None, sym: bool, scattered: bool = False
+) -> dict[int, Footprint]:
     """What every layer's pool takes, before any weight is read."""
-    micro_experts = sum(sum(pool.widths) for pool in budget.layers.values())
-    hidden = budget.dense.moe // (3 * max(micro_experts, 1))  # biases are less than a row
     return {
-        index: Footprint(hidden, tuple(pool.widths), group_size, sym)
+        index: Footprint(budget.hidden, tuple(pool.widths), group_size, sym, scattered)
         for index, pool in budget.layers.items()
     }
 
@@ -163,7 +174,7 @@ def round_outside(
         in_router = router is not None and any(module is part for part in router.modules())
         bits = router_bits if in_router else None if inside else attn_bits
         weight = getattr(module, "weight", None)
-        plain = isinstance(module, nn.Linear)
+        plain = type(module) is nn.Linear  # a router may be a subclass that returns more
         if bits is None or weight is None or not (plain or (in_router and weight.dim() == 2)):
             continue
         shape = tuple(weight.shape)

@@ -6,11 +6,12 @@ the pool, H hidden, W width of one expert.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 
+from camera.bit_errors import bit_errors
 from camera.bit_plan import (
     MOST_BITS,
     SCOPES,
@@ -28,13 +29,10 @@ from camera.blocks import FeedForward
 from camera.budget import Budget
 from camera.energy import EnergyObserver, LayerEnergy
 from camera.errors import CameraError
-from camera.gptq import GPTQ
 from camera.layer_hessians import LayerHessians
 from camera.quantization import CLOSE, GROUP_SIZE, Quantization, footprints, hidden_size
 from camera.solve_layer import ExpertBits
 from camera.statistics import LayerStatistics
-
-SAMPLE = (2048, 128)  # rows and columns of the normal weights that rounding errors are measured on
 
 
 @dataclass
@@ -57,7 +55,7 @@ class CameraQ(Quantization):
     alpha: float = 0.9
     group_bits: list[int] = field(default_factory=lambda: [3, 2, 1])
     ratios: list[float] | None = None
-    low_share: float = 0.25
+    low_share: float = 0.375
     rank_scope: Literal["layer", "expert", "model"] = "layer"
     allocation: Literal["groups", "optimal"] = "groups"
     align: int = 1
@@ -87,6 +85,9 @@ class CameraQ(Quantization):
             raise CameraError("align must be at least 1.")
         self._check_shares(levels)
         super().check(budget)
+        if self.ratios is not None:
+            for pool in footprints(budget, self._group_size(), self.sym).values():
+                self.allocate(torch.zeros(pool.micro_experts), pool)  # refuses what isn't met
 
     def _check_shares(self, levels: Sequence[int]) -> None:
         if self.act_order and not self.static_groups:
@@ -94,6 +95,11 @@ class CameraQ(Quantization):
         if self.allocation == "optimal":
             if self.ratios is not None or self.bits is None:
                 raise CameraError("allocation=optimal solves the shares: set bits and ratios=null.")
+            if self.rank_scope == "model":
+                raise CameraError(
+                    "allocation=optimal measures each layer as it comes: set rank_scope=layer or "
+                    "expert."
+                )
             return
         if self.ratios is None:
             share_path(levels, 0, self.low_share)  # refuses more groups than can be solved
@@ -107,6 +113,8 @@ class CameraQ(Quantization):
             raise CameraError(f"ratios={list(self.ratios)} must add up to 1.")
 
     def reachable(self, budget: Budget) -> tuple[float, float]:
+        if self.ratios is not None:
+            return 0.0, float("inf")  # the group size decides
         pools = list(footprints(budget, self._group_size(), self.sym).values())
         weights = sum(pool.weights for pool in pools)
         ends = []
@@ -130,7 +138,7 @@ class CameraQ(Quantization):
         hidden = next(iter(pools.values())).hidden
         whole = Footprint(hidden, tuple(widths), self._group_size(), self.sym)
         scores_N = torch.cat([statistics[index].energy(self.alpha) for index in pools])
-        bits_N, self._model_group_size = self.allocate(scores_N, whole)
+        bits_N, _, self._model_group_size = self.allocate(scores_N, whole)
         sizes = [pool.micro_experts for pool in pools.values()]
         self._plans = dict(zip(pools, bits_N.split(sizes), strict=True))
 
@@ -142,19 +150,17 @@ class CameraQ(Quantization):
             bits_N, group_size = self._plans[index], self._model_group_size
         else:
             pool = Footprint(hidden_size(ffn), tuple(widths), self._group_size(), self.sym)
-            bits_N, group_size = self.allocate(energy_N, pool)
+            errors = None
+            if self.allocation == "optimal":
+                errors = bit_errors(ffn, seen, self.solver(pool.group_size), self.group_bits)
+            bits_N, _, group_size = self.allocate(energy_N, pool, errors)
         parts = zip(bits_N.split(widths), energy_N.split(widths), strict=True)
         return [ExpertBits.matched(bits_W, energy_W) for bits_W, energy_W in parts], group_size
 
-    def allocate(self, energy_N: torch.Tensor, pool: Footprint) -> tuple[torch.Tensor, int | None]:
-        """Bits of every micro-expert of a pool, and the group size."""
-        bits_N, _, group_size = self.allocate_cuts(energy_N, pool)
-        return bits_N, group_size
-
-    def allocate_cuts(
-        self, energy_N: torch.Tensor, pool: Footprint
+    def allocate(
+        self, energy_N: torch.Tensor, pool: Footprint, errors: dict[int, float] | None = None
     ) -> tuple[torch.Tensor, tuple[int, ...], int | None]:
-        """The same, and where the ranking is cut (in shares only)."""
+        """Bits of every micro-expert of a pool, where the ranking is cut (shares), group size."""
         order_N = ranking(energy_N, pool.widths, self.rank_scope)
         levels, align = list(self.group_bits), self.align
         stored = partial(self.stored, pool)
@@ -165,7 +171,6 @@ class CameraQ(Quantization):
         if self.bits is None:  # one group
             return torch.full_like(order_N, levels[0]), (), pool.group_size
         if self.allocation == "optimal":
-            errors = rounding_errors(self.solver(pool.group_size), tuple(levels))
             args = (energy_N, order_N, pool, errors, self.bits)
             return solve_optimal(*args, align=align, stored=stored), (), pool.group_size
         bits_N, cuts = solve_shares(
@@ -204,28 +209,6 @@ class CameraQ(Quantization):
                 f"alone stores {stored(None) / pool.weights:.4g} bits per weight."
             )
         return size
-
-
-@cache
-def rounding_errors(solver: GPTQ, levels: tuple[int, ...]) -> dict[int, float]:
-    """What share of a micro-expert's energy is lost at a number of bits, by round-to-nearest.
-
-    phi * w_down is a product of what gate, up and down give. With c = <w, q> / <w, w> and
-    s = <q, q> / <w, w> of rounded weights, and errors of the three matrices independent of each
-    other, |x - x'|^2 / |x|^2 = 1 - 2 c^3 + s^3; for removed micro-experts that is 1. Measured on
-    normal weights with the solver's grid, so that it is known before any weight is read.
-    """
-    generator = torch.Generator().manual_seed(0)
-    w_RC = torch.randn(SAMPLE, generator=generator)
-    errors, whole = {}, w_RC.square().sum()
-    for bits in levels:
-        if bits == 0:
-            errors[bits] = 1.0
-            continue
-        q_RC = solver.solve(w_RC[None], bits=bits).weight[0]
-        c, s = (w_RC * q_RC).sum() / whole, q_RC.square().sum() / whole
-        errors[bits] = float(1 - 2 * c**3 + s**3)
-    return errors
 
 
 @dataclass
@@ -289,7 +272,7 @@ class CameraQDagger(CameraQ):
     ) -> tuple[list[ExpertBits], int | None]:
         energy_N, widths = seen.energy(self.alpha), ffn.widths
         pool = Footprint(hidden_size(ffn), tuple(widths), self._group_size(), self.sym)
-        bits_N, cuts, group_size = self.allocate_cuts(energy_N, pool)
+        bits_N, cuts, group_size = self.allocate(energy_N, pool)
         falling_H = self._channel_bits(pool.hidden, cuts, len(bits_N))
         channel_EH = seen.channel_energy(self.alpha).cpu()
         parts = iter(zip(bits_N.split(widths), energy_N.split(widths), channel_EH, strict=True))

@@ -11,7 +11,6 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from camera.errors import CameraError
 
@@ -91,22 +90,25 @@ class ShardReader:
         return {key: headers[name][key] for key, name in names.items()}
 
     def read(self, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
-        """{key: tensor} of the keys that `wanted` accepts, in the order they lie on the disk."""
-        chosen = [(key, place) for key, place in self.places.items() if wanted(key)]
-        chosen.sort(key=lambda pair: (pair[1].file, pair[1].start))
-        found: dict[str, torch.Tensor] = {}
-        with ExitStack() as stack:
-            files: dict[Path, BinaryIO] = {}
-            for key, place in chosen:
-                if place.file not in files:
-                    files[place.file] = stack.enter_context(place.file.open("rb", buffering=0))
-                found[key] = _read(files[place.file], place)
-        return found
+        """{key: tensor} of the keys that `wanted` accepts."""
+        return read_places({key: place for key, place in self.places.items() if wanted(key)})
 
     @property
     def bytes(self) -> int:
         """Size of the weight files on disk."""
         return sum(path.stat().st_size for path in {place.file for place in self.places.values()})
+
+
+def read_places(places: dict[str, Place]) -> dict[str, torch.Tensor]:
+    """Tensors from where they lie, in the order of the disk."""
+    found: dict[str, torch.Tensor] = {}
+    with ExitStack() as stack:
+        files: dict[Path, BinaryIO] = {}
+        for key, place in sorted(places.items(), key=lambda item: (item[1].file, item[1].start)):
+            if place.file not in files:
+                files[place.file] = stack.enter_context(place.file.open("rb", buffering=0))
+            found[key] = _read(files[place.file], place)
+    return found
 
 
 def _places(path: Path) -> dict[str, Place]:
@@ -164,22 +166,27 @@ class ShardWriter:
         self.sizes: dict[str, tuple[int, int]] = {}
         self.files: dict[str, int] = {}
 
-    def add(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Write shard `index` (from 0)."""
+    def add(
+        self,
+        index: int,
+        tensors: dict[str, torch.Tensor],
+        counted: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Write shard `index` (from 0); `counted` are the same numbers by their names in memory."""
         name = f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
         whole = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
         path, partial = self.folder / name, self.folder / f".{name}.partial"
         try:
-            save_file(whole, partial, metadata={"format": "pt"})
+            write_tensors(whole, partial)
             replace_durably(partial, path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             partial.unlink(missing_ok=True)
             raise CameraError(
                 f"can't write {path} ({error}): free space on that disk or set output elsewhere."
             ) from error
         self.files[name] = path.stat().st_size
-        for key, tensor in whole.items():
-            self.weight_map[key] = name
+        self.weight_map |= dict.fromkeys(whole, name)
+        for key, tensor in (counted or whole).items():
             self.sizes[key] = (tensor.numel(), tensor.numel() * tensor.element_size())
 
     def state(self) -> dict[str, Any]:
@@ -211,6 +218,32 @@ class ShardWriter:
             "weight_map": dict(sorted(self.weight_map.items())),
         }
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write CPU tensors as a safetensors file, straight from where they lie.
+
+    safetensors' own writer first copies all of them into bytes: a whole layer once more in memory.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    # the largest elements first keeps every tensor aligned, as safetensors itself does
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+    end = 0
+    for key in order:
+        tensor = tensors[key]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[key] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            file.write(tensors[key].reshape(-1).view(torch.uint8).numpy().data)
 
 
 def replace_durably(partial: Path, path: Path) -> None:

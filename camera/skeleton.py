@@ -13,7 +13,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from camera.blocks import FeedForward
+from camera.blocks import ExpertGroup, FeedForward, swapped
 from camera.budget import Budget, budget_of
 from camera.checkpoint import (
     CameraConfig,
@@ -25,7 +25,8 @@ from camera.checkpoint import (
 from camera.errors import CameraError
 from camera.families import family_of
 from camera.read_ahead import ReadAhead
-from camera.shards import ShardReader
+from camera.shards import ShardReader, read_places
+from camera.visited import VisitedExperts, is_expert, only_one, places_of
 
 _IN_A_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -48,6 +49,7 @@ class Skeleton:
         self.family = family_of(self.config.model_type)
         self.reader = ShardReader(folder)
         self.ahead = ReadAhead(self._read_layer, self.config.num_hidden_layers, self.device)
+        self.visit = False  # whether routed experts stay on disk and are read one by one
         self.stored_dtype = resolve_dtype(dtype) or self._checkpoint_dtype()
         self.dtype = compute_dtype(dtype, self.stored_dtype, device)
         with torch.device("meta"):
@@ -78,13 +80,46 @@ class Skeleton:
 
         CameraError for missing tensors, NaN and inf.
         """
-        prefix = f"{self.root}.{index}."
-        self._load(self.ahead.take(index), lambda name: name.startswith(prefix))
+        prefix, experts = f"{self.root}.{index}.", self._routed(index) if self.visit else None
+        apart = f"{experts.path}." if experts else ()
+        self._load(
+            self.ahead.take(index),
+            lambda name: name.startswith(prefix) and not (apart and name.startswith(apart)),
+        )
         self.ahead.start_next()
+        if experts is not None:
+            self._visit_experts(index, experts)
         return self.layers[index]
 
     def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
-        return self.reader.read(lambda key: _layer_of(key) == index)
+        return self.reader.read(
+            lambda key: _layer_of(key) == index and not (self.visit and is_expert(key))
+        )
+
+    def _routed(self, index: int) -> ExpertGroup | None:
+        ffn = self.feed_forward(index)
+        group = next((group for group in ffn.groups if group.routed), None)
+        if group is not None and isinstance(group.module, VisitedExperts):  # of an earlier pass
+            ffn.replace(group, group.module.native[0])
+            return self._routed(index)
+        return group
+
+    def _visit_experts(self, index: int, experts: ExpertGroup) -> None:
+        native, ffn = experts.module, self.feed_forward(index)
+        places = {
+            key: place
+            for key, place in self.reader.places.items()
+            if _layer_of(key) == index and is_expert(key)
+        }
+
+        def read(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+            one = only_one(native)
+            with swapped(ffn.module, self.family.experts, one):
+                tensors = read_places(places_of(places, expert))
+                self._load(tensors, lambda name: name.startswith(f"{experts.path}."))
+            return one.gate_up_proj.data[0], one.down_proj.data[0]
+
+        ffn.replace(experts, VisitedExperts(native, experts.widths, read))
 
     def load_rest(self, only: str = "") -> None:
         """Read what is outside the layers: embeddings, final norm, head (or those named `only`)."""

@@ -5,15 +5,20 @@ Shapes: B samples of a batch, L tokens of a sample, H hidden, T = B * L.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from camera.capture import Observer, Output, Tap, Trace, observe, swapped
+from camera.blocks import swapped
+from camera.capture import Observer, Output, Tap, Trace, observe
 from camera.errors import CameraError
+from camera.hidden import HiddenStates
+from camera.memory import Memory, Needs, needs
 from camera.skeleton import Skeleton, all_finite
 from camera.slicer import Kept
+from camera.visited import Visit
 
 
 @dataclass
@@ -25,10 +30,23 @@ class Batch:
     mask_T: torch.Tensor | None  # False where a token is padding
     ffn_input_BLH: torch.Tensor | None = None
     trace: Trace | None = None
+    output: Output | None = None
 
 
 class Streamer(Skeleton):
-    """Runs text through a model of which never more than one decoder layer is in memory."""
+    """Runs text through a model of which never more than one decoder layer is in memory.
+
+    With a folder `spill`, hidden states wait on disk between the layers.
+    """
+
+    spill: Path | None = None
+
+    def prepare(self, memory: Memory, tokens: int, slices: bool, folder: Path) -> Needs:
+        """Decide what stays in memory for a run over so many tokens, and say what that takes."""
+        found = needs(self, memory, tokens, slices)
+        self.visit = found.visit
+        self.spill = folder if found.hidden_on_disk else None
+        return found
 
     @torch.no_grad()
     def embed(self, batches: Iterable[dict[str, torch.Tensor]]) -> list[Batch]:
@@ -50,7 +68,7 @@ class Streamer(Skeleton):
                     kwargs = seen.setdefault(batch["input_ids"].shape, kwargs)
                 else:
                     mask = mask.bool().reshape(-1)
-                found.append(Batch(recorders[0].call[0].cpu(), kwargs, mask))
+                found.append(Batch(self._keep(recorders[0].call[0]), kwargs, mask))
         self.free(self.base.embed_tokens)
         return found
 
@@ -67,7 +85,8 @@ class Streamer(Skeleton):
 
             with swapped(layer, self.family.ffn, Tap(record)):
                 residual = unwrap(layer(batch.hidden_BLH.to(self.device), **batch.kwargs[index]))
-            batch.hidden_BLH, batch.ffn_input_BLH = residual.cpu(), seen[0].cpu()
+            batch.hidden_BLH = self._keep(residual)
+            batch.ffn_input_BLH = self._keep(seen[0])
 
     @torch.no_grad()
     def observe(
@@ -86,18 +105,25 @@ class Streamer(Skeleton):
         called later, on the cut layer, needs no more than its `down_proj`.
         """
         ffn = self.feed_forward(index)
+        routed = next((group for group in ffn.groups if group.routed), None)
+        visit = Visit(routed) if self.visit and routed is not None else None
         for batch in batches:
             mask_T = None if batch.mask_T is None else batch.mask_T.to(self.device)
             x_BLH = batch.ffn_input_BLH.to(self.device)
             if hasattr(observer, "begin"):
                 observer.begin(x_BLH.flatten(0, -2), mask_T)
+            sink = None
             if propagate:
-                sink = Output(x_BLH)
-            else:
-                sink = batch.trace = Trace() if trace else None
-            observe(ffn, x_BLH, observer, mask_T, sink)
-            if propagate:
-                self._add(index, batch, sink.y_TH.view_as(x_BLH), ffn.residual_scale)
+                sink = batch.output = Output(x_BLH if visit is None else batch.ffn_input_BLH)
+            elif trace:
+                sink = batch.trace = Trace()
+            observe(ffn, x_BLH, observer, mask_T, sink, visit and visit.record)
+            if propagate and visit is None:
+                self._finish(index, batch, ffn.residual_scale)
+        if visit is not None:
+            visit.look(observer, self.device)
+            for batch in batches if propagate else ():
+                self._finish(index, batch, ffn.residual_scale)
 
     @torch.no_grad()
     def propagate(self, index: int, batches: list[Batch], kept: Kept | None = None) -> None:
@@ -114,6 +140,10 @@ class Streamer(Skeleton):
                 y_BLH = batch.trace.finish(ffn, kept, Output(x_BLH)).view_as(x_BLH)
             self._add(index, batch, y_BLH, ffn.residual_scale)
 
+    def _finish(self, index: int, batch: Batch, scale: float) -> None:
+        y_TH, batch.output = batch.output.y_TH.to(self.device), None
+        self._add(index, batch, y_TH.view_as(batch.ffn_input_BLH), scale)
+
     def _add(self, index: int, batch: Batch, y_BLH: torch.Tensor, scale: float) -> None:
         out_BLH = batch.hidden_BLH.to(self.device) + y_BLH * scale
         if not all_finite(out_BLH):
@@ -121,7 +151,17 @@ class Streamer(Skeleton):
                 f"activations after layer {index} hold NaN or inf: check the weights, or run with "
                 "dtype=float32."
             )
-        batch.hidden_BLH, batch.ffn_input_BLH, batch.trace = out_BLH.cpu(), None, None
+        batch.ffn_input_BLH = batch.trace = None
+        batch.hidden_BLH = self._keep(out_BLH)
+
+    def _keep(self, states_BLH: torch.Tensor) -> torch.Tensor:
+        """Hidden states on their way to the next layer: in the CPU's memory or mapped from disk."""
+        if self.spill is None:
+            return states_BLH.cpu()
+        tokens, hidden = states_BLH[..., 0].numel(), states_BLH.shape[-1]
+        table = HiddenStates(tokens, hidden, states_BLH.dtype, -1, self.spill)
+        table.write(0, states_BLH)
+        return table.read(0, tokens).view_as(states_BLH)
 
 
 class Recorder(nn.Module):

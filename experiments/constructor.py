@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import types
@@ -45,11 +46,14 @@ def typed_settings(target: str) -> type | dict:
     except ImportError:
         return {}
     hints = typing.get_type_hints(cls.__init__)
+    known = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    factories = {f.name: f.default_factory for f in known}
     fields: list[tuple] = [("_target_", str, field(default=target))]
     for name, parameter in inspect.signature(cls).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        fields.append((name, _checked_type(hints.get(name, Any)), _default(parameter)))
+        default = _default(parameter, factories.get(name, dataclasses.MISSING))
+        fields.append((name, _checked_type(hints.get(name, Any)), default))
     return make_dataclass(cls.__name__, fields)
 
 
@@ -59,8 +63,10 @@ def build(settings: dict[str, Any]) -> Any:
     return locate(settings["_target_"])(**arguments)
 
 
-def _default(parameter: inspect.Parameter) -> Any:
+def _default(parameter: inspect.Parameter, factory: Any) -> Any:
     value = MISSING if parameter.default is parameter.empty else parameter.default
+    if factory is not dataclasses.MISSING:
+        value = factory()
     value = str(value) if isinstance(value, Path) else value
     if isinstance(value, list | tuple | dict):
         return field(default_factory=lambda: list(value) if isinstance(value, tuple) else value)

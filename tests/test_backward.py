@@ -357,6 +357,17 @@ def test_gradients_that_are_not_finite_are_refused(checkpoints, tmp_path, monkey
         there_and_back(streamer, batches, tmp_path)
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "granitemoe"])
+def test_experts_that_stay_on_disk_have_the_same_gradients(family, checkpoints, tmp_path):
+    folder, batches = checkpoints(family), plain_batches()
+    loaded, _ = there_and_back(Streamer(folder), batches, tmp_path / "a", SensitivityObserver)
+    streamer = Streamer(folder)
+    streamer.visit = True
+    visited, _ = there_and_back(streamer, batches, tmp_path / "b", SensitivityObserver)
+    for a, b in zip(loaded, visited, strict=True):
+        assert_equal(torch.cat(a), torch.cat(b))
+
+
 def test_bfloat16_follows_float32(checkpoints, tmp_path):
     folder, batches = checkpoints("qwen2_moe"), plain_batches()
     want, _ = there_and_back(Streamer(folder), batches, tmp_path / "a")

@@ -170,20 +170,21 @@ def test_optimal_plan_beats_every_other_of_its_size():
     torch.manual_seed(3)
     widths, levels = (3, 3), [3, 2, 1, 0]
     pool = Footprint(64, widths, 1)  # cost is a sum over micro-experts
-    errors = {b: ERRORS[b] for b in levels}
+    price = {b: pool.stored(torch.tensor([b, 0, 0, 0, 0, 0])) for b in levels}
+    plans = [(p, sum(price[b] for b in p)) for p in itertools.product(levels, repeat=6)]
+    assert all(pool.stored(torch.tensor(p)) == cost for p, cost in plans[::97])
     for trial in range(10):
         score_N = torch.rand(6, dtype=torch.float64) ** 3
         order_N = ranking(score_N, widths, "layer")
         target = pool.uniform(1) + (trial + 1) * (pool.uniform(3) - pool.uniform(1)) / 12
-        bits_N = solve_optimal(score_N, order_N, pool, errors, target)
+        bits_N = solve_optimal(score_N, order_N, pool, {b: ERRORS[b] for b in levels}, target)
 
         def error(plan, score_N=score_N):
-            return sum(s * errors[b] for s, b in zip(score_N.tolist(), plan, strict=True))
+            return sum(s * ERRORS[b] for s, b in zip(score_N.tolist(), plan, strict=True))
 
         spent = pool.stored(bits_N)
         assert spent <= target * pool.weights * (1 + 1e-9)
-        plans = itertools.product(levels, repeat=6)
-        best = min(error(p) for p in plans if pool.stored(torch.tensor(p)) <= spent)
+        best = min(error(p) for p, cost in plans if cost <= spent)
         assert error(bits_N.tolist()) <= best * (1 + 1e-9)
 
 

@@ -37,7 +37,8 @@ def torchrun(script, *arguments, processes=2):
 
 
 def weights(folder):
-    return {k: v for f in sorted(folder.glob("model*.safetensors")) for k, v in load_file(f).items()}
+    files = sorted(folder.glob("model*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 @pytest.mark.parametrize(

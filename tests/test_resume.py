@@ -15,7 +15,7 @@ from camera.resume import Progress
 
 LAYERS = 5
 CALLS = (
-    "camera.shards.save_file",
+    "camera.shards.write_tensors",
     "camera.statistics.save_file",
     "camera.resume.save_file",
     "camera.resume.write_json",
@@ -165,7 +165,7 @@ def test_work_of_another_version_or_device_is_dropped_with_a_warning(
 ):
     with monkeypatch.context() as patch:
         interrupt(patch, 9, after=True)
-        patch.setattr("camera.measure.code_version", lambda: "older")
+        patch.setattr("camera.measure.code_version", lambda *_: "older")
         with pytest.raises(Killed):
             compress()
     compress()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -53,15 +54,16 @@ def measure_speed(
             raise CameraError(f"evaluation.speed.{name}={value} must be at least 1.")
     models = {"dense": dense.eval(), "compressed": compressed.eval()}
     batches = {}
-    for size in batch_sizes:
-        ids_BL = _prompts(text, size, prompt_length + new_tokens).to(dense.device)
-        batches[str(size)] = _compare(models, ids_BL, prompt_length, repeats)
+    with _restored(dense), _restored(compressed):
+        for size in batch_sizes:
+            ids_BL = _prompts(text, size, prompt_length + new_tokens).to(dense.device)
+            batches[str(size)] = _compare(models, ids_BL, prompt_length, repeats)
     place = {"device": dense.device.type, "dtype": str(dense.dtype).removeprefix("torch.")}
     place |= {"threads": torch.get_num_threads()} if dense.device.type == "cpu" else {}
     return {"batches": batches, "settings": counts | place}
 
 
-@dataclass
+@dataclass(eq=False)
 class _Runner:
     """A model with a way to run its experts, and the seconds of each of its turns."""
 
@@ -128,12 +130,12 @@ def _favourites(runners: list[_Runner], ids_BL: torch.Tensor, prompt_length: int
     for _ in range(2):
         for runner in runners:
             runner.turn(ids_BL, prompt_length)
-    best = {phase: min(runner.seconds[phase][-1] for runner in runners) for phase in PHASES}
-    return [
-        _Runner(runner.model, runner.ways)
-        for runner in runners
-        if any(runner.seconds[phase][-1] <= ALSO_RAN * best[phase] for phase in PHASES)
-    ]
+    near = []
+    for i, phase in enumerate(PHASES):
+        ways = {runner.ways[i]: runner for runner in reversed(runners)}  # the first of each way
+        limit = ALSO_RAN * min(runner.seconds[phase][-1] for runner in ways.values())
+        near += [runner for runner in ways.values() if runner.seconds[phase][-1] <= limit]
+    return [_Runner(runner.model, runner.ways) for runner in runners if runner in near]
 
 
 def _ways(model: PreTrainedModel, batch_size: int) -> list[tuple[str | None, str | None]]:
@@ -144,6 +146,17 @@ def _ways(model: PreTrainedModel, batch_size: int) -> list[tuple[str | None, str
     slots = batch_size * model.config.num_experts_per_tok
     few = slots <= max(len(experts.down_proj) for experts in native)
     return [ways for ways in WAYS if few or "batched_mm" not in ways]
+
+
+@contextmanager
+def _restored(model: PreTrainedModel) -> Iterator[None]:
+    """Leave the model with the implementation it came with."""
+    before = getattr(model.config, "_experts_implementation", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            model.set_experts_implementation(before)
 
 
 def _last_logits(model: PreTrainedModel) -> dict[str, int]:

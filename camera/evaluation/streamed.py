@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from camera.capture import swapped
 from camera.errors import CameraError
-from camera.evaluation.hidden import HiddenStates
 from camera.evaluation.packs import MASKABLE, Pack, Rows, packs_of, reach, rows_of
+from camera.hidden import HiddenStates
 from camera.progress import PeakMemory, each_layer
 from camera.stream import Streamer, unwrap
 

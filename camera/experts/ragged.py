@@ -22,7 +22,7 @@ from camera.experts.form import Form
 SLOW_HALF = "AVX512" not in torch.backends.cpu.get_cpu_capability()
 # Multiplications that take as long as one more expert in a loop, and the tokens below which
 # reading a matrix, not multiplying by it, is what takes time: measured on one core.
-LOOP_STEP, READING_TOKENS = 1_000_000, 8
+LOOP_STEP, READING_TOKENS = 2_000_000, 16
 
 
 class RaggedExperts(nn.Module, Form):
@@ -136,9 +136,12 @@ class RaggedExperts(nn.Module, Form):
         """Sorted by expert: two products for every expert that was hit."""
         order = index_TK.reshape(-1).argsort(stable=True)
         counts = torch.bincount(index_TK.reshape(-1), minlength=self.num_experts).tolist()
-        x_by_expert = x_TH.index_select(0, order // index_TK.shape[1]).split(counts)
-        hit = [expert for expert, count in enumerate(counts) if count]
-        outs = [self._expert(expert, x_by_expert[expert]) for expert in hit]
+        x_sorted = _wide(x_TH).index_select(0, order // index_TK.shape[1])
+        outs = [
+            self._expert(expert, x_NH)
+            for expert, x_NH in enumerate(x_sorted.split(counts))
+            if counts[expert]
+        ]
         return self._add_up(torch.cat(outs), order, weight_TK, x_TH.dtype)
 
     def by_width(
@@ -192,10 +195,10 @@ class RaggedExperts(nn.Module, Form):
         return (out_TKH * weight_TK.unsqueeze(2)).sum(1).to(x_TH.dtype)
 
     def _expert(self, expert: int, x_NH: torch.Tensor) -> torch.Tensor:
-        if not self.widths[expert]:
-            return torch.zeros_like(x_NH)
-        gate_up_HN, basis_WH = self.gate_up(expert).t(), self.down(expert).t()
-        return _product(self._apply_gate(_product(x_NH, gate_up_HN)), basis_WH)
+        start, end = self.starts[expert], self.starts[expert] + self.widths[expert]
+        gate_up = self.gate_up_proj[2 * start : 2 * end].to(x_NH.dtype)
+        basis = self.down_proj[start:end].to(x_NH.dtype)
+        return torch.mm(self._apply_gate(F.linear(x_NH, gate_up)), basis)
 
     @staticmethod
     def _add_up(
@@ -270,8 +273,7 @@ def can_group(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _product(x_NC: torch.Tensor, w_CM: torch.Tensor) -> torch.Tensor:
-    """x @ w in the precision of x; where that is slow, in fp32 and rounded once."""
-    if SLOW_HALF and x_NC.device.type == "cpu" and x_NC.element_size() < 4:
-        return (x_NC.float() @ w_CM.float()).to(x_NC.dtype)
-    return x_NC @ w_CM
+def _wide(x_TH: torch.Tensor) -> torch.Tensor:
+    """x in the precision to compute in: fp32 where half precision is slow."""
+    slow = SLOW_HALF and x_TH.device.type == "cpu" and x_TH.element_size() < 4
+    return x_TH.float() if slow else x_TH

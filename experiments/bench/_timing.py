@@ -1,0 +1,42 @@
+"""Clocks of the benchmarks: sides that take turns, and what the machine can do at most."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+PEAK_SIZE = 1024
+
+
+def take_turns(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Seconds of each side: the best of its turns, after one that warms up.
+
+    Other work on the machine only ever adds time, and hits all sides alike while they take turns.
+    """
+    spent: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(repeats + 1):
+        for name, side in sides.items():
+            took = seconds(side)
+            if turn:
+                spent[name].append(took)
+    return {name: min(took) for name, took in spent.items()}
+
+
+def seconds(side: Callable[[], object]) -> float:
+    """How long one call takes, with all that it started on an accelerator."""
+    start = now()
+    side()
+    return now() - start
+
+
+def now() -> float:
+    """The clock, once the accelerator has done what it was told."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def matmul_peak(device: str, size: int = PEAK_SIZE) -> tuple[Callable[[], object], int]:
+    """A square fp32 matrix product, and its FLOPs: the peak that other work is held against."""
+    a, b = torch.randn(2, size, size, device=device).unbind(0)
+    return lambda: a @ b, 2 * size**3

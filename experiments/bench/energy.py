@@ -1,0 +1,90 @@
+"""Energies from routed tokens only, against every expert on every token.
+
+The shapes are those of DeepSeek-MoE-16B, Qwen2-57B-A14B and Qwen3-30B-A3B divided by --scale, the
+router is the model's own with random weights. `routed` is camera/capture.py with camera/energy.py;
+`dense` computes all experts on all tokens and multiplies by a routing weight that is mostly zero,
+as the paper's released code does. They take turns, the best turn of each counts. `goal` is E/k, how
+many times less there is to compute; `of_peak` is the routed side's FLOPs per second against a
+square matrix product of the same run.
+"""
+
+import argparse
+
+import torch
+
+from camera.capture import observe
+from camera.energy import EnergyObserver
+from experiments.bench._layers import SHAPES, feed_forward, random_model
+from experiments.bench._timing import matmul_peak, take_turns
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m experiments.bench energy`."""
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--scale", type=int, default=4, help="divides both widths of the experts")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (0: as they are)")
+    parser.add_argument("--device", default="cpu")
+
+
+@torch.no_grad()
+def run(args: argparse.Namespace) -> dict:
+    """Seconds of both sides for each shape, their ratio, and the share of the machine's peak."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return {
+        "tokens": args.tokens,
+        "scale": args.scale,
+        "threads": torch.get_num_threads(),
+        "device": args.device,
+        "shapes": {shape: _shape(shape, args) for shape in args.shapes},
+    }
+
+
+def _shape(shape: str, args: argparse.Namespace) -> dict:
+    model = random_model(shape, args.scale).to(args.device)
+    ffn, config = feed_forward(model), model.config
+    hidden, width = config.hidden_size, config.moe_intermediate_size
+    experts, top_k = config.num_experts, config.num_experts_per_tok
+    x_TH = torch.randn(args.tokens, hidden, device=args.device)
+    found: dict[str, torch.Tensor] = {}
+
+    def routed() -> None:
+        observer = EnergyObserver(ffn)
+        observe(ffn, x_TH[None], observer)
+        seen = observer.result()
+        found["routed"] = torch.cat((seen.sum2_N, seen.max2_N.double()))
+
+    def dense() -> None:
+        found["dense"] = _every_expert(ffn, x_TH)
+
+    product, product_flops = matmul_peak(args.device)
+    took = take_turns({"routed": routed, "dense": dense, "peak": product}, args.repeats)
+    flops = args.tokens * top_k * 2 * (2 * width * hidden)
+    peak = product_flops / took["peak"]
+    return {
+        "widths": [hidden, width],
+        "routed_s": round(took["routed"], 4),
+        "dense_s": round(took["dense"], 4),
+        "ratio": round(took["dense"] / took["routed"], 2),
+        "goal": round(experts / top_k, 2),
+        "routed_gflops": round(flops / took["routed"] / 1e9, 1),
+        "peak_gflops": round(peak / 1e9, 1),
+        "of_peak": round(flops / took["routed"] / peak, 3),
+        "same": torch.allclose(found["routed"], found["dense"], rtol=1e-4, atol=1e-12),
+    }
+
+
+def _every_expert(ffn, x_TH: torch.Tensor) -> torch.Tensor:
+    """Sum and maximum of phi^2 of each micro-expert, from all experts on all tokens."""
+    experts = ffn.groups[0]
+    _, weight_TK, index_TK = ffn.module.gate(x_TH)
+    weight_TE = x_TH.new_zeros(len(x_TH), len(experts.widths))
+    weight_TE.scatter_(1, index_TK, weight_TK.to(x_TH.dtype))
+    sums, peaks = [], []
+    for e in range(len(experts.widths)):
+        phi2_TW = (experts.activations(e, x_TH) * weight_TE[:, e, None]).square()
+        sums.append(phi2_TW.sum(0))
+        peaks.append(phi2_TW.amax(0))
+    return torch.cat(sums + peaks).cpu().double()

@@ -1,0 +1,468 @@
+"""Quantising methods from end to end, and what must hold between them.
+
+Shapes: T tokens, N micro-experts of a layer's pool, W width of one expert.
+"""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import camera
+from baselines.gptq import Gptq
+from baselines.rtn import Rtn
+from camera.bit_errors import bit_errors
+from camera.blocks import FeedForward
+from camera.budget import Budget, Count, LayerPool
+from camera.capture import observe
+from camera.checkpoint import load_model
+from camera.energy import EnergyObserver
+from camera.families import family_of
+from camera.gptq import GPTQ
+from camera.layer_hessians import HessianObserver
+from camera.quantize import CameraQ, CameraQDagger
+from camera.solve_layer import ExpertBits, solve_layer
+from conftest import FAMILIES, build_model
+from oracles import capture, ffn_of, shared_of
+
+IDS = torch.arange(3, 43).repeat(2, 1)
+
+
+def layer_of(family: str, index: int = 1, **overrides):
+    """A layer's FFN, and inputs of it with the norm's scale."""
+    model = build_model(family, **overrides).requires_grad_(False)
+    ids = torch.randint(3, 250, (4, 64), generator=torch.Generator().manual_seed(0))
+    x_TH, _ = capture(model, index, ids)
+    ffn = FeedForward(model.model.layers[index], family_of(family), f"model.layers.{index}")
+    return ffn, x_TH
+
+
+def seen_by(ffn, x_TH, **settings):
+    observer = HessianObserver(ffn, **settings)
+    with torch.no_grad():
+        observe(ffn, x_TH[None], observer)
+    return observer.result()
+
+
+def budget_of(ffn, index: int = 1) -> Budget:
+    """The budget of a model of this one layer."""
+    routed = [group.routed for group in ffn.groups for _ in group.widths]
+    weights = 3 * 32 * sum(ffn.widths)
+    pools = {index: LayerPool(list(ffn.widths), routed)}
+    hidden = ffn.groups[0].down(0).shape[0]
+    return Budget(Count(weights, weights, 0, 2 * weights), pools, "test", hidden)
+
+
+def compress(method, model, out, calibration, data):
+    return camera.compress(
+        model, method, out, calibration=calibration, data=str(data), progress=False
+    )
+
+
+# --- statistics ---
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_hessians_are_sums_over_routed_tokens(weighted):
+    """Against all tokens through all experts, times a zero gate."""
+    ffn, x_TH = layer_of("qwen2_moe")
+    seen = seen_by(ffn, x_TH, weighted=weighted)
+    _, (index_TK, weight_TK) = routing_of(ffn, x_TH)
+    experts, shared = ffn.module.experts, shared_of(ffn.module)
+    gate = torch.sigmoid(ffn.module.shared_expert_gate(x_TH)).squeeze(1)
+    tokens_TE = torch.zeros(len(x_TH), 8).scatter_(1, index_TK, weight_TK.float())
+    for e in range(9):
+        if e == 0:
+            a_T, reached = gate, torch.ones(len(x_TH))
+            h_TW = torch.nn.functional.silu(shared.gate_proj(x_TH)) * shared.up_proj(x_TH)
+        else:
+            a_T, reached = tokens_TE[:, e - 1], (tokens_TE[:, e - 1] > 0).float()
+            gate_up = x_TH @ experts.gate_up_proj[e - 1].T
+            h_TW = torch.nn.functional.silu(gate_up[:, :24]) * gate_up[:, 24:]
+        scale_T1 = (a_T if weighted else reached)[:, None]
+        x, h = x_TH * scale_T1, h_TW * scale_T1
+        torch.testing.assert_close(seen.input_EHH[e], x.T @ x, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(seen.hidden(e), h.T @ h, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            seen.input_max2_EH[e], (x_TH * reached[:, None]).square().amax(0)
+        )
+
+
+def routing_of(ffn, x_TH):
+    seen = {}
+    hook = ffn.module.experts.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.update(x=(args + tuple(kwargs.values()))), with_kwargs=True
+    )
+    with torch.no_grad():
+        ffn.module(x_TH[None])
+    hook.remove()
+    return seen["x"][0], seen["x"][1:3]
+
+
+def test_energies_are_camera_p_s_and_hessians_are_not_stored():
+    ffn, x_TH = layer_of("qwen3_moe")
+    plain = EnergyObserver(ffn)
+    with torch.no_grad():
+        observe(ffn, x_TH[None], plain)
+    seen, energy = seen_by(ffn, x_TH, keep=5), plain.result()
+    stored = seen.stored()
+    assert type(stored) is type(energy)
+    for name, tensor in energy.tensors().items():
+        assert torch.equal(getattr(stored, name), tensor)
+    assert (seen.kept_E <= 5).all() and len(seen.kept_PH) == int(seen.kept_E.sum())
+    first = seen.kept(2)
+    assert any(torch.equal(first[0], x) for x in x_TH)
+
+
+# --- equalities between plans ---
+
+
+def dense_output(ffn, x_TH):
+    with torch.no_grad():
+        return ffn.module(x_TH[None])
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2", "llama"])
+def test_permutation_alone_changes_no_output(family):
+    """Eight bits with fine scales are all but exact, whatever the order of micro-experts."""
+    ffn, x_TH = layer_of(family)
+    before, pool = dense_output(ffn, x_TH), ffn.widths
+    plan = [ExpertBits.matched(torch.full((w,), 8), torch.rand(w)) for w in pool]
+    assert any(e.order().tolist() != list(range(len(e.down))) for e in plan)
+    solve_layer(ffn, plan, GPTQ(group_size=4))
+    torch.testing.assert_close(dense_output(ffn, x_TH), before, rtol=0.05, atol=0.02 * before.std())
+
+
+@pytest.mark.parametrize("settings", [{}, dict(act_order=True, static_groups=True)])
+def test_equal_bits_are_uniform_gptq(settings):
+    """One group of micro-experts, kept in order, solves to what GPTQ gives each matrix alone."""
+    ffn, x_TH = layer_of("qwen2_moe")
+    seen, experts = seen_by(ffn, x_TH), ffn.module.experts
+    solver = GPTQ(group_size=16, scale_dtype=torch.float16, **settings)
+    inputs, hidden = seen.input_EHH[1:], torch.stack([seen.hidden(e) for e in range(1, 9)])
+    tokens_E = seen.tokens_E[1:]
+    want_gate_up = solver.solve(experts.gate_up_proj, solver.factor(inputs, tokens_E), bits=2)
+    want_down = solver.solve(experts.down_proj, solver.factor(hidden, tokens_E), bits=2)
+    solve_layer(ffn, [ExpertBits.matched(torch.full((w,), 2)) for w in ffn.widths], solver, seen)
+    for e in range(8):
+        packed = ffn.module.experts
+        torch.testing.assert_close(packed.gate_up(e), want_gate_up.weight[e], rtol=0, atol=1e-6)
+        torch.testing.assert_close(packed.down(e), want_down.weight[e], rtol=0, atol=1e-6)
+
+
+def test_a_micro_expert_has_one_width_in_three_matrices():
+    """Rows and columns of a mixed layer are those of the uniform runs at their bits."""
+    ffn, x_TH = layer_of("qwen3_moe")
+    seen, experts = seen_by(ffn, x_TH), ffn.module.experts
+    method = CameraQ(bits=4.0, group_size=16, low_share=0.3)
+    plan, size = method.plan(1, ffn, seen, budget_of(ffn))
+    solver = method.solver(size)
+    factor = solver.factor(seen.input_EHH, seen.tokens_E)
+    uniform = {b: solver.solve(experts.gate_up_proj, factor, bits=b).weight for b in (1, 2, 3)}
+    solve_layer(ffn, plan, solver, seen)
+    used = set()
+    for e, bits in enumerate(plan):
+        order = bits.order()
+        assert torch.equal(bits.gate, bits.up) and torch.equal(bits.gate, bits.down)
+        assert bits.down[order].tolist() == sorted(bits.down.tolist(), reverse=True)
+        packed = ffn.module.experts.gate_up(e)
+        for place, row in enumerate(order.tolist()):
+            b = int(bits.down[row])
+            used.add(b)
+            torch.testing.assert_close(packed[place], uniform[b][e, row], atol=1e-5, rtol=0)
+            other = packed[len(order) + place], uniform[b][e, len(order) + row]
+            torch.testing.assert_close(*other, atol=1e-5, rtol=0)
+    assert used == {1, 2, 3}
+
+
+def test_zero_bits_equal_pruning_then_camera_q():
+    """Lowest group removed: the same packed tensors as of a layer that was sliced first."""
+    ffn, x_TH = layer_of("qwen2_moe")
+    method = CameraQ(bits=None, ratios=[0.3, 0.4, 0.3], group_bits=[3, 2, 0], group_size=16)
+    seen = seen_by(ffn, x_TH)
+    plan, size = method.plan(1, ffn, seen, budget_of(ffn))
+    solve_layer(ffn, plan, method.solver(size), seen)
+    whole = dense_output(ffn, x_TH)
+
+    sliced, _ = layer_of("qwen2_moe")
+    pruned = camera.CameraP(sparsity=0.3)
+    pruned.compress(1, sliced, seen.stored(), budget_of(sliced))
+    sliced = FeedForward(sliced.layer, sliced.family, sliced.path)
+    again = seen_by(sliced, x_TH)
+    then = replace(method, ratios=[0.3 / 0.7, 0.4 / 0.7], group_bits=[3, 2])
+    then.__post_init__()
+    plan, size = then.plan(1, sliced, again, budget_of(sliced))
+    solve_layer(sliced, plan, then.solver(size), again)
+    assert ffn.module.experts.widths == sliced.module.experts.widths
+    assert min(ffn.module.experts.widths) < max(ffn.module.experts.widths)
+    torch.testing.assert_close(dense_output(sliced, x_TH), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_widths_of_nothing_one_and_all_are_solved_together():
+    """Padding of a batch of unequal experts changes nothing: each alone gives the same."""
+    ffn, x_TH = layer_of("qwen3_moe")
+    seen, widths = seen_by(ffn, x_TH), [0, 1, 2, 7, 24, 24, 5, 1]
+    torch.manual_seed(0)
+    plan = []
+    for width in widths:
+        bits_W = torch.zeros(24, dtype=torch.int64)
+        bits_W[torch.randperm(24)[:width]] = torch.randint(1, 4, (width,))
+        plan.append(ExpertBits.matched(bits_W))
+    native, solver = ffn.module.experts, GPTQ(group_size=5, scale_dtype=torch.float16)
+    downs = []
+    for e, bits in enumerate(plan):
+        order = bits.order()
+        H_MM = seen.hidden(e)[order][:, order]
+        factor = solver.factor(H_MM[None], seen.tokens_E[e : e + 1])
+        weight = native.down_proj[e][:, order][None]
+        downs.append(solver.solve(weight, factor, column_bits=bits.down[order]).weight[0])
+    solve_layer(ffn, plan, solver, seen)
+    assert ffn.module.experts.widths == widths
+    for e, down in enumerate(downs):
+        torch.testing.assert_close(ffn.module.experts.down(e), down, rtol=0, atol=1e-6)
+    assert dense_output(ffn, x_TH).isfinite().all()
+
+
+def test_experts_without_tokens_fall_back_and_are_counted():
+    ffn, x_TH = layer_of("qwen3_moe")
+    native = ffn.module.experts.down_proj.clone()
+    seen = seen_by(ffn, x_TH[:2])
+    empty = int((seen.tokens_E == 0).sum())
+    assert empty
+    for fallback in ("rtn", "mean_hessian"):
+        ffn, _ = layer_of("qwen3_moe")
+        plan = [ExpertBits.matched(torch.full((24,), 2))] * 8
+        solver = GPTQ(group_size=16, fallback=fallback)
+        _, report = solve_layer(ffn, plan, solver, seen)
+        (report,) = report.values()
+        assert report["gate_up"]["fallback"] == {fallback: empty}
+        assert report["down"]["fallback"] == {"rtn": empty}
+        lost = int((seen.tokens_E == 0).nonzero()[0])
+        want = GPTQ(group_size=16).solve(native[lost][None], bits=2).weight[0]
+        got = ffn.module.experts.down(lost)
+        torch.testing.assert_close(got, want, rtol=2e-3, atol=1e-4)
+
+
+def test_gptq_loses_less_than_rounding_and_true_sequential_less_downstream():
+    ffn, x_TH = layer_of("llama")
+    plan = [ExpertBits.matched(torch.full((64,), 2))]
+    before, errors = dense_output(ffn, x_TH), []
+    for true_sequential in (False, True):
+        ffn, _ = layer_of("llama")
+        seen = seen_by(ffn, x_TH, keep=1000)
+        _, report = solve_layer(
+            ffn, plan, GPTQ(group_size=16), seen, true_sequential=true_sequential
+        )
+        (report,) = report.values()
+        for part in report.values():
+            assert part["error_all"] < part["error_rtn_all"] < 1
+        errors.append((dense_output(ffn, x_TH) - before).square().sum())
+    assert errors[0] != errors[1]
+
+
+def test_bit_errors_predict_what_is_lost():
+    """Measured shares fall with bits, and are what a layer of those bits really loses."""
+    levels = (4, 3, 2, 1, 0)
+    ffn, x_TH = layer_of("llama")
+    seen, before = seen_by(ffn, x_TH), dense_output(ffn, x_TH)
+    solver = GPTQ(group_size=16)
+    errors = bit_errors(ffn, seen, solver, levels)
+    assert errors[0] == 1 and all(errors[b] < errors[b - 1] for b in levels[:-1])
+    for bits in (4, 3):
+        ffn, _ = layer_of("llama")
+        solve_layer(ffn, [ExpertBits.matched(torch.full((64,), bits))], solver, seen)
+        lost = (dense_output(ffn, x_TH) - before).square().sum() / before.square().sum()
+        assert 0.5 * errors[bits] < lost < 2 * errors[bits]
+
+
+# --- the ablation ---
+
+
+def test_dagger_has_the_shares_of_camera_q_along_its_own_inputs():
+    ffn, x_TH = layer_of("qwen2_moe")
+    seen = seen_by(ffn, x_TH)
+    method = CameraQDagger(bits=None, ratios=[0.25, 0.5, 0.25], group_size=16)
+    plan, _ = method.plan(1, ffn, seen, budget_of(ffn))
+    mixed = torch.cat([e.down for e in plan])
+    assert torch.bincount(mixed).tolist()[1:] == [58, 116, 58]
+    for e in plan:
+        for bits in (e.gate, e.up):
+            assert torch.bincount(bits).tolist() == [0, 8, 16, 8]
+    e = plan[3]
+    energy_H = seen.channel_energy(0.9)[3] * ffn.module.experts.gate_up_proj[2, :24].square().sum(0)
+    assert e.gate[energy_H.argmax()] == 3 and e.gate[energy_H.argmin()] == 1
+    assert any(not torch.equal(e.gate, e.up) for e in plan)
+
+
+def test_shuffle_keeps_counts_and_breaks_the_match():
+    ffn, x_TH = layer_of("qwen3_moe")
+    seen = seen_by(ffn, x_TH)
+    matched, _ = CameraQ(bits=3.3, group_size=16).plan(1, ffn, seen, budget_of(ffn))
+    method = CameraQDagger(bits=3.3 + 32 / 96, group_size=16, split="shuffle")
+    plan, _ = method.plan(1, ffn, seen, budget_of(ffn))
+    again, _ = method.plan(1, ffn, seen, budget_of(ffn))
+    for a, b, c in zip(matched, plan, again, strict=True):
+        for bits in (b.gate, b.up, b.down):
+            assert sorted(bits.tolist()) == sorted(a.down.tolist())
+        assert torch.equal(b.gate, c.gate)
+    assert any(not torch.equal(b.gate, b.down) for b in plan)
+
+
+# --- end to end ---
+
+TINY = dict(num_hidden_layers=2)
+METHODS = {
+    "camera_q": CameraQ(bits=2.9, group_size=16),
+    "optimal": CameraQ(bits=2.9, group_size=16, group_bits=[4, 3, 2, 1, 0], allocation="optimal"),
+    "ratios": CameraQ(bits=3.5, ratios=[0.25, 0.5, 0.25]),
+    "model": CameraQ(bits=2.9, group_size=16, rank_scope="model", clip="gptq"),
+    "expert": CameraQ(bits=2.9, group_size=16, rank_scope="expert", true_sequential=True),
+    "dagger": CameraQDagger(bits=3.9, group_size=16),
+    "shuffle": CameraQDagger(bits=4.2, group_size=16, split="shuffle"),
+    "gptq": Gptq(bits=3.25),
+    "act_order": Gptq(bits=4.5, act_order=True),
+    "sym": Gptq(bits=3.0, sym=True),
+    "rtn": Rtn(bits=3.0),
+}
+PAIRS = list(zip(FAMILIES, METHODS, strict=True))
+
+
+def in_memory(method, family, folder, tokens_NL):
+    """The plain path: the whole model in memory, each layer from what stands before it."""
+    model = load_model(folder)
+    layers = model.model.layers
+    has_experts = any(hasattr(ffn_of(layer), "experts") for layer in layers)
+    todo = [
+        i for i, layer in enumerate(layers) if not has_experts or hasattr(ffn_of(layer), "experts")
+    ]
+    views = {i: FeedForward(layers[i], family_of(family), f"model.layers.{i}") for i in todo}
+    pools = {
+        i: LayerPool(list(v.widths), [g.routed for g in v.groups for _ in g.widths])
+        for i, v in views.items()
+    }
+    hidden = model.config.hidden_size
+    weights = 3 * hidden * sum(sum(pool.widths) for pool in pools.values())
+    budget = Budget(Count(weights, weights, 0, weights), pools, family, hidden)
+    method.check(budget)
+
+    def look(i, x_TH):
+        observer = method.observer(i, views[i])
+        with torch.no_grad():
+            observe(views[i], x_TH[None], observer)
+        return observer.result()
+
+    if method.one_shot:
+        dense = {i: look(i, capture(model, i, tokens_NL)[0]) for i in todo}
+        method.prepare(dense, budget)
+    for i in todo:
+        seen = look(i, capture(model, i, tokens_NL)[0]) if method.calibrates else None
+        with torch.no_grad():
+            method.compress(i, views[i], seen, budget)
+    return model
+
+
+@pytest.mark.parametrize(("family", "name"), PAIRS, ids=[f"{f}-{m}" for f, m in PAIRS])
+def test_checkpoint_computes_what_the_model_in_memory_does(
+    family, name, checkpoints, data_folder, calibration, tmp_path
+):
+    method, source = METHODS[name], checkpoints(family, **TINY)
+    result = compress(replace(method), source, tmp_path / "q", calibration, data_folder)
+    tokens = camera.calibration.calibration_tokens(
+        camera.checkpoint.load_tokenizer(source), calibration, data=str(data_folder), seed=1234
+    )
+    loaded = load_model(tmp_path / "q")
+    memory = in_memory(replace(method), family, source, tokens.ids_NL)
+    with torch.no_grad():
+        got, want = loaded(IDS).logits, memory(IDS).logits
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    generated = loaded.generate(IDS[:1, :4], max_new_tokens=3, do_sample=False)
+    assert generated.shape == (1, 7)
+    report = json.loads((tmp_path / "q" / "camera.json").read_text())
+    target = method.bits
+    layers = [layer["bits"]["stored"] for layer in report["layers"].values()]
+    if name == "model":
+        layers = [sum(layers) / len(layers)]
+    assert all(0.9 * target < stored <= target * (1 + 1e-9) for stored in layers)
+    for layer in report["layers"].values():
+        assert layer["bits"]["raw"] < layer["bits"]["stored"]
+    if 0 not in getattr(method, "group_bits", ()):
+        on_disk = result.bits["stored"]
+        assert on_disk == pytest.approx(sum(layers) / len(layers), rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "phimoe", "deepseek_v3", "granitemoe"])
+def test_attention_and_router_are_rounded(family, checkpoints, tmp_path):
+    source, method = checkpoints(family, **TINY), Rtn(bits=3.25, attn_bits=8, router_bits=4)
+    camera.compress(source, method, tmp_path / "q", progress=False)
+    spec = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    forms = [module["form"] for module in spec["modules"].values()]
+    assert sum(form in ("packed_linear", "packed_router") for form in forms) >= 5
+    loaded, memory = load_model(tmp_path / "q"), in_memory(replace(method), family, source, None)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, memory(IDS).logits, rtol=1e-4, atol=1e-4)
+    attention, native = (
+        loaded.model.layers[1].self_attn,
+        load_model(source).model.layers[1].self_attn,
+    )
+    projection = next(n for n, m in native.named_modules() if isinstance(m, torch.nn.Linear))
+    got = attention.get_submodule(projection).dense()
+    want = native.get_submodule(projection).weight
+    assert 0 < (got - want).abs().max() < 0.01 * want.abs().max()
+
+
+def test_camera_q_on_a_pruned_checkpoint(checkpoints, data_folder, calibration, tmp_path):
+    method = camera.CameraP(sparsity=0.3)
+    compress(method, checkpoints("qwen2_moe", **TINY), tmp_path / "p", calibration, data_folder)
+    quantised = CameraQ(bits=3.3, group_size=16)
+    compress(quantised, tmp_path / "p", tmp_path / "q", calibration, data_folder)
+    modules = [
+        json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["modules"]
+        for name in "pq"
+    ]
+    for path, spec in modules[1].items():
+        before = modules[0][path]
+        assert spec["widths"] == before.get("widths", [before.get("width")])
+    tensors = load_file(tmp_path / "q" / "model-00001-of-00003.safetensors")
+    assert any(tensor.dtype == torch.uint8 for tensor in tensors.values())
+    assert load_model(tmp_path / "q")(IDS).logits.isfinite().all()
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        (CameraQ(bits=0.5), "between"),
+        (CameraQ(bits=7.0), "between"),
+        (CameraQ(group_bits=[1, 2, 3]), "group_bits"),
+        (CameraQ(group_bits=[4, 3, 2, 1]), "ratios"),
+        (CameraQ(ratios=[0.5, 0.5]), "share for each"),
+        (CameraQ(ratios=[0.5, 0.5, 0.5]), "add up"),
+        (CameraQ(bits=None), "ratios"),
+        (CameraQ(allocation="optimal", ratios=[0.2, 0.4, 0.4]), "optimal"),
+        (CameraQ(alpha=1.5), "alpha"),
+        (CameraQ(low_share=2.0), "low_share"),
+        (CameraQ(rank_scope="world"), "rank_scope"),
+        (CameraQ(align=0), "align"),
+        (CameraQ(act_order=True), "static_groups"),
+        (CameraQ(clip="some"), "clip"),
+        (CameraQ(group_size=0), "group_size"),
+        (CameraQ(attn_bits=9), "attn_bits"),
+        (CameraQ(percdamp=2.0), "percdamp"),
+        (CameraQ(true_sequential=True, weighted_hessian=True), "weighted_hessian"),
+        (CameraQ(bits=2.5, ratios=[0.1, 0.8, 0.1], group_size=8), "group_size=8"),
+        (CameraQDagger(group_bits=[3, 2, 0], bits=3.5), "group_bits"),
+        (CameraQDagger(rank_scope="model", bits=3.5), "rank_scope"),
+        (CameraQDagger(split="halves"), "split"),
+        (Gptq(bits=2.25), "nearest"),
+        (Gptq(bits=None), "target"),
+        (Gptq(bits=2.0, group_size=8), "nearest"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_weights_are_read(method, why):
+    ffn, _ = layer_of("qwen2_moe")
+    with pytest.raises(camera.CameraError, match=why):
+        method.check(budget_of(ffn))
