@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from camera.bit_plan import MOST_BITS, solve_group_size
+from camera.bit_plan import solve_group_size
 from camera.blocks import FeedForward
 from camera.budget import Budget
 from camera.errors import CameraError
+from camera.footprint import MOST_BITS
 from camera.quantization import Quantization, footprints
 from camera.solve_layer import ExpertBits
 

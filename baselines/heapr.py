@@ -47,5 +47,5 @@ class HEAPr(MicroExpertPruning):
     def observer(self, index: int, ffn: FeedForward) -> SensitivityObserver:
         return SensitivityObserver(ffn)
 
-    def score(self, index: int, seen: LayerSensitivity, micro_experts: int) -> torch.Tensor:
+    def scores(self, index: int, seen: LayerSensitivity, micro_experts: int) -> torch.Tensor:
         return getattr(seen, self.term)(self.normalize)

@@ -11,7 +11,6 @@ import torch
 from camera.blocks import FeedForward
 from camera.budget import Budget
 from camera.errors import CameraError
-from camera.method import Outcome
 from camera.prune import MicroExpertPruning
 from camera.statistics import LayerStatistics
 
@@ -48,7 +47,7 @@ class WeightObserver:
 
 @dataclass
 class Magnitude(MicroExpertPruning):
-    """The micro-experts of smallest weights go, layer by layer, without calibration.
+    """The micro-experts of smallest weights go, without calibration.
 
     `norm` product ranks by |w_gate| |w_up| |w_down|, which scaling up_i by c and down_i by 1/c
     (the same function) leaves alone; sum by the norm of all three together.
@@ -62,10 +61,6 @@ class Magnitude(MicroExpertPruning):
     def check(self, budget: Budget) -> None:
         if self.norm not in ("product", "sum"):
             raise CameraError(f"method.norm={self.norm} is none of product, sum.")
-        if self.rank_scope != "layer":
-            raise CameraError(
-                f"method.rank_scope={self.rank_scope}: magnitude ranks within a layer; set layer."
-            )
         super().check(budget)
 
     def statistics_key(self) -> dict[str, Any]:
@@ -74,14 +69,8 @@ class Magnitude(MicroExpertPruning):
     def observer(self, index: int, ffn: FeedForward) -> WeightObserver:
         return WeightObserver(ffn)
 
-    def score(self, index: int, seen: LayerWeights, micro_experts: int) -> torch.Tensor:
+    def scores(self, index: int, seen: LayerWeights, micro_experts: int) -> torch.Tensor:
         gate2_N, up2_N, down2_N = seen.gate2_N.double(), seen.up2_N.double(), seen.down2_N.double()
         if self.norm == "product":
             return (gate2_N * up2_N * down2_N).sqrt()
         return (gate2_N + up2_N + down2_N).sqrt()
-
-    def compress(
-        self, index: int, ffn: FeedForward, seen: LayerStatistics | None, budget: Budget
-    ) -> Outcome:
-        seen = seen or self.observer(index, ffn).result()
-        return super().compress(index, ffn, seen, budget)

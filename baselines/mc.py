@@ -10,10 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from baselines.mc_allocation import Allocations, expert_costs, reachable
-from camera.bit_plan import Footprint
 from camera.blocks import ExpertGroup, FeedForward
 from camera.budget import Budget, LayerPool
 from camera.errors import CameraError
+from camera.footprint import Footprint
 from camera.gptq import GPTQ
 from camera.layer_hessians import HessianObserver, LayerHessians
 from camera.quantization import GROUP_SIZE, Quantization, footprints, hidden_size

@@ -82,6 +82,8 @@ def compress(
                 job.measure_once(Path(statistics) if statistics else None)
             if not once or not method.storable:
                 tokens_pass = propagate
+        elif method.one_shot:
+            job.weigh()
         job.compress_layers(tokens_pass)
         return job.finish()
 

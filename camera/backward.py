@@ -235,12 +235,12 @@ class _Inputs:
             ) from error
 
     def drop_from(self, index: int) -> None:
-        for path in self.folder.glob(f"input{self._rank}-*.safetensors"):
+        for path in self.folder.glob(f"input-?????{self._rank}.safetensors"):
             if path >= self._path(index):
                 path.unlink()
 
     def _path(self, index: int) -> Path:
-        return self.folder / f"input{self._rank}-{index:05d}.safetensors"
+        return self.folder / f"input-{index:05d}{self._rank}.safetensors"
 
 
 def _finite(gradient: torch.Tensor, place: str) -> torch.Tensor:

@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -62,6 +62,8 @@ class Job:
         the hidden states that it keeps there."""
         written = sum(path.stat().st_size for path in self.partial.glob("*.safetensors"))
         tables = 2 + (HIDDEN_HELD if self.needs.hidden_on_disk else 0)
+        if self.method.backward:  # every layer's input waits for the way back
+            tables += len(self.streamer.layers)
         left = max(self.streamer.budget.dense.bytes - written, 0)
         return left + tables * self.needs.hidden
 
@@ -75,6 +77,16 @@ class Job:
         with self._timed("calibrate"):
             self.statistics = self.calibration.dense_statistics(folder or self.seen)
             self.method.prepare(self.statistics.layers, self.streamer.budget)
+
+    def weigh(self) -> None:
+        """See the weights alone, where all layers are ranked together without tokens."""
+        found, streamer = {}, self.streamer
+        for i in self.each_layer("weigh", 0):
+            if i in streamer.budget.layers:
+                streamer.load_layer(i)
+                found[i] = self.method.observer(i, streamer.feed_forward(i)).result()
+                streamer.free(streamer.layers[i])
+        self.method.prepare(found, streamer.budget)
 
     def compress_layers(self, tokens: Literal["compressed", "dense"] | None) -> None:
         """Compress and write every layer, going on where a killed run stopped.
@@ -95,10 +107,7 @@ class Job:
         with Background() as behind:
             for i in self.each_layer("compress", progress.done):
                 stored = self._one_layer(i, calibration, dense, trace, behind)
-                hidden = calibration.hidden() if calibration is not None else []
-                state = self.streamer.layers[i].state_dict()
-                streamer.free(streamer.layers[i])
-                behind.submit(partial(self._keep, i, state, self._state(), hidden, stored))
+                behind.submit(self._finished(i, calibration, stored))
         self.seconds["waited for disk"] = streamer.ahead.seconds_waited + behind.seconds_waited
 
     def _one_layer(
@@ -126,6 +135,8 @@ class Job:
                     calibration.propagate(index)
         elif self.statistics is not None:
             seen = self.statistics.layers.get(index)
+        elif in_pool:
+            seen = self.method.observer(index, streamer.feed_forward(index)).result()
         if in_pool:
             behind.wait()  # the layer before is on the disk, and out of memory
             with self._timed("compress"):
@@ -134,6 +145,17 @@ class Job:
             with self._timed("calibrate"):
                 calibration.propagate(index, kept)
         return stored
+
+    def _finished(
+        self, index: int, calibration: Measurement | None, stored: LayerStatistics | None
+    ) -> Callable[[], None]:
+        """Empty a layer; what is then left to do. Nothing else holds on to its tensors."""
+        streamer, layer = self.streamer, self.streamer.layers[index]
+        state = {f"{streamer.root}.{index}.{n}": t for n, t in layer.state_dict().items()}
+        state = streamer.as_stored(state) if parallel.rank() == 0 else {}
+        streamer.free(layer)
+        hidden = calibration.hidden() if calibration is not None else []
+        return partial(self._keep, index, state, self._state(), hidden, stored)
 
     def _keep(
         self,
@@ -144,9 +166,8 @@ class Job:
         stored: LayerStatistics | None,
     ) -> None:
         """Put a finished layer on the disk, then say that it is there."""
-        prefix = f"{self.streamer.root}.{index}."
         if parallel.rank() == 0:
-            self._add(index, {prefix + name: tensor for name, tensor in layer.items()})
+            self._add(index, layer)
         state |= {"shards": self.writer.state()}
         self.progress.commit(index + 1, state, hidden, stored)
 
@@ -233,11 +254,10 @@ class Job:
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         state = model.state_dict().items()
         rest = {n: t for n, t in state if not n.startswith(f"{root}.") and n not in tied}
-        self._add(len(self.streamer.layers), rest)
+        self._add(len(self.streamer.layers), self.streamer.as_stored(rest))
         self.writer.close()
 
     def _add(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        tensors = self.streamer.as_stored(tensors)
         on_disk = native_state(self.streamer.model, tensors) if self.method.native else tensors
         self.writer.add(index, on_disk, counted=tensors)
 

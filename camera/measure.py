@@ -3,7 +3,6 @@
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from camera import backward, parallel
+from camera.backward import EachLayer
 from camera.calibration import CalibrationTokens
 from camera.method import Method
 from camera.result import versions
@@ -21,8 +21,6 @@ from camera.statistics import LayerStatistics, Statistics
 from camera.stream import Batch, Streamer
 
 BATCH_TOKENS = 8192
-EachLayer = Callable[[str, int], Iterable[int]]
-"""each_layer(title, start): the layers from `start` on, behind a progress bar."""
 
 
 class Measurement:
@@ -123,6 +121,7 @@ class Measurement:
                 self.propagate(i)
             streamer.free(streamer.layers[i])
             progress.commit(i + 1, {}, self.hidden(), seen)
+        parallel.barrier()  # rank 0 writes what all read
         return Statistics(progress.statistics(), self.about("dense"))
 
     def _measure_backward(self, progress: Progress, folder: Path) -> dict[int, LayerStatistics]:

@@ -53,8 +53,8 @@ class MicroExpertPruning(Method):
             raise CameraError(f"rank_scope={self.rank_scope} is none of layer, global.")
         self._ratio(budget)
 
-    def score(self, index: int, seen: LayerStatistics | None, micro_experts: int) -> torch.Tensor:
-        """The score [N] of a layer's micro-experts: the lowest go."""
+    def scores(self, index: int, seen: LayerStatistics | None, micro_experts: int) -> torch.Tensor:
+        """Of a layer's micro-experts, fp64 [N]: the lowest go."""
         raise NotImplementedError
 
     def prepare(self, statistics: dict[int, LayerStatistics], budget: Budget) -> None:
@@ -76,7 +76,7 @@ class MicroExpertPruning(Method):
         """bool [N] of each of these layers, ranked together: which micro-experts stay."""
         pools = [budget.layers[i] for i in layers]
         sizes = [sum(pool.widths) for pool in pools]
-        scores = [self.score(i, statistics.get(i), n) for i, n in zip(layers, sizes, strict=True)]
+        scores = [self.scores(i, statistics.get(i), n) for i, n in zip(layers, sizes, strict=True)]
         widths = [width for pool in pools for width in pool.widths]
         candidates_N, prunable = None, sum(sizes)
         if self.sparsity_of == "routed":
@@ -116,7 +116,7 @@ class CameraP(MicroExpertPruning):
             raise CameraError(f"alpha={self.alpha} must lie between 0 and 1.")
         super().check(budget)
 
-    def score(self, index: int, seen: LayerEnergy, micro_experts: int) -> torch.Tensor:
+    def scores(self, index: int, seen: LayerEnergy, micro_experts: int) -> torch.Tensor:
         return seen.energy(self.alpha)
 
 
@@ -129,7 +129,7 @@ class Random(MicroExpertPruning):
 
     seed: int = 1234
 
-    def score(self, index: int, seen: LayerStatistics | None, micro_experts: int) -> torch.Tensor:
+    def scores(self, index: int, seen: LayerStatistics | None, micro_experts: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + index)
         return torch.rand(micro_experts, generator=generator, dtype=torch.float64)
 

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from camera import parallel
-from camera.bit_plan import Footprint
 from camera.blocks import FeedForward
 from camera.budget import Budget
 from camera.errors import CameraError
 from camera.experts.cut import Cut, Solved
 from camera.experts.packed_linear import PackedLinear, PackedRouter
 from camera.experts.packed_spec import linear_spec, router_spec, spec_bytes, spec_code_bits
+from camera.footprint import Footprint
 from camera.gptq import GPTQ
 from camera.layer_hessians import HessianObserver, LayerHessians
 from camera.method import Method, Outcome

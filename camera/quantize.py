@@ -13,12 +13,9 @@ import torch
 
 from camera.bit_errors import bit_errors
 from camera.bit_plan import (
-    MOST_BITS,
     SCOPES,
-    Footprint,
     assign,
     cuts_of,
-    index_bits,
     ranking,
     share_path,
     solve_group_size,
@@ -29,6 +26,7 @@ from camera.blocks import FeedForward
 from camera.budget import Budget
 from camera.energy import EnergyObserver, LayerEnergy
 from camera.errors import CameraError
+from camera.footprint import MOST_BITS, Footprint, index_bits
 from camera.layer_hessians import LayerHessians
 from camera.quantization import CLOSE, GROUP_SIZE, Quantization, footprints, hidden_size
 from camera.solve_layer import ExpertBits

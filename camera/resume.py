@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from camera import parallel
 from camera.errors import CameraError
+from camera.shards import write_tensors
 from camera.source import write_json
 from camera.statistics import LayerStatistics, Statistics
 
@@ -71,7 +72,7 @@ class Progress:
                 self.measured.append(done - 1)
             if hidden:
                 tensors = {str(i): hidden_BLH for i, hidden_BLH in enumerate(hidden)}
-                save_file(tensors, self._hidden_file(done))
+                write_tensors(tensors, self._hidden_file(done))
             content = {"fingerprint": self.fingerprint, "done": done, "state": state}
             content["measured"] = self.measured
             write_json(self._state_file, content)

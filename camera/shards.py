@@ -2,6 +2,7 @@
 
 import json
 import logging
+import mmap
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -139,7 +140,7 @@ def _places(path: Path) -> dict[str, Place]:
 
 
 def _read(file: BinaryIO, place: Place) -> torch.Tensor:
-    raw = torch.empty(place.bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    raw = _room(place.bytes)
     file.seek(place.start)
     view, done = memoryview(raw.numpy()), 0
     while done < place.bytes:  # one read gives 2 GB at most
@@ -148,6 +149,18 @@ def _read(file: BinaryIO, place: Place) -> torch.Tensor:
             raise CameraError(f"shard {place.file} ends early: download it again.")
         done += got
     return raw.view(place.dtype).view(place.shape)
+
+
+def _room(size: int) -> torch.Tensor:
+    """Memory for so many bytes, which goes back to the system once nothing refers to it.
+
+    What malloc got for tensors of a few megabytes it keeps, in an arena of the thread that reads.
+    """
+    if torch.cuda.is_available():
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -174,10 +187,9 @@ class ShardWriter:
     ) -> None:
         """Write shard `index` (from 0); `counted` are the same numbers by their names in memory."""
         name = f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
-        whole = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
         path, partial = self.folder / name, self.folder / f".{name}.partial"
         try:
-            write_tensors(whole, partial)
+            write_tensors(tensors, partial)
             replace_durably(partial, path)
         except OSError as error:
             partial.unlink(missing_ok=True)
@@ -185,8 +197,8 @@ class ShardWriter:
                 f"can't write {path} ({error}): free space on that disk or set output elsewhere."
             ) from error
         self.files[name] = path.stat().st_size
-        self.weight_map |= dict.fromkeys(whole, name)
-        for key, tensor in (counted or whole).items():
+        self.weight_map |= dict.fromkeys(tensors, name)
+        for key, tensor in (counted or tensors).items():
             self.sizes[key] = (tensor.numel(), tensor.numel() * tensor.element_size())
 
     def state(self) -> dict[str, Any]:
@@ -221,9 +233,10 @@ class ShardWriter:
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write CPU tensors as a safetensors file, straight from where they lie.
+    """Write tensors as a safetensors file, straight from where they lie.
 
     safetensors' own writer first copies all of them into bytes: a whole layer once more in memory.
+    Here no more than one is copied, where it must be: from a device, or in order.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -243,7 +256,7 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in order:
-            file.write(tensors[key].reshape(-1).view(torch.uint8).numpy().data)
+            file.write(tensors[key].detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def replace_durably(partial: Path, path: Path) -> None:

@@ -1,7 +1,10 @@
 """A model of which only the parts asked for are in memory: on meta first, filled from shards."""
 
+import ctypes
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from camera.read_ahead import ReadAhead
 from camera.shards import ShardReader, read_places
 from camera.visited import VisitedExperts, is_expert, only_one, places_of
 
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 _IN_A_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -86,6 +90,7 @@ class Skeleton:
             self.ahead.take(index),
             lambda name: name.startswith(prefix) and not (apart and name.startswith(apart)),
         )
+        give_back()
         self.ahead.start_next()
         if experts is not None:
             self._visit_experts(index, experts)
@@ -142,17 +147,19 @@ class Skeleton:
     def free(self, module: nn.Module) -> None:
         """Give a module's memory back."""
         module.to("meta")
+        give_back()
 
     def _load(self, tensors: dict[str, torch.Tensor], due: Callable[[str], bool]) -> None:
-        """Put tensors of the checkpoint into the model; those that are `due` must be there."""
+        """Move tensors of the checkpoint into the model; those that are `due` must be there."""
         settings = LoadStateDictConfig(
             dtype=self.dtype,
             device_map={"": self.device},
             weight_mapping=self._conversions,
             dtype_plan=self.model._get_dtype_plan(self.dtype),
         )
-        with _quiet():
-            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, settings)
+        once = {key: _Once(tensors, key) for key in list(tensors)}
+        with _quiet(), _one_by_one():
+            info, _ = convert_and_load_state_dict_in_model(self.model, once, settings)
         if info.mismatched_keys or info.conversion_errors:
             wrong = next(iter(info.mismatched_keys or info.conversion_errors))
             name = wrong[0] if isinstance(wrong, tuple) else wrong
@@ -191,6 +198,12 @@ class Skeleton:
         return next(iter(self.reader.places.values())).dtype
 
 
+def give_back() -> None:
+    """Have malloc return what was freed to the system; glibc keeps it else, in pieces."""
+    if _TRIM is not None:
+        _TRIM(0)
+
+
 def all_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor is free of NaN and inf, in one read and without a copy."""
     return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
@@ -214,6 +227,31 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
 def _layer_of(key: str) -> int | None:
     found = _IN_A_LAYER.search(key)
     return int(found.group(1)) if found else None
+
+
+class _Once:
+    """A tensor that is given away when it is first looked at: converting it then frees it."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], key: str):
+        self.tensors, self.key = tensors, key
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return self.tensors.pop(self.key)
+
+
+@contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Without transformers' threads, which convert a whole layer before any of it is in place."""
+    switch = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[switch]
+        else:
+            os.environ[switch] = before
 
 
 class _quiet:

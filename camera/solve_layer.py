@@ -204,51 +204,51 @@ class _Solving:
     def _tokens(self, batch: list[int]) -> torch.Tensor:
         return self.seen.tokens_E[[self.pool[e] for e in batch]]
 
-    def _gate_up(self, batch: list[int], experts: list[_Expert]):
-        """Solved [gate, up] of every expert, and both dequantised, [M, H]."""
+    def _gate_up(self, batch: list[int], experts: list[_Expert]) -> tuple[list, list]:
+        """Solved [gate, up] of every expert, and both dequantised in their own order, [M, H]."""
         H_EHH, tokens_E, fallback = self._inputs(batch)
-        ledger, bits = self.ledgers["gate_up"], [expert.bits for expert in experts]
         pairs = [expert.gate_up() for expert in experts]
-        if bits[0].axis == "rows":
-            orders = [[falling(b.gate), falling(b.up)] for b in bits]
-            stacked = [
-                torch.cat([w[n.to(w.device)] for w, n in zip(pair, ns, strict=True)])
-                for pair, ns in zip(pairs, orders, strict=True)
-            ]
-            rows = [
-                torch.cat([b.gate[ns[0]], b.up[ns[1]]]) for b, ns in zip(bits, orders, strict=True)
-            ]
-            args = (stacked, rows, "rows", H_EHH, tokens_E, (ledger, batch))
-            solved, weights = solve_batch(self.solver, *args, fallback)
-            halves = [s.chunk(2) for s in solved]
-            gate_ups = [
-                [replace(half, rows=n) for half, n in zip(pair, ns, strict=True)]
-                for pair, ns in zip(halves, orders, strict=True)
-            ]
-            backs = [
-                [w[n.argsort().to(w.device)] for w, n in zip(both.chunk(2), ns, strict=True)]
-                for both, ns in zip(weights, orders, strict=True)
-            ]
-            return gate_ups, backs
-        gate_ups, backs = [[] for _ in experts], [[] for _ in experts]
+        bits = [(expert.bits.gate, expert.bits.up) for expert in experts]
+        orders = [[falling(part) for part in both] for both in bits]
+        known = tokens_E, (self.ledgers["gate_up"], batch), fallback
+        by_rows = experts[0].bits.axis == "rows"
+        return (self._by_rows if by_rows else self._by_columns)(pairs, bits, orders, H_EHH, known)
+
+    def _by_rows(self, pairs, bits, orders, H_EHH, known) -> tuple[list, list]:
+        """Gate above up, one matrix of every expert: rows are solved independently."""
+        stacked = [
+            torch.cat([w[n.to(w.device)] for w, n in zip(pair, order, strict=True)])
+            for pair, order in zip(pairs, orders, strict=True)
+        ]
+        rows = [
+            torch.cat([b[n] for b, n in zip(both, order, strict=True)])
+            for both, order in zip(bits, orders, strict=True)
+        ]
+        solved, weights = solve_batch(self.solver, stacked, rows, "rows", H_EHH, *known)
+        gate_ups = [
+            [replace(half, rows=n) for half, n in zip(both.chunk(2), order, strict=True)]
+            for both, order in zip(solved, orders, strict=True)
+        ]
+        backs = [
+            [w[n.argsort().to(w.device)] for w, n in zip(both.chunk(2), order, strict=True)]
+            for both, order in zip(weights, orders, strict=True)
+        ]
+        return gate_ups, backs
+
+    def _by_columns(self, pairs, bits, orders, H_EHH, known) -> tuple[list, list]:
+        """Gate and up apart: each has its own order of input channels, hence its own factor."""
+        gate_ups, backs = [[] for _ in pairs], [[] for _ in pairs]
         for part in range(2):
-            column_bits = [(b.gate, b.up)[part] for b in bits]
-            orders = [falling(b) for b in column_bits]
+            moves = [order[part].to(pairs[0][0].device) for order in orders]
             H_ECC = None
             if H_EHH is not None:
-                H_ECC = torch.stack(
-                    [H[n][:, n] for H, n in zip(H_EHH, _there(orders, H_EHH), strict=True)]
-                )
-            matrices = [
-                pair[part][:, n.to(pair[part].device)]
-                for pair, n in zip(pairs, orders, strict=True)
-            ]
-            sorted_bits = [b[n] for b, n in zip(column_bits, orders, strict=True)]
-            args = (matrices, sorted_bits, "columns", H_ECC, tokens_E, (ledger, batch))
-            solved, weights = solve_batch(self.solver, *args, fallback)
-            for e, n in enumerate(orders):
-                gate_ups[e].append(replace(solved[e], columns=n))
-                backs[e].append(weights[e][:, n.argsort().to(weights[e].device)])
+                H_ECC = [H[n][:, n] for H, n in zip(H_EHH, moves, strict=True)]
+            matrices = [pair[part][:, n] for pair, n in zip(pairs, moves, strict=True)]
+            columns = [both[part][order[part]] for both, order in zip(bits, orders, strict=True)]
+            args = (matrices, columns, "columns", H_ECC, *known)
+            for e, (one, weight) in enumerate(zip(*solve_batch(self.solver, *args), strict=True)):
+                gate_ups[e].append(replace(one, columns=moves[e]))
+                backs[e].append(weight[:, moves[e].argsort()])
         return gate_ups, backs
 
     def _inputs(self, batch: list[int]):
@@ -286,7 +286,3 @@ class _Solving:
             h_NM = self.group.act_fn(gate_NM) * up_NM
             found.append(h_NM.T @ h_NM)
         return found
-
-
-def _there(orders: list[torch.Tensor], other: torch.Tensor) -> list[torch.Tensor]:
-    return [order.to(other.device) for order in orders]

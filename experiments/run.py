@@ -25,6 +25,7 @@ from camera.evaluation.parts import Measures, evaluate_streamed
 from camera.evaluation.perplexity import perplexity
 from camera.evaluation.placement import should_stream
 from camera.evaluation.tasks import evaluate_tasks
+from camera.memory import Memory
 from camera.progress import PeakMemory
 from camera.source import resolve_model, write_json
 from camera.statistics import Statistics
@@ -143,6 +144,7 @@ def _camera_compress(settings: Settings, folders: Folders) -> None:
         device=settings.device,
         dtype=settings.dtype,
         statistics=folders.statistics,
+        memory=Memory(**settings.memory),
         trust_remote_code=settings.trust_remote_code,
         name=_base_name(settings),
     )

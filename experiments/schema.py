@@ -55,6 +55,15 @@ class Evaluation:
 
 
 @dataclass
+class MemoryUse:
+    """What is kept in memory while a model is compressed: see `camera.memory.Memory`."""
+
+    phi: choice("auto", "keep", "recompute") = "auto"
+    hidden: choice("auto", "ram", "disk") = "auto"
+    experts: choice("auto", "layer", "visit") = "auto"
+
+
+@dataclass
 class Config:
     """The whole configuration: five groups and the scalars that a study sweeps."""
 
@@ -63,6 +72,7 @@ class Config:
     calibration: Any = MISSING
     evaluation: Evaluation = field(default_factory=Evaluation)
     tracker: Any = MISSING
+    memory: MemoryUse = field(default_factory=MemoryUse)
 
     sparsity: float = 0.2
     sparsity_of: Fraction = Fraction.moe

@@ -14,6 +14,7 @@ from camera.checkpoint import resolve_device
 from camera.data import check_corpus, find_corpus
 from camera.errors import CameraError
 from camera.evaluation.tasks import check_tasks
+from camera.memory import Memory
 from camera.source import resolve_model
 from experiments.constructor import build, locate
 from experiments.schema import EMBEDDED
@@ -31,8 +32,10 @@ class Settings:
     calibration: dict[str, Any]
     evaluation: dict[str, Any]
     tracker: dict[str, Any]
+    memory: dict[str, str]
     sparsity: float
     sparsity_of: str
+    bits: float
     alpha: float
     seed: int
     propagate: str
@@ -103,6 +106,7 @@ def check(settings: Settings) -> None:
         value, least = evaluation[key], 2 if key == "length" else 1
         if value is not None and value < least:
             raise CameraError(f"evaluation.{key}={value} must be at least {least}.")
+    Memory(**settings.memory)
     resolve_device(settings.device)
     resolve_model(settings.model_path, weights=False)
     _check_texts(settings)

@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from camera.bit_plan import (
-    Footprint,
     assign,
     cuts_of,
-    metadata_bits,
     ranking,
     share_path,
     solve_cuts,
@@ -23,6 +21,7 @@ from camera.bit_plan import (
 from camera.errors import CameraError
 from camera.experts.cut import Cut
 from camera.experts.packed_spec import experts_spec, mlp_spec, spec_bytes
+from camera.footprint import Footprint, metadata_bits
 
 HIDDEN, WIDTHS = 64, (96, *[64] * 16)
 ERRORS = {4: 0.01, 3: 0.05, 2: 0.25, 1: 0.7, 0: 1.0}

@@ -30,7 +30,7 @@ def score(streamer, index, **settings):
     streamer.load_layer(index)
     method, ffn = Magnitude(sparsity=0.4, **settings), streamer.feed_forward(index)
     seen = method.observer(index, ffn).result()
-    return method.score(index, seen, sum(ffn.widths))
+    return method.scores(index, seen, sum(ffn.widths))
 
 
 @pytest.mark.parametrize("norm", ["product", "sum"])
@@ -53,10 +53,10 @@ def test_the_product_ignores_rescaling_that_keeps_the_function(checkpoints):
     experts.gate_up_proj.data[3, 24 + 5] *= 4.0  # up row of micro-expert 5 of expert 3
     experts.down_proj.data[3, :, 5] /= 4.0
     ffn, method = streamer.feed_forward(0), Magnitude(sparsity=0.4)
-    after = method.score(0, method.observer(0, ffn).result(), len(before))
+    after = method.scores(0, method.observer(0, ffn).result(), len(before))
     torch.testing.assert_close(after, before, rtol=1e-6, atol=0)
     other = Magnitude(sparsity=0.4, norm="sum")
-    changed = other.score(0, other.observer(0, ffn).result(), len(before))
+    changed = other.scores(0, other.observer(0, ffn).result(), len(before))
     assert not torch.allclose(changed[3 * 24 + 5], score(streamer, 0, norm="sum")[3 * 24 + 5])
 
 
@@ -80,7 +80,7 @@ def test_it_removes_the_smallest_of_every_layer_without_calibration(family, chec
 
 @pytest.mark.parametrize(
     ("settings", "told"),
-    [(dict(norm="max"), r"method\.norm=max"), (dict(rank_scope="global"), "within a layer")],
+    [(dict(norm="max"), r"method\.norm=max"), (dict(rank_scope="all"), "rank_scope=all is none")],
 )
 def test_what_it_does_not_know_is_refused(settings, told, checkpoints, tmp_path):
     method = Magnitude(sparsity=0.4, **settings)

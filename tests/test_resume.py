@@ -17,7 +17,7 @@ LAYERS = 5
 CALLS = (
     "camera.shards.write_tensors",
     "camera.statistics.save_file",
-    "camera.resume.save_file",
+    "camera.resume.write_tensors",
     "camera.resume.write_json",
 )
 
@@ -182,7 +182,7 @@ def test_a_full_disk_can_be_mended_and_gone_on_from(compress, uninterrupted, tmp
         with pytest.raises(Killed):
             compress()
     with monkeypatch.context() as patch:
-        patch.setattr("camera.resume.save_file", full)
+        patch.setattr("camera.resume.write_tensors", full)
         with pytest.raises(CameraError, match="run the same command again"):
             compress()
     compress()

@@ -57,7 +57,7 @@ def _shape(shape: str, args: argparse.Namespace) -> dict:
         found["routed"] = torch.cat((seen.sum2_N, seen.max2_N.double()))
 
     def dense() -> None:
-        found["dense"] = _every_expert(ffn, x_TH)
+        found["dense"] = every_expert(ffn, x_TH)
 
     product, product_flops = matmul_peak(args.device)
     took = take_turns({"routed": routed, "dense": dense, "peak": product}, args.repeats)
@@ -76,7 +76,7 @@ def _shape(shape: str, args: argparse.Namespace) -> dict:
     }
 
 
-def _every_expert(ffn, x_TH: torch.Tensor) -> torch.Tensor:
+def every_expert(ffn, x_TH: torch.Tensor) -> torch.Tensor:
     """Sum and maximum of phi^2 of each micro-expert, from all experts on all tokens."""
     experts = ffn.groups[0]
     _, weight_TK, index_TK = ffn.module.gate(x_TH)
