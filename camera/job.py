@@ -18,6 +18,7 @@ from camera.background import Background
 from camera.card import model_card
 from camera.checkpoint import CameraConfig
 from camera.errors import CameraError
+from camera.heap import give_back
 from camera.measure import Measurement, code_and_device
 from camera.memory import HIDDEN_HELD, Needs
 from camera.method import Method
@@ -138,7 +139,8 @@ class Job:
         elif in_pool:
             seen = self.method.observer(index, streamer.feed_forward(index)).result()
         if in_pool:
-            behind.wait()  # the layer before is on the disk, and out of memory
+            behind.wait()  # the layer before is on the disk,
+            give_back()  # and out of memory
             with self._timed("compress"):
                 kept = self._compress(index, seen)
         if calibration is not None and not dense:

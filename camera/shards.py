@@ -2,7 +2,6 @@
 
 import json
 import logging
-import mmap
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from camera.errors import CameraError
+from camera.heap import room
 
 log = logging.getLogger("camera")
 INDEX = "model.safetensors.index.json"
@@ -140,7 +140,7 @@ def _places(path: Path) -> dict[str, Place]:
 
 
 def _read(file: BinaryIO, place: Place) -> torch.Tensor:
-    raw = _room(place.bytes)
+    raw = room(place.bytes)
     file.seek(place.start)
     view, done = memoryview(raw.numpy()), 0
     while done < place.bytes:  # one read gives 2 GB at most
@@ -149,18 +149,6 @@ def _read(file: BinaryIO, place: Place) -> torch.Tensor:
             raise CameraError(f"shard {place.file} ends early: download it again.")
         done += got
     return raw.view(place.dtype).view(place.shape)
-
-
-def _room(size: int) -> torch.Tensor:
-    """Memory for so many bytes, which goes back to the system once nothing refers to it.
-
-    What malloc got for tensors of a few megabytes it keeps, in an arena of the thread that reads.
-    """
-    if torch.cuda.is_available():
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    if not size:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

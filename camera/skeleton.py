@@ -1,6 +1,5 @@
 """A model of which only the parts asked for are in memory: on meta first, filled from shards."""
 
-import ctypes
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -27,11 +26,11 @@ from camera.checkpoint import (
 )
 from camera.errors import CameraError
 from camera.families import family_of
+from camera.heap import give_back
 from camera.read_ahead import ReadAhead
 from camera.shards import ShardReader, read_places
 from camera.visited import VisitedExperts, is_expert, only_one, places_of
 
-_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 _IN_A_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -196,12 +195,6 @@ class Skeleton:
         if isinstance(self.config.dtype, torch.dtype):
             return self.config.dtype
         return next(iter(self.reader.places.values())).dtype
-
-
-def give_back() -> None:
-    """Have malloc return what was freed to the system; glibc keeps it else, in pieces."""
-    if _TRIM is not None:
-        _TRIM(0)
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

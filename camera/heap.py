@@ -1,0 +1,28 @@
+"""Memory that goes back to the system once it is free.
+
+malloc keeps what was freed below its mmap threshold (glibc: up to 32 MB, and that is most of a
+checkpoint's tensors), for each thread apart: layers that are read in one thread, computed in
+another and written in a third would pile up as pieces that nobody can use.
+"""
+
+import ctypes
+import mmap
+
+import torch
+
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others return it by themselves
+
+
+def room(size: int) -> torch.Tensor:
+    """`size` bytes (uint8) of a mapping of their own, pinned where there is CUDA."""
+    if torch.cuda.is_available():
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+
+
+def give_back() -> None:
+    """Have malloc return to the system what is free."""
+    if _TRIM is not None:
+        _TRIM(0)
