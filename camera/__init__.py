@@ -10,6 +10,7 @@ from camera.calibration import Calibration
 from camera.errors import CameraError
 from camera.native import export
 from camera.prune import CameraP, Dense, Random
+from camera.quantize import CameraQ, CameraQDagger
 from camera.result import CompressionResult
 
 deepseek.register()
@@ -19,6 +20,8 @@ __all__ = [
     "Calibration",
     "CameraError",
     "CameraP",
+    "CameraQ",
+    "CameraQDagger",
     "CompressionResult",
     "Dense",
     "Random",

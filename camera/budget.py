@@ -61,6 +61,7 @@ class Budget:
     layers: dict[int, LayerPool] = field(default_factory=dict)
     model_type: str = ""
     hidden: int = 0  # width of the residual stream
+    weights: dict[str, int] = field(default_factory=dict)  # of the pool's modules, by path
 
     def prunable(self, sparsity_of: str) -> int:
         """Parameters a method may remove: routed experts only if the share is named of these."""
@@ -111,12 +112,14 @@ def budget_of(model: nn.Module, layers: Iterable[nn.Module], family: Family, roo
     views = [FeedForward(layer, family, f"{root}.{i}") for i, layer in enumerate(layers)]
     has_experts = any(view.is_moe for view in views)
     parts: dict[str, bool] = {}  # module path -> routed
+    weights: dict[str, int] = {}
     for i, view in enumerate(views):
         if has_experts and not view.is_moe:
             continue  # the first dense layers of a MoE model are never in a pool
         pool = LayerPool([], [], routing_of(view))
         for group in view.groups:
             parts[group.path] = group.routed
+            weights[group.path] = group.module_size
             pool.widths += group.widths
             pool.routed += [group.routed] * len(group.widths)
         pools[i] = pool
@@ -126,7 +129,9 @@ def budget_of(model: nn.Module, layers: Iterable[nn.Module], family: Family, roo
         for name, p in model.state_dict().items()
         if name not in tied
     }
-    return Budget(count(sizes, parts), pools, model.config.model_type, model.config.hidden_size)
+    return Budget(
+        count(sizes, parts), pools, model.config.model_type, model.config.hidden_size, weights
+    )
 
 
 def count(
@@ -159,23 +164,27 @@ def count(
 
 
 def bits(
-    sizes: dict[str, tuple[int, int]], forms: dict[str, dict[str, Any]], total: Count
+    sizes: dict[str, tuple[int, int]],
+    forms: dict[str, dict[str, Any]],
+    total: Count,
+    weights: dict[str, int],
 ) -> dict[str, float]:
-    """Bits per weight: raw codes and stored (scales included) of what is quantised, whole model.
+    """Bits per weight: raw codes and stored (scales included) of the pool, and of the whole model.
 
-    Where nothing is quantised all three are those of the stored weights.
+    `weights` are those the pool's modules had: what was removed has 0 bits. Where nothing of the
+    pool is quantised all three are those of the stored weights.
     """
     model = 8 * total.bytes / total.model
     raw = {
-        path: FORMS[spec["form"]].raw_bits(spec)
+        path: bits
         for path, spec in forms.items()
-        if FORMS[spec["form"]].raw_bits(spec) is not None
+        if path in weights and (bits := FORMS[spec["form"]].raw_bits(spec)) is not None
     }
-    weights = sum(_weights({path: forms[path] for path in raw}).values())
-    if not weights:
+    if not raw:
         return {"raw": model, "stored": model, "model": model}
+    before = sum(weights[path] for path in raw)
     stored = sum(size for name, (_, size) in sizes.items() if _owner(name, raw) is not None)
-    return {"raw": sum(raw.values()) / weights, "stored": 8 * stored / weights, "model": model}
+    return {"raw": sum(raw.values()) / before, "stored": 8 * stored / before, "model": model}
 
 
 def _weights(forms: dict[str, dict[str, Any]]) -> dict[str, int]:

@@ -7,11 +7,15 @@ import mmap
 import os
 import tempfile
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from camera.errors import CameraError
+
+# by the address of their memory, as long as a tensor lives in it
+_MAPS: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
 
 
 class HiddenStates:
@@ -36,6 +40,7 @@ class HiddenStates:
             _reserve(file.fileno(), size, folder)
             self._map = mmap.mmap(file.fileno(), size)
         self._table_TH = torch.frombuffer(self._map, dtype=dtype).view(tokens, hidden)
+        _MAPS[self._table_TH.data_ptr()] = self._map
 
     @property
     def on_disk(self) -> bool:
@@ -49,8 +54,15 @@ class HiddenStates:
         """Put rows in the place of those from `first` on."""
         rows_TH = hidden_BLH.reshape(-1, hidden_BLH.shape[-1])
         self._table_TH[first : first + len(rows_TH)] = rows_TH
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)  # the pages stay the file's, no longer ours
+        let_go(self._table_TH)
+
+
+def let_go(states: Tensor) -> None:
+    """What was read or written of a table on disk is the process's memory no longer; it is mapped
+    in again when it is needed. Does nothing to other tensors."""
+    mapped = _MAPS.get(states.untyped_storage().data_ptr())
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)  # the file keeps its pages
 
 
 def _reserve(file: int, size: int, folder: Path | None) -> None:

@@ -124,6 +124,8 @@ class Job:
         in_pool = index in streamer.budget.layers
         with self._timed("compress"):
             streamer.load_layer(index)
+            if not dense:
+                self._enter(index)
         if calibration is not None:
             if parallel.world() > 1:
                 behind.wait()  # no process gets more than a layer ahead of another's files
@@ -138,6 +140,8 @@ class Job:
             seen = self.statistics.layers.get(index)
         elif in_pool:
             seen = self.method.observer(index, streamer.feed_forward(index)).result()
+        if dense:
+            self._enter(index)
         if in_pool:
             behind.wait()  # the layer before is on the disk,
             give_back()  # and out of memory
@@ -152,12 +156,11 @@ class Job:
         self, index: int, calibration: Measurement | None, stored: LayerStatistics | None
     ) -> Callable[[], None]:
         """Empty a layer; what is then left to do. Nothing else holds on to its tensors."""
-        streamer, layer = self.streamer, self.streamer.layers[index]
-        state = {f"{streamer.root}.{index}.{n}": t for n, t in layer.state_dict().items()}
-        state = streamer.as_stored(state) if parallel.rank() == 0 else {}
-        streamer.free(layer)
+        streamer = self.streamer
+        with self._timed("compress"):
+            layer = streamer.take_out(streamer.layers[index], f"{streamer.root}.{index}.")
         hidden = calibration.hidden() if calibration is not None else []
-        return partial(self._keep, index, state, self._state(), hidden, stored)
+        return partial(self._keep, index, layer, self._state(), hidden, stored)
 
     def _keep(
         self,
@@ -235,6 +238,10 @@ class Job:
         return copy.deepcopy(found)
 
     @torch.no_grad()
+    def _enter(self, index: int) -> None:
+        self.modules |= self.method.enter(index, self.streamer.feed_forward(index))
+
+    @torch.no_grad()
     def _compress(self, index: int, seen: LayerStatistics | None) -> Kept | None:
         streamer, ffn = self.streamer, self.streamer.feed_forward(index)
         if seen is not None and seen.widths != ffn.widths:
@@ -252,11 +259,9 @@ class Job:
 
     def _write_rest(self) -> None:
         self.streamer.load_rest()
-        model, root = self.streamer.model, self.streamer.root
-        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-        state = model.state_dict().items()
-        rest = {n: t for n, t in state if not n.startswith(f"{root}.") and n not in tied}
-        self._add(len(self.streamer.layers), self.streamer.as_stored(rest))
+        tied = set(getattr(self.streamer.model, "all_tied_weights_keys", None) or {})
+        rest = self.streamer.take_out(self.streamer.model)
+        self._add(len(self.streamer.layers), {n: t for n, t in rest.items() if n not in tied})
         self.writer.close()
 
     def _add(self, index: int, tensors: dict[str, torch.Tensor]) -> None:

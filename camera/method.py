@@ -71,6 +71,10 @@ class Method(ABC):
     ) -> None:
         """Plan what needs all layers at once; called before the first `compress` if one_shot."""
 
+    def enter(self, index: int, ffn: FeedForward) -> dict[str, dict[str, Any]]:
+        """Change what layer `index` has outside its pool, before it is run; the forms by path."""
+        return {}
+
     @abstractmethod
     def compress(
         self, index: int, ffn: FeedForward, seen: LayerStatistics | None, budget: Budget

@@ -39,7 +39,8 @@ class Quantization(Method):
     act_order, static_groups, percdamp, fallback, min_tokens: see camera.gptq.GPTQ.
     weighted_hessian counts a token by its squared routing weight. true_sequential takes down's
     Hessian from the quantised gate and up, on the first `sequential_tokens` inputs of an expert.
-    attn_bits, router_bits: round attention and router to nearest (null: left alone).
+    attn_bits, router_bits: round attention and router to nearest before the layer is run (null:
+    left alone).
     """
 
     calibrates: ClassVar[bool] = True
@@ -142,8 +143,11 @@ class Quantization(Method):
             "group_size": group_size,
             "experts": found,
         }
-        outside = round_outside(ffn, solver, self.attn_bits, self.router_bits)
-        return Outcome(forms | outside, report=report)
+        return Outcome(forms, report=report)
+
+    def enter(self, index: int, ffn: FeedForward) -> dict[str, dict[str, Any]]:
+        size = {None: GROUP_SIZE, -1: None}.get(self.group_size, self.group_size)
+        return round_outside(ffn, self.solver(size), self.attn_bits, self.router_bits)
 
 
 def hidden_size(ffn: FeedForward) -> int:

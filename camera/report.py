@@ -31,7 +31,7 @@ def report(job: Job) -> CompressionResult:
             "of": getattr(job.method, "sparsity_of", None),
             **dense.sparsity(compressed),
         },
-        bits=bits(sizes, forms, compressed),
+        bits=bits(sizes, forms, compressed, streamer.budget.weights),
         bytes={"dense": streamer.reader.bytes, "compressed": job.writer.bytes},
         seconds={name: round(spent, 3) for name, spent in job.seconds.items()},
         peak_memory_bytes=job.memory.bytes,

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from camera.errors import CameraError
 from camera.heap import room
+from camera.hidden import let_go
 
 log = logging.getLogger("camera")
 INDEX = "model.safetensors.index.json"
@@ -245,6 +246,7 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in order:
             file.write(tensors[key].detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            let_go(tensors[key])
 
 
 def replace_durably(partial: Path, path: Path) -> None:

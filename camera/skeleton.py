@@ -133,15 +133,23 @@ class Skeleton:
             lambda name: _layer_of(name) is None and only in name and name not in tied,
         )
 
-    def as_stored(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tensors of this model in the precision that its checkpoint has."""
+    def take_out(self, module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
+        """Free a module; its tensors, by their names with `prefix`, as its checkpoint holds them.
+
+        No more than one is there in both precisions.
+        """
         exempt = self.model._get_dtype_plan(self.stored_dtype)  # what the family keeps in fp32
-        return {
-            name: tensor
-            if not tensor.is_floating_point() or any(part in name for part in exempt)
-            else tensor.to(self.stored_dtype)
-            for name, tensor in tensors.items()
-        }
+        held = {prefix + name: tensor for name, tensor in module.state_dict().items()}
+        held = {name: tensor for name, tensor in held.items() if not tensor.is_meta}
+        self.free(module)
+        found = {}
+        for name in list(held):
+            tensor = held.pop(name)
+            if tensor.is_floating_point() and not any(part in name for part in exempt):
+                tensor = tensor.to(self.stored_dtype)
+            found[name] = tensor
+        give_back()
+        return found
 
     def free(self, module: nn.Module) -> None:
         """Give a module's memory back."""

@@ -14,7 +14,8 @@ from torch import nn
 from camera.blocks import swapped
 from camera.capture import Observer, Output, Tap, Trace, observe
 from camera.errors import CameraError
-from camera.hidden import HiddenStates
+from camera.heap import give_back
+from camera.hidden import HiddenStates, let_go
 from camera.memory import Memory, Needs, needs
 from camera.skeleton import Skeleton, all_finite
 from camera.slicer import Kept
@@ -87,6 +88,7 @@ class Streamer(Skeleton):
                 residual = unwrap(layer(batch.hidden_BLH.to(self.device), **batch.kwargs[index]))
             batch.hidden_BLH = self._keep(residual)
             batch.ffn_input_BLH = self._keep(seen[0])
+        give_back()
 
     @torch.no_grad()
     def observe(
@@ -115,15 +117,19 @@ class Streamer(Skeleton):
             sink = None
             if propagate:
                 sink = batch.output = Output(x_BLH if visit is None else batch.ffn_input_BLH)
+                if visit is not None:  # all batches' at once
+                    sink.y_TH = self._keep(sink.y_TH)
             elif trace:
                 sink = batch.trace = Trace()
             observe(ffn, x_BLH, observer, mask_T, sink, visit and visit.record)
+            let_go(batch.ffn_input_BLH)
             if propagate and visit is None:
                 self._finish(index, batch, ffn.residual_scale)
         if visit is not None:
             visit.look(observer, self.device)
             for batch in batches if propagate else ():
                 self._finish(index, batch, ffn.residual_scale)
+        give_back()
 
     @torch.no_grad()
     def propagate(self, index: int, batches: list[Batch], kept: Kept | None = None) -> None:
@@ -139,6 +145,7 @@ class Streamer(Skeleton):
             else:
                 y_BLH = batch.trace.finish(ffn, kept, Output(x_BLH)).view_as(x_BLH)
             self._add(index, batch, y_BLH, ffn.residual_scale)
+        give_back()
 
     def _finish(self, index: int, batch: Batch, scale: float) -> None:
         y_TH, batch.output = batch.output.y_TH.to(self.device), None

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from camera.blocks import RoutedExperts
-from camera.capture import Observer, Sink, one_expert, routed_slots
+from camera.capture import Observer, Output, Sink, one_expert, routed_slots
 from camera.experts import Form
+from camera.hidden import let_go
 from camera.shards import Place
 
 # Keys of experts in checkpoints: one tensor per expert, or all of a layer in one.
@@ -89,6 +90,9 @@ class Visit:
                 if sink is None and shown_N is not None:
                     x_NH, a_N, shown_N = x_NH[shown_N], a_N[shown_N], None
                 one_expert(self._group, expert, observer, shown_N, sink, tokens_N, x_NH, a_N)
+                let_go(x_TH)
+                if isinstance(sink, Output):
+                    let_go(sink.y_TH)
 
 
 def is_expert(key: str) -> bool:

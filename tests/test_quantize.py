@@ -356,7 +356,12 @@ def in_memory(method, family, folder, tokens_NL):
     if method.one_shot:
         dense = {i: look(i, capture(model, i, tokens_NL)[0]) for i in todo}
         method.prepare(dense, budget)
-    for i in todo:
+    for i, layer in enumerate(layers):
+        view = views.get(i) or FeedForward(layer, family_of(family), f"model.layers.{i}")
+        with torch.no_grad():
+            method.enter(i, view)
+        if i not in views:
+            continue
         seen = look(i, capture(model, i, tokens_NL)[0]) if method.calibrates else None
         with torch.no_grad():
             method.compress(i, views[i], seen, budget)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
@@ -33,6 +33,7 @@ def measure_speed(
     prompt_length: int = 128,
     new_tokens: int = 16,
     repeats: int = 7,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Prefill and decode speed of both models at every batch size.
 
@@ -41,7 +42,8 @@ def measure_speed(
     `repeats` turns counts, and `ratio` is the median of the ratios within a turn. Native experts
     run in whichever of transformers' own implementations is fastest here, chosen for each batch
     size and phase. `text` is 1-D token ids (whose routing decides which experts are read); of a
-    tokenizer or the size of a vocabulary, random ids.
+    tokenizer or the size of a vocabulary, random ids. With `clock=time.process_time` a model that
+    runs on one CPU thread is measured without what other programs take meanwhile.
 
     Returns {"batches": {"1": {"prefill": {"dense", "compressed", "ratio", "implementation"},
     "decode": {...}}, ...}, "settings": {...}}: tokens/s of all prompts together, how many times
@@ -57,7 +59,7 @@ def measure_speed(
     with _restored(dense), _restored(compressed):
         for size in batch_sizes:
             ids_BL = _prompts(text, size, prompt_length + new_tokens).to(dense.device)
-            batches[str(size)] = _compare(models, ids_BL, prompt_length, repeats)
+            batches[str(size)] = _compare(models, ids_BL, prompt_length, repeats, clock)
     place = {"device": dense.device.type, "dtype": str(dense.dtype).removeprefix("torch.")}
     place |= {"threads": torch.get_num_threads()} if dense.device.type == "cpu" else {}
     return {"batches": batches, "settings": counts | place}
@@ -69,6 +71,7 @@ class _Runner:
 
     model: PreTrainedModel
     ways: tuple[str | None, str | None]
+    clock: Callable[[], float]
     seconds: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PHASES})
 
     @torch.no_grad()
@@ -93,15 +96,19 @@ class _Runner:
     def _now(self) -> float:
         if self.model.device.type != "cpu":
             torch.accelerator.synchronize()
-        return time.perf_counter()
+        return self.clock()
 
 
 def _compare(
-    models: dict[str, PreTrainedModel], ids_BL: torch.Tensor, prompt_length: int, repeats: int
+    models: dict[str, PreTrainedModel],
+    ids_BL: torch.Tensor,
+    prompt_length: int,
+    repeats: int,
+    clock: Callable[[], float],
 ) -> dict[str, dict[str, Any]]:
     runners = {}
     for side, model in models.items():
-        every = [_Runner(model, ways) for ways in _ways(model, len(ids_BL))]
+        every = [_Runner(model, ways, clock) for ways in _ways(model, len(ids_BL))]
         runners[side] = _favourites(every, ids_BL, prompt_length)
     everyone = [runner for some in runners.values() for runner in some]
     for repeat in range(repeats):
@@ -135,7 +142,7 @@ def _favourites(runners: list[_Runner], ids_BL: torch.Tensor, prompt_length: int
         ways = {runner.ways[i]: runner for runner in reversed(runners)}  # the first of each way
         limit = ALSO_RAN * min(runner.seconds[phase][-1] for runner in ways.values())
         near += [runner for runner in ways.values() if runner.seconds[phase][-1] <= limit]
-    return [_Runner(runner.model, runner.ways) for runner in runners if runner in near]
+    return [_Runner(r.model, r.ways, r.clock) for r in runners if r in near]
 
 
 def _ways(model: PreTrainedModel, batch_size: int) -> list[tuple[str | None, str | None]]:

@@ -15,7 +15,7 @@ import torch
 from camera.capture import observe
 from camera.energy import EnergyObserver
 from experiments.bench._layers import SHAPES, feed_forward, random_model
-from experiments.bench._timing import matmul_peak, take_turns
+from experiments.bench._timing import clock, matmul_peak, take_turns
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--scale", type=int, default=4, help="divides both widths of the experts")
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="torch threads (0: as they are)")
     parser.add_argument("--device", default="cpu")
 
@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> dict:
         "tokens": args.tokens,
         "scale": args.scale,
         "threads": torch.get_num_threads(),
+        "clock": clock().__name__,
         "device": args.device,
         "shapes": {shape: _shape(shape, args) for shape in args.shapes},
     }

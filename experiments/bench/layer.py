@@ -20,7 +20,7 @@ from camera.energy import EnergyObserver
 from camera.plan import keep_highest
 from camera.slicer import kept_rows, slice_layer
 from experiments.bench._layers import SHAPES, feed_forward, random_model
-from experiments.bench._timing import take_turns
+from experiments.bench._timing import clock, take_turns
 from experiments.bench.energy import every_expert
 
 ALPHA = 0.9
@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> dict:
         "tokens": args.samples * args.length,
         "sparsity": args.sparsity,
         "threads": torch.get_num_threads(),
+        "clock": clock().__name__,
         "device": args.device,
         "one_pass_s": round(took["one_pass"], 4),
         "reference_s": round(took["reference"], 4),
