@@ -7,6 +7,7 @@ Importing this package teaches transformers the checkpoint format `camera` and t
 from camera import checkpoint, deepseek
 from camera.api import compress, describe
 from camera.calibration import Calibration
+from camera.dequantize import dequantize
 from camera.errors import CameraError
 from camera.native import export
 from camera.prune import CameraP, Dense, Random
@@ -27,6 +28,7 @@ __all__ = [
     "Random",
     "checkpoint",
     "compress",
+    "dequantize",
     "describe",
     "export",
 ]

@@ -9,7 +9,7 @@ from camera.checkpoint import load_tokenizer, resolve_device
 from camera.errors import CameraError
 from camera.job import Job
 from camera.measure import Measurement
-from camera.memory import Memory
+from camera.memory import Memory, gigabytes
 from camera.method import METHODS, Method
 from camera.progress import PeakMemory
 from camera.result import CompressionResult, versions
@@ -85,7 +85,9 @@ def compress(
         elif method.one_shot:
             job.weigh()
         job.compress_layers(tokens_pass)
-        return job.finish()
+        result = job.finish()
+    log.info("%s: this took %s", out.name, gigabytes(job.memory.added))
+    return result
 
 
 def describe(model: str | Path, trust_remote_code: bool = False) -> CompressionResult:

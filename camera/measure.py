@@ -12,6 +12,7 @@ from filelock import FileLock
 from camera import backward, parallel
 from camera.backward import EachLayer
 from camera.calibration import CalibrationTokens
+from camera.memory import BATCH_TOKENS
 from camera.method import Method
 from camera.result import versions
 from camera.resume import Progress, code_version
@@ -19,8 +20,6 @@ from camera.slicer import Kept
 from camera.source import content_key, fingerprint
 from camera.statistics import LayerStatistics, Statistics
 from camera.stream import Batch, Streamer
-
-BATCH_TOKENS = 8192
 
 
 class Measurement:

@@ -5,6 +5,7 @@ from typing import Literal
 
 import psutil
 import torch
+from torch import nn
 
 from camera.errors import CameraError
 from camera.skeleton import Skeleton
@@ -13,6 +14,12 @@ PHI_LIMIT = 8 * 2**30  # bytes of phi of one layer that `phi=auto` keeps
 HIDDEN_SHARE = 0.3  # of the memory that is free: more than that of hidden states goes to disk
 LAYERS_HELD = 3  # one computed, one read ahead or converted, one cut or written behind
 HIDDEN_HELD = 3  # the layer's inputs, its FFN's inputs, and those the last layer is recorded with
+OUTSIDE_HELD = 1.5  # embeddings and head, and the one of them that is converted
+BATCH_TOKENS = 8192  # that go through a layer together
+# What computing a batch takes, in tables of its hidden states: its attention, or its experts' few
+# tokens each; and, per expert of a token, when a whole FFN runs on it.
+BATCH_TABLES = 8
+SLOT_TABLES = 4
 CHOICES = {
     "phi": ("auto", "keep", "recompute"),
     "hidden": ("auto", "ram", "disk"),
@@ -46,27 +53,34 @@ class Needs:
     """What a run takes, in bytes, and what that decides."""
 
     layer: int  # the largest, as it is computed
+    experts: int  # of the largest layer, routed
+    outside: int  # embeddings, final norm, head
     hidden: int  # one table of hidden states
     phi: int  # of the widest layer
+    working: int  # what computing one batch takes
     keep_phi: bool
     hidden_on_disk: bool
     visit: bool
-    experts: int  # of the largest layer, routed
 
     @property
     def peak(self) -> int:
-        """What the run adds to the process: c1 * largest layer + c2 * hidden states + phi."""
-        layer = self.layer - self.experts if self.visit else self.layer
-        hidden = 0 if self.hidden_on_disk else self.hidden
-        return LAYERS_HELD * layer + HIDDEN_HELD * hidden + self.phi * self.keep_phi
+        """What the run adds to the process at most: c1 * largest layer + c2 * hidden states + phi
+        + what a batch takes; where experts are visited, those that stay are a layer's last part."""
+        layers = LAYERS_HELD * self.layer
+        if self.visit:
+            layers += self.experts - LAYERS_HELD * self.experts
+        tokens = 0 if self.hidden_on_disk else HIDDEN_HELD * self.hidden
+        tokens += self.working + self.phi * self.keep_phi
+        return max(layers + tokens, int(OUTSIDE_HELD * self.outside))
 
     def __str__(self) -> str:
         visited = ", its experts visited one by one" if self.visit else ""
         place = "on disk" if self.hidden_on_disk else "in memory"
         phi = "kept" if self.keep_phi else "computed again"
         return (
-            f"about {_gb(self.peak)} beside the process itself (largest layer {_gb(self.layer)}"
-            f"{visited}, hidden states {_gb(self.hidden)} {place}, phi {_gb(self.phi)} {phi})"
+            f"about {gigabytes(self.peak)} beside the process itself (largest layer "
+            f"{gigabytes(self.layer)}{visited}, hidden states {gigabytes(self.hidden)} {place}, "
+            f"phi {gigabytes(self.phi)} {phi}, a batch {gigabytes(self.working)})"
         )
 
 
@@ -75,34 +89,45 @@ def needs(skeleton: Skeleton, memory: Memory, tokens: int, slices: bool) -> Need
 
     What changes rounding (phi, experts) is decided by sizes alone, never by what is free now.
     """
-    size = skeleton.dtype.itemsize
-    layers = [sum(p.numel() for p in layer.parameters()) * size for layer in skeleton.layers]
+    size, config = skeleton.dtype.itemsize, skeleton.config
+    layers = [_parameters(layer) * size for layer in skeleton.layers]
     experts = [
         sum(group.module_size for group in skeleton.feed_forward(i).groups if group.routed) * size
         for i in range(len(layers))
     ]
-    hidden = tokens * skeleton.config.hidden_size * size
+    hidden = tokens * config.hidden_size * size
     phi = int(tokens * _active_width(skeleton) * size)
     visit = memory.experts == "visit"
     if memory.experts == "auto":
-        visit = LAYERS_HELD * max(layers) > _total(skeleton.device) and not skeleton.compressed
+        visit = LAYERS_HELD * max(layers) > _total(skeleton.device)
+    visit = visit and max(experts) > 0 and not skeleton.compressed
     keep_phi = memory.phi == "keep" or (memory.phi == "auto" and phi <= PHI_LIMIT)
+    keep_phi = keep_phi and slices and not visit and tokens > 0
     on_disk = memory.hidden == "disk"
     if memory.hidden == "auto":
         on_disk = HIDDEN_HELD * hidden > HIDDEN_SHARE * psutil.virtual_memory().available
+    top_k = getattr(config, "num_experts_per_tok", 1) if max(experts) else 1
+    tables = BATCH_TABLES if keep_phi else BATCH_TABLES + SLOT_TABLES * top_k
     return Needs(
-        max(layers),
-        hidden,
-        phi,
-        keep_phi and slices and not visit and tokens > 0,
-        on_disk,
-        visit,
-        max(experts),
+        layer=max(layers),
+        experts=max(experts),
+        outside=_parameters(skeleton.model) * size - sum(layers),
+        hidden=hidden,
+        phi=phi,
+        working=min(tokens, BATCH_TOKENS) * config.hidden_size * size * tables,
+        keep_phi=keep_phi,
+        hidden_on_disk=on_disk,
+        visit=visit,
     )
 
 
-def _gb(size: int) -> str:
+def gigabytes(size: int) -> str:
+    """A number of bytes for people."""
     return f"{size / 1e9:.2f} GB"
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _active_width(skeleton: Skeleton) -> float:

@@ -1,4 +1,4 @@
-"""Write a compressed checkpoint as a plain native one, for programs that know no ragged experts.
+"""Write a compressed checkpoint as a plain native one, for programs that know only these.
 
 Shapes: E experts, W native width of one expert, H hidden.
 """
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from camera.checkpoint import CameraConfig, load_model
+from camera.dequantize import dequantize
 from camera.errors import CameraError
 from camera.experts import RaggedExperts
 from camera.families import family_of
@@ -23,7 +24,8 @@ from camera.source import copy_companions
 
 
 def export(checkpoint: str | Path, out: str | Path, width_multiple: int = 8) -> Path:
-    """Zero-pad every expert to the widest one's width, a multiple of `width_multiple`.
+    """Unpack what is packed; zero-pad every expert to the widest one's width, a multiple of
+    `width_multiple`.
 
     The result is a native checkpoint of the base model's type whose logits equal the compressed
     model's (a padded micro-expert gives act(0) * 0 = 0). Raises CameraError where the family's
@@ -34,7 +36,7 @@ def export(checkpoint: str | Path, out: str | Path, width_multiple: int = 8) -> 
         raise CameraError(f"width_multiple={width_multiple} must be at least 1.")
     if out.exists():
         raise CameraError(f"{out} exists already: delete it or choose another folder.")
-    model = load_model(checkpoint, device="cpu")
+    model = dequantize(load_model(checkpoint, device="cpu"))
     stored = getattr(model.config, "quantization_config", None)
     if not isinstance(stored, CameraConfig):
         raise CameraError(f"{checkpoint} is not a compressed checkpoint: nothing to export.")

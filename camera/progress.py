@@ -22,6 +22,7 @@ class PeakMemory:
         self._device, self._every = device, every
         self._stop = threading.Event()
         self._sampled = 0
+        self.before = 0  # held when the block began
 
     @property
     def bytes(self) -> int:
@@ -36,7 +37,13 @@ class PeakMemory:
             return torch.cuda.memory_allocated(self._device)
         return psutil.Process().memory_info().rss
 
+    @property
+    def added(self) -> int:
+        """What the block added at its peak."""
+        return self.bytes - self.before
+
     def __enter__(self) -> "PeakMemory":
+        self.before = self.now()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         else:

@@ -35,6 +35,7 @@ def report(job: Job) -> CompressionResult:
         bytes={"dense": streamer.reader.bytes, "compressed": job.writer.bytes},
         seconds={name: round(spent, 3) for name, spent in job.seconds.items()},
         peak_memory_bytes=job.memory.bytes,
+        expected_memory_bytes=job.memory.before + job.needs.peak,
         coverage=coverage,
         widths=job.widths,
         full_widths=job.full_widths,

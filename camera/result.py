@@ -16,7 +16,8 @@ class CompressionResult:
     bits: dict[str, float]  # per weight: raw, stored with metadata, average of the whole model
     bytes: dict[str, int]  # dense, compressed
     seconds: dict[str, float] = field(default_factory=dict)  # calibrate, compress
-    peak_memory_bytes: int = 0
+    peak_memory_bytes: int = 0  # of the process (on an accelerator: of its memory)
+    expected_memory_bytes: int = 0  # the same, as estimated when it began
     coverage: dict[str, Any] = field(default_factory=dict)
     widths: dict[str, list[int]] = field(default_factory=dict)  # kept, by module path
     full_widths: dict[str, int] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from experiments.tiny_moe import layout
 
 # What is a matter of the machine: a run that ran out of memory goes on with a smaller batch
 # instead of starting again.
-MACHINE = ("batch_size", "perplexity_batch_size", "stream")
+MACHINE = ("batch_size", "perplexity_batch_size", "stream", "unpack")
 
 
 @dataclass(frozen=True)

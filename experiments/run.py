@@ -192,6 +192,8 @@ def _load(settings: Settings, folders: Folders) -> tuple[Any, Any]:
         disable_progress_bar()
     with _checkpoint(settings, folders) as path:
         model = load_model(path, settings.device, settings.dtype, remote)
+        if settings.evaluation["unpack"]:
+            camera.dequantize(model)
         return model, load_tokenizer(path, remote)
 
 

@@ -40,7 +40,8 @@ class Evaluation:
 
     `batch_size` is of the tasks; `perplexity_batch_size` is of blocks, whose logits are as long as
     the context and by far the largest tensor there. `stream` says whether the model is read layer
-    by layer (`auto`: where it doesn't fit the memory there is), in batches of its own size.
+    by layer (`auto`: where it doesn't fit the memory there is), in batches of its own size; else
+    `unpack` trades the memory that packed weights save for speed, which changes no number.
     """
 
     perplexity: list[Corpus] = field(default_factory=list)
@@ -52,6 +53,7 @@ class Evaluation:
     batch_size: int = 1
     perplexity_batch_size: int = 1
     stream: Stream = Stream.auto
+    unpack: bool = True
 
 
 @dataclass

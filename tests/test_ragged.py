@@ -82,7 +82,7 @@ def test_routing_weights_in_more_precision_than_the_tokens_are_kept():
     assert (y_TH.double() - expected).norm() <= 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize("way", ["forward", "by_expert", "gathered", "all_at_once"])
+@pytest.mark.parametrize("way", ["forward", "by_expert", "by_width", "gathered", "all_at_once"])
 @pytest.mark.parametrize("tokens", [1, 6])
 def test_gradients_are_those_of_the_plain_loop(way, tokens):
     def gradients(run) -> list[torch.Tensor]:
@@ -126,13 +126,18 @@ def test_an_emptied_layer_adds_nothing():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "width", "way"),
-    [(1, 8, "one_token"), (4, 8, "all_at_once"), (512, 200, "by_expert")],
+    ("tokens", "widths", "way"),
+    [
+        (1, [8] * 8, "one_token"),
+        (4, [8] * 8, "all_at_once"),
+        (512, [200] * 4 + [100] * 4, "by_width"),
+        (512, list(range(200, 208)), "by_expert"),
+    ],
 )
 def test_a_cpu_runs_few_tokens_small_layers_and_the_rest_each_in_its_way(
-    tokens, width, way, monkeypatch
+    tokens, widths, way, monkeypatch
 ):
-    experts, ran = make([width] * 8), []
+    experts, ran = make(widths), []
     for name in WAYS[1:]:
         monkeypatch.setattr(experts, name, lambda x, *_, name=name: ran.append(name))
     with torch.no_grad():

@@ -20,9 +20,10 @@ from camera.experts.form import Form
 
 # A CPU without instructions for half precision multiplies such matrices many times slower.
 SLOW_HALF = "AVX512" not in torch.backends.cpu.get_cpu_capability()
-# Multiplications that take as long as one more expert in a loop, and the tokens below which
-# reading a matrix, not multiplying by it, is what takes time: measured on one core.
+# Multiplications that take as long as one more expert in a loop (a third of that by width), and
+# the tokens below which reading a matrix, not multiplying by it, takes the time: on one core.
 LOOP_STEP, READING_TOKENS = 2_000_000, 16
+FEW = 4  # experts of a width, on average, from which a CPU runs them by width
 
 
 class RaggedExperts(nn.Module, Form):
@@ -53,6 +54,7 @@ class RaggedExperts(nn.Module, Form):
         for expert in self.order:
             self.starts[expert] = self.micro_experts
             self.micro_experts += self.widths[expert]
+        self.few_widths = len(set(self.widths)) * FEW <= len(widths)
         rows = self.micro_experts
         self.gate_up_proj = nn.Parameter(torch.empty(2 * rows, hidden, device=device, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(rows, hidden, device=device, dtype=dtype))
@@ -87,8 +89,9 @@ class RaggedExperts(nn.Module, Form):
         """Map x_TH, index_TK, weight_TK to y_TH, in the way that is fastest for this many tokens.
 
         All ways are equal up to the order of summation. On a CPU one token visits its K experts,
-        and layers so small that a loop would take longer than the arithmetic run in one product.
-        On an accelerator few tokens gather their experts' rows; many run by width.
+        and layers so small that a loop would take longer than the arithmetic run in one product;
+        the others run by width where few are different, else by expert. On an accelerator few
+        tokens gather their experts' rows; many run by width.
         """
         tokens, top_k = top_k_index.shape
         if not tokens or not self.micro_experts:
@@ -104,6 +107,8 @@ class RaggedExperts(nn.Module, Form):
                 run = self.one_token
             elif self._is_small(tokens, top_k):
                 run = self.all_at_once
+            elif self.few_widths and hasattr(F, "grouped_mm"):
+                run = self.by_width
         return run(hidden_states, top_k_index, top_k_weights)
 
     def one_token(
@@ -219,9 +224,9 @@ class RaggedExperts(nn.Module, Form):
 
     def _is_small(self, tokens: int, top_k: int) -> bool:
         """Whether all products together take less time than a loop over the experts hit."""
-        hit = min(self.num_experts, tokens * top_k)
+        steps = min(self.num_experts, tokens * top_k) / (3 if self.few_widths else 1)
         work = max(tokens, READING_TOKENS) * 3 * self.micro_experts * self.hidden_dim
-        return work <= LOOP_STEP * hit
+        return work <= LOOP_STEP * steps
 
     def _columns(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """For every row of `down_proj`: its gate row, its up row, the expert it belongs to."""
