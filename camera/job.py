@@ -131,6 +131,10 @@ class Job:
                 behind.wait()  # no process gets more than a layer ahead of another's files
             with self._timed("calibrate"):
                 calibration.attend(index)
+        behind.wait()  # the layer before is on the disk,
+        give_back()  # and out of memory
+        if calibration is not None:
+            with self._timed("calibrate"):
                 if in_pool:
                     seen = calibration.measure(index, propagate=dense, trace=trace)
                     stored = self.statistics.layers[index] = seen.stored()
@@ -143,10 +147,9 @@ class Job:
         if dense:
             self._enter(index)
         if in_pool:
-            behind.wait()  # the layer before is on the disk,
-            give_back()  # and out of memory
             with self._timed("compress"):
                 kept = self._compress(index, seen)
+            give_back()
         if calibration is not None and not dense:
             with self._timed("calibrate"):
                 calibration.propagate(index, kept)

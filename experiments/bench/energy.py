@@ -22,8 +22,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m experiments.bench energy`."""
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--scale", type=int, default=4, help="divides both widths of the experts")
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=8192, help="as a run takes at once")
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="torch threads (0: as they are)")
     parser.add_argument("--device", default="cpu")
 
