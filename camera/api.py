@@ -71,7 +71,8 @@ def compress(
             max_length=getattr(streamer.config, "max_position_embeddings", None),
         )
         job.calibration = Measurement(name, streamer, method, tokens, job.each_layer)
-    job.needs = streamer.prepare(memory or Memory(), job.tokens, method.slices, out.parent)
+    holds = method.holds(streamer.budget)
+    job.needs = streamer.prepare(memory or Memory(), job.tokens, method.slices, out.parent, holds)
     log.info("%s: this takes %s", out.name, job.needs)
     require_space(out.parent, job.bytes_to_come())
     with PeakMemory(streamer.device) as job.memory:

@@ -57,7 +57,7 @@ class Trace:
         groups = {group.path: group for group in ffn.groups}
         for path, expert, tokens_N, phi_NW in self._seen:
             rows = kept[path][expert].to(phi_NW.device)
-            output(groups[path], expert, tokens_N, phi_NW[:, rows])
+            output(groups[path], expert, tokens_N, phi_NW.index_select(1, rows))
         return output.y_TH
 
 
@@ -125,7 +125,8 @@ def _routed(
             slots = slots[mask_T[slots // top_k]]
         tokens_N = slots // top_k
         shown_N = mask_T[tokens_N] if mask_T is not None else None
-        one_expert(group, expert, observer, shown_N, sink, tokens_N, x_TH[tokens_N], weight[slots])
+        x_NH, a_N = x_TH.index_select(0, tokens_N), weight.index_select(0, slots)
+        one_expert(group, expert, observer, shown_N, sink, tokens_N, x_NH, a_N)
     return torch.zeros_like(x_TH)
 
 

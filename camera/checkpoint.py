@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from camera.errors import CameraError
 from camera.experts import FORMS
 
-FORMAT = 1
+FORMAT = 2
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -45,6 +45,11 @@ class CameraConfig(QuantizationConfigMixin):
         self.format = format
         self.modules = modules or {}
         self.made_by = made_by or {}
+        if format < FORMAT:
+            raise CameraError(
+                f"checkpoint format {format} is older than this package reads ({FORMAT}): compress "
+                "the model again."
+            )
         if format > FORMAT:
             raise CameraError(
                 f"checkpoint format {format} is newer than this package knows ({FORMAT}): "

@@ -15,6 +15,7 @@ from camera.blocks import FeedForward, RoutedExperts
 from camera.errors import CameraError
 from camera.experts import Form
 from camera.families import family_of
+from camera.visited import VisitedExperts
 
 # what a router holds of each expert along its first dimension
 PER_EXPERT = ("weight", "bias", "e_score_correction_bias")
@@ -50,7 +51,11 @@ def routing_of(ffn: FeedForward) -> Routing | None:
 
     That is a dense FFN, and experts that already stand in a compressed form.
     """
-    if not ffn.is_moe or isinstance(_experts(ffn).module, Form):
+    if not ffn.is_moe:
+        return None
+    if isinstance(_experts(ffn).module, Form) and not isinstance(
+        _experts(ffn).module, VisitedExperts
+    ):
         return None
     router = _router(ffn)
     experts = len(_experts(ffn).widths)
@@ -79,9 +84,14 @@ def drop_experts(ffn: FeedForward, keep: Sequence[int]) -> None:
         )
     stay = sorted(set(keep))
     _refuse(group.path, stay, routing)
+    router, parts = _router(ffn), [(_router(ffn), PER_EXPERT)]
+    if isinstance(group.module, VisitedExperts):
+        group.module = group.module.whole(stay)
+        ffn.replace(group, group.module)
+    else:
+        parts.append((group.module, ("gate_up_proj", "down_proj")))
     index = torch.tensor(stay, device=group.module.down_proj.device)
-    router = _router(ffn)
-    for module, names in ((group.module, ("gate_up_proj", "down_proj")), (router, PER_EXPERT)):
+    for module, names in parts:
         for name in names:
             tensor = getattr(module, name, None)
             if isinstance(tensor, nn.Parameter):

@@ -32,6 +32,7 @@ from camera.slicer import Kept
 from camera.source import copy_companions, fingerprint, write_json
 from camera.statistics import LayerStatistics, Statistics
 from camera.stream import Streamer
+from camera.visited import VisitedExperts
 
 REPORT = "camera.json"
 
@@ -255,6 +256,11 @@ class Job:
         if outcome.report:
             self.layer_reports[str(index)] = outcome.report
         for group in streamer.feed_forward(index).groups:
+            if isinstance(group.module, VisitedExperts):
+                raise CameraError(
+                    f"method {self.method.name} leaves the experts of layer {index} where they "
+                    "are, on disk: set memory.experts=layer."
+                )
             self.widths[group.path] = group.widths
             if group.routed:
                 self.routed.add(group.path)

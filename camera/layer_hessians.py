@@ -58,6 +58,11 @@ class LayerHessians(LayerEnergy):
         return LayerEnergy(**{f.name: getattr(self, f.name) for f in fields(LayerEnergy)})
 
 
+def hessian_bytes(hidden: int, widths: list[int]) -> int:
+    """What a HessianObserver of experts of these widths holds: 4 sum(H^2 + W^2)."""
+    return 4 * sum(hidden**2 + width**2 for width in widths)
+
+
 class HessianObserver:
     """Gathers a layer's energies and Hessians from any number of `camera.capture.observe` passes.
 

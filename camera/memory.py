@@ -58,34 +58,40 @@ class Needs:
     hidden: int  # one table of hidden states
     phi: int  # of the widest layer
     working: int  # what computing one batch takes
+    holds: int  # what the method has beside the layer: what it saw, and its work
     keep_phi: bool
     hidden_on_disk: bool
     visit: bool
 
     @property
     def peak(self) -> int:
-        """What the run adds to the process at most: c1 * largest layer + c2 * hidden states + phi
-        + what a batch takes; where experts are visited, those that stay are a layer's last part."""
+        """What the run adds to the process at most.
+
+        c1 * largest layer + c2 * hidden states + phi + what a batch or the method's work takes;
+        where experts are visited, those that stay count once.
+        """
         layers = LAYERS_HELD * self.layer
         if self.visit:
             layers += self.experts - LAYERS_HELD * self.experts
         tokens = 0 if self.hidden_on_disk else HIDDEN_HELD * self.hidden
-        tokens += self.working + self.phi * self.keep_phi
+        tokens += max(self.working, self.holds) + self.phi * self.keep_phi
         return max(layers + tokens, int(OUTSIDE_HELD * self.outside))
 
     def __str__(self) -> str:
         visited = ", its experts visited one by one" if self.visit else ""
         place = "on disk" if self.hidden_on_disk else "in memory"
         phi = "kept" if self.keep_phi else "computed again"
+        work = f", the method's work {gigabytes(self.holds)}" if self.holds else ""
         return (
             f"about {gigabytes(self.peak)} beside the process itself (largest layer "
             f"{gigabytes(self.layer)}{visited}, hidden states {gigabytes(self.hidden)} {place}, "
-            f"phi {gigabytes(self.phi)} {phi}, a batch {gigabytes(self.working)})"
+            f"phi {gigabytes(self.phi)} {phi}, a batch {gigabytes(self.working)}{work})"
         )
 
 
-def needs(skeleton: Skeleton, memory: Memory, tokens: int, slices: bool) -> Needs:
-    """What a run over so many calibration tokens takes; `slices`: the method only cuts layers.
+def needs(skeleton: Skeleton, memory: Memory, tokens: int, slices: bool, holds: int = 0) -> Needs:
+    """What a run over so many calibration tokens takes. Of the method: `slices` says that it only
+    cuts layers, `holds` the bytes it has beside one (Method.holds).
 
     What changes rounding (phi, experts) is decided by sizes alone, never by what is free now.
     """
@@ -115,6 +121,7 @@ def needs(skeleton: Skeleton, memory: Memory, tokens: int, slices: bool) -> Need
         hidden=hidden,
         phi=phi,
         working=min(tokens, BATCH_TOKENS) * config.hidden_size * size * tables,
+        holds=holds,
         keep_phi=keep_phi,
         hidden_on_disk=on_disk,
         visit=visit,

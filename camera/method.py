@@ -66,6 +66,10 @@ class Method(ABC):
         """What looks at layer `index` in a calibration pass; its `result` is what is seen."""
         return EnergyObserver(ffn)
 
+    def holds(self, budget: Budget) -> int:
+        """Bytes that what is seen of a layer, and working on it, take beside the layer."""
+        return 0
+
     def prepare(  # noqa: B027 (most methods have nothing to do here)
         self, statistics: dict[int, LayerStatistics], budget: Budget
     ) -> None:

@@ -19,10 +19,10 @@ from camera.experts.packed_linear import PackedLinear, PackedRouter
 from camera.experts.packed_spec import linear_spec, router_spec, spec_bytes, spec_code_bits
 from camera.footprint import Footprint
 from camera.gptq import GPTQ
-from camera.layer_hessians import HessianObserver, LayerHessians
+from camera.layer_hessians import HessianObserver, LayerHessians, hessian_bytes
 from camera.method import Method, Outcome
 from camera.quantizer import CLIPS
-from camera.solve_layer import ExpertBits, solve_layer
+from camera.solve_layer import SOLVE_BYTES, ExpertBits, solve_layer, solving_bytes
 from camera.statistics import LayerStatistics
 
 GROUP_SIZE = 128
@@ -114,6 +114,14 @@ class Quantization(Method):
     def scattered(self) -> bool:
         """Whether the columns of a scale group aren't neighbours, so that orders are stored."""
         return self.act_order and not self.static_groups
+
+    def holds(self, budget: Budget) -> int:
+        hidden, most = budget.hidden, 0
+        for pool in budget.layers.values():
+            solving = len(pool.widths) * solving_bytes(hidden, max(pool.widths))
+            seen = hessian_bytes(hidden, pool.widths) if self.calibrates else 0
+            most = max(most, seen + 5 * min(solving, SOLVE_BYTES) // 4)  # a quarter packs codes
+        return most
 
     def observer(self, index: int, ffn: FeedForward) -> Any:
         if self.true_sequential and parallel.world() > 1:

@@ -64,6 +64,11 @@ def falling(bits: torch.Tensor) -> torch.Tensor:
     return torch.argsort(bits, descending=True, stable=True)
 
 
+def solving_bytes(hidden: int, width: int) -> int:
+    """What solving one expert takes: Hessians, factors and weights, in fp32."""
+    return 4 * (6 * hidden**2 + 6 * width**2 + 12 * hidden * width)
+
+
 def solve_layer(
     ffn: FeedForward,
     plan: list[ExpertBits],
@@ -192,7 +197,7 @@ class _Solving:
         for e in reversed(order):
             width = len(self.experts[e].order_M)
             widest = len(self.experts[batch[0]].order_M) if batch else width
-            each = 4 * (6 * hidden**2 + 6 * widest**2 + 12 * hidden * widest)
+            each = solving_bytes(hidden, widest)
             uneven = _moves_columns(self.solver) and width != widest
             if batch and (uneven or (len(batch) + 1) * each > SOLVE_BYTES):
                 yield batch

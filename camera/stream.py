@@ -42,9 +42,11 @@ class Streamer(Skeleton):
 
     spill: Path | None = None
 
-    def prepare(self, memory: Memory, tokens: int, slices: bool, folder: Path) -> Needs:
+    def prepare(
+        self, memory: Memory, tokens: int, slices: bool, folder: Path, holds: int = 0
+    ) -> Needs:
         """Decide what stays in memory for a run over so many tokens, and say what that takes."""
-        found = needs(self, memory, tokens, slices)
+        found = needs(self, memory, tokens, slices, holds)
         self.visit = found.visit
         self.spill = folder if found.hidden_on_disk else None
         return found

@@ -46,6 +46,19 @@ class VisitedExperts(nn.Module, Form):
     def down(self, expert: int) -> torch.Tensor:
         return self._visit(expert)[2]
 
+    def whole(self, experts: list[int]) -> nn.Module:
+        """The native module with these experts alone, in memory."""
+        native = self.native[0]
+        shapes = {"gate_up_proj": native.gate_up_proj.shape, "down_proj": native.down_proj.shape}
+        like = self.down(experts[0])
+        for name, (_, *shape) in shapes.items():
+            table = like.new_empty(len(experts), *shape)
+            setattr(native, name, nn.Parameter(table, requires_grad=False))
+        for place, expert in enumerate(experts):
+            native.gate_up_proj[place] = self.gate_up(expert)
+            native.down_proj[place] = self.down(expert)
+        return native
+
     def _visit(self, expert: int) -> tuple[int, torch.Tensor, torch.Tensor]:
         if self._last is None or self._last[0] != expert:
             self._last = None  # before the next one is read

@@ -113,6 +113,8 @@ def _compression(settings: Settings) -> dict[str, Any]:
 
 def _evaluation(settings: Settings) -> dict[str, Any]:
     kept = {key: value for key, value in settings.evaluation.items() if key not in MACHINE}
+    if not kept["speed"]["batch_sizes"]:
+        del kept["speed"]
     return {"evaluation": kept, "data": _place(settings.data), "seed": settings.seed}
 
 

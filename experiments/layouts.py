@@ -17,6 +17,10 @@ HEADERS = {
     "sparsity_moe": "MoE",
     "sparsity_model": "Whole",
     "sparsity_routed": "Routed",
+    "bits": "Bits",
+    "bits_raw": "Raw",
+    "bits_stored": "Stored",
+    "bits_model": "Bits of all",
     "wikitext2": "Wiki2",
     "c4": "C4",
     "boolq": "BoolQ",
@@ -32,13 +36,24 @@ HEADERS = {
     "size_mb": "MB",
     "minutes": "Minutes",
     "peak_gb": "Peak GB",
+    "prefill_x": "Prefill ×",
+    "decode_x": "Decode ×",
     "status": "Status",
 }
 TEXTS = ("model", "method", "settings", "sparsity_of", "status")
 DIGITS = {"sparsity": 3, "wikitext2": 2, "c4": 2, "peak_gb": 2}
+DIGITS |= {
+    "prefill_x": 2,
+    "decode_x": 2,
+    "bits": 2,
+    "bits_raw": 2,
+    "bits_stored": 2,
+    "bits_model": 2,
+}
 UNTOLD = ("folder", "_identity")
-NAMES = ("Model", "Method", "Settings", "Sparsity")
-COSTS = ("of", "MoE", "Whole", "Routed", "MB", "Minutes", "Peak GB", "Status")
+NAMES = ("Model", "Method", "Settings", "Sparsity", "Bits")
+COSTS = ("of", "MoE", "Whole", "Routed", "Raw", "Stored", "Bits of all")
+COSTS += ("MB", "Minutes", "Peak GB", "Status")
 
 
 def paper_layout(runs: pd.DataFrame) -> pd.DataFrame:

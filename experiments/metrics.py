@@ -41,7 +41,8 @@ def assemble(
     seconds = dict(compression["seconds"])
     seconds["perplexity"] = sum(part["seconds"] for part in perplexities.values())
     seconds["tasks"] = sum(part["seconds"] for part in tasks.values())
-    seconds["evaluate"] = seconds["perplexity"] + seconds["tasks"]
+    seconds["speed"] = results.get("speed", {}).get("seconds", 0.0)
+    seconds["evaluate"] = seconds["perplexity"] + seconds["tasks"] + seconds["speed"]
     return {
         "method": settings.method_name,
         "model": settings.model["name"],
@@ -51,6 +52,7 @@ def assemble(
         "perplexity": {name: part["perplexity"] for name, part in perplexities.items()},
         "tasks": {name: {key: part[key] for key in SCORES} for name, part in tasks.items()},
         "average": average(tasks) if tasks else None,
+        "speed": results["speed"]["batches"] if "speed" in results else None,
         "bytes": compression["bytes"],
         "seconds": seconds,
         "peak_memory_bytes": compression["peak_memory_bytes"],

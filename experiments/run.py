@@ -22,8 +22,9 @@ from camera.calibration import Calibration
 from camera.checkpoint import load_model, load_tokenizer
 from camera.errors import CameraError
 from camera.evaluation.parts import Measures, evaluate_streamed
-from camera.evaluation.perplexity import perplexity
+from camera.evaluation.perplexity import perplexity, read_passage
 from camera.evaluation.placement import should_stream
+from camera.evaluation.speed import measure_speed
 from camera.evaluation.tasks import evaluate_tasks
 from camera.memory import Memory
 from camera.progress import PeakMemory
@@ -192,7 +193,7 @@ def _load(settings: Settings, folders: Folders) -> tuple[Any, Any]:
         disable_progress_bar()
     with _checkpoint(settings, folders) as path:
         model = load_model(path, settings.device, settings.dtype, remote)
-        if settings.evaluation["unpack"]:
+        if settings.evaluation["unpack"] and not settings.evaluation["speed"]["batch_sizes"]:
             camera.dequantize(model)
         return model, load_tokenizer(path, remote)
 
@@ -249,7 +250,20 @@ def _measurements(settings: Settings) -> dict[str, Callable[[Any, Any], dict[str
         )
     for task in asked["tasks"]:
         measures[f"task-{task}"] = partial(_task, settings, task, data)
+    if settings.compresses and asked["speed"]["batch_sizes"]:
+        measures["speed"] = partial(_speed, settings)
     return measures
+
+
+def _speed(settings: Settings, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """The compressed model against the original, taking turns in this process."""
+    dense = load_model(
+        settings.model_path, settings.device, settings.dtype, settings.trust_remote_code
+    )
+    text = read_passage(dense, tokenizer, corpus="wikitext2", data=settings.texts()).ids_S
+    started = time.perf_counter()
+    found = measure_speed(dense, model, text, **settings.evaluation["speed"])
+    return found | {"seconds": time.perf_counter() - started}
 
 
 def _measured(

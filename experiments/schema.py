@@ -35,6 +35,16 @@ class Model:
 
 
 @dataclass
+class Speed:
+    """Tokens per second against the original; without batch sizes it isn't measured."""
+
+    batch_sizes: list[int] = field(default_factory=list)
+    prompt_length: int = 128
+    new_tokens: int = 16
+    repeats: int = 7
+
+
+@dataclass
 class Evaluation:
     """What is measured: corpora for perplexity, lm-eval tasks, and how much of each.
 
@@ -54,6 +64,7 @@ class Evaluation:
     perplexity_batch_size: int = 1
     stream: Stream = Stream.auto
     unpack: bool = True
+    speed: Speed = field(default_factory=Speed)
 
 
 @dataclass

@@ -118,6 +118,8 @@ def _check_texts(settings: Settings) -> None:
     if settings.calibrates:
         calibration = Calibration(**arguments(settings.calibration))
         check_calibration(calibration, data=settings.texts())
+    if settings.evaluation["speed"]["batch_sizes"]:
+        corpora = [*corpora, "wikitext2"]  # its prompts
     for corpus in corpora:
         check_corpus(settings.texts(), corpus, find_corpus(corpus).evaluated, key="evaluation")
     if tasks:

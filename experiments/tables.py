@@ -20,10 +20,11 @@ from experiments.layouts import paper_layout, print_table, to_latex, to_markdown
 
 KEYS = ["model", "method", "settings", "sparsity", "sparsity_of"]
 REALISED = ["moe", "model", "routed"]
+BITS = ["bits", "bits_raw", "bits_stored", "bits_model"]
 CORPORA = ["wikitext2", "c4"]
 COSTS = ["size_mb", "minutes", "peak_gb"]
 # What every run has of its own, or what the table shows in columns of their own.
-UNNAMED = ("model", "method._target_", "method.sparsity", "method.sparsity_of")
+UNNAMED = ("model", "method._target_", "method.sparsity", "method.sparsity_of", "method.bits")
 
 
 def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
@@ -38,7 +39,7 @@ def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
         return frame
     frame["settings"] = _telling_settings(rows)
     order = frame.assign(_compressed=frame["method"] != "dense")
-    by = ["model", "_compressed", "sparsity", "method", "settings", "folder"]
+    by = ["model", "_compressed", "sparsity", "bits", "method", "settings", "folder"]
     return frame.loc[order.sort_values(by, na_position="first").index].reset_index(drop=True)
 
 
@@ -76,9 +77,9 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
     found = {column for row in rows for column in row}
     tasks = [task for task in NINE_TASKS if task in found]
     realised = [f"sparsity_{of}" for of in REALISED]
-    known = [*KEYS, *realised, *CORPORA, *tasks, "average", *COSTS, "status", "folder", "_identity"]
-    others = sorted(found - set(known))
-    return [*known[:8], *CORPORA, *tasks, *others, *known[-7:]]
+    first = [*KEYS, *realised, *BITS, *CORPORA, *tasks]
+    last = ["average", *COSTS, "status", "folder", "_identity"]
+    return [*first, *sorted(found - {*first, *last}), *last]
 
 
 def _row(folder: Path) -> dict[str, Any]:
@@ -90,6 +91,7 @@ def _row(folder: Path) -> dict[str, Any]:
         "method": stored["method"],
         "sparsity": _percent(method.get("sparsity")),
         "sparsity_of": method.get("sparsity_of"),
+        "bits": method.get("bits"),
         "status": _status(folder),
         "folder": folder.name,
         "_identity": identity,
@@ -98,13 +100,18 @@ def _row(folder: Path) -> dict[str, Any]:
         return row
     metrics = read_json(folder / "metrics.json")
     realised = {f"sparsity_{of}": _percent(metrics["sparsity"][of]) for of in REALISED}
+    bits = {f"bits_{of}": value for of, value in metrics["bits"].items()} if row["bits"] else {}
     scores = {task: 100 * headline(result) for task, result in metrics["tasks"].items()}
+    first = next(iter((metrics.get("speed") or {}).values()), {})  # of the smallest batch
+    speed = {f"{phase}_x": part["ratio"] for phase, part in first.items()}
     seconds, peak = metrics["seconds"], metrics["peak_memory_bytes"]
     return (
         row
         | realised
+        | bits
         | metrics["perplexity"]
         | scores
+        | speed
         | {
             "average": metrics["average"],
             "size_mb": metrics["bytes"]["compressed"] / 1e6,

@@ -46,9 +46,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny", choices=list(MODELS))
     parser.add_argument("--sparsity", type=float, nargs="+", default=list(GOALS))
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--prompt-length", type=int, default=32)
+    parser.add_argument("--prompt-length", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1, help="torch threads (0: as they are)")
     parser.add_argument("--device", default="cpu")
 
