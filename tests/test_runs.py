@@ -8,7 +8,7 @@ import pytest
 from composing import choices, settings_of, tiny
 
 import camera
-from camera import job
+from camera import prune
 from camera.errors import CameraError
 from camera.evaluation.tasks import NINE_TASKS
 from experiments import run as run_module
@@ -211,7 +211,10 @@ def test_a_checkpoint_can_be_given_up_once_it_is_measured(make):
 
 @pytest.mark.parametrize("method", choices("method"))
 def test_every_method_runs(method, make):
-    assert (run(make(f"method={method}")) / "DONE").exists()
+    # tiny layers: what two bits and their scales come to is far from 2.25
+    bits = {"gptq": 3.2, "rtn": 3.2, "mc": 3.2}.get(method)
+    folder = run(make(f"method={method}", *([f"bits={bits}"] if bits else [])))
+    assert (folder / "DONE").exists()
 
 
 @pytest.mark.parametrize("calibration", choices("calibration"))
@@ -256,18 +259,18 @@ def test_a_run_killed_while_it_measures_does_not_look_finished(make, monkeypatch
 def test_a_run_killed_while_it_compresses_leaves_no_checkpoint_and_force_starts_anew(
     make, monkeypatch
 ):
-    sliced, slice_layer = [], job.slice_layer
+    sliced, slice_layer = [], prune.slice_layer
 
     def killed(*arguments):
         sliced.append(arguments)
         if len(sliced) == 2:
             raise RuntimeError("killed")
-        slice_layer(*arguments)
+        return slice_layer(*arguments)
 
     settings = make("evaluation=none")
     folders = Folders.of(settings)
     with monkeypatch.context() as patch:
-        patch.setattr(job, "slice_layer", killed)
+        patch.setattr(prune, "slice_layer", killed)
         with pytest.raises(RuntimeError, match="killed"):
             run(settings)
     assert folders.partial.exists() and not folders.checkpoint.exists()

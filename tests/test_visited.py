@@ -7,11 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import baselines.gptq  # noqa: F401 (registers the method)
+import baselines.gptq
+import baselines.reap  # noqa: F401 (these register methods)
 import camera
 from camera.blocks import FeedForward
 from camera.errors import CameraError
 from camera.memory import Memory
+from camera.method import Outcome
 from camera.shards import ShardReader, read_places
 from camera.statistics import Statistics
 from camera.stream import Streamer
@@ -106,6 +108,19 @@ def test_quantisers_visit_too(method, propagate, cut):
     assert mine.keys() == theirs.keys()
     differing = sum((mine[name] != theirs[name]).sum().item() for name in mine)
     assert differing <= 0.01 * sum(tensor.numel() for tensor in mine.values())
+
+
+def test_whole_experts_are_dropped_from_the_disk_too(cut):
+    options = dict(method="reap", sparsity=0.25)
+    visited = cut("deepseek_v3", "as published", "visit", **options)
+    assert_same(visited, cut("deepseek_v3", "as published", "layer", **options))
+
+
+def test_a_method_that_leaves_the_experts_on_disk_is_refused(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("camera.prune.Random.compress", lambda *_: Outcome({}))
+    asked = dict(sparsity=0.3, memory=Memory(experts="visit"), device="cpu", progress=False)
+    with pytest.raises(CameraError, match=r"layer 0.*on disk: set memory\.experts=layer"):
+        camera.compress(source("olmoe", "fused"), "random", tmp_path / "out", **asked)
 
 
 def test_what_visiting_saves_is_not_read_with_the_layer(source, monkeypatch):
