@@ -1,7 +1,7 @@
 """The layer that comes next is read while this one computes; never more than one."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from time import perf_counter
 
 import torch
@@ -18,7 +18,6 @@ class ReadAhead:
 
     def __init__(self, read: Read, layers: int, device: torch.device):
         self._read, self._layers, self._device = read, layers, device
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._coming: tuple[int, Future] | None = None
         self._last, self._up = -1, True
@@ -30,8 +29,8 @@ class ReadAhead:
         coming, self._coming = self._coming, None
         if coming is None or coming[0] != index:
             if coming is not None:
-                coming[1].result()  # wanted or not: never two at a time
-            coming = index, self._thread.submit(self._fetch, index)
+                wait([coming[1]])  # wanted or not: never two at a time
+            coming = self._begin(index)
         tensors = coming[1].result()
         if self._stream is not None:
             for tensor in tensors.values():
@@ -44,7 +43,14 @@ class ReadAhead:
         """Begin to read what follows the layer taken last."""
         index = self._last + (1 if self._up else -1)
         if self._coming is None and 0 <= index < self._layers:
-            self._coming = index, self._thread.submit(self._fetch, index)
+            self._coming = self._begin(index)
+
+    def _begin(self, index: int) -> tuple[int, Future]:
+        thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        try:
+            return index, thread.submit(self._fetch, index)
+        finally:
+            thread.shutdown(wait=False)  # it ends with the layer
 
     def _fetch(self, index: int) -> dict[str, torch.Tensor]:
         start = perf_counter()

@@ -245,7 +245,8 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in order:
-            file.write(tensors[key].detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            whole = tensors[key].detach().cpu().contiguous().reshape(-1)
+            file.write(whole.view(torch.uint8).numpy().data)
             let_go(tensors[key])
 
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from camera.data import CORPORA, hub_errors
 from camera.errors import CameraError
-from camera.evaluation.tasks import NINE_TASKS, hub_address
+from camera.evaluation.definitions import NINE_TASKS, hub_address
 
 
 def mirror(

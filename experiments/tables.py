@@ -14,7 +14,8 @@ from typing import Any
 import pandas as pd
 
 from camera.errors import CameraError
-from camera.evaluation.tasks import NINE_TASKS, headline
+from camera.evaluation.definitions import NINE_TASKS
+from camera.evaluation.tasks import headline
 from experiments.folders import read_json
 from experiments.layouts import paper_layout, print_table, to_latex, to_markdown
 

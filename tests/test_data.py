@@ -19,7 +19,7 @@ from camera.data import (
     rows_hash,
 )
 from camera.errors import CameraError
-from camera.evaluation import tasks as evaluation_tasks
+from camera.evaluation import definitions
 from experiments.mirror import main, mirror
 
 WIKI = ["", " = Title = \n", "", " A line . \n", " Second line\u2028with a break . \n", ""]
@@ -98,8 +98,8 @@ def test_mirror_command(tmp_path, hub, capsys, monkeypatch):
     assert main([str(tmp_path), "--c4-documents", "0"]) == 1
     assert "--c4-documents 0" in capsys.readouterr().err
     # lm-eval's whole index takes a quarter of a minute to read; the nine's stands in for it.
-    nine = evaluation_tasks._task_manager(True)
-    monkeypatch.setattr(evaluation_tasks, "_task_manager", lambda only_nine: nine)
+    nine = definitions._task_manager(True)
+    monkeypatch.setattr(definitions, "_task_manager", lambda only_nine: nine)
     assert main([str(tmp_path), "--tasks", "piqqa"]) == 1
     assert "did you mean piqa" in capsys.readouterr().err
 

@@ -88,7 +88,7 @@ def took(checkpoints, data_folder, tmp_path_factory):
     }
     cut, quantised = ("camera_p", {"sparsity": 0.3}), ("camera_q", {"bits": 3.0})
     visited, jobs = {"experts": "visit"}, {}
-    for name, model, (method, settings), memory in (
+    for name, model, (method, settings), asked in (
         ("first", "tiny", cut, {}),
         ("second", "tiny", quantised, visited),
         ("deep", "deep", cut, {}),
@@ -96,7 +96,7 @@ def took(checkpoints, data_folder, tmp_path_factory):
         ("visited", "wide", ("camera_p", {"sparsity": 0.75}), visited),
     ):
         job = {"model": models[model], "out": folder / f"{name}-out", "method": method}
-        jobs[name] = json.dumps(job | {"settings": settings, "memory": memory}, default=str)
+        jobs[name] = json.dumps(job | {"settings": settings, "memory": asked}, default=str)
     script = folder / "measured.py"
     script.write_text(MEASURED)
     done = subprocess.run(

@@ -10,7 +10,7 @@ from composing import choices, settings_of, tiny
 import camera
 from camera import prune
 from camera.errors import CameraError
-from camera.evaluation.tasks import NINE_TASKS
+from camera.evaluation.definitions import NINE_TASKS
 from experiments import run as run_module
 from experiments import settings as settings_module
 from experiments.folders import Folders

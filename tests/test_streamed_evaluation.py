@@ -15,12 +15,13 @@ import camera
 from camera.checkpoint import load_model, load_tokenizer
 from camera.errors import CameraError
 from camera.evaluation import placement
+from camera.evaluation.definitions import quiet
 from camera.evaluation.parts import Measures, Parts, evaluate_streamed
 from camera.evaluation.perplexity import perplexity
 from camera.evaluation.placement import free_memory, should_stream, weight_bytes
 from camera.evaluation.streamed import StreamedEvaluation
 from camera.evaluation.streamed_lm import StreamedLM
-from camera.evaluation.tasks import evaluate_tasks, quiet, read_tasks
+from camera.evaluation.tasks import evaluate_tasks, read_tasks
 from camera.hidden import HiddenStates
 from camera.stream import Streamer
 from conftest import build_tokenizer, write_layout

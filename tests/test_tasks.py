@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from camera.data import rows_hash
 from camera.errors import CameraError
-from camera.evaluation.tasks import NINE_TASKS, average, check_tasks, evaluate_tasks, headline
+from camera.evaluation.definitions import NINE_TASKS
+from camera.evaluation.tasks import average, check_tasks, evaluate_tasks, headline
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 CHOICES = {"text": ["a dog", "an owl", "rain", "the old stone"], "label": ["A", "B", "C", "D"]}
@@ -250,10 +251,10 @@ def test_what_cannot_be_is_refused_before_the_first_task(model, tokenizer, data,
 
 def test_unknown_and_unsuitable_tasks_are_refused(data, monkeypatch):
     # lm-eval's whole index takes a quarter of a minute to read; the nine's stands in for it.
-    from camera.evaluation import tasks
+    from camera.evaluation import definitions
 
-    nine = tasks._task_manager(True)
-    monkeypatch.setattr(tasks, "_task_manager", lambda only_nine: nine)
+    nine = definitions._task_manager(True)
+    monkeypatch.setattr(definitions, "_task_manager", lambda only_nine: nine)
     with pytest.raises(CameraError, match="boolqq is no task of lm-eval; did you mean boolq"):
         check_tasks(["boolqq"], data=data)
     with pytest.raises(CameraError, match="ai2_arc is a group of lm-eval, not a task"):

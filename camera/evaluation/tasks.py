@@ -1,47 +1,17 @@
 """Zero-shot tasks by lm-eval's own definitions, from the hub or from an offline folder."""
 
-import contextlib
 import copy
-import difflib
-import functools
-import logging
 import math
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from camera.data import HUB, data_folder, hub_errors, layout_file, read_jsonl, rows_hash
+from camera.data import data_folder, layout_file
 from camera.errors import CameraError
-
-NINE_TASKS: tuple[str, ...] = (
-    "boolq",
-    "openbookqa",
-    "rte",
-    "arc_easy",
-    "winogrande",
-    "hellaswag",
-    "arc_challenge",
-    "piqa",
-    "mathqa",
-)
-# Where lm-eval keeps the nine: reading these folders takes milliseconds, its whole index a quarter
-# of a minute.
-NINE_FOLDERS = (
-    "super_glue/boolq",
-    "openbookqa",
-    "glue/rte",
-    "arc",
-    "winogrande",
-    "hellaswag",
-    "piqa",
-    "mathqa",
-)
-KEY = "evaluation.tasks"
-NOISY_LOGGERS = ("lm_eval", "datasets", "transformers.tokenization_utils_base")
+from camera.evaluation.definitions import KEY, NINE_TASKS, build_task, quiet, row_file, task_config
 
 
 def evaluate_tasks(
@@ -103,13 +73,13 @@ def check_tasks(tasks: Sequence[str], *, data: str | Path) -> None:
         )
     data_folder(data)
     for task in tasks:
-        config = _config(task)
+        config = task_config(task)
         if "acc" not in [metric["metric"] for metric in config.get("metric_list") or []]:
             raise CameraError(
                 f"{KEY}: {task} does not measure accuracy (acc), which the tables are made of; "
                 "leave it out"
             )
-        layout_file(data, _relative(task))
+        layout_file(data, row_file(task))
 
 
 def headline(task_result: Mapping[str, Any]) -> float:
@@ -123,17 +93,6 @@ def average(results: Mapping[str, Mapping[str, Any]]) -> float:
     if not results:
         raise CameraError(f"{KEY}: there is no task result to average; run one task or more")
     return 100 * sum(headline(result) for result in results.values()) / len(results)
-
-
-def hub_address(task: str) -> dict[str, Any]:
-    """Arguments of `datasets.load_dataset` for the split that lm-eval evaluates."""
-    config = _config(task)
-    return {
-        "path": config["dataset_path"],
-        "name": config.get("dataset_name"),
-        "split": _split(config),
-        **(config.get("dataset_kwargs") or {}),
-    }
 
 
 @dataclass(frozen=True)
@@ -152,7 +111,7 @@ class Task:
     def over(cls, name: str, data: str | Path, limit: int | None, seed: int) -> "Task":
         """A task over its rows in `data`, set up as lm-eval's simple_evaluate does it."""
         started = time.perf_counter()
-        built, rows_sha256, provenance = _build(name, data, limit)
+        built, rows_sha256, provenance = build_task(name, data, limit)
         # simple_evaluate also spends seconds per call on a report of the machine, which the run
         # records once.
         built.set_config(key="num_fewshot", value=0)
@@ -197,93 +156,6 @@ class Task:
         }
 
 
-def _build(task: str, data: str | Path, limit: int | None) -> tuple[Any, str, str]:
-    """lm-eval's task over its rows, the hash of the rows, and where they came from."""
-    config = dict(_config(task))
-    split = _split(config)
-    path = layout_file(data, _relative(task))
-    if path is None:
-        with hub_errors(config["dataset_path"]):
-            built = _load(task, config)
-        name = "/".join(filter(None, (config["dataset_path"], config.get("dataset_name"))))
-        return built, rows_hash(built.dataset[split]), f"{HUB}: {name} ({split})"
-
-    import datasets
-
-    rows = read_jsonl(path)
-    # None of the nine drops rows as it prepares them, so what lies beyond the limit need not be
-    # prepared; another task may.
-    kept = rows[:limit] if task in NINE_TASKS else rows
-    # Rows in memory, not the json loader: nothing is written, and no cache can serve what a file
-    # held before.
-    config.update(
-        dataset_path=None,
-        dataset_name=None,
-        dataset_kwargs=None,
-        custom_dataset=lambda **_: {split: datasets.Dataset.from_list(kept)},
-        training_split=None,
-        validation_split=None,
-        test_split=None,
-        fewshot_split=None,
-    )
-    config["test_split" if split == "test" else "validation_split"] = split
-    try:
-        built = _load(task, config)
-    except Exception as error:
-        reason = (str(error) or "no reason given").splitlines()[0][:200]
-        raise CameraError(
-            f"{path} does not hold rows that lm-eval's {task} can read ({type(error).__name__}: "
-            f"{reason}); write it again with `python -m experiments.mirror DIR`"
-        ) from error
-    kinds = Counter(row["provenance"] for row in rows if "provenance" in row)
-    counts = "".join(f", {count} {kind}" for kind, count in sorted(kinds.items()))
-    return built, rows_hash(rows), f"folder: {_relative(task)} ({split}{counts})"
-
-
-def _relative(task: str) -> str:
-    return f"tasks/{task}.jsonl.gz"
-
-
-def _split(config: Mapping[str, Any]) -> str:
-    return config.get("test_split") or config["validation_split"]
-
-
-def _load(task: str, config: dict[str, Any]):
-    manager = _task_manager(task in NINE_TASKS)
-    return manager.load([config])["tasks"][task]
-
-
-@functools.cache
-def _task_manager(only_nine: bool):
-    import lm_eval.tasks
-
-    if not only_nine:
-        return lm_eval.tasks.TaskManager()
-    root = Path(lm_eval.tasks.__file__).parent
-    folders = [root / folder for folder in NINE_FOLDERS]
-    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
-
-
-def _config(task: str) -> dict[str, Any]:
-    """lm-eval's YAML of a task, functions resolved; CameraError for what is not a single task."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    with quiet():
-        manager = _task_manager(task in NINE_TASKS)
-    if task not in manager.all_subtasks:
-        near = difflib.get_close_matches(str(task), manager.all_subtasks + list(NINE_TASKS), n=3)
-        hint = (
-            f"did you mean {', '.join(near)}" if near else f"the nine are {', '.join(NINE_TASKS)}"
-        )
-        what = (
-            "is a group of lm-eval, not a task"
-            if task in manager.all_tasks
-            else "is no task of lm-eval"
-        )
-        raise CameraError(f"{KEY}: {task} {what}; {hint}")
-    return load_yaml(manager.task_index[task].yaml_path)
-
-
 def _language_model(model, tokenizer, batch_size, max_length, softmax_dtype, progress):
     """lm-eval's own wrapper of the model; `restore()` puts back the train/eval state it changes."""
     from camera.evaluation.packed_lm import PackedLM
@@ -326,25 +198,3 @@ def _seed_everything(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence lm-eval's and the data libraries' reports, except errors."""
-    import datasets
-    import lm_eval.api.task
-
-    levels = {name: logging.getLogger(name).level for name in NOISY_LOGGERS}
-    bar, bars_were_on = lm_eval.api.task.tqdm, datasets.are_progress_bars_disabled() is False
-    for name in NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    lm_eval.api.task.tqdm = functools.partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        lm_eval.api.task.tqdm = bar
-        if bars_were_on:
-            datasets.enable_progress_bars()
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
