@@ -141,7 +141,11 @@ class Quantization(Method):
         forms, found = solve_layer(
             ffn, bits, solver, hessians, true_sequential=self.true_sequential
         )
-        specs = forms.values()
+        specs, plan = forms.values(), iter(bits)
+        # of gate, up and down, which are equally large; what is removed counts as 0
+        mean_bits = {
+            group.path: [mean_of(next(plan)) for _ in group.widths] for group in ffn.groups
+        }
         report = {
             "bits": {  # of the weights that were there, the removed ones included
                 "target": self.bits,
@@ -149,6 +153,7 @@ class Quantization(Method):
                 "raw": sum(map(spec_code_bits, specs)) / weights if weights else 0.0,
             },
             "group_size": group_size,
+            "mean_bits": mean_bits,
             "experts": found,
         }
         return Outcome(forms, report=report)
@@ -156,6 +161,12 @@ class Quantization(Method):
     def enter(self, index: int, ffn: FeedForward) -> dict[str, dict[str, Any]]:
         size = {None: GROUP_SIZE, -1: None}.get(self.group_size, self.group_size)
         return round_outside(ffn, self.solver(size), self.attn_bits, self.router_bits)
+
+
+def mean_of(expert: ExpertBits) -> float:
+    """Bits per weight of one expert, without scales; 0 for one without micro-experts."""
+    parts = [part.double().mean().item() for part in (expert.gate, expert.up, expert.down)]
+    return sum(parts) / 3 if len(expert.down) else 0.0
 
 
 def hidden_size(ffn: FeedForward) -> int:

@@ -1,4 +1,4 @@
-"""Figures of a run: how energy is distributed in each layer, and how wide each expert stays."""
+"""Figures of a run: a layer's distribution of energy, and what of each expert stays."""
 
 from __future__ import annotations
 
@@ -50,7 +50,21 @@ def draw_energies(histograms: dict[int, Histogram], file: Path) -> Path:
 
 def draw_widths(widths: dict[str, list[int]], full: dict[str, int], file: Path) -> Path:
     """Layer x expert: the share of its micro-experts that each expert keeps, shared ones as s."""
-    shared, routed = _kept_shares(widths, full)
+    shares = {path: [100 * width / full[path] for width in kept] for path, kept in widths.items()}
+    label = "% of the expert's micro-experts"
+    return _draw_experts(shares, 100, "Kept width of experts", label, file)
+
+
+def draw_bits(bits: dict[str, list[float]], file: Path) -> Path:
+    """Layer x expert: the mean bits of each expert's weights, without scales."""
+    most = max((value for values in bits.values() for value in values), default=1)
+    return _draw_experts(bits, most, "Bits of experts", "bits per weight", file)
+
+
+def _draw_experts(
+    values: dict[str, list[float]], most: float, title: str, label: str, file: Path
+) -> Path:
+    shared, routed = _by_layer(values)
     layers = sorted(shared.keys() | routed.keys())
     s, r = (max(map(len, kept.values()), default=0) for kept in (shared, routed))
     grid = np.full((len(layers), s + r), np.nan)
@@ -62,7 +76,7 @@ def draw_widths(widths: dict[str, list[int]], full: dict[str, int], file: Path) 
         figure, axes = plt.subplots(figsize=size)
         colours = plt.get_cmap(COLOURS).with_extremes(bad=ABSENT)
         mesh = axes.imshow(
-            100 * grid, cmap=colours, vmin=0, vmax=100, aspect="auto", interpolation="nearest"
+            grid, cmap=colours, vmin=0, vmax=most, aspect="auto", interpolation="nearest"
         )
         if s and r:
             axes.axvline(s - 0.5, color="white", linewidth=3)
@@ -70,8 +84,8 @@ def draw_widths(widths: dict[str, list[int]], full: dict[str, int], file: Path) 
         experts = list(range(0, r, step))
         axes.set_xticks([*range(s), *(s + e for e in experts)], ["s"] * s + list(map(str, experts)))
         _label_layers(axes, layers)
-        axes.set(xlabel="expert", ylabel="layer", title="Kept width of experts")
-        figure.colorbar(mesh, label="% of the expert's micro-experts")
+        axes.set(xlabel="expert", ylabel="layer", title=title)
+        figure.colorbar(mesh, label=label)
         return _save(figure, file)
 
 
@@ -84,20 +98,19 @@ def _height(layers: list[int]) -> float:
     return 1.4 + 0.22 * max(len(layers), 6)
 
 
-def _kept_shares(
-    widths: dict[str, list[int]], full: dict[str, int]
+def _by_layer(
+    values: dict[str, list[float]],
 ) -> tuple[dict[int, list[float]], dict[int, list[float]]]:
-    """By layer what shared experts (and dense FFNs) keep, and what routed ones do.
+    """By layer the values of shared experts (and dense FFNs), and those of routed ones.
 
     A module path names its layer by the first number in it; routed experts end in "experts".
     """
     shared: dict[int, list[float]] = {}
     routed: dict[int, list[float]] = {}
-    for path in sorted(widths):
+    for path in sorted(values):
         number = re.search(r"\.(\d+)(\.|$)", path)
         kept = routed if path.endswith(".experts") else shared
-        row = kept.setdefault(int(number.group(1)) if number else 0, [])
-        row.extend(width / full[path] for width in widths[path])
+        kept.setdefault(int(number.group(1)) if number else 0, []).extend(values[path])
     return shared, routed
 
 

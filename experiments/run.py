@@ -31,7 +31,7 @@ from camera.progress import PeakMemory
 from camera.source import resolve_model, write_json
 from camera.statistics import Statistics
 from experiments.constructor import build
-from experiments.figures import draw_energies, draw_widths
+from experiments.figures import draw_bits, draw_energies, draw_widths
 from experiments.folders import Folders, read_json
 from experiments.histograms import energy_histograms
 from experiments.metrics import assemble
@@ -300,6 +300,10 @@ def _show(
     if compression["widths"]:
         widths, full = compression["widths"], compression["full_widths"]
         figures.append(draw_widths(widths, full, folders.run / "widths.png"))
+    layers = compression["layers"].values()
+    bits = {path: mean for layer in layers for path, mean in layer.get("mean_bits", {}).items()}
+    if bits:
+        figures.append(draw_bits(bits, folders.run / "bits.png"))
     tracker.log_figures(figures)
 
 

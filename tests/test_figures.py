@@ -5,7 +5,7 @@ import pytest
 import torch
 from matplotlib import image
 
-from experiments.figures import _kept_shares, draw_energies, draw_widths
+from experiments.figures import _by_layer, draw_bits, draw_energies, draw_widths
 from experiments.histograms import BINS, energy_histograms
 
 
@@ -50,10 +50,9 @@ def test_shared_and_dense_modules_stand_apart_from_routed_experts(tmp_path):
         "model.layers.1.mlp.experts": 8,
         "model.layers.1.mlp.shared_expert": 20,
     }
-    shared, routed = _kept_shares(widths, full)
-    assert shared == {0: [60 / 64], 1: [0.5]}
-    assert routed == {1: [0.5, 0.0, 1.0]}
+    assert _by_layer(widths) == ({0: [60], 1: [10]}, {1: [4, 0, 8]})
     assert image.imread(draw_widths(widths, full, tmp_path / "widths.png")).size
+    assert image.imread(draw_bits(widths, tmp_path / "bits.png")).size
 
 
 def test_a_dense_model_and_a_large_one_can_be_drawn(tmp_path):
