@@ -4,9 +4,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from camera import parallel
 from camera.calibration import Calibration, calibration_tokens
 from camera.checkpoint import load_tokenizer, resolve_device
 from camera.errors import CameraError
+from camera.evaluation.parts import Measures, Passenger
 from camera.job import Job
 from camera.measure import Measurement
 from camera.memory import Memory, gigabytes
@@ -34,6 +36,7 @@ def compress(
     dtype: str = "auto",
     statistics: str | Path | None = None,
     memory: Memory | None = None,
+    measures: Measures | None = None,
     trust_remote_code: bool = False,
     name: str | None = None,
     progress: bool = True,
@@ -45,9 +48,11 @@ def compress(
     With `propagate="compressed"` each layer is measured on what the compressed layers before it
     put out; with `"dense"` on the original model's activations, in one pass that is kept in the
     folder `statistics` and serves every other alpha and sparsity (methods that rank all layers
-    together or need gradients always do that). `memory` says what is kept in it. `name` is what
-    model card and report call the base model (default: its hub id, or the name of its folder).
-    Raises CameraError for what a user can mend; `out` appears only when it is complete.
+    together or need gradients always do that). `memory` says what is kept in it. `measures` are
+    taken on the way, while a layer is in memory, and stand in evaluation.json (not where a killed
+    run goes on). `name` is what model card and report call the base model (default: its hub id, or
+    the name of its folder). Raises CameraError for what a user can mend; `out` appears only when it
+    is complete.
     """
     method, out = as_method(method, settings), Path(out)
     if propagate not in PROPAGATE:
@@ -71,6 +76,8 @@ def compress(
             max_length=getattr(streamer.config, "max_position_embeddings", None),
         )
         job.calibration = Measurement(name, streamer, method, tokens, job.each_layer)
+    if measures is not None and parallel.rank() == 0:
+        job.passenger = Passenger(streamer, load_tokenizer(folder, trust_remote_code), measures)
     holds = method.holds(streamer.budget)
     job.needs = streamer.prepare(memory or Memory(), job.tokens, method.slices, out.parent, holds)
     log.info("%s: this takes %s", out.name, job.needs)

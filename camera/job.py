@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from camera.background import Background
 from camera.card import model_card
 from camera.checkpoint import CameraConfig
 from camera.errors import CameraError
+from camera.evaluation.parts import Passenger
 from camera.heap import give_back
 from camera.measure import Measurement, code_and_device
 from camera.memory import HIDDEN_HELD, Needs
@@ -34,7 +36,8 @@ from camera.statistics import LayerStatistics, Statistics
 from camera.stream import Streamer
 from camera.visited import VisitedExperts
 
-REPORT = "camera.json"
+REPORT, EVALUATION = "camera.json", "evaluation.json"
+log = logging.getLogger("camera")
 
 
 class Job:
@@ -46,6 +49,7 @@ class Job:
         self.model, self.streamer, self.method, self.out = model, streamer, method, out
         self.show_progress = show_progress
         self.calibration: Measurement | None = None
+        self.passenger: Passenger | None = None
         self.needs: Needs | None = None  # set by `compress` before it starts
         self.memory = PeakMemory(streamer.device)
         self.statistics: Statistics | None = None
@@ -100,6 +104,7 @@ class Job:
         streamer, calibration = self.streamer, self.calibration if tokens else None
         progress = self.progress = self._progress(tokens)
         self._restore(progress)
+        self._board(progress.done)
         dense, trace = tokens == "dense", False
         if calibration is not None:
             self.statistics = Statistics(progress.statistics(), calibration.about(tokens))
@@ -154,7 +159,16 @@ class Job:
         if calibration is not None and not dense:
             with self._timed("calibrate"):
                 calibration.propagate(index, kept)
+        if self.passenger is not None:
+            self.passenger.layer(index)
         return stored
+
+    def _board(self, done: int) -> None:
+        if self.passenger is not None and done:
+            log.info("%s goes on at layer %d: it is evaluated afterwards.", self.out.name, done)
+            self.passenger = None
+        if self.passenger is not None:
+            self.passenger.begin()
 
     def _finished(
         self, index: int, calibration: Measurement | None, stored: LayerStatistics | None
@@ -185,6 +199,9 @@ class Job:
         if parallel.rank() > 0:
             parallel.barrier()
             return CompressionResult(**json.loads((self.out / REPORT).read_text()))
+        if self.passenger is not None:
+            results = self.passenger.results(self.memory.bytes)
+            write_json(self.partial / EVALUATION, results)
         with self._timed("compress"):
             self._write_rest()
             self._write_config()

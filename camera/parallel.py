@@ -24,8 +24,14 @@ def process_group() -> Iterator[None]:
     if "WORLD_SIZE" not in os.environ or distributed.is_initialized():
         yield
         return
+    timeout = timedelta(days=7)  # rank 0 may evaluate long
+    store, rank, world = next(iter(distributed.rendezvous("env://", timeout=timeout)))
+    # processes that torchrun starts anew find in its store the addresses of those that were killed
+    store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     # statistics are on the CPU by the time they are added up
-    distributed.init_process_group("gloo", timeout=timedelta(days=7))  # rank 0 may evaluate long
+    distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world, timeout=timeout
+    )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     try:

@@ -26,6 +26,7 @@ from camera.evaluation.perplexity import perplexity, read_passage
 from camera.evaluation.placement import should_stream
 from camera.evaluation.speed import measure_speed
 from camera.evaluation.tasks import evaluate_tasks
+from camera.job import EVALUATION
 from camera.memory import Memory
 from camera.progress import PeakMemory
 from camera.source import resolve_model, write_json
@@ -146,6 +147,7 @@ def _camera_compress(settings: Settings, folders: Folders) -> None:
         dtype=settings.dtype,
         statistics=folders.statistics,
         memory=Memory(**settings.memory),
+        measures=_rides_along(settings),
         trust_remote_code=settings.trust_remote_code,
         name=_base_name(settings),
     )
@@ -201,9 +203,11 @@ def _load(settings: Settings, folders: Folders) -> tuple[Any, Any]:
 def _stream(settings: Settings, folders: Folders) -> None:
     """All that isn't measured yet in one read of the weights, where the model doesn't fit."""
     asked, remote = settings.evaluation, settings.trust_remote_code
-    corpora = [c for c in asked["perplexity"] if not folders.part(f"perplexity-{c}").exists()]
-    tasks = [t for t in asked["tasks"] if not folders.part(f"task-{t}").exists()]
-    if asked["stream"] == "never" or not corpora + tasks:
+    rode = folders.checkpoint / EVALUATION
+    if rode.exists() and (found := read_json(rode))["measures"] == _measures(settings).to_dict():
+        _write_parts(folders, found)
+    measures = _measures(settings, folders)
+    if asked["stream"] == "never" or not [*measures.corpora, *measures.tasks]:
         return
     with _checkpoint(settings, folders) as path:
         folder = resolve_model(str(path), code=remote)
@@ -212,26 +216,43 @@ def _stream(settings: Settings, folders: Folders) -> None:
         log.info("%s: evaluating layer by layer", folders.run.name)
         found = evaluate_streamed(
             folder,
-            Measures(
-                settings.texts(),
-                corpora,
-                tasks,
-                asked["length"],
-                asked["stride"],
-                asked["blocks"],
-                asked["limit"],
-                settings.seed,
-            ),
+            measures,
             device=settings.device,
             dtype=settings.dtype,
             trust_remote_code=remote,
             progress=sys.stderr.isatty(),
             folder=folders.output / "hidden",
         )
-    for corpus, part in found["perplexity"].items():
-        write_json(folders.part(f"perplexity-{corpus}"), part)
-    for task, part in found["tasks"].items():
-        write_json(folders.part(f"task-{task}"), part)
+    _write_parts(folders, found)
+
+
+def _write_parts(folders: Folders, found: dict[str, Any]) -> None:
+    parts = {f"perplexity-{corpus}": part for corpus, part in found["perplexity"].items()}
+    parts |= {f"task-{task}": part for task, part in found["tasks"].items()}
+    for name, part in parts.items():
+        if not folders.part(name).exists():
+            write_json(folders.part(name), part)
+
+
+def _measures(settings: Settings, folders: Folders | None = None) -> Measures:
+    """The texts and tasks asked for, of a run those that aren't measured yet."""
+    asked = settings.evaluation
+    corpora, tasks = asked["perplexity"], asked["tasks"]
+    if folders is not None:
+        corpora = [c for c in corpora if not folders.part(f"perplexity-{c}").exists()]
+        tasks = [t for t in tasks if not folders.part(f"task-{t}").exists()]
+    sizes = (asked[key] for key in ("length", "stride", "blocks", "limit"))
+    return Measures(settings.texts(), corpora, tasks, *sizes, settings.seed)
+
+
+def _rides_along(settings: Settings) -> Measures | None:
+    """What is measured while the model is compressed, where even its source doesn't fit."""
+    measures, asked = _measures(settings), settings.evaluation
+    if asked["stream"] == "never" or not [*measures.corpora, *measures.tasks]:
+        return None
+    folder = resolve_model(settings.model_path, code=settings.trust_remote_code)
+    streamed = should_stream(folder, settings.device, settings.dtype, asked["stream"])
+    return measures if streamed else None
 
 
 def _measurements(settings: Settings) -> dict[str, Callable[[Any, Any], dict[str, Any]]]:

@@ -7,6 +7,7 @@ import pytest
 from composing import choices, command, config_of, settings_of, tiny
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import OmegaConf
 
 from camera.errors import CameraError
 from experiments.constructor import build, choice, typed_settings
@@ -69,9 +70,25 @@ def test_launchers_and_presets_compose_with_hydras_own_config():
         config = compose("config", ["experiment=main"], return_hydra_config=True)
         assert config.hydra.mode.name == "MULTIRUN"
         assert config.hydra.sweeper.params.sparsity == "0.2,0.4,0.6"
+        for launcher in ("slurm", "ray"):  # extras: they compose where they aren't installed
+            config = compose("config", [f"hydra/launcher={launcher}"], return_hydra_config=True)
+            assert "hydra_plugins" in config.hydra.launcher._target_
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
         config = compose("config", ["hydra/launcher=parallel"], return_hydra_config=True)
         assert config.hydra.launcher.n_jobs == 2
+
+
+@pytest.mark.parametrize(
+    ("launcher", "plugin", "types"),
+    [
+        ("slurm", "hydra_plugins.hydra_submitit_launcher.config", "SlurmQueueConf"),
+        ("ray", "hydra_plugins.hydra_ray_launcher._config", "RayLauncherConf"),
+    ],
+)
+def test_launchers_say_only_what_their_plugin_knows(launcher, plugin, types):
+    known = getattr(pytest.importorskip(plugin), types)
+    said = OmegaConf.load(CONF / "hydra" / "launcher" / f"{launcher}.yaml")
+    OmegaConf.merge(OmegaConf.structured(known), said)
 
 
 def test_another_model_is_named_after_its_path_and_reads_the_hub():

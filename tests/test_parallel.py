@@ -1,40 +1,126 @@
-"""Several processes share the calibration samples and agree on the plan."""
+"""Several processes share the calibration samples, agree on the plan, and are killed together."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
 
 import pytest
 import torch
+from composing import command, tiny
 from safetensors.torch import load_file
 
 import camera
+from camera import parallel
+from camera.energy import LayerEnergy
+from camera.errors import CameraError
+from camera.statistics import LayerStatistics
+from experiments.schema import CONF
 
+LAYERS = 4
+JOBS = {
+    "layer by layer": dict(method="camera_p", sparsity=0.4),
+    "all layers at once": dict(method="camera_p", sparsity=0.4, rank_scope="global"),
+    "dense": dict(method="camera_p", sparsity=0.4, propagate="dense"),
+    "hessians": dict(method="camera_q", bits=3.0),
+    "outputs": dict(method="naee", sparsity=0.25),
+}
+REFUSED = "outputs"
+# What each process does: all jobs in turn. In its first life one is killed in the middle of the
+# first job, and torchrun starts both anew.
 JOB = textwrap.dedent("""
-    import json, sys
-    import camera
+    import json, os, signal, sys
+    from pathlib import Path
+    import baselines.naee
+    import camera, camera.resume
     from camera.parallel import process_group, rank
 
-    source, out, data, options = sys.argv[1:]
+    source, folder, data, jobs = sys.argv[1:]
+    folder, jobs, original, written = Path(folder), json.loads(jobs), camera.resume.write_json, []
+
+    def killed(*args):
+        original(*args)
+        written.append(1)
+        if len(written) == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        camera.resume.write_json = killed
+
+    load = camera.stream.Streamer.load_layer
+    loaded = []
+    camera.stream.Streamer.load_layer = lambda self, i: loaded.append(i) or load(self, i)
     with process_group():
-        result = camera.compress(
-            source, "camera_p", out, data=data, device="cpu", progress=False,
-            calibration=camera.Calibration(samples=5, length=16), **json.loads(options),
-        )
-        with open(f"{out}-{rank()}.json", "w") as file:  # what ranks print may run together
-            json.dump(result.widths, file)
+        for name, options in jobs.items():
+            try:
+                result = camera.compress(
+                    source, out=folder / name, data=data, device="cpu", progress=False,
+                    calibration=camera.Calibration(samples=5, length=16), **options,
+                )
+                said = result.widths
+            except camera.errors.CameraError as error:
+                said = str(error)
+            line = json.dumps({"job": name, "said": said, "loaded": loaded})
+            loaded.clear()
+            with (folder / f"rank-{rank()}").open("a") as file:
+                file.write(line + "\\n")
 """)
 
 
-def torchrun(script, *arguments, processes=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return subprocess.run(
-        [*command, f"--nproc-per-node={processes}", str(script), *map(str, arguments)],
+def torchrun(*arguments, restarts=0, **environment):
+    launch = ["--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *launch, *map(str, arguments)],
+        cwd=CONF.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=300,
     )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def source(checkpoints):
+    return checkpoints("qwen2_moe", num_hidden_layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def two(source, data_folder, tmp_path_factory):
+    """The folder of what two processes did, and what each of them said of each job."""
+    folder = tmp_path_factory.mktemp("two")
+    script = folder / "job.py"
+    script.write_text(JOB)
+    asked = (source, folder, data_folder, json.dumps(JOBS))
+    torchrun(script, *asked, restarts=1, PYTHONPATH=str(CONF.parent))
+    said = [
+        {fact["job"]: fact for fact in map(json.loads, (folder / f"rank-{r}").open())}
+        for r in range(2)
+    ]
+    return folder, said
+
+
+@pytest.fixture(scope="module")
+def one(source, data_folder, tmp_path_factory):
+    """one(name): what one process makes of a job."""
+    folder, made = tmp_path_factory.mktemp("one"), {}
+
+    def go(name):
+        if name not in made:
+            made[name] = camera.compress(
+                source,
+                out=folder / name,
+                data=str(data_folder),
+                device="cpu",
+                progress=False,
+                calibration=camera.Calibration(samples=5, length=16),
+                **JOBS[name],
+            )
+        return folder / name, made[name]
+
+    return go
 
 
 def weights(folder):
@@ -42,28 +128,111 @@ def weights(folder):
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"sparsity": 0.4}, {"sparsity": 0.4, "rank_scope": "global"}],
-    ids=["layer by layer", "all layers at once"],
-)
-def test_two_processes_keep_what_one_keeps(options, checkpoints, data_folder, tmp_path):
-    source, script = checkpoints("qwen2_moe"), tmp_path / "job.py"
-    script.write_text(JOB)
-    alone = camera.compress(
-        source,
-        "camera_p",
-        tmp_path / "one",
-        data=str(data_folder),
-        device="cpu",
-        progress=False,
-        calibration=camera.Calibration(samples=5, length=16),
-        **options,
-    )
-    done = torchrun(script, source, tmp_path / "two", data_folder, json.dumps(options))
-    assert done.returncode == 0, done.stderr
-    said = [json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2)]
-    assert said == [alone.widths] * 2
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+@pytest.mark.parametrize("job", ["layer by layer", "all layers at once", "dense"])
+def test_two_processes_keep_what_one_keeps(job, two, one):
+    folder, said = two
+    alone, result = one(job)
+    assert [rank[job]["said"] for rank in said] == [result.widths] * 2
+    mine, theirs = weights(folder / job), weights(alone)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_killed_processes_go_on_at_the_right_layer(two):
+    """One was killed once its second layer was there; both went on, and ended in what one process
+    makes of it (the test above)."""
+    folder, said = two
+    loaded = [rank["layer by layer"]["loaded"] for rank in said]
+    assert loaded == [[2, 3], [2, 3]] or loaded == [[1, 2, 3], [1, 2, 3]]
+    assert [rank["dense"]["loaded"] for rank in said] == [[*range(LAYERS)] * 2] * 2
+    assert not list(folder.glob(".layer*"))
+
+
+def test_hessians_of_both_processes_count(two, one):
+    folder, said = two
+    alone, result = one("hessians")
+    assert [rank["hessians"]["said"] for rank in said] == [result.widths] * 2
+    mine, theirs = weights(folder / "hessians"), weights(alone)
+    assert mine.keys() == theirs.keys()
+    # summed in another order, so that a few codes may round otherwise
+    differing = sum((mine[name] != theirs[name]).sum().item() for name in mine)
+    assert differing <= 0.01 * sum(tensor.numel() for tensor in mine.values())
+
+
+def test_what_can_not_be_added_up_is_refused_by_both(two):
+    folder, said = two
+    for rank in said:
+        assert "expert_outputs) can't be added up over processes" in rank[REFUSED]["said"]
+    assert not (folder / REFUSED).exists()
+
+
+def test_main_py_runs_under_torchrun(source, data_folder, tmp_path):
+    asked = ("method=camera_p", "evaluation.perplexity=[wikitext2]")
+    runs = []
+    for name in ("two", "one"):
+        overrides = [*tiny(source, data_folder, tmp_path / name), *asked]
+        if name == "two":
+            torchrun("main.py", *overrides)
+        else:
+            assert command(*overrides) == 0
+        (checkpoint,) = (tmp_path / name / "checkpoints").iterdir()
+        (run,) = (tmp_path / name / "runs").iterdir()
+        assert (run / "DONE").exists()
+        runs.append((run.name, weights(checkpoint), json.loads((run / "metrics.json").read_text())))
+    (name, mine, metrics), (other, theirs, expected) = runs
+    assert name == other  # how many processes is no part of a run's identity
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    assert metrics["perplexity"] == expected["perplexity"]
+
+
+class Summed:
+    """What torch.distributed does for two processes of which this is one."""
+
+    def __init__(self, monkeypatch, other):
+        self.other = iter(other)
+        monkeypatch.setattr(parallel, "world", lambda: 2)
+        monkeypatch.setattr(parallel.distributed, "all_reduce", self)
+
+    def __call__(self, tensor, how):
+        other = next(self.other)
+        tensor.copy_(tensor + other if how == parallel.OPERATIONS["sum"] else tensor.max(other))
+
+
+def energy(seed):
+    draw = torch.Generator().manual_seed(seed)
+    shares = [torch.rand(6, generator=draw) for _ in range(3)]
+    return LayerEnergy({"experts": [2, 4]}, *shares, torch.randint(9, (2,), generator=draw))
+
+
+def test_each_field_is_combined_by_its_rule(monkeypatch):
+    mine, other, basis = energy(0), energy(1), energy(0).basis_N
+    fields = sorted(LayerEnergy.reduced)  # the same order in every process
+    Summed(monkeypatch, [getattr(other, field) for field in fields])
+    both = parallel.add_up(mine)
+    assert torch.equal(both.sum2_N, energy(0).sum2_N + energy(1).sum2_N)
+    assert torch.equal(both.max2_N, energy(0).max2_N.max(energy(1).max2_N))
+    assert torch.equal(both.tokens_E, energy(0).tokens_E + energy(1).tokens_E)
+    assert torch.equal(both.basis_N, basis)  # of the weights, which all have
+
+
+def test_statistics_without_a_rule_are_refused(monkeypatch):
+    class Odd(LayerStatistics):
+        kind = "odd"
+
+    assert parallel.add_up(Odd({})) is not None  # one process adds nothing up
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    with pytest.raises(CameraError, match=r"\(odd\) can't be added up.*without torchrun"):
+        parallel.add_up(Odd({}))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_shares_are_all_samples_once_and_even(ranks, monkeypatch):
+    ids_NL = torch.arange(20).view(5, 4)
+    monkeypatch.setattr(parallel, "world", lambda: ranks)
+    shares = []
+    for rank in range(ranks):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        shares.append(parallel.share(ids_NL))
+    assert torch.equal(torch.cat(shares), ids_NL)
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1

@@ -1,7 +1,7 @@
 """Perplexity and tasks together: what a model that doesn't fit in memory is asked in one pass."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,11 @@ class Measures:
     limit: int | None = None
     seed: int = 0
     max_length: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        found = asdict(self) | {"data": str(self.data)}
+        return found | {"corpora": list(self.corpora), "tasks": list(self.tasks)}
 
 
 class Parts:
@@ -82,6 +87,33 @@ class Parts:
     def _share(self, numbers: Iterable[int]) -> float:
         sizes = self.evaluation.sizes
         return self.evaluation.seconds * sum(sizes[n] for n in numbers) / sum(sizes)
+
+
+class Passenger:
+    """An evaluation that rides along while a model is compressed: its weights are read only once.
+
+    It sees each layer as it is once compressed, in the precision it is computed in.
+    """
+
+    def __init__(self, streamer: Streamer, tokenizer, measures: Measures):
+        self.measures, self._evaluation = measures, StreamedEvaluation(streamer)
+        self._parts = Parts(self._evaluation, tokenizer, measures)
+
+    def begin(self) -> None:
+        """Get on before the first layer."""
+        self._evaluation.begin()
+
+    def layer(self, index: int) -> None:
+        """Pass through a compressed layer while it is in memory."""
+        self._evaluation.layer(index)
+
+    def results(self, peak_memory_bytes: int) -> dict[str, Any]:
+        """After the last layer: what was asked and, as `Parts.results`, what came out."""
+        self._evaluation.finish()
+        found = self._parts.results()
+        for part in (*found["perplexity"].values(), *found["tasks"].values()):
+            part["peak_memory_bytes"] = peak_memory_bytes
+        return {"measures": self.measures.to_dict(), **found}
 
 
 def evaluate_streamed(
