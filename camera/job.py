@@ -115,7 +115,9 @@ class Job:
             for i in self.each_layer("compress", progress.done):
                 stored = self._one_layer(i, calibration, dense, trace, behind)
                 behind.submit(self._finished(i, calibration, stored))
-        self.seconds["waited for disk"] = streamer.ahead.seconds_waited + behind.seconds_waited
+        ahead = streamer.ahead
+        self.seconds["disk"] = ahead.seconds_read + behind.seconds_worked
+        self.seconds["waited for disk"] = ahead.seconds_waited + behind.seconds_waited
 
     def _one_layer(
         self,

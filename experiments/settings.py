@@ -13,6 +13,7 @@ from camera.calibration import Calibration, check_calibration
 from camera.checkpoint import resolve_device
 from camera.data import check_corpus, find_corpus
 from camera.errors import CameraError
+from camera.evaluation.parts import Measures
 from camera.evaluation.tasks import check_tasks
 from camera.memory import Memory
 from camera.source import resolve_model
@@ -81,6 +82,12 @@ class Settings:
         if self.data != EMBEDDED:
             return self.data
         return str(ensure_world(Path(self.output) / "data"))
+
+    def measures(self) -> Measures:
+        """The texts and tasks that are asked for, and how much of each."""
+        asked = self.evaluation
+        sizes = (asked[key] for key in ("length", "stride", "blocks", "limit"))
+        return Measures(self.texts(), asked["perplexity"], asked["tasks"], *sizes, self.seed)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values, for the tracker and the run's folder."""

@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from composing import settings_of, tiny
 
 import camera
 from camera.evaluation.parts import Measures, evaluate_streamed
-from composing import settings_of, tiny
 from experiments.run import run
 
 
@@ -44,7 +44,7 @@ def test_a_run_that_streams_reads_the_weights_once(checkpoints, data_folder, tmp
     monkeypatch.setattr(
         camera.stream.Streamer, "load_layer", lambda self, i: loaded.append(i) or load(self, i)
     )
-    monkeypatch.setattr("experiments.run.load_model", None)
+    monkeypatch.setattr("experiments.measurements.load_model", None)
     streamed = settings_of(*asked, "evaluation.stream=always", f"output={tmp_path / 'streamed'}")
     metrics = json.loads((run(streamed) / "metrics.json").read_text())
     assert loaded == sorted(set(loaded))

@@ -11,7 +11,7 @@ import camera
 from camera import prune
 from camera.errors import CameraError
 from camera.evaluation.definitions import NINE_TASKS
-from experiments import run as run_module
+from experiments import measurements
 from experiments import settings as settings_module
 from experiments.folders import Folders
 from experiments.run import run
@@ -54,7 +54,7 @@ def tasks(monkeypatch):
         asked.extend(names)
         return {name: {**SCORE, "data_hash": "0", "seconds": 0.0} for name in names}
 
-    monkeypatch.setattr(run_module, "evaluate_tasks", evaluate)
+    monkeypatch.setattr(measurements, "evaluate_tasks", evaluate)
     monkeypatch.setattr(settings_module, "check_tasks", lambda *_, **__: None)
     return asked
 
@@ -146,7 +146,7 @@ def test_done_parts_are_kept_and_another_evaluation_reuses_the_checkpoint(make, 
     settings = make("evaluation.tasks=[boolq,piqa]")
     folder = run(settings)
     monkeypatch.setattr(camera, "compress", None)
-    monkeypatch.setattr(run_module, "perplexity", lambda *_, **__: pytest.fail("done already"))
+    monkeypatch.setattr(measurements, "perplexity", lambda *_, **__: pytest.fail("done already"))
     for gone in ("DONE", "metrics.json", "task-piqa.json"):
         (folder / gone).unlink()
     run(settings)
@@ -162,7 +162,7 @@ def test_a_failure_is_in_the_folder_and_the_next_try_goes_on(make, tasks, monkey
         raise CameraError("boolq is\n nowhere.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "evaluate_tasks", fail)
+        patch.setattr(measurements, "evaluate_tasks", fail)
         with pytest.raises(CameraError):
             run(settings)
     folder = Folders.of(settings).run
@@ -178,7 +178,7 @@ def test_an_interrupt_is_recorded_and_goes_through(make, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "perplexity", interrupt)
+    monkeypatch.setattr(measurements, "perplexity", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(make("method=dense"))
     folder = Folders.of(make("method=dense")).run
@@ -239,8 +239,8 @@ def test_a_run_killed_while_it_measures_does_not_look_finished(make, monkeypatch
             raise RuntimeError("killed")
         return perplexity(*arguments, corpus=corpus, **options)
 
-    settings, perplexity = make("method=dense"), run_module.perplexity
-    monkeypatch.setattr(run_module, "perplexity", killed)
+    settings, perplexity = make("method=dense"), measurements.perplexity
+    monkeypatch.setattr(measurements, "perplexity", killed)
     with pytest.raises(RuntimeError, match="killed"):
         run(settings)
     folders = Folders.of(settings)

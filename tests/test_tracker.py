@@ -10,7 +10,7 @@ from composing import settings_of, tiny
 from wandb.proto.wandb_internal_pb2 import Record
 
 from camera.errors import CameraError
-from experiments import run as run_module
+from experiments import measurements
 from experiments.folders import Folders
 from experiments.run import run
 
@@ -102,7 +102,7 @@ def test_a_failed_run_is_closed_as_failed_and_the_next_one_is_its_own(settings, 
         raise CameraError("no text.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "perplexity", fail)
+        patch.setattr(measurements, "perplexity", fail)
         with pytest.raises(CameraError):
             run(settings)
     read = read_back(Folders.of(settings).run)

@@ -1,0 +1,162 @@
+"""A checkpoint of real layer shapes, streamed: seconds a layer, bytes, memory, overlap.
+
+Some layers of a published model (default: three of Qwen3-30B-A3B, 1.2 GB each in bf16; --scale
+divides all widths) are written to disk with random weights and forgotten by the page cache, then
+cut by Camera-P as any model is. `overlapped` is the share of reading and writing that computing
+hid. From a layer's time follows that of the whole model on this machine: with as few calibration
+tokens as here, and with the 128 x 2048 of the paper, whose computing is extrapolated. A small
+vocabulary stands for the real one: what is outside the layers is read and written once.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from time import perf_counter
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import camera
+from camera.errors import CameraError
+from camera.heap import give_back
+from camera.memory import Memory
+from camera.native import native_state
+from camera.shards import ShardWriter
+from camera.source import copy_companions
+from experiments.bench._published import ARCHITECTURES
+from experiments.settings import EMBEDDED_MODEL
+
+PAPER_TOKENS = 128 * 2048
+SCALED = ("hidden_size", "num_attention_heads", "num_key_value_heads")
+SCALED += ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+RANDOM = 2**25  # numbers drawn; every tensor is a stretch of them
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m experiments.bench stream`."""
+    parser.add_argument("--model", default="qwen3_30b_a3b", choices=sorted(ARCHITECTURES))
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--scale", type=int, default=1, help="divides all widths of the model")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--sparsity", type=float, default=0.2)
+    parser.add_argument("--experts", default="layer", choices=("layer", "visit"))
+    parser.add_argument("--hidden", default="ram", choices=("ram", "disk"))
+    parser.add_argument("--threads", type=int, default=0, help="torch threads (0: as they are)")
+    parser.add_argument("--folder", help="where to write (default: the system's temporary folder)")
+    parser.add_argument("--device", default="cpu")
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Seconds a layer, bytes read and written, peak memory, overlap, the whole model's minutes."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="camera-stream-") as folder:
+        source = Path(folder) / "model"
+        _write_model(args, source)
+        _forget(source)
+        give_back()
+        return _streamed(args, source, Path(folder))
+
+
+def _streamed(args: argparse.Namespace, source: Path, folder: Path) -> dict:
+    text = folder / "text.txt"
+    letters = torch.randint(ord("a"), ord("z") + 1, (16 * args.samples * args.length,))
+    text.write_text(bytes(letters.tolist()).decode())
+    disk, before, start = _disk(), psutil.Process().memory_info().rss, perf_counter()
+    result = camera.compress(
+        source,
+        "camera_p",
+        folder / "compressed",
+        sparsity=args.sparsity,
+        calibration=camera.Calibration(str(text), args.samples, args.length),
+        memory=Memory(hidden=args.hidden, experts=args.experts),
+        device=args.device,
+        progress=False,
+    )
+    took, seconds = perf_counter() - start, result.seconds
+    moved = [now - then for now, then in zip(_disk(), disk, strict=True)]
+    total = ARCHITECTURES[args.model]["num_hidden_layers"]
+    tokens, on_gpu = args.samples * args.length, args.device.startswith("cuda")
+    more = seconds["calibrate"] * (PAPER_TOKENS / tokens - 1)
+    peak = result.peak_memory_bytes - (0 if on_gpu else before)
+    return {
+        "model": args.model,
+        "scale": args.scale,
+        "layers": args.layers,
+        "layer_gb": round(result.bytes["dense"] / args.layers / 1e9, 3),
+        "tokens": tokens,
+        "experts": args.experts,
+        "hidden": args.hidden,
+        "threads": torch.get_num_threads(),
+        "device": args.device,
+        "seconds_per_layer": round(took / args.layers, 2),
+        "calibrate_s_per_layer": round(seconds["calibrate"] / args.layers, 2),
+        "read_gb": round(result.bytes["dense"] / 1e9, 3),
+        "written_gb": round(result.bytes["compressed"] / 1e9, 3),
+        "from_disk_gb": round(moved[0] / 1e9, 3),
+        "to_disk_gb": round(moved[1] / 1e9, 3),
+        "disk_s": round(seconds["disk"], 2),
+        "waited_s": round(seconds["waited for disk"], 2),
+        "overlapped": round(1 - seconds["waited for disk"] / seconds["disk"], 3),
+        "peak_gb": round(peak / 1e9, 3),
+        "expected_peak_gb": round((result.expected_memory_bytes - before) / 1e9, 3),
+        "whole_model_minutes": round(total * took / args.layers / 60, 1),
+        "whole_model_minutes_paper_tokens": round(total * (took + more) / args.layers / 60, 1),
+    }
+
+
+def _write_model(args: argparse.Namespace, folder: Path) -> None:
+    """Layer by layer, a shard each, in bf16 and under the names that published checkpoints have."""
+    settings = dict(ARCHITECTURES[args.model])
+    for key in SCALED:
+        if key in settings and settings[key] % args.scale:
+            raise CameraError(f"--scale {args.scale} doesn't divide {key}={settings[key]}.")
+        if key in settings:
+            settings[key] //= args.scale
+    settings |= {"num_hidden_layers": args.layers, "vocab_size": 2048, "dtype": "bfloat16"}
+    settings |= {"max_position_embeddings": max(args.length, 512), "tie_word_embeddings": False}
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    numbers = torch.randn(RANDOM).mul_(config.hidden_size**-0.5).bfloat16()
+    state, writer = model.state_dict(), ShardWriter(folder, args.layers + 1)
+    folder.mkdir(parents=True)
+    for i in range(args.layers + 1):
+        prefix = f"{model.base_model_prefix}.layers."
+        ours = prefix + f"{i}." if i < args.layers else ""
+        names = [n for n in state if (n.startswith(ours) if ours else not n.startswith(prefix))]
+        tensors = {name: _stretch(name, numbers, state[name].shape) for name in names}
+        writer.add(i, native_state(model, tensors))
+    writer.close()
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    copy_companions(EMBEDDED_MODEL, folder)
+
+
+def _stretch(name: str, numbers: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Random weights of a shape; norms are 1."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=numbers.dtype)
+    size = shape.numel()
+    start = int(torch.randint(len(numbers), ()))
+    repeats = (start + size) // len(numbers) + 1
+    return numbers.repeat(repeats)[start : start + size].view(shape)
+
+
+def _forget(folder: Path) -> None:
+    """Have the system read these files from disk again."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _disk() -> tuple[int, int]:
+    """Bytes that this process had read from disks and written to them so far."""
+    counters = psutil.Process().io_counters()
+    return counters.read_bytes, counters.write_bytes
