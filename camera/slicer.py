@@ -50,7 +50,8 @@ def _ragged(group: ExpertGroup, kept: list[torch.Tensor]) -> RaggedExperts:
     experts.requires_grad_(False)
     for e, rows in enumerate(kept):
         rows = rows.to(down.device)
-        gate, up = group.gate_up(e)
-        torch.cat((gate[rows], up[rows]), out=experts.gate_up(e))
-        experts.down(e).copy_(group.down(e)[:, rows])
+        for whole, part in zip(group.gate_up(e), experts.gate_up(e).chunk(2), strict=True):
+            torch.index_select(whole, 0, rows, out=part)
+        # written row by row: a copy into the transposed view would take several times as long
+        experts.down(e).t().copy_(group.down(e).index_select(1, rows).t())
     return experts

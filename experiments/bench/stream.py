@@ -44,7 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsity", type=float, default=0.2)
     parser.add_argument("--experts", default="layer", choices=("layer", "visit"))
     parser.add_argument("--hidden", default="ram", choices=("ram", "disk"))
-    parser.add_argument("--threads", type=int, default=0, help="torch threads (0: as they are)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (0: as they are)")
     parser.add_argument("--folder", help="where to write (default: the system's temporary folder)")
     parser.add_argument("--device", default="cpu")
 
@@ -100,7 +100,7 @@ def _streamed(args: argparse.Namespace, source: Path, folder: Path) -> dict:
         "to_disk_gb": round(moved[1] / 1e9, 3),
         "disk_s": round(seconds["disk"], 2),
         "waited_s": round(seconds["waited for disk"], 2),
-        "overlapped": round(1 - seconds["waited for disk"] / seconds["disk"], 3),
+        "overlapped": round(max(1 - seconds["waited for disk"] / seconds["disk"], 0.0), 3),
         "peak_gb": round(peak / 1e9, 3),
         "expected_peak_gb": round((result.expected_memory_bytes - before) / 1e9, 3),
         "whole_model_minutes": round(total * took / args.layers / 60, 1),
