@@ -7,10 +7,12 @@ another and written in a third would pile up as pieces that nobody can use.
 
 import ctypes
 import mmap
+import os
 
 import torch
 
-_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others return it by themselves
+# glibc's; others return what is free by themselves
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
 def room(size: int) -> torch.Tensor:
