@@ -10,6 +10,7 @@ from camera.calibration import Calibration
 from camera.dequantize import dequantize
 from camera.errors import CameraError
 from camera.native import export
+from camera.plus import CameraPlus
 from camera.prune import CameraP, Dense, Random
 from camera.quantize import CameraQ, CameraQDagger
 from camera.result import CompressionResult
@@ -21,6 +22,7 @@ __all__ = [
     "Calibration",
     "CameraError",
     "CameraP",
+    "CameraPlus",
     "CameraQ",
     "CameraQDagger",
     "CompressionResult",

@@ -67,7 +67,7 @@ def compress(
     name = name or (Path(model).absolute().name if Path(model).is_dir() else str(model))
 
     job = Job(name, streamer, method, out, show_progress=progress)
-    if method.calibrates:
+    if method.reads_text:
         tokens = calibration_tokens(
             load_tokenizer(folder, trust_remote_code),
             calibration or Calibration(),
@@ -81,6 +81,12 @@ def compress(
     holds = method.holds(streamer.budget)
     job.needs = streamer.prepare(memory or Memory(), job.tokens, method.slices, out.parent, holds)
     log.info("%s: this takes %s", out.name, job.needs)
+    if method.compensation and not job.needs.keep_phi:
+        raise CameraError(
+            f"compensate={method.compensation.scope} needs the {gigabytes(job.needs.phi)} that a "
+            "layer's micro-experts put out: set memory.phi=keep and memory.experts=layer, or "
+            "calibrate on fewer tokens."
+        )
     require_space(out.parent, job.bytes_to_come())
     with PeakMemory(streamer.device) as job.memory:
         tokens_pass = None
@@ -92,6 +98,8 @@ def compress(
                 tokens_pass = propagate
         elif method.one_shot:
             job.weigh()
+        if method.compensation:
+            tokens_pass = "compressed"
         job.compress_layers(tokens_pass)
         result = job.finish()
     log.info("%s: this took %s", out.name, gigabytes(job.memory.added))

@@ -119,7 +119,7 @@ class BackwardPass:
         streamer = self.streamer
         streamer.load_layer(index)
         streamer.attend(index, self._batches)
-        streamer.observe(index, self._batches, lambda *_: None, propagate=True)
+        streamer.observe(index, self._batches, propagate=True)
         streamer.free(streamer.layers[index])
         self._store.put(index + 1, [batch.hidden_BLH for batch in self._batches])
 

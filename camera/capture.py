@@ -25,6 +25,10 @@ Sink = Callable[[ExpertGroup, int, torch.Tensor | None, torch.Tensor], None]
 """sink(group, expert, tokens_N, phi_NW): phi in the model's precision; None for all tokens."""
 
 
+def unobserved(*_: object) -> None:
+    """The observer that looks at nothing."""
+
+
 class Output:
     """A sink that adds the FFN's output up: y_TH = sum_i phi_i * w_i^down over the whole pool."""
 
@@ -45,18 +49,19 @@ class Output:
 class Trace:
     """A sink that keeps phi, so that a layer cut afterwards needs only `down_proj` to finish."""
 
-    def __init__(self) -> None:
-        self._seen: list[tuple[str, int, torch.Tensor | None, torch.Tensor]] = []
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.seen: list[tuple[str, int, torch.Tensor | None, torch.Tensor]] = []
 
     def __call__(
         self, group: ExpertGroup, expert: int, tokens_N: torch.Tensor | None, phi_NW: torch.Tensor
     ) -> None:
-        self._seen.append((group.path, expert, tokens_N, phi_NW))
+        self.seen.append((group.path, expert, tokens_N, phi_NW))
 
     def finish(self, ffn: FeedForward, kept: Kept, output: Output) -> torch.Tensor:
         """y_TH of the cut layer `ffn`, of whose micro-experts `kept` stayed."""
         groups = {group.path: group for group in ffn.groups}
-        for path, expert, tokens_N, phi_NW in self._seen:
+        for path, expert, tokens_N, phi_NW in self.seen:
             rows = kept[path][expert].to(phi_NW.device)
             output(groups[path], expert, tokens_N, phi_NW.index_select(1, rows))
         return output.y_TH

@@ -18,6 +18,7 @@ from camera import parallel
 from camera.background import Background
 from camera.card import model_card
 from camera.checkpoint import CameraConfig
+from camera.compensate import output_weights
 from camera.errors import CameraError
 from camera.evaluation.parts import Passenger
 from camera.heap import give_back
@@ -74,6 +75,12 @@ class Job:
         return left + tables * self.needs.hidden
 
     @property
+    def watches(self) -> bool:
+        """Whether layers are measured as they are compressed, and not all of them before."""
+        method = self.method
+        return method.calibrates and not (method.one_shot and method.storable)
+
+    @property
     def tokens(self) -> int:
         """Calibration tokens that this process sends through the model."""
         return self.calibration.mine.ids_NL.numel() if self.calibration else 0
@@ -107,7 +114,8 @@ class Job:
         self._board(progress.done)
         dense, trace = tokens == "dense", False
         if calibration is not None:
-            self.statistics = Statistics(progress.statistics(), calibration.about(tokens))
+            if self.watches:
+                self.statistics = Statistics(progress.statistics(), calibration.about(tokens))
             trace = self.needs.keep_phi and not dense
             with self._timed("calibrate"):
                 calibration.start(progress)
@@ -143,14 +151,16 @@ class Job:
         give_back()  # and out of memory
         if calibration is not None:
             with self._timed("calibrate"):
-                if in_pool:
+                if in_pool and self.watches:
                     seen = calibration.measure(index, propagate=dense, trace=trace)
                     stored = self.statistics.layers[index] = seen.stored()
+                elif in_pool:
+                    calibration.trace(index)
                 elif dense:
                     calibration.propagate(index)
-        elif self.statistics is not None:
+        if seen is None and self.statistics is not None:
             seen = self.statistics.layers.get(index)
-        elif in_pool:
+        elif seen is None and in_pool:
             seen = self.method.observer(index, streamer.feed_forward(index)).result()
         if dense:
             self._enter(index)
@@ -270,8 +280,11 @@ class Job:
         if seen is not None and seen.widths != ffn.widths:
             raise CameraError(f"statistics of layer {index} belong to a model of other widths.")
         self.full_widths |= {group.path: max(group.widths) for group in ffn.groups}
+        before = output_weights(ffn) if self.method.compensation else {}
         outcome = self.method.compress(index, ffn, seen, streamer.budget)
         self.modules |= outcome.modules
+        if before:
+            outcome.report |= self.calibration.compensate(index, outcome.kept, before)
         if outcome.report:
             self.layer_reports[str(index)] = outcome.report
         for group in streamer.feed_forward(index).groups:

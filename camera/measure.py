@@ -1,17 +1,20 @@
 """Calibration: the tokens' way through a streamed model, and the statistics gathered on it."""
 
+import copy
 import inspect
 import os
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 from camera import backward, parallel
 from camera.backward import EachLayer
 from camera.calibration import CalibrationTokens
+from camera.compensate import Weights
 from camera.memory import BATCH_TOKENS
 from camera.method import Method
 from camera.result import versions
@@ -37,6 +40,7 @@ class Measurement:
         self.mine = replace(tokens, ids_NL=parallel.share(tokens.ids_NL))  # this process's share
         self.each_layer = each_layer
         self.batches: list[Batch] = []
+        self.dense: list[Batch] | None = None  # the dense model's, where compensation aims at them
 
     def about(self, propagate: str) -> dict:
         """What statistics were gathered on, for their file."""
@@ -52,13 +56,17 @@ class Measurement:
         ids_NL = self.mine.ids_NL
         size = max(1, BATCH_TOKENS // ids_NL.shape[1])
         self.batches = self.streamer.embed({"input_ids": ids} for ids in ids_NL.split(size))
+        how = self.method.compensation
+        if how is not None and how.target == "dense":
+            self.dense = [copy.copy(batch) for batch in self.batches]
         if progress.done:
-            for batch, hidden_BLH in zip(self.batches, progress.hidden(), strict=True):
+            everything = [*self.batches, *(self.dense or [])]
+            for batch, hidden_BLH in zip(everything, progress.hidden(), strict=True):
                 batch.hidden_BLH = hidden_BLH
 
     def hidden(self) -> list:
         """The inputs of the layer that comes next."""
-        return [batch.hidden_BLH for batch in self.batches]
+        return [batch.hidden_BLH for batch in [*self.batches, *(self.dense or [])]]
 
     def measure(
         self, index: int, *, propagate: bool = False, trace: bool = False
@@ -68,8 +76,20 @@ class Measurement:
         self.streamer.observe(index, self.batches, observer, propagate=propagate, trace=trace)
         return parallel.add_up(observer.result())
 
+    def trace(self, index: int) -> None:
+        """Keep what a loaded layer's micro-experts put out, and measure nothing."""
+        self.streamer.observe(index, self.batches, trace=True)
+
+    def compensate(self, index: int, kept: Kept, before: Weights) -> dict[str, Any]:
+        """Refit a cut layer to what it put out `before`; what that did."""
+        how = self.method.compensation
+        return self.streamer.compensate(index, self.batches, kept, before, how, self.dense)
+
     def attend(self, index: int) -> None:
-        """Run a loaded layer up to its FFN."""
+        """Run a loaded layer up to its FFN; the dense model's tokens through all of it."""
+        if self.dense is not None:
+            self.streamer.attend(index, self.dense)
+            self.streamer.observe(index, self.dense, propagate=True)
         self.streamer.attend(index, self.batches)
 
     def propagate(self, index: int, kept: Kept | None = None) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from camera.blocks import FeedForward
 from camera.budget import Budget
 from camera.energy import EnergyObserver
+from camera.refit import Refit
 from camera.slicer import Kept
 from camera.statistics import LayerStatistics
 
@@ -33,7 +34,7 @@ class Method(ABC):
     """A way to choose what of each layer stays; subclasses are dataclasses of their settings."""
 
     name: ClassVar[str]
-    calibrates: ClassVar[bool]  # whether it needs calibration tokens
+    calibrates: ClassVar[bool]  # whether its plan needs calibration tokens
     compresses: ClassVar[bool] = True
     slices: ClassVar[bool] = False  # only removes micro-experts: phi of the others stays true
     native: ClassVar[bool] = False  # writes a plain checkpoint of the model's own type
@@ -53,6 +54,19 @@ class Method(ABC):
     def one_shot(self) -> bool:
         """Whether all layers are measured, on the dense model, before the first is compressed."""
         return self.backward
+
+    @property
+    def compensation(self) -> Refit | None:
+        """How the output weights of a cut layer are refitted to what it put out; None: not at all.
+
+        For methods that slice, in a pass in which each layer is fed by the compressed ones.
+        """
+        return None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration tokens are needed at all."""
+        return self.calibrates or self.compensation is not None
 
     @abstractmethod
     def check(self, budget: Budget) -> None:

@@ -73,6 +73,15 @@ def add_up(seen: LayerStatistics) -> LayerStatistics:
     return seen
 
 
+def total(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of all ranks' tensors."""
+    if world() == 1:
+        return tensor
+    summed = tensor.cpu()
+    distributed.all_reduce(summed)
+    return summed.to(tensor.device)
+
+
 def least(number: int) -> int:
     """The smallest of all ranks' numbers."""
     if world() == 1:

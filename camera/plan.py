@@ -3,6 +3,8 @@
 Shapes: N micro-experts of a layer's pool, E experts of the pool.
 """
 
+from math import ceil
+
 import torch
 
 
@@ -32,20 +34,27 @@ def keep_highest(
     return _keep_blocks(score_N, widths, remove, width_multiple, min_width, candidates_N)
 
 
+def below_floor(score_N: torch.Tensor, floor: float) -> torch.Tensor:
+    """bool [N]: all but the highest-scored share `floor` of a layer, which is to stay."""
+    free_N = torch.ones(len(score_N), dtype=torch.bool)
+    protected = ceil(floor * len(score_N) - 1e-9)
+    free_N[torch.argsort(score_N, stable=True)[len(score_N) - protected :]] = False
+    return free_N
+
+
 def _keep_blocks(score_N, widths, remove, multiple, min_width, candidates_N) -> torch.Tensor:
     blocks: list[tuple[float, int, torch.Tensor]] = []
     start = 0
     for width in widths:
         rows = torch.arange(start, start + width)
         start += width
-        if candidates_N is not None and width and not candidates_N[rows[0]]:
-            continue
         # ascending and stable, then reversed: of equals the first ones are the first to go
         best_first = rows[torch.argsort(score_N[rows], stable=True)].flip(0)
         protected = -(-min(min_width, width) // multiple) * multiple
         for first in range(protected, width, multiple):
             block = best_first[first : first + multiple]
-            blocks.append((score_N[block].double().sum().item() / len(block), -first, block))
+            if candidates_N is None or candidates_N[block].all():
+                blocks.append((score_N[block].double().sum().item() / len(block), -first, block))
     keep_N = torch.ones(len(score_N), dtype=torch.bool)
     # mean score is not increasing along an expert's blocks, so an expert loses its last ones first
     for _, _, block in sorted(blocks, key=lambda item: item[:2]):

@@ -3,6 +3,7 @@
 Shapes: N micro-experts of a layer's pool (shared expert first, then routed experts).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,7 +14,8 @@ from camera.budget import Budget, to_remove
 from camera.energy import LayerEnergy
 from camera.errors import CameraError
 from camera.method import Method, Outcome
-from camera.plan import keep_highest
+from camera.plan import below_floor, keep_highest
+from camera.refit import Refit
 from camera.slicer import kept_rows, slice_layer
 from camera.statistics import LayerStatistics
 
@@ -25,7 +27,8 @@ class MicroExpertPruning(Method):
     The ratio is solved from `sparsity` of `sparsity_of` (moe | model | routed; with `routed` the
     shared experts are left alone). `rank_scope` layer gives every layer the same ratio, global
     ranks all layers together, by scores of the dense model. `width_multiple` rounds each expert's
-    kept width for kernels, `min_width` keeps every expert at least that wide.
+    kept width for kernels, `min_width` keeps every expert at least that wide, `layer_floor` every
+    layer's pool. `compensate` refits the output weights of what stays: see `camera.refit`.
     """
 
     slices: ClassVar[bool] = True
@@ -35,6 +38,12 @@ class MicroExpertPruning(Method):
     rank_scope: Literal["layer", "global"] = "layer"
     width_multiple: int = 1
     min_width: int = 0
+    layer_floor: float = 0.0
+    compensate: Literal["none", "expert", "layer"] = "none"
+    target: Literal["layer", "dense"] = "layer"
+    ridges: Sequence[float] = Refit.ridges
+    sweeps: int = Refit.sweeps
+    held_out: float = Refit.held_out
 
     def __post_init__(self) -> None:
         self._plans: dict[int, torch.Tensor] = {}
@@ -42,6 +51,12 @@ class MicroExpertPruning(Method):
     @property
     def one_shot(self) -> bool:
         return self.backward or self.rank_scope == "global"
+
+    @property
+    def compensation(self) -> Refit | None:
+        if self.compensate == "none":
+            return None
+        return Refit(self.compensate, self.target, self.ridges, self.sweeps, self.held_out)
 
     def check(self, budget: Budget) -> None:
         if self.width_multiple < 1 or self.min_width < 0:
@@ -51,7 +66,12 @@ class MicroExpertPruning(Method):
             )
         if self.rank_scope not in ("layer", "global"):
             raise CameraError(f"rank_scope={self.rank_scope} is none of layer, global.")
-        self._ratio(budget)
+        ratio = self._ratio(budget)
+        if not 0 <= self.layer_floor <= 1 - ratio:
+            raise CameraError(
+                f"layer_floor={self.layer_floor} must lie between 0 and the {1 - ratio:.3f} of all "
+                "micro-experts that stay."
+            )
 
     def scores(self, index: int, seen: LayerStatistics | None, micro_experts: int) -> torch.Tensor:
         """Of a layer's micro-experts, fp64 [N]: the lowest go."""
@@ -83,6 +103,9 @@ class MicroExpertPruning(Method):
             routed = torch.tensor([routed for pool in pools for routed in pool.routed])
             candidates_N = torch.repeat_interleave(routed, torch.tensor(widths))
             prunable = int(candidates_N.sum())
+        if self.layer_floor:
+            free_N = torch.cat([below_floor(score_N, self.layer_floor) for score_N in scores])
+            candidates_N = free_N if candidates_N is None else candidates_N & free_N
         keep_N = keep_highest(
             torch.cat(scores),
             widths,

@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from camera.blocks import swapped
-from camera.capture import Observer, Output, Tap, Trace, observe
+from camera.capture import Observer, Output, Tap, Trace, observe, unobserved
+from camera.compensate import Weights, compensate
 from camera.errors import CameraError
 from camera.heap import give_back
 from camera.hidden import HiddenStates, let_go
 from camera.memory import Memory, Needs, needs
+from camera.refit import Refit
 from camera.skeleton import Skeleton, all_finite
 from camera.slicer import Kept
 from camera.visited import Visit
@@ -97,7 +99,7 @@ class Streamer(Skeleton):
         self,
         index: int,
         batches: list[Batch],
-        observer: Observer,
+        observer: Observer = unobserved,
         *,
         propagate: bool = False,
         trace: bool = False,
@@ -122,7 +124,7 @@ class Streamer(Skeleton):
                 if visit is not None:  # all batches' at once
                     sink.y_TH = self._keep(sink.y_TH)
             elif trace:
-                sink = batch.trace = Trace()
+                sink = batch.trace = Trace(x_BLH[..., 0].numel())
             observe(ffn, x_BLH, observer, mask_T, sink, visit and visit.record)
             let_go(batch.ffn_input_BLH)
             if propagate and visit is None:
@@ -141,6 +143,9 @@ class Streamer(Skeleton):
         """
         ffn = self.feed_forward(index)
         for batch in batches:
+            if batch.output is not None:
+                self._finish(index, batch, ffn.residual_scale)
+                continue
             x_BLH = batch.ffn_input_BLH.to(self.device)
             if batch.trace is None:
                 y_BLH = ffn.module(x_BLH)
@@ -148,6 +153,39 @@ class Streamer(Skeleton):
                 y_BLH = batch.trace.finish(ffn, kept, Output(x_BLH)).view_as(x_BLH)
             self._add(index, batch, y_BLH, ffn.residual_scale)
         give_back()
+
+    @torch.no_grad()
+    def compensate(
+        self,
+        index: int,
+        batches: list[Batch],
+        kept: Kept,
+        before: Weights,
+        how: Refit,
+        dense: list[Batch] | None = None,
+    ) -> dict[str, Any]:
+        """Refit the cut layer's output weights to the output of the layer `before`; a report.
+
+        Phi must have been kept (`trace`). The layer's new output is kept for `propagate`. With
+        `dense`, the dense model's batches after the layer, these are what is aimed at.
+        """
+        ffn = self.feed_forward(index)
+        traces = [batch.trace for batch in batches]
+        shapes = [batch.ffn_input_BLH.shape for batch in batches]
+        samples, length = sum(shape[0] for shape in shapes), shapes[0][1]
+        held_out = min(max(1, round(samples * how.held_out)), samples - 1)
+        fitted = length * (samples - held_out)
+        target_TH = None
+        if dense is not None:
+            pairs = zip(dense, batches, strict=True)
+            errors = [(a.hidden_BLH - b.hidden_BLH).flatten(0, 1).float() for a, b in pairs]
+            target_TH = torch.cat(errors).to(self.device) / ffn.residual_scale
+        y_TH, report = compensate(ffn, traces, kept, before, fitted, how, target_TH)
+        parts = y_TH.split([trace.tokens for trace in traces])
+        for batch, part_TH in zip(batches, parts, strict=True):
+            batch.trace, batch.output = None, Output(batch.ffn_input_BLH[:0])
+            batch.output.y_TH = part_TH
+        return report
 
     def _finish(self, index: int, batch: Batch, scale: float) -> None:
         y_TH, batch.output = batch.output.y_TH.to(self.device), None

@@ -1,0 +1,113 @@
+"""After a layer is cut: refit the output weights of what stayed to the output that it had.
+
+Shapes: T calibration tokens, H hidden, N tokens of one expert, W its kept width, R removed.
+"""
+
+from typing import Any
+
+import torch
+
+from camera.blocks import FeedForward
+from camera.capture import Output, Trace
+from camera.refit import Block, Fit, Refit, fit
+from camera.slicer import Kept
+
+Weights = dict[tuple[str, int], torch.Tensor]
+"""By module path and expert: down_HW before the layer was cut."""
+
+
+def output_weights(ffn: FeedForward) -> Weights:
+    """The output weights of every expert, to be kept while the layer is cut."""
+    return {
+        (group.path, expert): group.down(expert).detach()
+        for group in ffn.groups
+        for expert in range(len(group.widths))
+    }
+
+
+@torch.no_grad()
+def compensate(
+    ffn: FeedForward,
+    traces: list[Trace],
+    kept: Kept,
+    before: Weights,
+    fitted: int,
+    how: Refit,
+    target_TH: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Refit the cut layer `ffn` in place: its output y_TH on all tokens, and what the fit did.
+
+    `traces` hold the phi of the whole layer, batch after batch, and are emptied; tokens from
+    `fitted` on are held out. What the layer is to put out is `target_TH`, else what it did.
+    """
+    tokens = sum(trace.tokens for trace in traces)
+    seen = _by_expert(traces)
+    first = next(iter(before.values()))
+    residual_TH = torch.zeros(tokens, len(first), device=first.device)
+    if target_TH is not None:
+        residual_TH += target_TH
+    blocks: dict[tuple[str, int], Block] = {}
+    fits: list[Fit] = []
+    for place, down_HW in before.items():
+        tokens_N, phi_NF = seen.pop(place) if place in seen else _no_tokens(down_HW)
+        stays = torch.zeros(down_HW.shape[1], dtype=torch.bool)
+        stays[kept[place[0]][place[1]]] = True
+        stays = stays.to(down_HW.device)
+        gone_NH = phi_NF[:, ~stays].float() @ down_HW[:, ~stays].float().T
+        if target_TH is not None:
+            gone_NH = -phi_NF[:, stays].float() @ down_HW[:, stays].float().T
+        block = Block(tokens_N, phi_NF[:, stays], down_HW[:, stays].T)
+        blocks[place] = block
+        if how.scope == "expert":
+            fits.append(block.alone(gone_NH, fitted, how))
+        elif tokens_N is None:
+            residual_TH += gone_NH
+        else:
+            residual_TH.index_copy_(0, tokens_N, residual_TH.index_select(0, tokens_N) + gone_NH)
+    if how.scope == "layer":
+        fits.append(fit(list(blocks.values()), residual_TH, fitted, how))
+    output = Output(first.new_zeros(1, tokens, len(first)))
+    for group in ffn.groups:
+        for expert in range(len(group.widths)):
+            block = blocks[group.path, expert]
+            group.down(expert).copy_(block.weight_WH.T)
+            if len(block.phi_NW):
+                output(group, expert, block.tokens_N, block.phi_NW)
+    return output.y_TH, _report(fits)
+
+
+def _by_expert(
+    traces: list[Trace],
+) -> dict[tuple[str, int], tuple[torch.Tensor | None, torch.Tensor]]:
+    """Tokens, counted over all batches (None for all), and phi of every expert that was reached."""
+    parts: dict[tuple[str, int], list[tuple[torch.Tensor | None, torch.Tensor]]] = {}
+    start = 0
+    for trace in traces:
+        for path, expert, tokens_N, phi_NF in trace.seen:
+            shifted_N = None if tokens_N is None else tokens_N + start
+            parts.setdefault((path, expert), []).append((shifted_N, phi_NF))
+        start += trace.tokens
+        trace.seen.clear()
+    found = {}
+    for place in list(parts):  # each expert's parts are let go as soon as they are joined
+        tokens, phi = zip(*parts.pop(place), strict=True)
+        found[place] = (None if tokens[0] is None else torch.cat(tokens), torch.cat(phi))
+    return found
+
+
+def _no_tokens(down_HW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens_N = torch.zeros(0, dtype=torch.int64, device=down_HW.device)
+    return tokens_N, down_HW.new_zeros(0, down_HW.shape[1])
+
+
+def _report(fits: list[Fit]) -> dict[str, Any]:
+    """Share of the removed squared output that is still missing, on all tokens and held-out ones
+    (before these were fitted to), and the ridges that were chosen."""
+    removed, missing = sum(f.removed for f in fits), sum(f.missing for f in fits)
+    removed_out, missing_out = sum(f.removed_out for f in fits), sum(f.missing_out for f in fits)
+    return {
+        "missing": missing / removed if removed else 0.0,
+        "missing_held_out": missing_out / removed_out if removed_out else None,
+        "ridges": [f.ridge for f in fits],
+        "sweeps": [f.sweeps for f in fits],
+    }
