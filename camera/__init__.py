@@ -7,12 +7,13 @@ Importing this package teaches transformers the checkpoint format `camera` and t
 from camera import checkpoint, deepseek
 from camera.api import compress, describe
 from camera.calibration import Calibration
+from camera.dagger import CameraQDagger
 from camera.dequantize import dequantize
 from camera.errors import CameraError
 from camera.native import export
 from camera.plus import CameraPlus
 from camera.prune import CameraP, Dense, Random
-from camera.quantize import CameraQ, CameraQDagger
+from camera.quantize import CameraQ
 from camera.result import CompressionResult
 
 deepseek.register()

@@ -7,6 +7,7 @@ from typing import Any
 from camera import parallel
 from camera.calibration import Calibration, calibration_tokens
 from camera.checkpoint import load_tokenizer, resolve_device
+from camera.compensate import fit_bytes
 from camera.errors import CameraError
 from camera.evaluation.parts import Measures, Passenger
 from camera.job import Job
@@ -78,7 +79,11 @@ def compress(
         job.calibration = Measurement(name, streamer, method, tokens, job.each_layer)
     if measures is not None and parallel.rank() == 0:
         job.passenger = Passenger(streamer, load_tokenizer(folder, trust_remote_code), measures)
-    holds = method.holds(streamer.budget)
+    budget = streamer.budget
+    holds = method.holds(budget)
+    if method.compensation:
+        pools = budget.layers.values()
+        holds += max(fit_bytes(job.tokens, budget.hidden, pool.widths) for pool in pools)
     job.needs = streamer.prepare(memory or Memory(), job.tokens, method.slices, out.parent, holds)
     log.info("%s: this takes %s", out.name, job.needs)
     if method.compensation and not job.needs.keep_phi:

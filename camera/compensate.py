@@ -25,6 +25,12 @@ def output_weights(ffn: FeedForward) -> Weights:
     }
 
 
+def fit_bytes(tokens: int, hidden: int, widths: list[int]) -> int:
+    """What a fit holds beside phi, at most: residual, output, new and old weights, Gram matrices
+    and their factors, in fp32."""
+    return 4 * (2 * tokens * hidden + 2 * hidden * sum(widths) + 2 * sum(w * w for w in widths))
+
+
 @torch.no_grad()
 def compensate(
     ffn: FeedForward,

@@ -1,4 +1,4 @@
-"""Camera-Plus: micro-experts ranked over all layers by the loss, and what stays is refitted.
+"""Camera-Plus: one budget for all layers by what the loss would lose, and least squares afterwards.
 
 Shapes: N micro-experts of a layer's pool.
 """
@@ -10,47 +10,45 @@ import torch
 
 from camera.blocks import FeedForward
 from camera.budget import Budget
-from camera.energy import EnergyObserver, LayerEnergy
-from camera.errors import CameraError
 from camera.prune import MicroExpertPruning
-from camera.sensitivity import SensitivityObserver
-
-SCORES = ("energy", "fisher", "product")
+from camera.scores import Name, Score
+from camera.statistics import LayerStatistics
 
 
 @dataclass
 class CameraPlus(MicroExpertPruning):
-    """Camera-Plus: one budget for all layers, by Fisher information, and least squares afterwards.
+    """Camera-Plus: the lowest scores of all layers go, and what stays makes up for them.
 
-    `score` energy is Camera-P's (with `alpha`), fisher sum over tokens of (phi * dloss/dphi)^2,
-    product HEAPr's. Gradients take one backward pass.
+    `score`, `alpha` and `normalize` are explained in `camera.scores`, `compensate` and `target` in
+    `camera.refit`. Gradients, where the score needs them, take one pass back through the layers.
     """
 
     name: ClassVar[str] = "camera_plus"
     calibrates: ClassVar[bool] = True
 
-    score: Literal["energy", "fisher", "product"] = "fisher"
+    score: Name = "product"
     alpha: float = 0.0
+    normalize: Literal["routed", "all"] = "routed"
     rank_scope: Literal["layer", "global"] = "global"
-    normalize: Literal["routed", "all"] = "all"
     compensate: Literal["none", "expert", "layer"] = "layer"
 
     @property
     def backward(self) -> bool:
-        return self.score != "energy"
+        return self._score.backward
+
+    @property
+    def _score(self) -> Score:
+        return Score(self.score, self.alpha, self.normalize)
 
     def check(self, budget: Budget) -> None:
-        if self.score not in SCORES:
-            raise CameraError(f"method.score={self.score} is none of {', '.join(SCORES)}.")
+        self._score  # noqa: B018 (refuses what it can't be)
         super().check(budget)
 
     def statistics_key(self) -> dict[str, Any]:
-        return {"kind": "sensitivity" if self.backward else "energy"}
+        return {"kind": self._score.kind}
 
     def observer(self, index: int, ffn: FeedForward) -> Any:
-        return SensitivityObserver(ffn) if self.backward else EnergyObserver(ffn)
+        return self._score.observer(ffn)
 
-    def scores(self, index: int, seen: LayerEnergy, micro_experts: int) -> torch.Tensor:
-        if self.score == "fisher":
-            return seen.joint(self.normalize)
-        return seen.product(self.normalize) if self.score == "product" else seen.energy(self.alpha)
+    def scores(self, index: int, seen: LayerStatistics, micro_experts: int) -> torch.Tensor:
+        return self._score.of(seen)

@@ -24,11 +24,11 @@ from camera.bit_plan import (
 )
 from camera.blocks import FeedForward
 from camera.budget import Budget
-from camera.energy import EnergyObserver, LayerEnergy
+from camera.energy import LayerEnergy
 from camera.errors import CameraError
-from camera.footprint import MOST_BITS, Footprint, index_bits
-from camera.layer_hessians import LayerHessians
+from camera.footprint import Footprint
 from camera.quantization import CLOSE, GROUP_SIZE, Quantization, footprints, hidden_size
+from camera.scores import Name, Score
 from camera.solve_layer import ExpertBits
 from camera.statistics import LayerStatistics
 
@@ -42,7 +42,8 @@ class CameraQ(Quantization):
     most is solved so that the stored average meets `bits`. With ratios and no group_size, that is
     solved instead. allocation optimal: of all `group_bits` those that minimise the predicted error
     sum_i E_i * error(b_i) within the target. rank_scope: rank within a layer, each expert, or the
-    whole model (by energies of the dense model). align: boundaries in an expert are multiples.
+    whole model (by scores of the dense model). score: energy, or another one of `camera.scores`, of
+    the dense model. align: boundaries in an expert are multiples.
 
     Source: CAMERA (AAAI 2026), whose shares and group size aren't published.
     """
@@ -57,22 +58,32 @@ class CameraQ(Quantization):
     rank_scope: Literal["layer", "expert", "model"] = "layer"
     allocation: Literal["groups", "optimal"] = "groups"
     align: int = 1
+    score: Name = "energy"
+    normalize: Literal["routed", "all"] = "routed"
 
     def __post_init__(self) -> None:
+        self._scores: dict[int, torch.Tensor] | None = None  # of the dense model
         self._plans: dict[int, torch.Tensor] | None = None
 
     @property
     def one_shot(self) -> bool:
-        return self.rank_scope == "model"
+        return self.rank_scope == "model" or self.score != "energy"
+
+    @property
+    def backward(self) -> bool:
+        return self._score.backward
+
+    @property
+    def _score(self) -> Score:
+        return Score(self.score, self.alpha, self.normalize)
 
     def check(self, budget: Budget) -> None:
+        self._score  # noqa: B018 (refuses what it can't be)
         levels = list(self.group_bits)
         if levels != sorted(set(levels) & set(range(9)), reverse=True) or not any(levels):
             raise CameraError(
                 f"group_bits={levels} must be different bits from 8 to 0, the most first."
             )
-        if not 0 <= self.alpha <= 1:
-            raise CameraError(f"alpha={self.alpha} must lie between 0 and 1.")
         if not 0 <= self.low_share <= 1:
             raise CameraError(f"low_share={self.low_share} must lie between 0 and 1.")
         if self.rank_scope not in SCOPES:
@@ -126,16 +137,22 @@ class CameraQ(Quantization):
         return tuple(ends)
 
     def observer(self, index: int, ffn: FeedForward) -> Any:
-        if self.one_shot and self._plans is None:
-            return EnergyObserver(ffn)
+        if self.one_shot and self._scores is None:
+            return self._score.observer(ffn)
         return super().observer(index, ffn)
 
+    def statistics_key(self) -> dict[str, Any]:
+        return {"kind": self._score.kind}
+
     def prepare(self, statistics: dict[int, LayerStatistics], budget: Budget) -> None:
+        self._scores = {index: self._score.of(seen) for index, seen in statistics.items()}
+        if self.rank_scope != "model":
+            return
         pools = footprints(budget, self._group_size(), self.sym)
         widths = [width for pool in pools.values() for width in pool.widths]
         hidden = next(iter(pools.values())).hidden
         whole = Footprint(hidden, tuple(widths), self._group_size(), self.sym)
-        scores_N = torch.cat([statistics[index].energy(self.alpha) for index in pools])
+        scores_N = torch.cat([self._scores[index] for index in pools])
         bits_N, _, self._model_group_size = self.allocate(scores_N, whole)
         sizes = [pool.micro_experts for pool in pools.values()]
         self._plans = dict(zip(pools, bits_N.split(sizes), strict=True))
@@ -143,7 +160,7 @@ class CameraQ(Quantization):
     def plan(
         self, index: int, ffn: FeedForward, seen: LayerEnergy, budget: Budget
     ) -> tuple[list[ExpertBits], int | None]:
-        energy_N, widths = seen.energy(self.alpha), ffn.widths
+        energy_N, widths = self._importance(index, seen), ffn.widths
         if self._plans is not None:
             bits_N, group_size = self._plans[index], self._model_group_size
         else:
@@ -154,6 +171,9 @@ class CameraQ(Quantization):
             bits_N, _, group_size = self.allocate(energy_N, pool, errors)
         parts = zip(bits_N.split(widths), energy_N.split(widths), strict=True)
         return [ExpertBits.matched(bits_W, energy_W) for bits_W, energy_W in parts], group_size
+
+    def _importance(self, index: int, seen: LayerEnergy) -> torch.Tensor:
+        return self._score.of(seen) if self._scores is None else self._scores[index]
 
     def allocate(
         self, energy_N: torch.Tensor, pool: Footprint, errors: dict[int, float] | None = None
@@ -207,82 +227,3 @@ class CameraQ(Quantization):
                 f"alone stores {stored(None) / pool.weights:.4g} bits per weight."
             )
         return size
-
-
-@dataclass
-class CameraQDagger(CameraQ):
-    """Camera-Q without what makes it Camera-Q: the bits of the three matrices don't match.
-
-    split channels: each matrix is cut along its own input, gate and up by the energy of their input
-    channels [(1 - alpha) |X_c|_2^2 + alpha |X_c|_inf^2] |W_c|^2, down by micro-expert energy; the
-    shares are Camera-Q's in all three. split shuffle: Camera-Q's numbers of rows and columns of
-    every expert, dealt out at random in each matrix. The orders that are stored count as bits.
-    """
-
-    name: ClassVar[str] = "camera_q_dagger"
-
-    split: Literal["channels", "shuffle"] = "channels"
-    seed: int = 1234
-
-    def check(self, budget: Budget) -> None:
-        if self.split not in ("channels", "shuffle"):
-            raise CameraError(f"split={self.split} is none of channels, shuffle.")
-        if 0 in self.group_bits:
-            raise CameraError("camera_q_dagger can't remove micro-experts: take 0 off group_bits.")
-        if self.rank_scope == "model" or self.allocation == "optimal":
-            raise CameraError(
-                "camera_q_dagger ranks within a layer or expert, in shares: set rank_scope=layer "
-                "and allocation=groups."
-            )
-        super().check(budget)
-
-    def plan(
-        self, index: int, ffn: FeedForward, seen: LayerHessians, budget: Budget
-    ) -> tuple[list[ExpertBits], int | None]:
-        if self.split == "channels":
-            return self._by_channels(ffn, seen)
-        matched, group_size = super().plan(index, ffn, seen, budget)
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + index)
-
-        def deal(bits: torch.Tensor) -> torch.Tensor:
-            return bits[torch.randperm(len(bits), generator=generator)]
-
-        return [
-            ExpertBits("rows", deal(e.gate), deal(e.up), deal(e.down)) for e in matched
-        ], group_size
-
-    def stored(self, pool: Footprint, bits_N: torch.Tensor, cuts: Sequence[int]) -> float:
-        if self.split == "shuffle":
-            index = sum(2 * index_bits(width) for width in pool.widths)
-            return super().stored(pool, bits_N, cuts) + index
-        channels = self._channel_bits(pool.hidden, cuts, len(bits_N))
-        counts_B = torch.bincount(channels, minlength=MOST_BITS + 1)
-        counts_EB = counts_B.expand(len(pool.widths), -1)
-        return pool.stored_by_columns(counts_EB, pool.counts(bits_N))
-
-    def _channel_bits(self, hidden: int, cuts: Sequence[int], micro_experts: int) -> torch.Tensor:
-        """Bits of input channels in falling order: the shares that the cuts give micro-experts."""
-        inside = [round(cut * hidden / max(micro_experts, 1)) for cut in cuts]
-        return assign(torch.arange(hidden), [hidden], self.group_bits, inside)
-
-    def _by_channels(
-        self, ffn: FeedForward, seen: LayerHessians
-    ) -> tuple[list[ExpertBits], int | None]:
-        energy_N, widths = seen.energy(self.alpha), ffn.widths
-        pool = Footprint(hidden_size(ffn), tuple(widths), self._group_size(), self.sym)
-        bits_N, cuts, group_size = self.allocate(energy_N, pool)
-        falling_H = self._channel_bits(pool.hidden, cuts, len(bits_N))
-        channel_EH = seen.channel_energy(self.alpha).cpu()
-        parts = iter(zip(bits_N.split(widths), energy_N.split(widths), channel_EH, strict=True))
-        plan = []
-        for group in ffn.groups:
-            for expert in range(len(group.widths)):
-                bits_W, energy_W, channel_H = next(parts)
-                both = []
-                for weight in group.gate_up(expert):
-                    norm_H = weight.detach().float().square().sum(0).double().cpu()
-                    bits_H = torch.empty_like(falling_H)
-                    bits_H[ranking(channel_H * norm_H, [pool.hidden], "layer")] = falling_H
-                    both.append(bits_H)
-                plan.append(ExpertBits("columns", *both, bits_W, energy_W))
-        return plan, group_size

@@ -36,7 +36,7 @@ class Refit:
 
     scope: Literal["expert", "layer"] = "layer"
     target: Literal["layer", "dense"] = "layer"
-    ridges: Sequence[float] = (1.0, 0.1, 0.01)
+    ridges: Sequence[float] = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
     sweeps: int = 8
     held_out: float = 0.125
 

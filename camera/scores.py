@@ -1,0 +1,65 @@
+"""The scores that micro-experts can be ranked by, under the names that settings have for them.
+
+energy: Camera's, [(1 - alpha) |phi|_2^2 + alpha |phi|_inf^2] |w_down|^2.
+fisher: sum over tokens of (phi * dloss/dphi)^2, the Fisher information of scaling a micro-expert.
+product: HEAPr's, which multiplies the two factors' means.
+residual: what of its energy the other micro-experts of its expert can't stand in for.
+
+Shapes: N micro-experts of a layer's pool.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from camera.blocks import FeedForward
+from camera.energy import EnergyObserver
+from camera.errors import CameraError
+from camera.residual import GramObserver
+from camera.sensitivity import SensitivityObserver
+from camera.statistics import LayerStatistics
+
+SCORES = ("energy", "fisher", "product", "residual")
+Name = Literal["energy", "fisher", "product", "residual"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score by its name; `alpha` is of energy, `normalize` of fisher and product: routed takes
+    means over an expert's own tokens, all sums over the calibration set."""
+
+    name: Name
+    alpha: float
+    normalize: Literal["routed", "all"]
+
+    def __post_init__(self) -> None:
+        if self.name not in SCORES:
+            raise CameraError(f"method.score={self.name} is none of {', '.join(SCORES)}.")
+        if self.normalize not in ("routed", "all"):
+            raise CameraError(f"method.normalize={self.normalize} is none of routed, all.")
+        if not 0 <= self.alpha <= 1:
+            raise CameraError(f"alpha={self.alpha} must lie between 0 and 1.")
+
+    @property
+    def backward(self) -> bool:
+        """Whether it needs gradients."""
+        return self.name in ("fisher", "product")
+
+    @property
+    def kind(self) -> str:
+        """What is seen of a layer for it."""
+        return {"energy": "energy", "residual": "grams"}.get(self.name, "sensitivity")
+
+    def observer(self, ffn: FeedForward) -> Any:
+        """What sees it."""
+        observers = {"energy": EnergyObserver, "grams": GramObserver}
+        return observers.get(self.kind, SensitivityObserver)(ffn)
+
+    def of(self, seen: LayerStatistics) -> torch.Tensor:
+        """fp64 [N], the lowest being the first to go."""
+        if self.name == "energy":
+            return seen.energy(self.alpha)
+        if self.name == "residual":
+            return seen.residual_N
+        return (seen.joint if self.name == "fisher" else seen.product)(self.normalize)

@@ -1,0 +1,132 @@
+"""Scores by name: what each ranks by, and that pruning and quantising methods can be told any.
+
+Shapes: T tokens, N micro-experts of a layer's pool, W width of one expert.
+"""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import camera
+from camera.calibration import calibration_tokens
+from camera.checkpoint import load_model, load_tokenizer
+from camera.errors import CameraError
+from camera.residual import RIDGE
+from camera.scores import SCORES, Score
+from camera.statistics import Statistics
+from oracles import basis, capture, dense_phi, ffn_of
+
+
+@pytest.fixture
+def compress(data_folder, calibration, tmp_path):
+    def run(source, method, name="out", **options):
+        settings = dict(
+            data=str(data_folder),
+            calibration=calibration,
+            device="cpu",
+            progress=False,
+            statistics=tmp_path / "statistics",
+        )
+        return camera.compress(source, method, tmp_path / name, **{**settings, **options})
+
+    return run
+
+
+def statistics_of(folder):
+    (file,) = folder.glob("*.safetensors")
+    return Statistics.load(file)
+
+
+def test_residual_is_what_the_others_of_an_expert_can_t_explain(
+    checkpoints, compress, calibration, data_folder, tmp_path
+):
+    source = checkpoints("qwen2_moe")
+    compress(source, "camera_plus", score="residual", compensate="none", sparsity=0.3)
+    found = dict(statistics_of(tmp_path / "statistics"))[0]
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    ids = calibration_tokens(
+        load_tokenizer(source, False), calibration, data=str(data_folder), seed=1234, max_length=128
+    ).ids_NL
+    ffn = ffn_of(model.model.layers[0])
+    phi_TN = dense_phi(ffn, *capture(model, 0, ids))
+    start, want = 0, []
+    for width in found.widths:
+        phi_TW = phi_TN[:, start : start + width]
+        ridge = RIDGE * phi_TW.square().sum(0).mean()
+        for i in range(width):
+            others = [j for j in range(width) if j != i]
+            rest, own = phi_TW[:, others], phi_TW[:, i]
+            gram = rest.T @ rest + ridge * torch.eye(width - 1)
+            best = torch.linalg.solve(gram, rest.T @ own)
+            want.append((own - rest @ best).square().sum() + ridge * best.square().sum())
+        start += width
+    norm2_N = basis(ffn).square().sum(1)
+    torch.testing.assert_close(found.residual_N, torch.stack(want) * norm2_N, rtol=1e-3, atol=1e-9)
+
+
+def test_what_repeats_another_micro_expert_is_worth_little():
+    phi_TW = torch.randn(200, 6)
+    phi_TW[:, 3] = 2 * phi_TW[:, 1]
+    lost_W = camera.residual._unexplained(phi_TW.T @ phi_TW)
+    assert max(lost_W[1], lost_W[3]) < 0.1 * lost_W[[0, 2, 4, 5]].min()
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("score", SCORES)
+def test_the_lowest_scores_go(score, scope, checkpoints, compress, tmp_path):
+    source = checkpoints("deepseek")
+    result = compress(
+        source,
+        "camera_plus",
+        score=score,
+        rank_scope=scope,
+        propagate="dense",
+        compensate="none",
+        sparsity=0.4,
+    )
+    how = Score(score, 0.0, "routed")
+    parts = [(layer, how.of(layer)) for _, layer in statistics_of(tmp_path / "statistics")]
+    pools = [parts] if scope == "global" else [[part] for part in parts]
+    for pool in pools:
+        scores_N = torch.cat([score_N for _, score_N in pool])
+        limit = scores_N.sort().values[int(len(scores_N) * 0.4 + 1e-9)]
+        kept = [w for layer, _ in pool for path in layer.groups for w in result.widths[path]]
+        widths = [width for layer, _ in pool for width in layer.widths]
+        assert kept == [int((part >= limit).sum()) for part in scores_N.split(widths)]
+
+
+@pytest.mark.parametrize("method", ["camera_q", "camera_q_dagger"])
+@pytest.mark.parametrize("score", ["fisher", "product", "residual"])
+def test_bits_go_by_any_score(score, method, checkpoints, compress, tmp_path):
+    source = checkpoints("qwen3_moe")
+    options = dict(bits=4.0, group_size=16)
+    by_energy = compress(source, method, "energy", **options)
+    result = compress(source, method, "scored", score=score, **options)
+    assert result.bits["stored"] == pytest.approx(by_energy.bits["stored"], rel=0.05)
+    maps = [{k: v["mean_bits"] for k, v in r.layers.items()} for r in (by_energy, result)]
+    assert maps[0] != maps[1]
+    model = load_model(tmp_path / "scored", "cpu", "float32")
+    assert torch.isfinite(model(torch.arange(3, 40)[None]).logits).all()
+
+
+def test_matched_bits_follow_the_score(checkpoints, compress, tmp_path):
+    """Experts with more of the highest scores get more bits."""
+    source = checkpoints("mixtral", num_hidden_layers=2)
+    result = compress(
+        source, "camera_q", score="product", group_bits=[3, 1], ratios=[0.25, 0.75], bits=None
+    )
+    for index, layer in statistics_of(tmp_path / "statistics"):
+        score_N = Score("product", 0.9, "routed").of(layer)
+        top_N = score_N >= score_N.sort().values[-(len(score_N) // 4)]
+        want = [1 + 2 * part.double().mean().item() for part in top_N.split(layer.widths)]
+        (bits,) = result.layers[str(index)]["mean_bits"].values()
+        assert bits == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(name="size"), dict(normalize="none"), dict(alpha=2.0)], ids=str
+)
+def test_impossible_settings_are_refused(options):
+    settings = dict(name="energy", alpha=0.0, normalize="all")
+    with pytest.raises(CameraError, match=r"none of|between"):
+        Score(**(settings | options))
