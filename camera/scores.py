@@ -1,6 +1,7 @@
 """The scores that micro-experts can be ranked by, under the names that settings have for them.
 
 energy: Camera's, [(1 - alpha) |phi|_2^2 + alpha |phi|_inf^2] |w_down|^2.
+relative: energy as a share of the hidden states that it is added to, so that layers compare.
 fisher: sum over tokens of (phi * dloss/dphi)^2, the Fisher information of scaling a micro-expert.
 product: HEAPr's, which multiplies the two factors' means.
 residual: what of its energy the other micro-experts of its expert can't stand in for.
@@ -16,18 +17,25 @@ import torch
 from camera.blocks import FeedForward
 from camera.energy import EnergyObserver
 from camera.errors import CameraError
+from camera.relative import ShareObserver
 from camera.residual import GramObserver
 from camera.sensitivity import SensitivityObserver
 from camera.statistics import LayerStatistics
 
-SCORES = ("energy", "fisher", "product", "residual")
-Name = Literal["energy", "fisher", "product", "residual"]
+SCORES = ("energy", "relative", "fisher", "product", "residual")
+Name = Literal["energy", "relative", "fisher", "product", "residual"]
+OBSERVERS = {
+    "energy": EnergyObserver,
+    "relative": ShareObserver,
+    "sensitivity": SensitivityObserver,
+    "grams": GramObserver,
+}
 
 
 @dataclass(frozen=True)
 class Score:
-    """A score by its name; `alpha` is of energy, `normalize` of fisher and product: routed takes
-    means over an expert's own tokens, all sums over the calibration set."""
+    """A score by its name; `alpha` is of energy and relative, `normalize` of fisher and product:
+    routed takes means over an expert's own tokens, all sums over the calibration set."""
 
     name: Name
     alpha: float
@@ -49,17 +57,20 @@ class Score:
     @property
     def kind(self) -> str:
         """What is seen of a layer for it."""
-        return {"energy": "energy", "residual": "grams"}.get(self.name, "sensitivity")
+        if self.backward:
+            return "sensitivity"
+        return "grams" if self.name == "residual" else self.name
 
     def observer(self, ffn: FeedForward) -> Any:
         """What sees it."""
-        observers = {"energy": EnergyObserver, "grams": GramObserver}
-        return observers.get(self.kind, SensitivityObserver)(ffn)
+        return OBSERVERS[self.kind](ffn)
 
     def of(self, seen: LayerStatistics) -> torch.Tensor:
         """fp64 [N], the lowest being the first to go."""
         if self.name == "energy":
             return seen.energy(self.alpha)
+        if self.name == "relative":
+            return seen.relative(self.alpha)
         if self.name == "residual":
             return seen.residual_N
         return (seen.joint if self.name == "fisher" else seen.product)(self.normalize)

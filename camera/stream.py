@@ -104,8 +104,8 @@ class Streamer(Skeleton):
         propagate: bool = False,
         trace: bool = False,
     ) -> None:
-        """Show the observer what each expert sees, and before, if it has `begin(x_TH, mask_T)`, the
-        FFN's input of each batch.
+        """Show the observer what each expert sees; and before, of each batch, the FFN's input if it
+        has `begin(x_TH, mask_T)`, and what its output is added to if it has `stream(h_TH, mask_T)`.
 
         With `propagate` the layer is finished as it is; with `trace` phi is kept, and `propagate`
         called later, on the cut layer, needs no more than its `down_proj`.
@@ -116,6 +116,8 @@ class Streamer(Skeleton):
         for batch in batches:
             mask_T = None if batch.mask_T is None else batch.mask_T.to(self.device)
             x_BLH = batch.ffn_input_BLH.to(self.device)
+            if hasattr(observer, "stream"):
+                observer.stream(batch.hidden_BLH.to(self.device).flatten(0, -2), mask_T)
             if hasattr(observer, "begin"):
                 observer.begin(x_BLH.flatten(0, -2), mask_T)
             sink = None

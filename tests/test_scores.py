@@ -71,6 +71,26 @@ def test_what_repeats_another_micro_expert_is_worth_little():
     assert max(lost_W[1], lost_W[3]) < 0.1 * lost_W[[0, 2, 4, 5]].min()
 
 
+def test_relative_energies_are_shares_of_the_hidden_states(
+    checkpoints, compress, calibration, data_folder, tmp_path
+):
+    source = checkpoints("deepseek")
+    compress(source, "camera_plus", score="relative", compensate="none", sparsity=0.3)
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    ids = calibration_tokens(
+        load_tokenizer(source, False), calibration, data=str(data_folder), seed=1234, max_length=128
+    ).ids_NL
+    for index, layer in statistics_of(tmp_path / "statistics"):
+        before = []
+        norm = model.model.layers[index].post_attention_layernorm
+        hook = norm.register_forward_pre_hook(lambda _, args, seen=before: seen.append(args[0]))
+        with torch.no_grad():
+            model(ids)
+        hook.remove()
+        want = layer.energy(0.3) / before[0].double().square().sum()
+        torch.testing.assert_close(layer.relative(0.3), want, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("score", SCORES)
 def test_the_lowest_scores_go(score, scope, checkpoints, compress, tmp_path):
@@ -96,7 +116,7 @@ def test_the_lowest_scores_go(score, scope, checkpoints, compress, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["camera_q", "camera_q_dagger"])
-@pytest.mark.parametrize("score", ["fisher", "product", "residual"])
+@pytest.mark.parametrize("score", ["relative", "fisher", "product", "residual"])
 def test_bits_go_by_any_score(score, method, checkpoints, compress, tmp_path):
     source = checkpoints("qwen3_moe")
     options = dict(bits=4.0, group_size=16)
