@@ -23,6 +23,9 @@ JOBS = {
     "layer by layer": dict(method="camera_p", sparsity=0.4),
     "all layers at once": dict(method="camera_p", sparsity=0.4, rank_scope="global"),
     "dense": dict(method="camera_p", sparsity=0.4, propagate="dense"),
+    "compensated": dict(
+        method="camera_p", sparsity=0.4, compensate="layer", target="dense", ridges=[10.0]
+    ),
     "hessians": dict(method="camera_q", bits=3.0),
     "outputs": dict(method="naee", sparsity=0.25),
 }
@@ -157,6 +160,20 @@ def test_hessians_of_both_processes_count(two, one):
     # summed in another order, so that a few codes may round otherwise
     differing = sum((mine[name] != theirs[name]).sum().item() for name in mine)
     assert differing <= 0.01 * sum(tensor.numel() for tensor in mine.values())
+
+
+def test_both_processes_tokens_are_fitted_to(two, one):
+    folder, said = two
+    alone, result = one("compensated")
+    assert [rank["compensated"]["said"] for rank in said] == [result.widths] * 2
+    report = json.loads((folder / "compensated" / "camera.json").read_text())["layers"]["0"]
+    assert report["ridges"] == result.layers["0"]["ridges"] == [10.0]
+    mine, theirs, before = map(weights, (folder / "compensated", alone, one("layer by layer")[0]))
+    first = [name for name in theirs if ".0." in name and "down_proj" in name]
+    assert first
+    for name in first:
+        change = (theirs[name] - before[name]).norm()
+        assert (mine[name] - theirs[name]).norm() < 0.1 * change
 
 
 def test_what_can_not_be_added_up_is_refused_by_both(two):

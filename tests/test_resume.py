@@ -110,6 +110,18 @@ def test_a_dense_pass_goes_on_too(compress, tmp_path, monkeypatch):
     assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.parametrize("target", ["layer", "dense"])
+def test_a_compensated_run_goes_on_too(target, compress, tmp_path, monkeypatch):
+    options = dict(compensate="layer", target=target)
+    compress("whole", **options)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 9, after=True)
+        with pytest.raises(Killed):
+            compress(**options)
+    compress(**options)
+    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+
+
 KILLED_FOR_REAL = """
     import os, signal, sys, camera, camera.resume
     source, out, data = sys.argv[1:]
