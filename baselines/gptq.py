@@ -10,9 +10,9 @@ from camera.bit_plan import solve_group_size
 from camera.blocks import FeedForward
 from camera.budget import Budget
 from camera.errors import CameraError
+from camera.expert_bits import ExpertBits
 from camera.footprint import MOST_BITS
 from camera.quantization import Quantization, footprints
-from camera.solve_layer import ExpertBits
 
 CLOSE = 0.05  # uniform bits and a group size can't meet every target; further below is refused
 

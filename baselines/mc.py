@@ -13,11 +13,11 @@ from baselines.mc_allocation import Allocations, expert_costs, reachable
 from camera.blocks import ExpertGroup, FeedForward
 from camera.budget import Budget, LayerPool
 from camera.errors import CameraError
+from camera.expert_bits import ExpertBits
 from camera.footprint import Footprint
 from camera.gptq import GPTQ
 from camera.layer_hessians import HessianObserver, LayerHessians
 from camera.quantization import GROUP_SIZE, Quantization, footprints, hidden_size
-from camera.solve_layer import ExpertBits
 
 LEVELS = (1, 2, 3)
 

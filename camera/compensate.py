@@ -9,7 +9,7 @@ import torch
 
 from camera.blocks import FeedForward
 from camera.capture import Output, Trace
-from camera.refit import Block, Fit, Refit, fit
+from camera.refit import Block, Fit, Refit, fit, fit_report
 from camera.slicer import Kept
 
 Weights = dict[tuple[str, int], torch.Tensor]
@@ -79,7 +79,7 @@ def compensate(
             group.down(expert).copy_(block.weight_WH.T)
             if len(block.phi_NW):
                 output(group, expert, block.tokens_N, block.phi_NW)
-    return output.y_TH, _report(fits)
+    return output.y_TH, fit_report(fits)
 
 
 def _by_expert(
@@ -104,16 +104,3 @@ def _by_expert(
 def _no_tokens(down_HW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     tokens_N = torch.zeros(0, dtype=torch.int64, device=down_HW.device)
     return tokens_N, down_HW.new_zeros(0, down_HW.shape[1])
-
-
-def _report(fits: list[Fit]) -> dict[str, Any]:
-    """Share of the removed squared output that is still missing, on all tokens and held-out ones
-    (before these were fitted to), and the ridges that were chosen."""
-    removed, missing = sum(f.removed for f in fits), sum(f.missing for f in fits)
-    removed_out, missing_out = sum(f.removed_out for f in fits), sum(f.missing_out for f in fits)
-    return {
-        "missing": missing / removed if removed else 0.0,
-        "missing_held_out": missing_out / removed_out if removed_out else None,
-        "ridges": [f.ridge for f in fits],
-        "sweeps": [f.sweeps for f in fits],
-    }

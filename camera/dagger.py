@@ -13,11 +13,11 @@ from camera.bit_plan import assign, ranking
 from camera.blocks import FeedForward
 from camera.budget import Budget
 from camera.errors import CameraError
+from camera.expert_bits import ExpertBits
 from camera.footprint import MOST_BITS, Footprint, index_bits
 from camera.layer_hessians import LayerHessians
 from camera.quantization import hidden_size
 from camera.quantize import CameraQ
-from camera.solve_layer import ExpertBits
 
 
 @dataclass

@@ -14,6 +14,7 @@ from camera import parallel
 from camera.blocks import FeedForward
 from camera.budget import Budget
 from camera.errors import CameraError
+from camera.expert_bits import ExpertBits
 from camera.experts.cut import Cut, Solved
 from camera.experts.packed_linear import PackedLinear, PackedRouter
 from camera.experts.packed_spec import linear_spec, router_spec, spec_bytes, spec_code_bits
@@ -22,7 +23,8 @@ from camera.gptq import GPTQ
 from camera.layer_hessians import HessianObserver, LayerHessians, hessian_bytes
 from camera.method import Method, Outcome
 from camera.quantizer import CLIPS
-from camera.solve_layer import SOLVE_BYTES, ExpertBits, solve_layer, solving_bytes
+from camera.refit import Refit
+from camera.solve_layer import SOLVE_BYTES, solve_layer, solving_bytes
 from camera.statistics import LayerStatistics
 
 GROUP_SIZE = 128
@@ -38,7 +40,8 @@ class Quantization(Method):
     the whole row, null to have it chosen. sym: no zeros. clip: range search (none, gptq, mc).
     act_order, static_groups, percdamp, fallback, min_tokens: see camera.gptq.GPTQ.
     weighted_hessian counts a token by its squared routing weight. true_sequential takes down's
-    Hessian from the quantised gate and up, on the first `sequential_tokens` inputs of an expert.
+    Hessian from the quantised gate and up, on the first `sequential_tokens` inputs of an expert;
+    compensate expert refits down to these before it is quantised (see `camera.refit`).
     attn_bits, router_bits: round attention and router to nearest before the layer is run (null:
     left alone).
     """
@@ -58,6 +61,7 @@ class Quantization(Method):
     weighted_hessian: bool = False
     true_sequential: bool = False
     sequential_tokens: int = 8192
+    compensate: Literal["none", "expert"] = "none"
     attn_bits: int | None = None
     router_bits: int | None = None
 
@@ -80,6 +84,12 @@ class Quantization(Method):
             value = getattr(self, key)
             if value is not None and not 1 <= value <= 8:
                 raise CameraError(f"{key}={value} must lie between 1 and 8, or be null.")
+        if self.compensate not in ("none", "expert"):
+            raise CameraError(f"compensate={self.compensate} is none of none, expert.")
+        if self.compensate != "none" and not self.true_sequential:
+            raise CameraError(
+                "compensate=expert runs the quantised gate and up: set true_sequential=true."
+            )
         if self.true_sequential and self.weighted_hessian:
             raise CameraError(
                 "true_sequential keeps inputs without their routing weights: set "
@@ -138,8 +148,9 @@ class Quantization(Method):
         bits, group_size = self.plan(index, ffn, seen, budget)
         solver, weights = self.solver(group_size), 3 * hidden_size(ffn) * sum(ffn.widths)
         hessians = seen if isinstance(seen, LayerHessians) else None
+        how = Refit("expert") if self.compensate == "expert" else None
         forms, found = solve_layer(
-            ffn, bits, solver, hessians, true_sequential=self.true_sequential
+            ffn, bits, solver, hessians, true_sequential=self.true_sequential, compensation=how
         )
         specs, plan = forms.values(), iter(bits)
         # of gate, up and down, which are equally large; what is removed counts as 0

@@ -26,10 +26,10 @@ from camera.blocks import FeedForward
 from camera.budget import Budget
 from camera.energy import LayerEnergy
 from camera.errors import CameraError
+from camera.expert_bits import ExpertBits
 from camera.footprint import Footprint
 from camera.quantization import CLOSE, GROUP_SIZE, Quantization, footprints, hidden_size
 from camera.scores import Name, Score
-from camera.solve_layer import ExpertBits
 from camera.statistics import LayerStatistics
 
 

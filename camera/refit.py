@@ -14,7 +14,7 @@ N tokens of one expert, W its kept width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -170,6 +170,19 @@ def fit(blocks: list[Block], residual_TH: torch.Tensor, fitted: int, how: Refit)
             block.fit_to(len(residual_TH))
     missing, sweeps = _descend(blocks, residual_TH, len(residual_TH), chosen, how.sweeps, 0)
     return replace(left, missing=missing, missing_out=best * judge, ridge=chosen, sweeps=sweeps)
+
+
+def fit_report(fits: list[Fit]) -> dict[str, Any]:
+    """Share of the removed squared output that is still missing, on all tokens and held-out ones
+    (before these were fitted to), and the ridges that were chosen."""
+    removed, missing = sum(f.removed for f in fits), sum(f.missing for f in fits)
+    removed_out, missing_out = sum(f.removed_out for f in fits), sum(f.missing_out for f in fits)
+    return {
+        "missing": missing / removed if removed else 0.0,
+        "missing_held_out": missing_out / removed_out if removed_out else None,
+        "ridges": [f.ridge for f in fits],
+        "sweeps": [f.sweeps for f in fits],
+    }
 
 
 def _descend(

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from camera.blocks import ExpertGroup, FeedForward, MlpExpert
+from camera.expert_bits import ExpertBits, falling
 from camera.experts.cut import Cut, Solved
 from camera.experts.narrow import PROJECTIONS
 from camera.experts.packed import PackedExperts
@@ -19,49 +20,10 @@ from camera.experts.packed_mlp import PackedMlp
 from camera.experts.packed_spec import experts_spec, mlp_spec
 from camera.gptq import GPTQ
 from camera.layer_hessians import LayerHessians
+from camera.refit import Block, Fit, Refit, fit, fit_report
 from camera.solve_batch import Ledger, solve_batch
 
 SOLVE_BYTES = 4 * 2**30  # of Hessians, factors and weights that are solved as one batch
-
-
-@dataclass(frozen=True)
-class ExpertBits:
-    """The bits of one expert's three matrices.
-
-    down [W]: by column, i.e. micro-expert; 0 removes it. gate, up: by row [W] (`axis` rows) or by
-    input channel [H] (columns). priority [W]: of micro-experts of equal bits the highest comes
-    first; None leaves them in order.
-    """
-
-    axis: str
-    gate: torch.Tensor
-    up: torch.Tensor
-    down: torch.Tensor
-    priority: torch.Tensor | None = None
-
-    @classmethod
-    def matched(cls, bits_W: torch.Tensor, priority_W: torch.Tensor | None = None) -> "ExpertBits":
-        """The same bits in gate, up and down of a micro-expert."""
-        return cls("rows", bits_W, bits_W, bits_W, priority_W)
-
-    def order(self) -> torch.Tensor:
-        """The micro-experts that stay, by falling bits of down: int64 [M]."""
-        first = torch.arange(len(self.down))
-        if self.priority is not None:
-            first = torch.argsort(self.priority, descending=True, stable=True)
-        order = first[falling(self.down[first])]
-        return order[self.down[order] > 0]
-
-    def folded(self) -> "ExpertBits":
-        """The same after the micro-experts were put in that order."""
-        order = self.order()
-        rows = order if self.axis == "rows" else slice(None)
-        return ExpertBits(self.axis, self.gate[rows], self.up[rows], self.down[order])
-
-
-def falling(bits: torch.Tensor) -> torch.Tensor:
-    """The order that makes bits descend and moves nothing else."""
-    return torch.argsort(bits, descending=True, stable=True)
 
 
 def solving_bytes(hidden: int, width: int) -> int:
@@ -76,12 +38,15 @@ def solve_layer(
     seen: LayerHessians | None = None,
     *,
     true_sequential: bool = False,
+    compensation: Refit | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Quantise every expert of a layer's pool (`plan`, in pool order) and put packed modules there.
 
     Without `seen` weights are rounded to nearest. `true_sequential`: the Hessian of down is that of
-    the inputs which the quantised gate and up give, from the inputs kept in `seen`. Returns the
-    forms by path, and by path what is worth reporting.
+    the inputs which the quantised gate and up give, from the inputs kept in `seen`; with
+    `compensation` down is first refitted to these, so that it makes up for the errors of gate and
+    up and for micro-experts that are gone. Returns the forms by path, and by path what is worth
+    reporting.
     """
     forms, report, start = {}, {}, 0
     for group in ffn.groups:
@@ -89,7 +54,7 @@ def solve_layer(
         start += len(group.widths)
         experts = [_Expert(group, e, plan[p].order(), plan[p].folded()) for e, p in enumerate(pool)]
         module = _empty(group, experts, solver)
-        work = _Solving(group, experts, solver, seen, pool, true_sequential)
+        work = _Solving(group, experts, solver, seen, pool, true_sequential, compensation)
         for expert, gate_up, down in work.solved():
             where = () if isinstance(group, MlpExpert) else (expert,)
             module.put(*where, gate_up=gate_up, down=down)
@@ -122,6 +87,18 @@ class _Expert:
         """The Hessian of down's inputs, [M, M]."""
         rows = self.order_M.to(H_WW.device)
         return H_WW[rows][:, rows]
+
+    def activations(
+        self, x_NH: torch.Tensor, gate_MH: torch.Tensor, up_MH: torch.Tensor
+    ) -> torch.Tensor:
+        """h_NM of these weights, fp32."""
+        biases = self.biases() if isinstance(self.group, MlpExpert) else {}
+        bias = [biases.get(name) for name in PROJECTIONS[:2]]
+        gate_NM, up_NM = (
+            F.linear(x_NH, w, None if b is None else b.float())
+            for w, b in zip((gate_MH, up_MH), bias, strict=True)
+        )
+        return self.group.act_fn(gate_NM) * up_NM
 
     def biases(self) -> dict[str, torch.Tensor | None]:
         """Biases of an MLP's linear layers."""
@@ -157,30 +134,32 @@ def _moves_columns(solver: GPTQ) -> bool:
 class _Solving:
     """Solves the experts of one module, batch by batch, and keeps what is to be reported."""
 
-    def __init__(self, group, experts, solver, seen, pool, true_sequential):
+    def __init__(self, group, experts, solver, seen, pool, true_sequential, compensation):
         self.group, self.experts, self.seen, self.pool = group, experts, seen, pool
-        self.true_sequential = true_sequential
+        self.true_sequential, self.compensation = true_sequential, compensation
+        self.fits: list[Fit] = []
         # the mean Hessian makes sense for inputs that all experts share, which down's are not
         self.mean = solver.fallback == "mean_hessian"
         self.solver = replace(solver, fallback="rtn")
         self.ledgers = {"gate_up": Ledger(len(experts)), "down": Ledger(len(experts))}
 
     def report(self) -> dict[str, Any]:
-        """Errors, damping and fallbacks of gate and up, and of down."""
-        return {name: ledger.report() for name, ledger in self.ledgers.items()}
+        """Errors, damping and fallbacks of gate and up, and of down; what compensation did."""
+        found = {name: ledger.report() for name, ledger in self.ledgers.items()}
+        return found | (fit_report(self.fits) if self.fits else {})
 
     def solved(self) -> Iterator[tuple[int, list[Solved], Solved]]:
         """(expert, [gate, up], down) of every expert."""
         for batch in self._batches():
             experts = [self.experts[e] for e in batch]
             gate_ups, weights = self._gate_up(batch, experts)
-            H_EMM, tokens_E = None, None
+            H_EMM, tokens_E, before = None, None, [expert.down() for expert in experts]
             if self.seen is not None:
-                H_EMM, tokens_E = self._hidden(batch, experts, weights), self._tokens(batch)
+                H_EMM, tokens_E = self._hidden(batch, experts, weights, before), self._tokens(batch)
             del weights
             downs, _ = solve_batch(
                 self.solver,
-                [expert.down() for expert in experts],
+                before,
                 [expert.bits.down for expert in experts],
                 "columns",
                 H_EMM,
@@ -272,22 +251,30 @@ class _Solving:
         fallback = ["mean_hessian" if few else None for few in few_E.tolist()]
         return H_EHH, tokens_E.clamp(min=max(least, 1)), fallback
 
-    def _hidden(self, batch, experts, weights) -> list[torch.Tensor]:
-        """Hessians [M, M] of down's inputs."""
+    def _hidden(self, batch, experts, weights, downs) -> list[torch.Tensor]:
+        """Hessians [M, M] of down's inputs; with compensation the `downs` are replaced."""
         if not self.true_sequential:
             return [
                 expert.hidden(self.seen.hidden(self.pool[e]))
                 for e, expert in zip(batch, experts, strict=True)
             ]
         found = []
-        for e, expert, (gate, up) in zip(batch, experts, weights, strict=True):
-            x_NH = self.seen.kept(self.pool[e]).to(gate.device).float()
-            biases = expert.biases() if isinstance(self.group, MlpExpert) else {}
-            bias = [biases.get(name) for name in PROJECTIONS[:2]]
-            gate_NM, up_NM = (
-                F.linear(x_NH, w, None if b is None else b.float())
-                for w, b in zip((gate, up), bias, strict=True)
-            )
-            h_NM = self.group.act_fn(gate_NM) * up_NM
+        for i, (e, expert, pair) in enumerate(zip(batch, experts, weights, strict=True)):
+            x_NH = self.seen.kept(self.pool[e]).to(pair[0].device)
+            h_NM = expert.activations(x_NH.float(), *pair)
+            if self.compensation is not None:
+                downs[i] = self._refitted(expert, x_NH, h_NM, downs[i])
             found.append(h_NM.T @ h_NM)
         return found
+
+    def _refitted(
+        self, expert: _Expert, x_NH: torch.Tensor, h_NM: torch.Tensor, down_HM: torch.Tensor
+    ) -> torch.Tensor:
+        """down_HM that makes of h what the expert was before."""
+        h_NW = self.group.activations(expert.number, x_NH)
+        whole_HW = self.group.down(expert.number).float()
+        lost_NH = h_NW @ whole_HW.T - h_NM @ down_HM.float().T
+        block = Block(None, h_NM, down_HM.T)
+        fitted = len(x_NH) - round(len(x_NH) * self.compensation.held_out)
+        self.fits.append(fit([block], lost_NH, fitted, self.compensation))
+        return block.weight_WH.T.to(down_HM.dtype)

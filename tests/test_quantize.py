@@ -20,11 +20,12 @@ from camera.capture import observe
 from camera.checkpoint import load_model
 from camera.dagger import CameraQDagger
 from camera.energy import EnergyObserver
+from camera.expert_bits import ExpertBits
 from camera.families import family_of
 from camera.gptq import GPTQ
 from camera.layer_hessians import HessianObserver
 from camera.quantize import CameraQ
-from camera.solve_layer import ExpertBits, solve_layer
+from camera.solve_layer import solve_layer
 from conftest import FAMILIES, build_model
 from oracles import capture, ffn_of, shared_of
 
