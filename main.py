@@ -17,9 +17,9 @@ from experiments.sweep import job
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> str | None:
     """One job of Hydra: a run, recorded in its folder whether it succeeds or fails."""
-    job(config)
+    return job(config)
 
 
 if __name__ == "__main__":

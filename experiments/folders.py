@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from camera import __version__
 from camera.source import fingerprint
@@ -21,6 +21,8 @@ from experiments.tiny_moe import layout
 # What is a matter of the machine: a run that ran out of memory goes on with a smaller batch
 # instead of starting again.
 MACHINE = ("batch_size", "perplexity_batch_size", "stream", "unpack")
+# A user who presses Ctrl+C, a queue that takes a job off: no reason not to go on.
+INTERRUPTIONS = ("KeyboardInterrupt", "SystemExit")
 
 
 @dataclass(frozen=True)
@@ -71,16 +73,14 @@ class Folders:
 
     def lock(self, what: Path) -> FileLock:
         """A lock between processes on one of these folders."""
-        folder = self.output / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(folder / f"{what.parent.name}-{what.name}.lock")
+        return lock(lock_file(what))
 
     def forget(self, before: float) -> None:
         """Remove the run and its checkpoint, whole or partial, unless finished since that time."""
-        if not _newer(self.run / "DONE", before):
+        if not newer(self.run / "DONE", before):
             shutil.rmtree(self.run, ignore_errors=True)
         with self.lock(self.checkpoint):
-            if not _newer(self.checkpoint / "camera.json", before):
+            if not newer(self.checkpoint / "camera.json", before):
                 shutil.rmtree(self.checkpoint, ignore_errors=True)
                 # A killed run's remains: redoing is not going on from there.
                 shutil.rmtree(self.partial, ignore_errors=True)
@@ -89,6 +89,46 @@ class Folders:
         """Remove the checkpoint, when no other run is reading it."""
         with self.lock(self.checkpoint):
             shutil.rmtree(self.checkpoint, ignore_errors=True)
+
+
+def lock(file: Path) -> FileLock:
+    """A lock between processes, by this file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(file)
+
+
+def lock_file(folder: Path) -> Path:
+    """The lock of a run's, or a checkpoint's, folder: beside the folder of all of them."""
+    return folder.parent.parent / "locks" / f"{folder.parent.name}-{folder.name}.lock"
+
+
+def held(folder: Path) -> bool:
+    """Whether a live process holds the lock of this folder."""
+    file = lock_file(folder)
+    if not file.exists():
+        return False
+    try:
+        with FileLock(file).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def failure(run: Path) -> str | None:
+    """Why a run failed; None where it didn't, or was interrupted, and would go on."""
+    file = run / "error.txt"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return lines[0] if lines and not lines[0].startswith(INTERRUPTIONS) else None
+
+
+def alike(model: str, method: str, identity: dict[str, Any]) -> tuple[str, str, str]:
+    """What runs share that take about as long: model, method, a hash of what is measured."""
+    return model, method, _short_hash(identity["evaluation"])
+
+
+def newer(file: Path, than: float) -> bool:
+    """Whether the file was written at that time or later."""
+    return file.exists() and file.stat().st_mtime >= than
 
 
 def read_json(path: Path) -> Any:
@@ -134,7 +174,3 @@ def _place(data: str) -> str:
 
 def _short_hash(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def _newer(file: Path, than: float) -> bool:
-    return file.exists() and file.stat().st_mtime >= than

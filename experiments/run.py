@@ -14,12 +14,11 @@ from typing import Any
 from camera import parallel
 from camera.errors import CameraError
 from camera.source import write_json
-from camera.statistics import Statistics
 from experiments.compression import camera_compress, compression
 from experiments.constructor import build
-from experiments.figures import draw_bits, draw_energies, draw_widths
-from experiments.folders import Folders, read_json
-from experiments.histograms import energy_histograms
+from experiments.figures import draw_run
+from experiments.folders import Folders, failure, held, newer, read_json
+from experiments.histograms import keep_energies, read_energies
 from experiments.measurements import lazy_model, measured, measurements, stream
 from experiments.metrics import assemble
 from experiments.settings import Settings, check
@@ -28,31 +27,48 @@ from experiments.tracker import NullTracker
 log = logging.getLogger("camera")
 
 
-def run(settings: Settings, sweep: str | None = None, since: float | None = None) -> Path:
+class FailedBeforeError(CameraError):
+    """A run of a sweep that failed the last time, and isn't tried again unless asked for."""
+
+
+def run(
+    settings: Settings, sweep: str | None = None, since: float | None = None, wait: bool = True
+) -> Path:
     """Do what is not done yet of one run and return its folder, which then holds DONE.
 
-    `sweep` groups runs in the tracker; `force` redoes what was finished before `since` (default:
-    now), so that jobs of one sweep that share a run or a checkpoint don't redo each other's.
-    What fails is written to the folder's error.txt and raised again, CameraError if the user can
-    mend it. Under torchrun rank 0 does all that; the other ranks join it where it compresses.
+    `sweep` groups runs in the tracker, and leaves alone what failed before (FailedBeforeError):
+    `retry=failed` tries again what failed before `since`; a run by itself is always tried. `force`
+    redoes what was finished before `since` (default: now), so that jobs of one sweep that share a
+    checkpoint don't redo each other's. What fails is written to the folder's error.txt and raised
+    again, CameraError if the user can mend it. A run that another process is doing is waited for,
+    or `filelock.Timeout` without `wait`. Under torchrun rank 0 does all that; the other ranks join
+    it where it compresses.
     """
     folders = Folders.of(settings)
     if parallel.rank() > 0:
         parallel.follow(partial(camera_compress, settings, folders))
         return folders.run
     try:
-        return _run(settings, folders, sweep, since)
+        return _run(settings, folders, sweep, since, wait)
     finally:
         parallel.release()
 
 
-def _run(settings: Settings, folders: Folders, sweep: str | None, since: float | None) -> Path:
-    with folders.lock(folders.run):
+def _run(
+    settings: Settings, folders: Folders, sweep: str | None, since: float | None, wait: bool
+) -> Path:
+    if wait and held(folders.run):
+        log.info("%s is being done by another process: waiting for it.", folders.run)
+    with folders.lock(folders.run).acquire(timeout=-1 if wait else 0):
+        since = time.time() if since is None else since
         if settings.force:
-            folders.forget(before=time.time() if since is None else since)
+            folders.forget(before=since)
         if folders.done:
             log.info("%s is done already.", folders.run)
             return folders.run
+        tried = settings.retry == "none" or newer(folders.run / "error.txt", since)
+        if sweep and tried and (reason := failure(folders.run)):
+            raise FailedBeforeError(f"failed before: {reason} (retry=failed tries again)")
         folders.run.mkdir(parents=True, exist_ok=True)
         (folders.run / "error.txt").unlink(missing_ok=True)
         asked = {"method": settings.method_name, "settings": settings.to_dict()}
@@ -84,7 +100,7 @@ def _run(settings: Settings, folders: Folders, sweep: str | None, since: float |
 def _measure(settings: Settings, folders: Folders, tracker: NullTracker) -> dict[str, Any]:
     compressed = _part(folders, "compress", partial(compression, settings, folders))
     tracker.log(_numbers("compress", compressed))
-    _show(settings, folders, compressed, tracker)
+    _show(settings, folders, tracker)
     results = {}
     stream(settings, folders)
     with lazy_model(settings, folders) as model:
@@ -103,23 +119,13 @@ def _part(folders: Folders, name: str, make: Callable[[], dict[str, Any]]) -> di
     return read_json(file)
 
 
-def _show(
-    settings: Settings, folders: Folders, compression: dict[str, Any], tracker: NullTracker
-) -> None:
-    figures = []
+def _show(settings: Settings, folders: Folders, tracker: NullTracker) -> None:
     seen = folders.checkpoint / "statistics.safetensors"
-    alpha = settings.method.get("alpha", settings.alpha)
-    if seen.exists() and (histograms := energy_histograms(Statistics.load(seen), alpha)):
-        tracker.log_histograms(histograms)
-        figures.append(draw_energies(histograms, folders.run / "energies.png"))
-    if compression["widths"]:
-        widths, full = compression["widths"], compression["full_widths"]
-        figures.append(draw_widths(widths, full, folders.run / "widths.png"))
-    layers = compression["layers"].values()
-    bits = {path: mean for layer in layers for path, mean in layer.get("mean_bits", {}).items()}
-    if bits:
-        figures.append(draw_bits(bits, folders.run / "bits.png"))
-    tracker.log_figures(figures)
+    if seen.exists():
+        keep_energies(seen, settings.method.get("alpha", settings.alpha), folders.run)
+    if energies := read_energies(folders.run):
+        tracker.log_histograms(energies.histograms)
+    tracker.log_figures(draw_run(folders.run))
 
 
 def _numbers(prefix: str, part: dict[str, Any]) -> dict[str, float]:

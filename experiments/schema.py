@@ -22,6 +22,7 @@ Fraction = choice("moe", "model", "routed")
 Propagate = choice("compressed", "dense")
 Dtype = choice("auto", "float32", "bfloat16", "float16")
 Stream = choice("auto", "always", "never")
+Retry = choice("none", "failed")
 Corpus = choice("wikitext2", "c4")
 
 
@@ -98,6 +99,7 @@ class Config:
     dtype: Dtype = Dtype.auto
     output: str = "outputs"
     force: bool = False
+    retry: Retry = Retry.none
     keep_checkpoint: bool = True
     trust_remote_code: bool = False
 

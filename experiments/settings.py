@@ -45,6 +45,7 @@ class Settings:
     dtype: str
     output: str
     force: bool
+    retry: str
     keep_checkpoint: bool
     trust_remote_code: bool
 
@@ -71,7 +72,7 @@ class Settings:
 
     @property
     def calibrates(self) -> bool:
-        return getattr(locate(self.method["_target_"]), "calibrates", True)
+        return build(self.method).reads_text
 
     @property
     def compresses(self) -> bool:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -15,45 +16,53 @@ from omegaconf import DictConfig
 from camera import parallel
 from camera.errors import CameraError
 from camera.source import write_json
-from experiments.folders import Folders, read_json
-from experiments.run import run, sentence
+from experiments.folders import Folders, lock, read_json
+from experiments.jobs import BUSY
+from experiments.run import FailedBeforeError, run, sentence
 from experiments.settings import Settings
 from experiments.tables import read_runs, show, with_dense_rows, write
 
 log = logging.getLogger("camera")
 
 
-def job(config: DictConfig) -> None:
+def job(config: DictConfig) -> str | None:
     """Do one run; a failure ends a single run with exit code 1, and leaves a sweep to go on.
 
-    In a sweep each job writes `jobs/NUMBER.json` (its folder, its error) for the table.
+    In a sweep each job that ended writes `jobs/NUMBER.json` (its folder, its error) for the table;
+    one whose run another process is doing returns BUSY, and is launched again later.
     """
     hydra = HydraConfig.get()
     sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
-    folder, error = None, None
+    folder, error, known = None, None, False
     try:
         settings = Settings.of(config)
         folder = Folders.of(settings).run
         if sweep:
-            run(settings, sweep=sweep.name, since=(sweep / "multirun.yaml").stat().st_mtime)
+            since = (sweep / "multirun.yaml").stat().st_mtime
+            # the other ranks of a torchrun don't know who holds what
+            run(settings, sweep=sweep.name, since=since, wait=parallel.world() > 1)
         else:
             done = run(settings)
             if parallel.rank() == 0:
                 show(read_runs([done]))
+    except Timeout:
+        log.info("%s is being done by another process: the others first.", folder)
+        return BUSY
     except Exception as failure:
-        error = sentence(failure)
+        error, known = sentence(failure), isinstance(failure, FailedBeforeError)
         # The traceback of what the user can't mend; what they can is one sentence.
         log.error("%s: %s", folder or "job", error, exc_info=not isinstance(failure, CameraError))
-    if error and parallel.world() > 1:
+    if error and not known and parallel.world() > 1:
         sys.exit(1)  # and torchrun ends the others, which may wait for this one for ever
     if parallel.rank() > 0:
-        return
+        return None
     if sweep:
         record = {"folder": str(folder) if folder else None, "error": error}
         (sweep / "jobs").mkdir(exist_ok=True)
         write_json(sweep / "jobs" / f"{hydra.job.num:04d}.json", record)
     elif error:
         sys.exit(1)
+    return None
 
 
 class SweepTable(Callback):
@@ -65,10 +74,11 @@ class SweepTable(Callback):
         output, sweep = Path(config.output), Path(config.hydra.sweep.dir)
         records = [read_json(file) for file in sorted((sweep / "jobs").glob("*.json"))]
         folders = dict.fromkeys(Path(record["folder"]) for record in records if record["folder"])
-        everything = read_runs(sorted((output / "runs").iterdir())) if folders else read_runs([])
-        table = with_dense_rows(everything, [folder.name for folder in folders])
-        write(table, sweep)
-        write(everything, output)
+        with lock(output / "locks" / "tables.lock"):
+            everything = read_runs(sorted((output / "runs").iterdir()) if folders else [])
+            table = with_dense_rows(everything, [folder.name for folder in folders])
+            write(table, sweep)
+            write(everything, output)
         show(table)
         failed = [record for record in records if record["error"]]
         for folder, error in dict.fromkeys((job["folder"], job["error"]) for job in failed):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
+
 from camera.errors import CameraError
+from camera.evaluation.tasks import headline
 from experiments.histograms import Histogram
 
 
@@ -35,7 +40,7 @@ class NullTracker:
         """Keep images, by the names of their files."""
 
     def finish(self, metrics: dict[str, Any]) -> None:
-        """Close the run as a success, its report as the summary."""
+        """Close the run as a success, its report as the summary and its scores as tables."""
 
     def fail(self, reason: str) -> None:
         """Close the run as failed; the next run starts afresh."""
@@ -53,6 +58,7 @@ class WandbTracker(NullTracker):
     ) -> None:
         self.mode, self.project, self.entity, self.tags = mode, project, entity, tuple(tags)
         self._run: Any = None
+        self._folder = Path()
 
     def start(
         self,
@@ -81,6 +87,7 @@ class WandbTracker(NullTracker):
                 reinit="finish_previous",
                 settings=wandb.Settings(silent=True, console="off", init_timeout=60),
             )
+            self._folder = folder / "wandb"
         except wandb.errors.Error as error:
             reason = " ".join(str(error).split())
             raise CameraError(
@@ -110,6 +117,12 @@ class WandbTracker(NullTracker):
             self._run.log({f"figures/{file.stem}": wandb.Image(str(file)) for file in files})
 
     def finish(self, metrics: dict[str, Any]) -> None:
+        import wandb
+
+        tables = score_tables(metrics)
+        if tables:
+            with _staged_in(self._folder):
+                self._run.log({f"tables/{k}": wandb.Table(dataframe=v) for k, v in tables.items()})
         # The settings are the run's config already.
         self._run.summary.update({k: v for k, v in metrics.items() if k != "settings"})
         self._run.finish(exit_code=0)
@@ -117,3 +130,36 @@ class WandbTracker(NullTracker):
     def fail(self, reason: str) -> None:
         self._run.summary["error"] = reason
         self._run.finish(exit_code=1)
+
+
+def score_tables(metrics: dict[str, Any]) -> dict[str, pd.DataFrame]:
+    """What a run's report says of its texts (`perplexity`) and of its tasks (`tasks`), a row each.
+
+    A task's `score` is its acc_norm where it has one, else its acc, with the standard error of
+    that one; all in percent. Nothing was measured: no table.
+    """
+    perplexity = pd.DataFrame(metrics["perplexity"].items(), columns=["text", "perplexity"])
+    tasks = pd.DataFrame(_task_row(task, found) for task, found in metrics["tasks"].items())
+    return {k: v for k, v in {"perplexity": perplexity, "tasks": tasks}.items() if len(v)}
+
+
+def _task_row(task: str, found: dict[str, float | None]) -> dict[str, Any]:
+    metric = "acc" if found["acc_norm"] is None else "acc_norm"
+    shares = {"score": headline(found), "standard error": found[f"{metric}_stderr"]} | found
+    percent = {key: None if share is None else 100 * share for key, share in shares.items()}
+    return {"task": task, "metric": metric} | percent
+
+
+@contextmanager
+def _staged_in(folder: Path) -> Iterator[None]:
+    """Let W&B stage tables there: by default it does so in the home folder, and syncs from it.
+
+    A compute node's home may be read-only, or another one than the machine's that syncs.
+    """
+    before = os.environ.get("WANDB_DATA_DIR")
+    os.environ["WANDB_DATA_DIR"] = before or str(folder.absolute())
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["WANDB_DATA_DIR"]

@@ -69,7 +69,7 @@ def test_launchers_and_presets_compose_with_hydras_own_config():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", ["experiment=main"], return_hydra_config=True)
         assert config.hydra.mode.name == "MULTIRUN"
-        assert config.hydra.sweeper.params.sparsity == "0.2,0.4,0.6"
+        assert config.hydra.sweeper.grids.main[1].sparsity == [0.2, 0.4, 0.6]
         for launcher in ("slurm", "ray"):  # extras: they compose where they aren't installed
             config = compose("config", [f"hydra/launcher={launcher}"], return_hydra_config=True)
             assert "hydra_plugins" in config.hydra.launcher._target_
@@ -119,6 +119,7 @@ def test_scalars_reach_the_method():
         ("method.width_multiple=wide", "Integer"),
         ("calibration.samples=many", "Integer"),
         ("sparsity_of=all", "moe, model, routed"),
+        ("retry=all", "none, failed"),
         ("propagate=both", "compressed, dense"),
         ("dtype=int8", "auto, float32, bfloat16, float16"),
         ("tracker.mode=loud", "offline, online"),
@@ -187,7 +188,7 @@ def test_a_constructor_is_a_schema():
 def test_the_command_names_the_valid_keys(capsys):
     assert command("method.aplha=1") == 1
     printed = "".join(capsys.readouterr())
-    assert "alpha, min_width" in printed
+    assert "Valid keys here: alpha, " in printed and "min_width" in printed
     assert "Traceback" not in printed
 
 

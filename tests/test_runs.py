@@ -67,7 +67,7 @@ def names(settings):
 def test_what_changes_the_result_names_the_folders(make):
     run_name, checkpoint = names(make())
     batches = ("evaluation.batch_size=3", "evaluation.perplexity_batch_size=3")
-    for same in ("device=cpu", "force=true", "tracker=wandb", *batches):
+    for same in ("device=cpu", "force=true", "retry=failed", "tracker=wandb", *batches):
         assert names(make(same)) == (run_name, checkpoint)
     for other in ("evaluation.blocks=3", "evaluation=none"):
         assert names(make(other))[0] != run_name

@@ -36,7 +36,7 @@ def test_a_failing_job_does_not_end_the_sweep(sweep):
     done, output, _ = sweep
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
-    assert "5 of 6 jobs done" in done.stdout
+    assert "3 of 4 jobs done" in done.stdout  # the dense model once
     with (output / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["dense", "camera_p", "camera_p", "camera_p"]
@@ -53,7 +53,7 @@ def test_the_table_is_printed_and_written(sweep):
         assert (folder / f"table.{kind}").read_text() == (output / f"table.{kind}").read_text()
     assert "camera_p" in done.stdout and "failed: sparsity=1.5" in done.stdout
     jobs = [json.loads(file.read_text()) for file in sorted((folder / "jobs").iterdir())]
-    assert [bool(job["error"]) for job in jobs] == [False] * 4 + [True, False]
+    assert [bool(job["error"]) for job in jobs] == [False, False, True, False]
 
 
 def test_everything_is_below_output(sweep):
@@ -73,13 +73,38 @@ def test_a_second_sweep_skips_what_is_done(sweep, capsys):
         assert [row["method"] for row in csv.DictReader(file)] == ["dense", "camera_p", "camera_p"]
 
 
+def test_what_failed_is_left_alone_until_a_retry_is_asked_for(sweep, capsys, monkeypatch):
+    _, _, overrides = sweep
+    again = ("-m", *overrides, "method=dense", "evaluation.blocks=1")
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.run.assemble", lambda *_: 1 / 0)
+        assert command(*again) == 1
+    capsys.readouterr()
+    assert command(*again) == 1
+    said = "".join(capsys.readouterr())
+    assert "failed before: ZeroDivisionError" in said and "retry=failed" in said
+    assert "Traceback" not in said
+    assert command(*again, "retry=failed") == 0
+    assert command(*again) == 0
+
+
+def test_a_run_that_fails_again_is_tried_once_in_a_sweep(sweep, capsys, monkeypatch):
+    _, _, overrides = sweep
+    tried = []
+    monkeypatch.setattr("experiments.run.assemble", lambda *_: tried.append(1) or 1 / 0)
+    again = ("-m", *overrides, "method=dense", "evaluation.blocks=4", "retry=failed")
+    for times in (1, 2):
+        assert command(*again, "evaluation.batch_size=1,2") == 1
+        assert len(tried) == times
+
+
 def test_the_preset_runs_side_by_side(checkpoints, data_folder, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     overrides = tiny(checkpoints("mixtral"), data_folder, tmp_path)
     preset = ("experiment=main", "hydra/launcher=parallel", *overrides, "evaluation=none")
     done = main_py(*preset)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 of 6 jobs done" in done.stdout
+    assert "4 of 4 jobs done" in done.stdout
     with (tmp_path / "table.csv").open() as file:
         rows = [(row["method"], row["sparsity"]) for row in csv.DictReader(file)]
     assert rows == [("dense", ""), *(("camera_p", text) for text in ("20.0", "40.0", "60.0"))]

@@ -1,115 +1,168 @@
 """The offline W&B run is read back from its file: what it holds, and how it ended."""
 
 import json
-import struct
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from composing import settings_of, tiny
-from wandb.proto.wandb_internal_pb2 import Record
+from offline_wandb import Kept, read_back
+from PIL import Image
 
 from camera.errors import CameraError
 from experiments import measurements
-from experiments.folders import Folders
+from experiments import settings as settings_module
 from experiments.run import run
+from experiments.settings import Settings
 
-BLOCK, HEADER = 32768, 7  # the file is a LevelDB log: blocks of chunks, each with a header
-LAST_CHUNKS = (1, 4)
-
-
-def records(file: Path) -> list[Record]:
-    data, position, pending, found = file.read_bytes(), HEADER, b"", []
-    while position + HEADER <= len(data):
-        left = BLOCK - position % BLOCK
-        if left < HEADER:
-            position += left
-            continue
-        _, size, kind = struct.unpack("<IHB", data[position : position + HEADER])
-        pending += data[position + HEADER : position + HEADER + size]
-        position += HEADER + size
-        if kind in LAST_CHUNKS:
-            found.append(Record.FromString(pending))
-            pending = b""
-    return found
+TASKS = ("boolq", "piqa")
+POOL = 8 * 24 + 40  # eight routed experts and the shared one
 
 
-def whole(file: Path) -> list[Record]:
-    """The records once the last one is there: W&B's own process writes them after `finish`."""
-    for _ in range(300):
-        found = records(file)
-        if any(record.HasField("exit") for record in found):
-            return found
-        time.sleep(0.1)
-    raise TimeoutError(f"{file} is never finished")
+@pytest.fixture(scope="module")
+def make(checkpoints, data_folder, tmp_path_factory):
+    """make(*overrides): settings of a run that takes a second and is tracked."""
+
+    def settings(*more: str) -> Settings:
+        output = tmp_path_factory.mktemp("output")
+        overrides = tiny(checkpoints("qwen2_moe"), data_folder, output)
+        return settings_of(*overrides, "tracker=wandb", *more)
+
+    return settings
 
 
-def read_back(folder: Path) -> dict:
-    """Config, summary and logged values of a run's only W&B file, with its group and exit code."""
-    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    read = {"config": {}, "summary": {}, "history": {}}
-    for record in whole(file):
-        if record.HasField("run"):
-            read["run"] = record.run
-            for update in record.run.config.update:
-                read["config"][update.key] = json.loads(update.value_json)
-        for part in ("summary", "history"):
-            changes = getattr(record, part)
-            for item in changes.update if part == "summary" else changes.item:
-                key = ".".join(item.nested_key) or item.key
-                read[part][key] = json.loads(item.value_json)
-        if record.HasField("exit"):
-            read["exit"] = record.exit.exit_code
-    return read
+@pytest.fixture(scope="module")
+def good(make) -> tuple[Settings, Path, Kept]:
+    """A run that succeeds: its settings, its folder, and what W&B kept of it."""
+    settings = make("alpha=0.7", "tracker.tags=[study]", f"evaluation.tasks=[{','.join(TASKS)}]")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("WANDB_DATA_DIR", raising=False)
+        patch.setattr(measurements, "evaluate_tasks", answers)
+        patch.setattr(settings_module, "check_tasks", lambda *_, **__: None)
+        folder = run(settings, sweep="sweep-1")
+    (kept,) = read_back(folder)
+    return settings, folder, kept
 
 
-@pytest.fixture
-def settings(checkpoints, data_folder, tmp_path):
-    overrides = tiny(checkpoints("qwen2_moe"), data_folder, tmp_path)
-    more = ("tracker=wandb", "tracker.tags=[study]", "evaluation.perplexity=[wikitext2]")
-    return settings_of(*overrides, *more, "alpha=0.7")
-
-
-def test_a_good_run_is_mirrored(settings):
-    folder = run(settings, sweep="sweep-1")
-    read, metrics = read_back(folder), json.loads((folder / "metrics.json").read_text())
-    assert read["exit"] == 0
-    assert read["run"].run_group == "sweep-1"
-    assert read["run"].job_type == "camera_p"
-    assert set(read["run"].tags) == {settings.model["name"], "camera_p", "study"}
-    for key, value in settings.to_dict().items():
-        assert read["config"][key] == value
-    perplexity = metrics["perplexity"]["wikitext2"]
-    assert read["history"]["perplexity-wikitext2/perplexity"] == pytest.approx(perplexity)
-    assert read["summary"]["peak_memory_bytes"] == metrics["peak_memory_bytes"]
-    assert "compress/seconds/compress" in read["history"]
-
-
-def test_energies_are_histograms_and_figures_images(settings):
-    history = read_back(run(settings))["history"]
-    pool = 8 * 24 + 40  # eight routed experts and the shared one
-    for layer in range(3):
-        counts = history[f"energy/layer_{layer:02d}.values"]
-        assert history[f"energy/layer_{layer:02d}._type"] == "histogram"
-        assert len(history[f"energy/layer_{layer:02d}.bins"]) == len(counts) + 1
-        assert sum(counts) + history[f"energy/zeros_{layer:02d}"] == pool
-    for figure in ("energies", "widths"):
-        assert history[f"figures/{figure}._type"] == "image-file"
-
-
-def test_a_failed_run_is_closed_as_failed_and_the_next_one_is_its_own(settings, monkeypatch):
-    def fail(*_, **__):
-        raise CameraError("no text.")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(measurements, "perplexity", fail)
+@pytest.fixture(scope="module")
+def resumed(make) -> tuple[Path, Kept, Kept]:
+    """A run that failed and then succeeded: its folder, and what W&B kept of the two."""
+    settings = make()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurements, "perplexity", fails_in("c4", measurements.perplexity))
         with pytest.raises(CameraError):
             run(settings)
-    read = read_back(Folders.of(settings).run)
-    assert read["exit"] == 1
-    assert read["summary"]["error"] == "no text."
+    folder = run(settings)
+    failed, finished = read_back(folder)
+    return folder, failed, finished
 
 
-def test_wandb_is_quiet(settings, capfd):
-    run(settings)
+def test_a_good_run_is_mirrored(good):
+    settings, folder, kept = good
+    metrics = metrics_of(folder)
+    assert kept.exit == 0
+    assert kept.run.run_group == "sweep-1"
+    assert kept.run.job_type == "camera_p"
+    assert kept.run.display_name == folder.name
+    assert set(kept.run.tags) == {settings.model["name"], "camera_p", "study"}
+    for key, value in settings.to_dict().items():
+        assert kept.config[key] == value
+    perplexity = metrics["perplexity"]["wikitext2"]
+    assert kept.history["perplexity-wikitext2/perplexity"] == pytest.approx(perplexity)
+    for key in ("peak_memory_bytes", "average"):
+        assert kept.summary[key] == metrics[key]
+    assert "compress/seconds/compress" in kept.history
+
+
+def test_energies_are_histograms(good):
+    *_, kept = good
+    for layer in range(3):
+        counts = kept.history[f"energy/layer_{layer:02d}.values"]
+        assert kept.history[f"energy/layer_{layer:02d}._type"] == "histogram"
+        assert len(kept.history[f"energy/layer_{layer:02d}.bins"]) == len(counts) + 1
+        assert sum(counts) + kept.history[f"energy/zeros_{layer:02d}"] == POOL
+
+
+def test_every_figure_of_the_folder_is_an_image(good):
+    _, folder, kept = good
+    figures = [file.stem for file in folder.glob("*.png")]
+    assert {"energies", "widths"} <= set(figures)
+    for figure in figures:
+        assert kept.history[f"figures/{figure}._type"] == "image-file"
+        with Image.open(kept.file(f"figures/{figure}")) as logged:
+            assert logged.size == Image.open(folder / f"{figure}.png").size
+
+
+def test_the_bits_of_experts_are_an_image_too(make):
+    (kept,) = read_back(run(make("method=rtn", "bits=4.2", "evaluation=none")))
+    assert kept.history["figures/bits._type"] == "image-file"
+    assert not [key for key in kept.history if key.startswith("tables/")]  # nothing was measured
+
+
+def test_scores_are_tables(good):
+    _, folder, kept = good
+    metrics = metrics_of(folder)
+    perplexity = kept.table("tables/perplexity").set_index("text")["perplexity"]
+    assert perplexity.to_dict() == pytest.approx(metrics["perplexity"])
+    table = kept.table("tables/tasks").set_index("task")
+    assert tuple(table.index) == TASKS
+    assert table["score"].mean() == pytest.approx(metrics["average"])
+    assert table["metric"].tolist() == ["acc", "acc_norm"]
+    assert table["score"].tolist() == pytest.approx([40, 60])
+    assert table["standard error"].tolist() == pytest.approx([1, 2])
+
+
+def test_tables_are_synced_from_the_run_folder_alone(good):
+    _, folder, kept = good
+    staged = [file for files in kept.artifacts.values() for file in files]
+    assert len(staged) == 2 and all(file.exists() for file in staged)
+    assert all(file.is_relative_to(folder) for file in staged)
+
+
+def test_a_failed_run_is_closed_as_failed(resumed):
+    _, failed, _ = resumed
+    assert failed.exit == 1
+    assert failed.summary["error"] == "no text."
+    assert "average" not in failed.summary
+    assert "energy/layer_00.values" in failed.history  # what was done before it failed
+    assert "perplexity-c4/perplexity" not in failed.history
+
+
+def test_a_resumed_run_has_also_what_was_done_before_it_failed(resumed):
+    folder, failed, finished = resumed
+    assert finished.exit == 0
+    assert finished.run.run_id != failed.run.run_id
+    assert {**finished.config, "_wandb": None} == {**failed.config, "_wandb": None}
+    assert set(failed.history) < set(finished.history)
+    assert "error" not in finished.summary
+    perplexity = finished.table("tables/perplexity").set_index("text")["perplexity"]
+    assert perplexity.to_dict() == pytest.approx(metrics_of(folder)["perplexity"])
+
+
+def test_wandb_is_quiet(make, capfd):
+    run(make("method=dense", "evaluation.perplexity=[c4]"))
     assert "wandb" not in "".join(capfd.readouterr())
+
+
+def metrics_of(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def answers(model, tokenizer, names, **_) -> dict:
+    """What lm-eval might say of the two tasks; boolq has no acc_norm."""
+    (name,) = names
+    scores = {"acc": 0.4, "acc_stderr": 0.01, "acc_norm": 0.6, "acc_norm_stderr": 0.02}
+    if name == "boolq":
+        scores |= {"acc_norm": None, "acc_norm_stderr": None}
+    return {name: {**scores, "data_hash": "0", "seconds": 0.0}}
+
+
+def fails_in(failing: str, measure: Callable) -> Callable:
+    """`perplexity`, but for one text."""
+
+    def perplexity(*args, corpus, **options):
+        if corpus == failing:
+            raise CameraError("no text.")
+        return measure(*args, corpus=corpus, **options)
+
+    return perplexity

@@ -1,0 +1,38 @@
+"""`python -m experiments.figures DIR`: draw what the runs below an output folder show."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from camera.errors import CameraError
+from experiments.figures.comparison import draw_comparisons
+from experiments.figures.run import draw_run
+from experiments.rows import find_runs, read_runs
+
+
+def main(arguments: list[str]) -> int:
+    """Draw the figures over all runs to DIR/figures, and those of each run in its own folder."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.figures", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="what was `output`")
+    folder = parser.parse_args(arguments).folder
+    try:
+        runs = read_runs(find_runs(folder))
+        if runs.empty:
+            raise CameraError(f"{folder} has no runs; give the folder that was `output`.")
+    except CameraError as error:
+        print(error, file=sys.stderr)
+        return 1
+    drawn = draw_comparisons(runs, folder / "figures")
+    for run in runs["_path"]:
+        drawn += draw_run(run)
+    for file in drawn:
+        print(f"{file} and .pdf")
+    if not drawn:
+        print(f"The runs of {folder} have nothing to draw yet.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,32 @@
+"""`python -m experiments.report DIR`: one HTML page about the runs of an output folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from camera.errors import CameraError
+from experiments.report import write_report
+from experiments.rows import find_runs, read_runs
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page and say where it is."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="what was `output`")
+    parser.add_argument("--out", type=Path, help="the page (default: DIR/report.html)")
+    asked = parser.parse_args(arguments)
+    try:
+        runs = read_runs(find_runs(asked.folder))
+        if runs.empty:
+            raise CameraError(f"{asked.folder} has no runs; give the folder that was `output`.")
+    except CameraError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(write_report(runs, asked.folder, asked.out or asked.folder / "report.html"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
