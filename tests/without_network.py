@@ -7,6 +7,7 @@ import errno
 import runpy
 import socket
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 TRIED = "reached for the network:"
@@ -29,4 +30,5 @@ if __name__ == "__main__":
     socket.socket.connect_ex = connect
     socket.getaddrinfo = lambda host, *_, **__: refuse(host)
     sys.argv = sys.argv[1:]
+    sys.path[0] = str(Path(sys.argv[0]).parent.absolute())  # as Python does
     runpy.run_path(sys.argv[0], run_name="__main__")
