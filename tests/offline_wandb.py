@@ -81,6 +81,8 @@ def _records(file: Path) -> list[Record]:
             position += left
             continue
         _, size, kind = struct.unpack("<IHB", data[position : position + HEADER])
+        if kind == 0 or position + HEADER + size > len(data):
+            break  # not all of it is written yet
         pending += data[position + HEADER : position + HEADER + size]
         position += HEADER + size
         if kind in LAST_CHUNKS:
