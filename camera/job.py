@@ -208,6 +208,7 @@ class Job:
 
     def finish(self) -> CompressionResult:
         """Write what is outside the layers, config and reports; then show the folder, complete."""
+        parallel.barrier()  # no process writes to the folder any more
         if parallel.rank() > 0:
             parallel.barrier()
             return CompressionResult(**json.loads((self.out / REPORT).read_text()))

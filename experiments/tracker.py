@@ -6,13 +6,15 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
 from camera.errors import CameraError
 from camera.evaluation.tasks import headline
-from experiments.histograms import Histogram
+
+if TYPE_CHECKING:  # it reads the configuration's types, which are this module's among others
+    from experiments.histograms import Histogram
 
 
 class NullTracker:

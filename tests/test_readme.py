@@ -11,7 +11,7 @@ from composing import choices, command, config_of
 
 import camera
 from camera.__main__ import main as camera_main
-from experiments import mirror, tables
+from experiments import mirror, status, tables
 from experiments.schema import CONF
 
 ROOT = CONF.parent
@@ -110,6 +110,8 @@ def test_modules_do_what_the_readme_says(arguments, output, tmp_path, monkeypatc
             (output / "table.md").unlink(missing_ok=True)
             assert tables.main([str(output)]) == 0
             assert "camera_p" in (output / "table.md").read_text()
+        case ["experiments.status", "outputs"]:
+            assert status.main([str(output)]) == 0
         case ["camera", "export", "FROM", "TO"]:
             (compressed,) = (output / "checkpoints").iterdir()
             places = [str(compressed), str(tmp_path / "plain")]
