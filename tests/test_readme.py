@@ -104,14 +104,15 @@ def test_snippets_run_one_after_the_other(output, checkpoints, data_folder, tmp_
 
 
 @pytest.mark.parametrize("arguments", MODULES, ids=" ".join)
-def test_modules_do_what_the_readme_says(arguments, output, tmp_path, monkeypatch):
+def test_modules_do_what_the_readme_says(arguments, output, tmp_path, monkeypatch, capsys):
     match arguments:
         case ["experiments.tables", "outputs"]:
             (output / "table.md").unlink(missing_ok=True)
             assert tables.main([str(output)]) == 0
             assert "camera_p" in (output / "table.md").read_text()
         case ["experiments.status", "outputs"]:
-            assert status.main([str(output)]) == 0
+            assert status.main([str(output)]) == 1  # single runs are no sweep, and it says so
+            assert "has no sweep" in capsys.readouterr().err
         case ["camera", "export", "FROM", "TO"]:
             (compressed,) = (output / "checkpoints").iterdir()
             places = [str(compressed), str(tmp_path / "plain")]
