@@ -59,10 +59,11 @@ def compensate(
         stays = torch.zeros(down_HW.shape[1], dtype=torch.bool)
         stays[kept[place[0]][place[1]]] = True
         stays = stays.to(down_HW.device)
-        gone_NH = phi_NF[:, ~stays].float() @ down_HW[:, ~stays].float().T
-        if target_TH is not None:
-            gone_NH = -phi_NF[:, stays].float() @ down_HW[:, stays].float().T
         block = Block(tokens_N, phi_NF[:, stays], down_HW[:, stays].T)
+        if target_TH is None:
+            gone_NH = phi_NF[:, ~stays].float() @ down_HW[:, ~stays].float().T
+        else:
+            gone_NH = -block.phi_NW.float() @ block.old_WH
         blocks[place] = block
         if how.scope == "expert":
             fits.append(block.alone(gone_NH, fitted, how))

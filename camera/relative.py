@@ -3,7 +3,7 @@
 Shapes: T tokens, H hidden, N micro-experts of a layer's pool.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -41,6 +41,5 @@ class ShareObserver(EnergyObserver):
     def result(self) -> LayerShare:
         """The statistics gathered so far, on the CPU."""
         energy = super().result()
-        known = {field.name: getattr(energy, field.name) for field in fields(LayerEnergy)}
         stream2_1 = torch.tensor([self._stream2], dtype=torch.float64)
-        return LayerShare(**known, stream2_1=stream2_1)
+        return LayerShare(groups=energy.groups, **energy.tensors(), stream2_1=stream2_1)

@@ -5,6 +5,7 @@ Shapes: N micro-experts of a layer's pool, W width of one expert, F = sum of W^2
 """
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -31,13 +32,13 @@ class LayerGrams(LayerEnergy):
     reduced: ClassVar[dict[str, str]] = LayerEnergy.reduced | {"gram_F": "sum"}
     gram_F: torch.Tensor
 
-    @property
+    @cached_property
     def residual_N(self) -> torch.Tensor:
         """s_i = |w_i^down|^2 / [(G + ridge)^-1]_ii, fp64 [N]; 0 for experts without a token.
 
         1 / [G^-1]_ii is the squared norm of what of phi_i is no combination of the expert's other
         phi: what is lost of the output when i goes and the others are refitted (optimal brain
-        surgeon). The matrices of a layer's experts are scaled and inverted one by one.
+        surgeon). The matrices of a layer's experts are inverted one by one.
         """
         squares = [width**2 for width in self.widths]
         parts = zip(self.gram_F.split(squares), self.widths, strict=True)
@@ -79,10 +80,8 @@ class GramObserver:
     def result(self) -> LayerGrams:
         """The statistics gathered so far, on the CPU."""
         energy = self._energy.result()
-        return LayerGrams(
-            **{f.name: getattr(energy, f.name) for f in fields(LayerEnergy)},
-            gram_F=self._gram_F.cpu(),
-        )
+        gram_F = self._gram_F.cpu()
+        return LayerGrams(groups=energy.groups, **energy.tensors(), gram_F=gram_F)
 
 
 def _unexplained(gram_WW: torch.Tensor) -> torch.Tensor:

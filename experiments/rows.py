@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from camera.errors import CameraError
 from camera.evaluation.definitions import NINE_TASKS
 from camera.evaluation.tasks import headline
 from experiments.folders import read_json
@@ -94,6 +95,14 @@ def find_runs(folder: Path) -> list[Path]:
     if (folder / "runs").is_dir():
         return sorted((folder / "runs").iterdir())
     return sorted(file.parent for file in folder.rglob("settings.json"))
+
+
+def runs_below(folder: Path) -> pd.DataFrame:
+    """The rows of a folder's runs; CameraError where there are none."""
+    runs = read_runs(find_runs(folder))
+    if runs.empty:
+        raise CameraError(f"{folder} has no runs; give the folder that was `output`.")
+    return runs
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:

@@ -19,7 +19,7 @@ from experiments.aggregate import over_seeds
 from experiments.layouts import print_page, to_latex, to_markdown
 from experiments.pages import Page, paper_page
 from experiments.published.comparison import compare
-from experiments.rows import find_runs, read_runs, with_dense_rows
+from experiments.rows import read_runs, runs_below, with_dense_rows
 
 __all__ = ["main", "read_runs", "show", "with_dense_rows", "write"]
 
@@ -81,9 +81,7 @@ def main(arguments: list[str]) -> int:
     )
     asked = parser.parse_args(arguments)
     try:
-        runs = read_runs(find_runs(asked.folder))
-        if runs.empty:
-            raise CameraError(f"{asked.folder} has no runs; give the folder that was `output`.")
+        runs = runs_below(asked.folder)
     except CameraError as error:
         print(error, file=sys.stderr)
         return 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from camera.errors import CameraError
 from experiments.figures.comparison import draw_comparisons
 from experiments.figures.run import draw_run
-from experiments.rows import find_runs, read_runs
+from experiments.rows import runs_below
 
 
 def main(arguments: list[str]) -> int:
@@ -18,9 +18,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folder", type=Path, metavar="DIR", help="what was `output`")
     folder = parser.parse_args(arguments).folder
     try:
-        runs = read_runs(find_runs(folder))
-        if runs.empty:
-            raise CameraError(f"{folder} has no runs; give the folder that was `output`.")
+        runs = runs_below(folder)
     except CameraError as error:
         print(error, file=sys.stderr)
         return 1

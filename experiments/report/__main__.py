@@ -8,7 +8,7 @@ from pathlib import Path
 
 from camera.errors import CameraError
 from experiments.report import write_report
-from experiments.rows import find_runs, read_runs
+from experiments.rows import runs_below
 
 
 def main(arguments: list[str]) -> int:
@@ -18,9 +18,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="the page (default: DIR/report.html)")
     asked = parser.parse_args(arguments)
     try:
-        runs = read_runs(find_runs(asked.folder))
-        if runs.empty:
-            raise CameraError(f"{asked.folder} has no runs; give the folder that was `output`.")
+        runs = runs_below(asked.folder)
     except CameraError as error:
         print(error, file=sys.stderr)
         return 1
