@@ -1,5 +1,6 @@
 """GPTQ and round-to-nearest: the same bits for every weight of every expert."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -32,9 +33,12 @@ class Gptq(Quantization):
 
     bits: float | None = 2.25
 
+    def __post_init__(self) -> None:
+        self._solved: tuple[int, int | None] | None = None  # one for all layers
+
     def check(self, budget: Budget) -> None:
         super().check(budget)
-        self.solve(budget)
+        self._solved = self.solve(budget)
 
     def reachable(self, budget: Budget) -> tuple[float, float]:
         return 0.0, float("inf")  # `solve` knows better
@@ -43,13 +47,13 @@ class Gptq(Quantization):
         """Bits and group size for the target; CameraError, naming the next best, if none fits."""
         if self.bits is None:
             raise CameraError(f"method {self.name} needs a target: set bits.")
-        pools = footprints(budget, None, self.sym, self.scattered).values()
-        weights = sum(pool.weights for pool in pools)
+        pools = Counter(footprints(budget, None, self.sym, self.scattered).values())
+        weights = sum(pool.weights * layers for pool, layers in pools.items())
         longest = max(max(pool.hidden, *pool.widths) for pool in pools)
 
         def stored(bits: int, size: int | None) -> float:
-            sized = [replace(pool, group_size=size) for pool in pools]
-            return sum(pool.uniform(bits) * pool.weights for pool in sized)
+            sized = {replace(pool, group_size=size): layers for pool, layers in pools.items()}
+            return sum(p.uniform(bits) * p.weights * layers for p, layers in sized.items())
 
         near = []
         for bits in range(MOST_BITS, 0, -1):
@@ -70,5 +74,5 @@ class Gptq(Quantization):
     def plan(
         self, index: int, ffn: FeedForward, seen: Any, budget: Budget
     ) -> tuple[list[ExpertBits], int | None]:
-        bits, size = self.solve(budget)
+        bits, size = self._solved or self.solve(budget)
         return [ExpertBits.matched(torch.full((width,), bits)) for width in ffn.widths], size

@@ -73,6 +73,8 @@ class WandbTracker(NullTracker):
         config: dict[str, Any],
     ) -> None:
         """Open a W&B run; CameraError if online mode can't be had."""
+        if self.mode == "offline":  # else W&B reports its own errors to a host of its own
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         try:

@@ -67,7 +67,7 @@ def test_every_part_of_a_run_works_without_network(checkpoints, mirrored, tmp_pa
         *("calibration=mixed", "calibration.samples=4", "calibration.length=48"),
         *("evaluation=paper", "evaluation.blocks=1", "evaluation.speed.batch_sizes=[1]"),
         *("evaluation.speed.prompt_length=8", "evaluation.speed.new_tokens=2"),
-        *("evaluation.speed.repeats=1", "tracker=none"),
+        "evaluation.speed.repeats=1",
     )
     assert done.returncode == 0, done.stderr
     assert TRIED not in done.stderr
