@@ -17,12 +17,13 @@ from camera.measure import BATCH_TOKENS
 
 @dataclass(frozen=True)
 class Device:
-    """What a machine does at most: FLOP/s of its matrix products, bytes/s of its memory, and
-    bytes/s at which weights come from where they are stored (and go back)."""
+    """What a machine does at most: FLOP/s of its matrix products, bytes/s of its memory, bytes/s
+    at which weights come from where they are stored (and go back), FLOP/s in single precision."""
 
     flops: float
     memory: float
     link: float
+    fp32: float
 
 
 @dataclass(frozen=True)
@@ -95,23 +96,56 @@ def run_cost(
     Bytes moved are the weights, once for each batch of tokens, and what every matrix product reads
     and writes. Source: the counts of the operations in camera/capture.py and camera/stream.py.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    family, base = family_of(config.model_type), model.base_model
-    root = f"{model.base_model_prefix}.layers"
-    views = [FeedForward(layer, family, f"{root}.{i}") for i, layer in enumerate(base.layers)]
-    in_pool = [view.is_moe or not any(v.is_moe for v in views) for view in views]
+    model, layers = _on_paper(config, dtype)
     cut = (sparsity, 1 - sparsity if still_used is None else still_used)
-    parts = zip(base.layers, views, in_pool, strict=True)
     costs = [
         _layer(
             config, layer, view, tokens, length, *(cut if pooled else (0.0, 1.0)), keep_phi, dtype
         )
-        for layer, view, pooled in parts
+        for layer, view, pooled in layers
     ]
     size = sum(p.numel() for p in model.parameters())
-    inside = sum(p.numel() for p in base.layers.parameters())
+    inside = sum(p.numel() for layer, *_ in layers for p in layer.parameters())
     return RunCost(costs, (size - inside) * dtype.itemsize, size)
+
+
+def fit_flops(
+    config: Any, tokens: int, *, sparsity: float, ridges: int, sweeps: int, held_out: float
+) -> int:
+    """fp32 FLOPs of refitting what stays of every layer, each of `ridges` and the last fit taking
+    `sweeps` over its experts, all experts losing the same.
+
+    Of an expert with N tokens and w micro-experts that stay, of W: 2 N (W - w) H for what it lost,
+    2 N w^2 for its Gram matrix, of the tokens fitted to and of all; for each ridge w^3 / 3, and a
+    sweep 2 N w H (1 - held_out) to read the residual, 2 w^2 H to solve, 2 N w H to change it.
+    Source: the counts of the operations in camera/refit.py.
+    """
+    _, layers = _on_paper(config, torch.float32)
+    hidden, seen, total = config.hidden_size, 1 - held_out, 0.0
+    for _, ffn, pooled in layers:
+        for group in ffn.groups if pooled else ():
+            used = tokens if isinstance(group, MlpExpert) else tokens * config.num_experts_per_tok
+            width = max(group.widths)
+            kept, experts = width - int(sparsity * width), len(group.widths)
+            total += 2 * used * (width - kept) * hidden + 2 * used * kept**2 * (1 + seen)
+            solve = 2 * experts * kept**2 * hidden
+            tried = ridges * (2 * used * kept * hidden * (1 + seen) + solve)
+            last = 4 * used * kept * hidden + solve
+            total += sweeps * (tried + last) + (ridges + 1) * experts * kept**3 / 3
+    return int(total)
+
+
+def _on_paper(
+    config: Any, dtype: torch.dtype
+) -> tuple[nn.Module, list[tuple[nn.Module, FeedForward, bool]]]:
+    """A model without memory, and its layers, what is known of them, whether they have a pool."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    family, layers = family_of(config.model_type), model.base_model.layers
+    root = f"{model.base_model_prefix}.layers"
+    views = [FeedForward(layer, family, f"{root}.{i}") for i, layer in enumerate(layers)]
+    in_pool = [view.is_moe or not any(v.is_moe for v in views) for view in views]
+    return model, list(zip(layers, views, in_pool, strict=True))
 
 
 def _layer(

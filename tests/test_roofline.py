@@ -13,8 +13,9 @@ import camera
 from camera.errors import CameraError
 from camera.experts import ragged
 from camera.memory import Memory
+from camera.refit import Block, Refit, fit
 from camera.report import STATISTICS
-from camera.roofline import Device, LayerCost, RunCost, run_cost
+from camera.roofline import Device, LayerCost, RunCost, fit_flops, run_cost
 from camera.statistics import Statistics
 from experiments.bench import roofline
 from experiments.bench._published import ARCHITECTURES
@@ -104,10 +105,44 @@ def test_time_is_that_of_what_binds():
         bytes_read=30, bytes_written=20, bytes_moved=60,
     )  # fmt: skip
     cost = RunCost([layer] * 4, bytes_rest=5, parameters=1)
-    assert cost.seconds(Device(1.0, 1e9, 1e9), 0.5) == pytest.approx(4 * 100 / 0.5)
-    assert cost.seconds(Device(1e9, 1.0, 1e9), 0.5) == pytest.approx(4 * 60 / 0.5)
+    assert cost.seconds(Device(1.0, 1e9, 1e9, 1.0), 0.5) == pytest.approx(4 * 100 / 0.5)
+    assert cost.seconds(Device(1e9, 1.0, 1e9, 1.0), 0.5) == pytest.approx(4 * 60 / 0.5)
     # read and write go on beside the computing; the first read, the last write and the rest do not
-    assert cost.seconds(Device(1e9, 1e9, 1.0), 0.5) == pytest.approx(4 * 50 + 30 + 20 + 10)
+    assert cost.seconds(Device(1e9, 1e9, 1.0, 1.0), 0.5) == pytest.approx(4 * 50 + 30 + 20 + 10)
+
+
+def test_flops_of_a_refit_are_those_counted(checkpoints):
+    config = AutoConfig.from_pretrained(checkpoints("qwen3_moe"))
+    layers, experts, top_k = (
+        config.num_hidden_layers,
+        config.num_experts,
+        config.num_experts_per_tok,
+    )
+    hidden, width, kept = config.hidden_size, config.moe_intermediate_size, 5
+    tokens, sweeps, held_out = 4 * experts, 1, 0.25
+    generator = torch.Generator().manual_seed(0)
+    each = tokens * top_k // experts
+    blocks = [
+        Block(
+            torch.arange(each) * tokens // each,
+            torch.randn(each, kept, generator=generator),
+            torch.randn(kept, hidden, generator=generator),
+        )
+        for _ in range(experts)
+    ]
+    residual_TH = torch.zeros(tokens, hidden)
+    for block in blocks:
+        residual_TH[block.tokens_N] += block.phi_NW @ block.old_WH
+    how = Refit(ridges=(100.0,), sweeps=sweeps, held_out=held_out)
+    with FlopCounterMode(display=False) as counter:
+        found = fit(blocks, residual_TH, round(tokens * (1 - held_out)), how)
+    assert (found.ridge, found.sweeps) == (100.0, sweeps)
+    # the counter knows products alone: not what solves, nor what was lost of the layer before
+    solving = experts * (2 * kept**3 / 3 + 2 * sweeps * 2 * kept**2 * hidden)
+    lost = 2 * tokens * top_k * (width - kept) * hidden
+    options = {"ridges": 1, "sweeps": sweeps, "held_out": held_out}
+    counted = fit_flops(config, tokens, sparsity=1 - kept / width, **options)
+    assert counted == pytest.approx(layers * (counter.get_total_flops() + solving + lost), rel=0.01)
 
 
 def test_the_bench_compares_with_the_dense_way(capsys):
@@ -119,6 +154,10 @@ def test_the_bench_compares_with_the_dense_way(capsys):
     assert found["times_fewer"] > 4
     spent = found["devices"]["a100_40gb"]
     assert spent["compute_minutes"] < spent["minutes"] < spent["dense_way_compute_minutes"]
+    rate = 0.4 * 19.5e12
+    assert spent["compensation_minutes"] == pytest.approx(
+        found["compensation_tflops"] * 1e12 / rate / 60, abs=0.01
+    )
 
 
 def test_a_model_can_be_a_folder_or_a_file(checkpoints):

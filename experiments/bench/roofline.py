@@ -5,6 +5,7 @@
 token for the energies, and two forward passes of each layer. Devices: a100_40gb and h100 by their
 data sheets (dense bf16), cpu as measured here (one square product, one copy). `--efficiency` is the
 share of that which is reached, `--link` GB/s of the place the weights are read from and written to.
+`compensation` is compensate=layer (camera/refit.py), all of its ridges tried, beside the rest.
 """
 
 import argparse
@@ -16,13 +17,15 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig
 
 from camera.errors import CameraError
-from camera.roofline import Device, run_cost
+from camera.refit import Refit
+from camera.roofline import Device, fit_flops, run_cost
 from experiments.bench._published import ARCHITECTURES
 from experiments.bench._timing import matmul_peak, take_turns
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 TINY = Path(__file__).parents[1] / "tiny_moe" / "model"
-SHEETS = {"a100_40gb": (312e12, 1555e9), "h100": (989e12, 3350e9)}  # FLOP/s, bytes/s
+# FLOP/s in 16 bit, bytes/s, FLOP/s in fp32 (without TF32)
+SHEETS = {"a100_40gb": (312e12, 1555e9, 19.5e12), "h100": (989e12, 3350e9, 67e12)}
 COPIED = 2**28  # bytes
 
 
@@ -36,6 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--efficiency", type=float, default=0.4)
     parser.add_argument("--link", type=float, default=3.0)
     parser.add_argument("--recompute-phi", action="store_true")
+    parser.add_argument("--sweeps", type=int, default=3, help="of compensation, for each ridge")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (0: as they are)")
 
 
@@ -49,6 +53,14 @@ def run(args: argparse.Namespace) -> dict:
     options = {"sparsity": args.sparsity, "keep_phi": not args.recompute_phi, "dtype": here}
     cost = run_cost(config, tokens, args.length, **options)
     dense = dense_way(config, tokens, args.length)
+    fit = fit_flops(
+        config,
+        tokens,
+        sparsity=args.sparsity,
+        ridges=len(Refit.ridges),
+        sweeps=args.sweeps,
+        held_out=Refit.held_out,
+    )
     devices = {name: device_of(name, args.link * 1e9) for name in args.device}
     return {
         "model": args.model,
@@ -60,6 +72,7 @@ def run(args: argparse.Namespace) -> dict:
             for part in ("flops", "attention", "router", "gate_up", "down")
         },
         "dense_way_tflops": round(dense / 1e12, 3),
+        "compensation_tflops": round(fit / 1e12, 3),
         "times_fewer": round(dense / cost.total("flops"), 2),
         "gigabytes": {
             "read": round((cost.total("bytes_read") + cost.bytes_rest) / 1e9, 2),
@@ -77,6 +90,7 @@ def run(args: argparse.Namespace) -> dict:
                 "dense_way_compute_minutes": round(
                     dense / (device.flops * args.efficiency) / 60, 2
                 ),
+                "compensation_minutes": round(fit / (device.fp32 * args.efficiency) / 60, 2),
                 "peak_tflops": round(device.flops / 1e12, 3),
                 "memory_gb_s": round(device.memory / 1e9, 1),
             }
@@ -121,11 +135,13 @@ def config_of(name: str) -> Any:
 def device_of(name: str, link: float) -> Device:
     """A device by its data sheet, or this CPU as measured; CameraError for another name."""
     if name in SHEETS:
-        return Device(*SHEETS[name], link)
+        flops, memory, fp32 = SHEETS[name]
+        return Device(flops, memory, link, fp32)
     if name != "cpu":
         raise CameraError(f"--device {name} is none of {', '.join([*SHEETS, 'cpu'])}.")
     product, flops = matmul_peak("cpu")
     source = torch.empty(COPIED, dtype=torch.uint8)
     copy = torch.empty_like(source)
     took = take_turns({"product": product, "copy": lambda: copy.copy_(source)}, 5)
-    return Device(flops / took["product"], 2 * COPIED / took["copy"], link)
+    peak = flops / took["product"]
+    return Device(peak, 2 * COPIED / took["copy"], link, peak)
