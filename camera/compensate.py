@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from camera import parallel
 from camera.blocks import FeedForward
 from camera.capture import Output, Trace
 from camera.refit import Block, Fit, Refit, fit, fit_report
@@ -14,6 +15,11 @@ from camera.slicer import Kept
 
 Weights = dict[tuple[str, int], torch.Tensor]
 """By module path and expert: down_HW before the layer was cut."""
+
+Seen = dict[tuple[str, int], tuple[torch.Tensor | None, torch.Tensor]]
+"""By module path and expert: tokens of the layer (None for all) and phi."""
+
+TINY = 1e-3  # of the mean norm: hidden states of nothing don't count for everything
 
 
 def output_weights(ffn: FeedForward) -> Weights:
@@ -40,18 +46,23 @@ def compensate(
     fitted: int,
     how: Refit,
     target_TH: torch.Tensor | None = None,
+    stream_TH: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Refit the cut layer `ffn` in place: its output y_TH on all tokens, and what the fit did.
 
     `traces` hold the phi of the whole layer, batch after batch, and are emptied; tokens from
-    `fitted` on are held out. What the layer is to put out is `target_TH`, else what it did.
+    `fitted` on are held out. What the layer is to put out is `target_TH`, else what it did. With
+    `stream_TH`, the hidden states that its output is added to, errors count relative to the sum.
     """
     tokens = sum(trace.tokens for trace in traces)
     seen = _by_expert(traces)
     first = next(iter(before.values()))
+    scale_T1 = None
+    if stream_TH is not None:
+        scale_T1 = _inverse_norms(stream_TH, seen, before, ffn.residual_scale)
     residual_TH = torch.zeros(tokens, len(first), device=first.device)
     if target_TH is not None:
-        residual_TH += target_TH
+        residual_TH += target_TH if scale_T1 is None else target_TH * scale_T1
     blocks: dict[tuple[str, int], Block] = {}
     fits: list[Fit] = []
     for place, down_HW in before.items():
@@ -59,11 +70,14 @@ def compensate(
         stays = torch.zeros(down_HW.shape[1], dtype=torch.bool)
         stays[kept[place[0]][place[1]]] = True
         stays = stays.to(down_HW.device)
-        block = Block(tokens_N, phi_NF[:, stays], down_HW[:, stays].T)
+        everywhere = scale_T1 is None or tokens_N is None
+        scale_N1 = scale_T1 if everywhere else scale_T1[tokens_N]
+        block = Block(tokens_N, phi_NF[:, stays], down_HW[:, stays].T, scale_N1)
         if target_TH is None:
             gone_NH = phi_NF[:, ~stays].float() @ down_HW[:, ~stays].float().T
+            gone_NH = gone_NH if scale_N1 is None else gone_NH * scale_N1
         else:
-            gone_NH = -block.phi_NW.float() @ block.old_WH
+            gone_NH = -block.phi() @ block.old_WH
         blocks[place] = block
         if how.scope == "expert":
             fits.append(block.alone(gone_NH, fitted, how))
@@ -83,9 +97,24 @@ def compensate(
     return output.y_TH, fit_report(fits)
 
 
-def _by_expert(
-    traces: list[Trace],
-) -> dict[tuple[str, int], tuple[torch.Tensor | None, torch.Tensor]]:
+def _inverse_norms(
+    stream_TH: torch.Tensor, seen: Seen, before: Weights, residual_scale: float
+) -> torch.Tensor:
+    """mean |h| / |h_t| of the hidden states after the uncut layer, [T, 1]."""
+    after_TH = stream_TH.float()
+    for place, (tokens_N, phi_NF) in seen.items():
+        y_NH = residual_scale * (phi_NF.float() @ before[place].float().T)
+        if tokens_N is None:
+            after_TH = after_TH + y_NH
+        else:
+            after_TH = after_TH.index_copy(0, tokens_N, after_TH[tokens_N] + y_NH)
+    norm_T1 = torch.linalg.vector_norm(after_TH, dim=1, keepdim=True)
+    sum_and_tokens = torch.stack([norm_T1.sum(), torch.tensor(len(norm_T1)).to(norm_T1)])
+    mean = torch.div(*parallel.total(sum_and_tokens))
+    return mean / norm_T1.clamp(min=TINY * mean)
+
+
+def _by_expert(traces: list[Trace]) -> Seen:
     """Tokens, counted over all batches (None for all), and phi of every expert that was reached."""
     parts: dict[tuple[str, int], list[tuple[torch.Tensor | None, torch.Tensor]]] = {}
     start = 0

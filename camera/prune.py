@@ -41,6 +41,7 @@ class MicroExpertPruning(Method):
     layer_floor: float = 0.0
     compensate: Literal["none", "expert", "layer"] = "none"
     target: Literal["layer", "dense"] = "layer"
+    errors: Literal["relative", "absolute"] = "relative"
     ridges: Sequence[float] = Refit.ridges
     sweeps: int = Refit.sweeps
     held_out: float = Refit.held_out
@@ -56,7 +57,9 @@ class MicroExpertPruning(Method):
     def compensation(self) -> Refit | None:
         if self.compensate == "none":
             return None
-        return Refit(self.compensate, self.target, self.ridges, self.sweeps, self.held_out)
+        return Refit(
+            self.compensate, self.target, self.errors, self.ridges, self.sweeps, self.held_out
+        )
 
     def check(self, budget: Budget) -> None:
         if self.width_multiple < 1 or self.min_width < 0:

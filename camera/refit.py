@@ -1,12 +1,15 @@
 """Compensation: the output weights of what stays of a layer, refitted to what the layer put out.
 
-    min over w  sum_t |y_t - sum_i phi_ti w_i|^2 + ridge * E * sum_i |w_i - w_i^old|^2 / |w_i^old|^2
+    min over w  sum_t c_t |y_t - sum_i phi_ti w_i|^2
+                + ridge * E * sum_i |w_i - w_i^old|^2 / |w_i^old|^2
 
 y_t is the layer's output before it was cut, i runs over the micro-experts that stay, E is the
-mean of |phi_i|^2 |w_i|^2 over them. A relative change costs the same whatever the scale of a
-micro-expert, and however little the calibration text uses it: what other texts need of it stays.
-Solved by block coordinate descent over experts on the residual, so that no matrix is wider than one
-expert: each step is the exact minimum over one expert's w_i, the others held.
+mean of sum_t c_t phi_ti^2 |w_i|^2 over them. c_t is 1 / |h_t|^2, h_t the hidden state after the
+layer: what comes next normalises it, and a few tokens whose states are many times as large as all
+others would else be the only ones that count. A relative change of weights costs the same whatever
+the scale of a micro-expert, and however little the calibration text uses it: what other texts need
+of it stays. Solved by block coordinate descent over experts on the residual, so that no matrix is
+wider than one expert: each step is the exact minimum over one expert's w_i, the others held.
 
 Shapes: T calibration tokens (of them the first `fitted` fit, the others are held out), H hidden,
 N tokens of one expert, W its kept width.
@@ -30,12 +33,14 @@ class Refit:
     """How compensation is done: `scope` layer fits all experts of a layer together, expert each to
     its own removed output; `target` layer is what the uncut layer puts out for what reaches it,
     dense what the dense model has there (its hidden states after the layer), which makes up for
-    errors of the layers before. `ridges` are tried from the largest, `sweeps` over the experts at
-    most for each, as long as the share `held_out` of the calibration samples gets closer.
+    errors of the layers before. `errors` relative is as above, with absolute all c_t are 1.
+    `ridges` are tried from the largest, `sweeps` over the experts at most for each, as long as the
+    share `held_out` of the calibration samples gets closer.
     """
 
     scope: Literal["expert", "layer"] = "layer"
     target: Literal["layer", "dense"] = "layer"
+    errors: Literal["relative", "absolute"] = "relative"
     ridges: Sequence[float] = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
     sweeps: int = 8
     held_out: float = 0.125
@@ -45,6 +50,8 @@ class Refit:
             raise CameraError(f"compensate={self.scope} is none of none, expert, layer.")
         if self.target not in ("layer", "dense"):
             raise CameraError(f"target={self.target} is none of layer, dense.")
+        if self.errors not in ("relative", "absolute"):
+            raise CameraError(f"errors={self.errors} is none of relative, absolute.")
         if self.scope == "expert" and self.target == "dense":
             raise CameraError("target=dense needs compensate=layer.")
         if not self.ridges or min(self.ridges) <= 0:
@@ -71,27 +78,44 @@ class Fit:
 
 
 class Block:
-    """One expert of the descent: `phi_NW` on its tokens (None for all), `weight_WH` to fit."""
+    """One expert of the descent: `phi_NW` on its tokens (None for all), `weight_WH` to fit.
+
+    `scale_N1` is the root of what each token counts, as it is in the residual.
+    """
 
     def __init__(
-        self, tokens_N: torch.Tensor | None, phi_NW: torch.Tensor, weight_WH: torch.Tensor
+        self,
+        tokens_N: torch.Tensor | None,
+        phi_NW: torch.Tensor,
+        weight_WH: torch.Tensor,
+        scale_N1: torch.Tensor | None = None,
     ):
-        self.tokens_N, self.phi_NW = tokens_N, phi_NW
+        self.tokens_N, self.phi_NW, self.scale_N1 = tokens_N, phi_NW, scale_N1
         self.old_WH = weight_WH.float()
         self.weight_WH = self.old_WH.clone()
+
+    def phi(self, first: int | None = None) -> torch.Tensor:
+        """phi of the first tokens, each as much as it counts, fp32."""
+        phi_NW = self.phi_NW[:first].float()
+        return phi_NW if self.scale_N1 is None else phi_NW * self.scale_N1[:first]
 
     def fit_to(self, fitted: int) -> None:
         """Count only tokens before `fitted` of the layer in what follows."""
         self._fitted = fitted
         if self.tokens_N is not None:
             self._fitted = int(torch.searchsorted(self.tokens_N, fitted))
-        phi_NW = self.phi_NW[: self._fitted].float()
+        phi_NW = self.phi(self._fitted)
         self._gram_WW = parallel.total(phi_NW.T @ phi_NW)
 
     @property
     def energy_W(self) -> torch.Tensor:
         """|phi_i|^2 |w_i|^2 of every micro-expert, over the tokens fitted to."""
         return self._gram_WW.diagonal() * self.old_WH.square().sum(1)
+
+    @property
+    def penalty(self) -> float:
+        """What the change of the weights counts."""
+        return (self._stiffness_W1 * (self.weight_WH - self.old_WH).square()).sum().item()
 
     def factorise(self, stiffness: float) -> None:
         """Prepare steps; w_i is held back by stiffness * |w_i - w_i^old|^2 / |w_i^old|^2."""
@@ -111,7 +135,7 @@ class Block:
     def step(self, residual_TH: torch.Tensor) -> None:
         """Move to the minimum over this expert's weights, the others held."""
         residual_NH = self._residual(residual_TH)
-        phi_NW = self.phi_NW[: self._fitted].float()
+        phi_NW = self.phi(self._fitted)
         pull_WH = parallel.total(phi_NW.T @ residual_NH[: self._fitted])
         pull_WH -= self._stiffness_W1 * (self.weight_WH - self.old_WH)
         change_WH = torch.cholesky_solve(pull_WH / self._scale_W1, self._factor_WW)
@@ -122,7 +146,7 @@ class Block:
         """Fit this expert by itself, to a residual of its own tokens."""
         if self.tokens_N is not None:
             fitted = int(torch.searchsorted(self.tokens_N, fitted))
-        own = Block(None, self.phi_NW, self.old_WH)
+        own = Block(None, self.phi_NW, self.old_WH, self.scale_N1)
         found = fit([own], residual_NH, fitted, how)
         self.weight_WH = own.weight_WH
         return found
@@ -136,7 +160,7 @@ class Block:
         self, residual_TH: torch.Tensor, residual_NH: torch.Tensor, change_WH: torch.Tensor
     ) -> None:
         self.weight_WH += change_WH
-        residual_NH.addmm_(self.phi_NW.float(), change_WH, alpha=-1)
+        residual_NH.addmm_(self.phi(), change_WH, alpha=-1)
         if self.tokens_N is not None:  # a token is an expert's once, and index_add_ is slow
             residual_TH.index_copy_(0, self.tokens_N, residual_NH)
 
@@ -188,18 +212,24 @@ def fit_report(fits: list[Fit]) -> dict[str, Any]:
 def _descend(
     blocks: list[Block], residual_TH: torch.Tensor, fitted: int, ridge: float, most: int, judge: int
 ) -> tuple[float, int]:
-    """Sweep over the blocks until the tokens judged by get no closer; their error, and sweeps."""
+    """Sweep over the blocks as long as the tokens judged by get closer or, if these are the ones
+    fitted to, what is minimised gets smaller; their error, and the sweeps."""
     energy = _mean_energy(blocks)
     for block in blocks:
         block.factorise(ridge * energy)
-    reached, sweeps = _errors(residual_TH, fitted)[judge], 0
+
+    def measured() -> tuple[float, float]:
+        error = _errors(residual_TH, fitted)[judge]
+        return error, error if judge else error + sum(block.penalty for block in blocks)
+
+    (error, reached), sweeps = measured(), 0
     enough = len(blocks) == 1  # one step is exact
     while sweeps == 0 or (sweeps < most and not enough):
         for block in blocks:
             block.step(residual_TH)
-        before, reached = reached, _errors(residual_TH, fitted)[judge]
+        before, (error, reached) = reached, measured()
         sweeps, enough = sweeps + 1, enough or reached >= before * (1 - ENOUGH)
-    return reached, sweeps
+    return error, sweeps
 
 
 def _mean_energy(blocks: list[Block]) -> float:

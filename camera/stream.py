@@ -182,7 +182,9 @@ class Streamer(Skeleton):
             pairs = zip(dense, batches, strict=True)
             errors = [(a.hidden_BLH - b.hidden_BLH).flatten(0, 1).float() for a, b in pairs]
             target_TH = torch.cat(errors).to(self.device) / ffn.residual_scale
-        y_TH, report = compensate(ffn, traces, kept, before, fitted, how, target_TH)
+        stream_TH = torch.cat([batch.hidden_BLH.flatten(0, 1) for batch in batches])
+        stream_TH = stream_TH.to(self.device) if how.errors == "relative" else None
+        y_TH, report = compensate(ffn, traces, kept, before, fitted, how, target_TH, stream_TH)
         parts = y_TH.split([trace.tokens for trace in traces])
         for batch, part_TH in zip(batches, parts, strict=True):
             batch.trace, batch.output = None, Output(batch.ffn_input_BLH[:0])

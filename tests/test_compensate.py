@@ -59,16 +59,22 @@ def layers_of(folder):
     return load_model(folder, "cpu", "float32").model.layers
 
 
-def outputs(model, index, ids):
-    """What the FFN of a layer puts out, [T, H]."""
+def outputs(model, module, ids):
+    """What a module of the model puts out, [T, H]."""
     seen = []
-    hook = ffn_of(model.model.layers[index]).register_forward_hook(
+    hook = module.register_forward_hook(
         lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)
     )
     with torch.no_grad():
         model(ids)
     hook.remove()
     return seen[0].flatten(0, 1)
+
+
+def token_weights(model, index, ids, errors):
+    """[T, 1]: what the errors of each token count."""
+    norm2_T1 = outputs(model, model.model.layers[index], ids).square().sum(1, keepdim=True)
+    return 1 / norm2_T1 if errors == "relative" else torch.ones_like(norm2_T1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -80,28 +86,33 @@ def test_the_first_layer_s_output_comes_closer_in_every_family(
     result = compress(source, "fitted", compensate="layer")
     original, ids = AutoModelForCausalLM.from_pretrained(source).eval(), tokens(source)
     index = min(map(int, result.layers))  # the first in the pool: its input is the same in all
+    counts_T1 = token_weights(original, index, ids, "relative")
     errors = []
     for name in ("plain", "fitted"):
         model = load_model(tmp_path / name, "cpu", "float32")
-        error_TH = outputs(model, index, ids) - outputs(original, index, ids)
-        errors.append(error_TH.square().sum().item())
+        got_TH, want_TH = (
+            outputs(m, ffn_of(m.model.layers[index]), ids) for m in (model, original)
+        )
+        errors.append((counts_T1 * (got_TH - want_TH).square()).sum().item())
     assert errors[1] < errors[0]
     report = result.layers[str(index)]
     assert errors[1] / errors[0] == pytest.approx(report["missing"], rel=1e-3)
     assert json.loads((tmp_path / "fitted" / "camera.json").read_text())["layers"]
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "llama"])
+@pytest.mark.parametrize("errors", ["relative", "absolute"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "granitemoe", "llama"])
 def test_with_one_ridge_the_weights_are_those_of_the_joint_solution(
-    family, checkpoints, compress, tokens, tmp_path, monkeypatch
+    family, errors, checkpoints, compress, tokens, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(camera.refit, "ENOUGH", 1e-8)
     source, ridge = checkpoints(family), 1.0
-    result = compress(source, compensate="layer", ridges=[ridge], sweeps=400)
+    result = compress(source, compensate="layer", errors=errors, ridges=[ridge], sweeps=400)
     model = AutoModelForCausalLM.from_pretrained(source).eval()
     index = min(map(int, result.layers))
     assert result.layers[str(index)]["ridges"] == [ridge]
-    x_TH, routing = capture(model, index, tokens(source))
+    ids = tokens(source)
+    x_TH, routing = capture(model, index, ids)
     ffn = ffn_of(model.model.layers[index])
     scale = getattr(ffn, "routed_scaling_factor", None) if routing else None
     phi_TN, basis_NH = dense_phi(ffn, x_TH, routing), basis(ffn)
@@ -109,15 +120,23 @@ def test_with_one_ridge_the_weights_are_those_of_the_joint_solution(
     keep_N = kept_mask(model, index, tmp_path / "out", source)
     stays_TN = phi_TN[:, keep_N]
     gone_TH = phi_TN[:, ~keep_N] @ basis_NH[~keep_N]
-    gram_NN = stays_TN.T @ stays_TN
+    counts_T1 = token_weights(model, index, ids, errors)
+    counted_TN = counts_T1 * stays_TN
+    gram_NN = counted_TN.T @ stays_TN
     norm2_N = basis_NH[keep_N].square().sum(1)
     stiffness = ridge * (gram_NN.diagonal() * norm2_N).mean()
     change_NH = torch.linalg.solve(
-        gram_NN + stiffness * torch.diag(1 / norm2_N), stays_TN.T @ gone_TH
+        gram_NN + stiffness * torch.diag(1 / norm2_N), counted_TN.T @ gone_TH
     )
-    want = stays_TN @ (basis_NH[keep_N] + change_NH)
-    got = stays_TN @ output_rows(layers_of(tmp_path / "out")[index], model.config.model_type)
-    assert (got - want).norm() < 1e-2 * gone_TH.norm()
+    got_NH = output_rows(layers_of(tmp_path / "out")[index], model.config.model_type)
+
+    def objective(change_NH):
+        error_TH = (counts_T1 * (gone_TH - stays_TN @ change_NH).square()).sum()
+        return (error_TH + stiffness * (change_NH.square().sum(1) / norm2_N).sum()).item()
+
+    least, untouched = objective(change_NH), objective(torch.zeros_like(change_NH))
+    reached = objective(got_NH - basis_NH[keep_N])
+    assert (reached - least) / (untouched - least) == pytest.approx(0, abs=1e-5)
 
 
 def kept_mask(model, index, out, source):
