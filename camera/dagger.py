@@ -38,8 +38,11 @@ class CameraQDagger(CameraQ):
     def check(self, budget: Budget) -> None:
         if self.split not in ("channels", "shuffle"):
             raise CameraError(f"split={self.split} is none of channels, shuffle.")
-        if 0 in self.group_bits:
-            raise CameraError("camera_q_dagger can't remove micro-experts: take 0 off group_bits.")
+        if 0 in self.levels:
+            raise CameraError(
+                f"camera_q_dagger can't remove micro-experts: set group_bits={self.levels} without "
+                "the 0."
+            )
         if self.rank_scope == "model" or self.allocation == "optimal":
             raise CameraError(
                 "camera_q_dagger ranks within a layer or expert, in shares: set rank_scope=layer "
@@ -74,7 +77,7 @@ class CameraQDagger(CameraQ):
     def _channel_bits(self, hidden: int, cuts: Sequence[int], micro_experts: int) -> torch.Tensor:
         """Bits of input channels in falling order: the shares that the cuts give micro-experts."""
         inside = [round(cut * hidden / max(micro_experts, 1)) for cut in cuts]
-        return assign(torch.arange(hidden), [hidden], self.group_bits, inside)
+        return assign(torch.arange(hidden), [hidden], self.levels, inside)
 
     def _by_channels(
         self, index: int, ffn: FeedForward, seen: LayerHessians

@@ -5,7 +5,7 @@ the pool, H hidden, W width of one expert.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -27,7 +27,7 @@ from camera.budget import Budget
 from camera.energy import LayerEnergy
 from camera.errors import CameraError
 from camera.expert_bits import ExpertBits
-from camera.footprint import Footprint
+from camera.footprint import MOST_BITS, Footprint, metadata_bits
 from camera.quantization import CLOSE, GROUP_SIZE, Quantization, footprints, hidden_size
 from camera.scores import Name, Score
 from camera.statistics import LayerStatistics
@@ -37,7 +37,8 @@ from camera.statistics import LayerStatistics
 class CameraQ(Quantization):
     """Micro-experts of high energy get more bits, the same in gate, up and down.
 
-    allocation groups: the pool, ranked by energy, is cut into groups of `group_bits` (0: removed)
+    allocation groups: the pool, ranked by energy, is cut into groups of `group_bits` (0: removed;
+    null: those that the target allows all, one more and one less, which is 3, 2, 1 at 2.25 bits)
     in shares `ratios`; without ratios, `low_share` of it gets the fewest bits and the share of the
     most is solved so that the stored average meets `bits`. With ratios and no group_size, that is
     solved instead. allocation optimal: of all `group_bits` those that minimise the predicted error
@@ -52,9 +53,9 @@ class CameraQ(Quantization):
 
     bits: float | None = 2.25
     alpha: float = 0.9
-    group_bits: list[int] = field(default_factory=lambda: [3, 2, 1])
+    group_bits: list[int] | None = None
     ratios: list[float] | None = None
-    low_share: float = 0.375
+    low_share: float = 0.5
     rank_scope: Literal["layer", "expert", "model"] = "layer"
     allocation: Literal["groups", "optimal"] = "groups"
     align: int = 1
@@ -77,9 +78,21 @@ class CameraQ(Quantization):
     def _score(self) -> Score:
         return Score(self.score, self.alpha, self.normalize)
 
+    @property
+    def levels(self) -> list[int]:
+        """Bits of the groups, the most first."""
+        if self.group_bits is not None:
+            return list(self.group_bits)
+        if self.bits is None:
+            raise CameraError("group_bits=null follows the target: set bits, or group_bits.")
+        size = self._group_size()
+        scales = metadata_bits(2, self.sym) / size if size else 0
+        middle = min(max(int(self.bits - scales + 0.5), 1), MOST_BITS - 1)
+        return [middle + 1, middle, middle - 1]
+
     def check(self, budget: Budget) -> None:
         self._score  # noqa: B018 (refuses what it can't be)
-        levels = list(self.group_bits)
+        levels = self.levels
         if levels != sorted(set(levels) & set(range(9)), reverse=True) or not any(levels):
             raise CameraError(
                 f"group_bits={levels} must be different bits from 8 to 0, the most first."
@@ -127,11 +140,12 @@ class CameraQ(Quantization):
         pools = list(footprints(budget, self._group_size(), self.sym).values())
         weights = sum(pool.weights for pool in pools)
         ends = []
-        for bits in (min(self.group_bits), max(self.group_bits)):
+        levels = self.levels
+        for bits in (min(levels), max(levels)):
             stored = 0.0
             for pool in pools:
-                size, steps = pool.micro_experts, len(self.group_bits) - 1
-                cuts = [size if bits == self.group_bits[0] else 0] * steps
+                size, steps = pool.micro_experts, len(levels) - 1
+                cuts = [size if bits == levels[0] else 0] * steps
                 stored += self.stored(pool, torch.full((size,), bits), cuts)
             ends.append(stored / max(weights, 1))
         return tuple(ends)
@@ -167,7 +181,7 @@ class CameraQ(Quantization):
             pool = Footprint(hidden_size(ffn), tuple(widths), self._group_size(), self.sym)
             errors = None
             if self.allocation == "optimal":
-                errors = bit_errors(ffn, seen, self.solver(pool.group_size), self.group_bits)
+                errors = bit_errors(ffn, seen, self.solver(pool.group_size), self.levels)
             bits_N, _, group_size = self.allocate(energy_N, pool, errors)
         parts = zip(bits_N.split(widths), energy_N.split(widths), strict=True)
         return [ExpertBits.matched(bits_W, energy_W) for bits_W, energy_W in parts], group_size
@@ -180,7 +194,7 @@ class CameraQ(Quantization):
     ) -> tuple[torch.Tensor, tuple[int, ...], int | None]:
         """Bits of every micro-expert of a pool, where the ranking is cut (shares), group size."""
         order_N = ranking(energy_N, pool.widths, self.rank_scope)
-        levels, align = list(self.group_bits), self.align
+        levels, align = self.levels, self.align
         stored = partial(self.stored, pool)
         if self.ratios is not None:
             cuts = cuts_of(self.ratios, len(order_N))

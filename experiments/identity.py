@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,22 +27,35 @@ def without_seed(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def telling_settings(
-    kinds: Sequence[tuple[str, ...]], identities: Sequence[dict[str, Any]]
+    kinds: Sequence[tuple[str, ...]],
+    identities: Sequence[dict[str, Any]],
+    *,
+    leave_usual: bool = False,
 ) -> list[str]:
     """For each identity the settings in which it differs from another one of its kind.
 
-    A kind is what is known of a run anyway, such as its model and method.
+    A kind is what is known of a run anyway, such as its model and method. `leave_usual` leaves out
+    the value that more identities of a kind have than any other.
     """
     flat = [_flatten(identity) for identity in identities]
-    values: dict[tuple, set[str]] = {}
-    for kind, settings in zip(kinds, flat, strict=True):
+    values: dict[tuple, Counter[str]] = {}
+    different = {
+        (kind, repr(settings)): settings for kind, settings in zip(kinds, flat, strict=True)
+    }
+    for (kind, _), settings in different.items():
         for key, value in settings.items():
-            values.setdefault((kind, key), set()).add(repr(value))
+            values.setdefault((kind, key), Counter())[repr(value)] += 1
+
+    def told(seen: Counter[str], value: Any) -> bool:
+        (most, count), *others = seen.most_common(2)
+        usual = leave_usual and repr(value) == most and others and count > others[0][1]
+        return len(seen) > 1 and not usual
+
     return [
         ", ".join(
             f"{key.removeprefix('method.')}={_short(value)}"
             for key, value in settings.items()
-            if key not in UNNAMED and len(values[kind, key]) > 1
+            if key not in UNNAMED and told(values[kind, key], value)
         )
         for kind, settings in zip(kinds, flat, strict=True)
     ]

@@ -5,14 +5,16 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import image
+from matplotlib import image, pyplot
 from run_folders import add
 
 from experiments.aggregate import over_seeds
 from experiments.figures.__main__ import main
 from experiments.figures.comparison import draw_comparisons
+from experiments.figures.curves import SIZE, legend
 from experiments.figures.pareto import draw_pareto, pareto_front
 from experiments.figures.points import ALPHA, BITS, SAMPLES, SPARSITY, Measure, points
+from experiments.figures.style import STYLE
 from experiments.rows import find_runs, read_runs
 
 AVERAGE = Measure("average", "average")
@@ -73,6 +75,31 @@ def test_a_setting_tried_at_one_ratio_is_no_line_over_ratios(tmp_path):
     found = points_of(tmp_path, SPARSITY["moe"])
     assert set(found["label"]) == {"camera_p, alpha=0.0", "camera_p, alpha=0.5", "naee"}
     assert set(found.loc[found["method"] == "camera_p", "variant"]) == {0, 1}
+
+
+def test_what_most_lines_of_a_method_have_is_left_out_of_labels(tmp_path):
+    for sparsity in (0.2, 0.4):
+        for alpha, scope in ((0.9, "layer"), (0.9, "global"), (0.5, "layer")):
+            settings = {"alpha": alpha, "rank_scope": scope}
+            add(tmp_path, f"{alpha}{scope}{sparsity}", "camera_p", sparsity, **settings)
+    found = points_of(tmp_path, SPARSITY["moe"])
+    labels = {"camera_p", "camera_p, rank_scope=global", "camera_p, alpha=0.5"}
+    assert set(found["label"]) == labels
+    assert set(found.loc[found["label"] == "camera_p", "variant"]) == {0}
+
+
+def test_a_long_legend_takes_no_room_from_what_it_explains(tmp_path):
+    heights = []
+    for lines in (2, 40):
+        with pyplot.rc_context(STYLE):
+            figure, axes = pyplot.subplots(figsize=SIZE)
+            for line in range(lines):
+                axes.plot([0, 1], [0, line], label=f"a method with many settings, number {line}")
+            legend(figure)
+            figure.draw_without_rendering()
+            heights.append(axes.get_window_extent().height / figure.dpi)
+            pyplot.close(figure)
+    assert heights[1] >= 0.95 * heights[0]
 
 
 def test_alpha_has_a_line_for_each_ratio_and_only_where_it_varies(tmp_path):

@@ -13,6 +13,7 @@ from experiments.figures.points import Axis, Measure
 from experiments.figures.style import GREY, LINES, STYLE, Look, looks, save
 
 SIZE = (5.6, 4.2)
+LEGEND_LINES, LEGEND_LINE = 2, 0.17  # lines of a legend that there is room for; inches of one more
 
 
 def draw_curves(
@@ -81,8 +82,13 @@ def log_scale(axes: plt.Axes, which: Literal["x", "y"]) -> None:
 
 
 def legend(figure: plt.Figure) -> None:
-    """Below the figure, so that it hides nothing, in as many columns as labels leave room for."""
+    """Below the figure, so that it hides nothing, in as many columns as labels leave room for.
+
+    The figure grows with it, so that what it shows keeps its size.
+    """
     handles, labels = figure.axes[0].get_legend_handles_labels()
     longest = max(map(len, labels), default=0)
     columns = max(1, min(4, 80 // (longest + 6)))
+    lines = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * max(lines - LEGEND_LINES, 0))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)

@@ -109,9 +109,12 @@ def _lines_worth_drawing(found: pd.DataFrame, over_ratio: bool) -> pd.Index:
 
 def _labelled(found: pd.DataFrame) -> pd.DataFrame:
     kinds = [(method,) for method in found["method"]]
-    settings = telling_settings(kinds, list(found["rest"]))
+    settings = telling_settings(kinds, list(found["rest"]), leave_usual=True)
     settings = [told.replace("calibration.", "") for told in settings]
     parts = zip(found["method"], found["ratio"], settings, strict=True)
     labels = [", ".join(filter(None, (" ".join(filter(None, p[:2])), p[2]))) for p in parts]
-    variants = found.groupby("method", sort=False)["line"].transform(lambda s: s.factorize()[0])
-    return found.assign(label=labels, variant=variants).drop(columns=["rest", "ratio"])
+    found = found.assign(label=labels).drop(columns=["rest", "ratio"])
+    # the usual variant has least to say
+    plainest = found.sort_values("label", key=lambda label: label.str.len(), kind="stable")
+    variants = plainest.groupby("method")["line"].transform(lambda line: line.factorize()[0])
+    return found.assign(variant=variants)
