@@ -30,7 +30,7 @@ def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     spreads = [f"{score}_std" for score in scores]
     rows = rows[[*runs.columns, *spreads, "n", "seeds", "folders"]]
     kinds = list(zip(rows["model"], rows["method"], strict=True))
-    return rows.assign(settings=telling_settings(kinds, list(rows["_identity"])))
+    return rows.assign(settings=telling_settings(kinds, list(rows["_identity"]), leave_usual=True))
 
 
 def _key(run: dict[str, Any]) -> str:

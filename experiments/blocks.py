@@ -92,4 +92,4 @@ def _evaluation(asked: dict[str, Any]) -> str:
 
 def _told(runs: pd.DataFrame) -> pd.DataFrame:
     kinds = [(method,) for method in runs["method"]]
-    return runs.assign(settings=telling_settings(kinds, list(runs["_identity"])))
+    return runs.assign(settings=telling_settings(kinds, list(runs["_identity"]), leave_usual=True))

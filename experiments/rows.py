@@ -45,7 +45,7 @@ def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
     numbers = [*NUMBERS, *score_columns(frame), *(c for c in frame if c.endswith("_se"))]
     frame[numbers] = frame[numbers].astype(float)
     kinds = list(zip(frame["model"], frame["method"], strict=True))
-    frame["settings"] = telling_settings(kinds, list(frame["_identity"]))
+    frame["settings"] = telling_settings(kinds, list(frame["_identity"]), leave_usual=True)
     order = frame.assign(
         _compressed=frame["method"] != "dense", settings=_natural_ranks(frame["settings"])
     )
