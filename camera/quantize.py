@@ -38,13 +38,13 @@ class CameraQ(Quantization):
     """Micro-experts of high energy get more bits, the same in gate, up and down.
 
     allocation groups: the pool, ranked by energy, is cut into groups of `group_bits` (0: removed;
-    null: those that the target allows all, one more and one less, which is 3, 2, 1 at 2.25 bits)
-    in shares `ratios`; without ratios, `low_share` of it gets the fewest bits and the share of the
-    most is solved so that the stored average meets `bits`. With ratios and no group_size, that is
-    solved instead. allocation optimal: of all `group_bits` those that minimise the predicted error
-    sum_i E_i * error(b_i) within the target. rank_scope: rank within a layer, each expert, or the
-    whole model (by scores of the dense model). score: energy, or another one of `camera.scores`, of
-    the dense model. align: boundaries in an expert are multiples.
+    null: 3, 2, 1 as in the paper, 4, 3, 2 and so on where shares are solved and the target allows
+    more than 2 bits to all) in shares `ratios`. Without ratios `low_share` of it gets the fewest
+    bits, and the share of the most is solved so that the stored average meets `bits`. With ratios
+    and no group_size, that is solved instead. allocation optimal: of all `group_bits` those that
+    minimise the predicted error sum_i E_i * error(b_i) within the target. rank_scope: rank within a
+    layer, each expert, or the whole model (by scores of the dense model). score: energy, or another
+    one of `camera.scores`, of the dense model. align: boundaries in an expert are multiples.
 
     Source: CAMERA (AAAI 2026), whose shares and group size aren't published.
     """
@@ -83,11 +83,11 @@ class CameraQ(Quantization):
         """Bits of the groups, the most first."""
         if self.group_bits is not None:
             return list(self.group_bits)
-        if self.bits is None:
-            raise CameraError("group_bits=null follows the target: set bits, or group_bits.")
+        if self.bits is None or self.ratios is not None:
+            return [3, 2, 1]
         size = self._group_size()
         scales = metadata_bits(2, self.sym) / size if size else 0
-        middle = min(max(int(self.bits - scales + 0.5), 1), MOST_BITS - 1)
+        middle = min(max(int(self.bits - scales + 0.5), 2), MOST_BITS - 1)  # none is removed
         return [middle + 1, middle, middle - 1]
 
     def check(self, budget: Budget) -> None:

@@ -179,6 +179,23 @@ def test_a_micro_expert_has_one_width_in_three_matrices():
     assert used == {1, 2, 3}
 
 
+@pytest.mark.parametrize(
+    ("bits", "options", "levels"),
+    [
+        (2.25, {}, [3, 2, 1]),
+        (2.5, {}, [3, 2, 1]),
+        (1.5, {}, [3, 2, 1]),  # nothing is removed unasked
+        (3.25, {}, [4, 3, 2]),
+        (3.25, {"ratios": [0.2, 0.6, 0.2]}, [3, 2, 1]),
+        (3.25, {"group_bits": [3, 1]}, [3, 1]),
+        (3.25, {"group_size": 16}, [3, 2, 1]),  # 2 bits a weight are scales and zeros
+        (8.25, {}, [8, 7, 6]),
+    ],
+)
+def test_groups_lie_around_what_the_target_allows_all(bits, options, levels):
+    assert CameraQ(bits=bits, **options).levels == levels
+
+
 def test_zero_bits_equal_pruning_then_camera_q():
     """Lowest group removed: the same packed tensors as of a layer that was sliced first."""
     ffn, x_TH = layer_of("qwen2_moe")
@@ -394,7 +411,7 @@ def test_checkpoint_computes_what_the_model_in_memory_does(
     assert all(0.9 * target < stored <= target * (1 + 1e-9) for stored in layers)
     for layer in report["layers"].values():
         assert layer["bits"]["raw"] < layer["bits"]["stored"]
-    if 0 not in getattr(method, "group_bits", ()):
+    if 0 not in getattr(method, "levels", ()):
         on_disk = result.bits["stored"]
         assert on_disk == pytest.approx(sum(layers) / len(layers), rel=0.01)
 
