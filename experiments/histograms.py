@@ -78,12 +78,6 @@ def read_energies(folder: Path) -> Energies | None:
     )
 
 
-def energy_histograms(statistics: Statistics, alpha: float) -> dict[int, Histogram]:
-    """A histogram for each layer of known energy, over one range so that layers compare."""
-    layers = _energies(statistics, alpha)
-    return _histograms({layer: values for layer, (_, values) in layers.items()})
-
-
 def top_shares(energy_N: np.ndarray, percents: np.ndarray = PERCENTS) -> np.ndarray:
     """The share (0 to 1) of all energy that each top percentage of N micro-experts holds.
 
