@@ -170,8 +170,8 @@ def solve_optimal(
     *,
     align: int = 1,
     stored: Stored | None = None,
-) -> torch.Tensor:
-    """The plan of least predicted error sum_i score_i * errors[b_i] within the byte budget.
+) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """The plan of least predicted error sum_i score_i * errors[b_i] within the budget; its cuts.
 
     errors: what share of a micro-expert's energy is lost at a number of bits (0 bits: 1.0). For a
     multiplier lambda each micro-expert takes the b that makes score_i * errors[b] +
@@ -194,7 +194,7 @@ def solve_optimal(
     top = float(score_N.max()) if len(score_N) else 0.0
     loose, tight = 0.0, max(top, torch.finfo(torch.float64).tiny)
     if at(cuts(loose)) <= budget:
-        return assign(order_N, footprint.widths, levels, cuts(loose), align)
+        return assign(order_N, footprint.widths, levels, cuts(loose), align), cuts(loose)
     while at(cuts(tight)) > budget and tight < 1e300:
         tight *= 4
     for _ in range(100):
@@ -203,8 +203,9 @@ def solve_optimal(
         if loose and tight <= loose * (1 + 1e-12):
             break
     # micro-experts of equal score change together: go as far between both plans as fits
-    found = solve_cuts([cuts(tight), cuts(loose)], at, budget)
-    return assign(order_N, footprint.widths, levels, found, align)
+    whole = (len(score_N),) * (len(levels) - 1)  # beyond, where scales come in steps
+    found = solve_cuts([cuts(tight), cuts(loose), whole], at, budget)
+    return assign(order_N, footprint.widths, levels, found, align), found
 
 
 def solve_group_size(

@@ -43,10 +43,9 @@ class CameraQDagger(CameraQ):
                 f"camera_q_dagger can't remove micro-experts: set group_bits={self.levels} without "
                 "the 0."
             )
-        if self.rank_scope == "model" or self.allocation == "optimal":
+        if self.rank_scope == "model":
             raise CameraError(
-                "camera_q_dagger ranks within a layer or expert, in shares: set rank_scope=layer "
-                "and allocation=groups."
+                "camera_q_dagger ranks within a layer or expert: set rank_scope=layer."
             )
         super().check(budget)
 
@@ -84,7 +83,7 @@ class CameraQDagger(CameraQ):
     ) -> tuple[list[ExpertBits], int | None]:
         energy_N, widths = self._importance(index, seen), ffn.widths
         pool = Footprint(hidden_size(ffn), tuple(widths), self._group_size(), self.sym)
-        bits_N, cuts, group_size = self.allocate(energy_N, pool)
+        bits_N, cuts, group_size = self.allocate(energy_N, pool, self._errors(ffn, seen, pool))
         falling_H = self._channel_bits(pool.hidden, cuts, len(bits_N))
         channel_EH = seen.channel_energy(self.alpha).cpu()
         parts = iter(zip(bits_N.split(widths), energy_N.split(widths), channel_EH, strict=True))

@@ -28,6 +28,7 @@ from camera.energy import LayerEnergy
 from camera.errors import CameraError
 from camera.expert_bits import ExpertBits
 from camera.footprint import MOST_BITS, Footprint, metadata_bits
+from camera.layer_hessians import LayerHessians
 from camera.quantization import CLOSE, GROUP_SIZE, Quantization, footprints, hidden_size
 from camera.scores import Name, Score
 from camera.statistics import LayerStatistics
@@ -37,14 +38,14 @@ from camera.statistics import LayerStatistics
 class CameraQ(Quantization):
     """Micro-experts of high energy get more bits, the same in gate, up and down.
 
-    allocation groups: the pool, ranked by energy, is cut into groups of `group_bits` (0: removed;
-    null: 3, 2, 1 as in the paper, 4, 3, 2 and so on where shares are solved and the target allows
-    more than 2 bits to all) in shares `ratios`. Without ratios `low_share` of it gets the fewest
-    bits, and the share of the most is solved so that the stored average meets `bits`. With ratios
-    and no group_size, that is solved instead. allocation optimal: of all `group_bits` those that
-    minimise the predicted error sum_i E_i * error(b_i) within the target. rank_scope: rank within a
-    layer, each expert, or the whole model (by scores of the dense model). score: energy, or another
-    one of `camera.scores`, of the dense model. align: boundaries in an expert are multiples.
+    The pool, ranked by energy, is cut into groups of `group_bits` (0: removed; null: 3, 2, 1 as in
+    the paper, 4, 3, 2 and so on where shares are solved and the target allows more than 2 bits to
+    all). Their shares are those that minimise the predicted error sum_i E_i * error(b_i) within the
+    target `bits`, by errors measured in each layer; or `low_share` of the pool gets the fewest bits
+    and the share of the most is solved; or they are `ratios`, and without a group_size that is
+    solved instead. rank_scope: rank within a layer, each expert, or the whole model (by scores of
+    the dense model). score: energy, or another one of `camera.scores`, of the dense model. align:
+    boundaries in an expert are multiples.
 
     Source: CAMERA (AAAI 2026), whose shares and group size aren't published.
     """
@@ -55,9 +56,8 @@ class CameraQ(Quantization):
     alpha: float = 0.9
     group_bits: list[int] | None = None
     ratios: list[float] | None = None
-    low_share: float = 0.5
+    low_share: float | None = None
     rank_scope: Literal["layer", "expert", "model"] = "layer"
-    allocation: Literal["groups", "optimal"] = "groups"
     align: int = 1
     score: Name = "energy"
     normalize: Literal["routed", "all"] = "routed"
@@ -97,12 +97,10 @@ class CameraQ(Quantization):
             raise CameraError(
                 f"group_bits={levels} must be different bits from 8 to 0, the most first."
             )
-        if not 0 <= self.low_share <= 1:
+        if self.low_share is not None and not 0 <= self.low_share <= 1:
             raise CameraError(f"low_share={self.low_share} must lie between 0 and 1.")
         if self.rank_scope not in SCOPES:
             raise CameraError(f"rank_scope={self.rank_scope} is none of {', '.join(SCOPES)}.")
-        if self.allocation not in ("groups", "optimal"):
-            raise CameraError(f"allocation={self.allocation} is none of groups, optimal.")
         if self.align < 1:
             raise CameraError("align must be at least 1.")
         self._check_shares(levels)
@@ -114,19 +112,16 @@ class CameraQ(Quantization):
     def _check_shares(self, levels: Sequence[int]) -> None:
         if self.act_order and not self.static_groups:
             raise CameraError("act_order tears column segments apart: set static_groups=true too.")
-        if self.allocation == "optimal":
-            if self.ratios is not None or self.bits is None:
-                raise CameraError("allocation=optimal solves the shares: set bits and ratios=null.")
-            if self.rank_scope == "model":
-                raise CameraError(
-                    "allocation=optimal measures each layer as it comes: set rank_scope=layer or "
-                    "expert."
-                )
-            return
         if self.ratios is None:
-            share_path(levels, 0, self.low_share)  # refuses more groups than can be solved
             if self.bits is None and len(levels) > 1:
                 raise CameraError("bits=null leaves the shares open: set ratios.")
+            if self.low_share is not None:
+                share_path(levels, 0, self.low_share)  # refuses more groups than can be solved
+            elif self.rank_scope == "model" and len(levels) > 1:
+                raise CameraError(
+                    "errors are measured layer by layer: with rank_scope=model set low_share or "
+                    "ratios."
+                )
         elif len(self.ratios) != len(levels) or min(self.ratios) < 0:
             raise CameraError(
                 f"ratios={list(self.ratios)} must be a share for each of group_bits={levels}."
@@ -179,12 +174,18 @@ class CameraQ(Quantization):
             bits_N, group_size = self._plans[index], self._model_group_size
         else:
             pool = Footprint(hidden_size(ffn), tuple(widths), self._group_size(), self.sym)
-            errors = None
-            if self.allocation == "optimal":
-                errors = bit_errors(ffn, seen, self.solver(pool.group_size), self.levels)
+            errors = self._errors(ffn, seen, pool)
             bits_N, _, group_size = self.allocate(energy_N, pool, errors)
         parts = zip(bits_N.split(widths), energy_N.split(widths), strict=True)
         return [ExpertBits.matched(bits_W, energy_W) for bits_W, energy_W in parts], group_size
+
+    def _errors(
+        self, ffn: FeedForward, seen: LayerHessians, pool: Footprint
+    ) -> dict[int, float] | None:
+        """What is lost at each number of bits, where shares are solved by it."""
+        if self.ratios is not None or self.low_share is not None or len(self.levels) == 1:
+            return None
+        return bit_errors(ffn, seen, self.solver(pool.group_size), self.levels)
 
     def _importance(self, index: int, seen: LayerEnergy) -> torch.Tensor:
         return self._score.of(seen) if self._scores is None else self._scores[index]
@@ -202,9 +203,9 @@ class CameraQ(Quantization):
             return bits_N, cuts, self._solved_group_size(bits_N, cuts, pool)
         if self.bits is None:  # one group
             return torch.full_like(order_N, levels[0]), (), pool.group_size
-        if self.allocation == "optimal":
+        if errors is not None:
             args = (energy_N, order_N, pool, errors, self.bits)
-            return solve_optimal(*args, align=align, stored=stored), (), pool.group_size
+            return *solve_optimal(*args, align=align, stored=stored), pool.group_size
         bits_N, cuts = solve_shares(
             order_N, pool, levels, self.bits, low_share=self.low_share, align=align, stored=stored
         )

@@ -176,7 +176,8 @@ def test_optimal_plan_beats_every_other_of_its_size():
         score_N = torch.rand(6, dtype=torch.float64) ** 3
         order_N = ranking(score_N, widths, "layer")
         target = pool.uniform(1) + (trial + 1) * (pool.uniform(3) - pool.uniform(1)) / 12
-        bits_N = solve_optimal(score_N, order_N, pool, {b: ERRORS[b] for b in levels}, target)
+        errors = {b: ERRORS[b] for b in levels}
+        bits_N, _ = solve_optimal(score_N, order_N, pool, errors, target)
 
         def error(plan, score_N=score_N):
             return sum(s * ERRORS[b] for s, b in zip(score_N.tolist(), plan, strict=True))
@@ -192,7 +193,7 @@ def test_optimal_plan_beats_every_other_of_its_size():
 def test_optimal_plan_meets_the_target_and_beats_shares(score_N, bits, align):
     pool = Footprint(HIDDEN, WIDTHS, 64)
     order_N = ranking(score_N, WIDTHS, "layer")
-    optimal = solve_optimal(score_N, order_N, pool, ERRORS, bits, align=align)
+    optimal, _ = solve_optimal(score_N, order_N, pool, ERRORS, bits, align=align)
     shares, _ = solve_shares(order_N, pool, [3, 2, 1], bits, low_share=0.25, align=align)
     assert (0.99 if align == 1 else 0.9) * bits <= pool.average(optimal) <= bits
 
@@ -207,5 +208,5 @@ def test_equal_scores_do_not_jump_over_the_target():
     pool = Footprint(HIDDEN, WIDTHS, 64)
     for score_N in (torch.ones(sum(WIDTHS)), torch.zeros(sum(WIDTHS))):
         order_N = ranking(score_N, WIDTHS, "expert")
-        bits_N = solve_optimal(score_N, order_N, pool, ERRORS, 2.25)
+        bits_N, _ = solve_optimal(score_N, order_N, pool, ERRORS, 2.25)
         assert pool.average(bits_N) <= 2.25
