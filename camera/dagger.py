@@ -38,11 +38,8 @@ class CameraQDagger(CameraQ):
     def check(self, budget: Budget) -> None:
         if self.split not in ("channels", "shuffle"):
             raise CameraError(f"split={self.split} is none of channels, shuffle.")
-        if 0 in self.levels:
-            raise CameraError(
-                f"camera_q_dagger can't remove micro-experts: set group_bits={self.levels} without "
-                "the 0."
-            )
+        if 0 in (self.group_bits or ()):
+            raise CameraError("camera_q_dagger can't remove micro-experts: take 0 off group_bits.")
         if self.rank_scope == "model":
             raise CameraError(
                 "camera_q_dagger ranks within a layer or expert: set rank_scope=layer."

@@ -27,7 +27,7 @@ from camera.budget import Budget
 from camera.energy import LayerEnergy
 from camera.errors import CameraError
 from camera.expert_bits import ExpertBits
-from camera.footprint import MOST_BITS, Footprint, metadata_bits
+from camera.footprint import MOST_BITS, Footprint
 from camera.layer_hessians import LayerHessians
 from camera.quantization import CLOSE, GROUP_SIZE, Quantization, footprints, hidden_size
 from camera.scores import Name, Score
@@ -65,6 +65,7 @@ class CameraQ(Quantization):
     def __post_init__(self) -> None:
         self._scores: dict[int, torch.Tensor] | None = None  # of the dense model
         self._plans: dict[int, torch.Tensor] | None = None
+        self._middle = 2  # of three groups
 
     @property
     def one_shot(self) -> bool:
@@ -80,18 +81,27 @@ class CameraQ(Quantization):
 
     @property
     def levels(self) -> list[int]:
-        """Bits of the groups, the most first."""
+        """Bits of the groups, the most first; those that follow the target are known by `check`."""
         if self.group_bits is not None:
             return list(self.group_bits)
+        return [self._middle + 1, self._middle, self._middle - 1]
+
+    def _follow(self, budget: Budget) -> None:
+        """Put the groups around the bits that the target allows all; none is removed unasked."""
         if self.bits is None or self.ratios is not None:
-            return [3, 2, 1]
-        size = self._group_size()
-        scales = metadata_bits(2, self.sym) / size if size else 0
-        middle = min(max(int(self.bits - scales + 0.5), 2), MOST_BITS - 1)  # none is removed
-        return [middle + 1, middle, middle - 1]
+            return
+        pools = list(footprints(budget, self._group_size(), self.sym).values())
+        weights = max(sum(pool.weights for pool in pools), 1)
+
+        def distance(bits: int) -> float:
+            stored = sum(pool.uniform(bits) * pool.weights for pool in pools)
+            return abs(stored / weights - self.bits)
+
+        self._middle = min(range(2, MOST_BITS), key=distance)
 
     def check(self, budget: Budget) -> None:
         self._score  # noqa: B018 (refuses what it can't be)
+        self._follow(budget)
         levels = self.levels
         if levels != sorted(set(levels) & set(range(9)), reverse=True) or not any(levels):
             raise CameraError(

@@ -165,7 +165,11 @@ def test_hessians_of_both_processes_count(two, one):
 def test_both_processes_tokens_are_fitted_to(two, one):
     folder, said = two
     alone, result = one("compensated")
-    assert [rank["compensated"]["said"] for rank in said] == [result.widths] * 2
+    # what is held out differs, so layers after the first are cut by energies that differ a little
+    widths = [rank["compensated"]["said"] for rank in said]
+    assert widths[0] == widths[1]
+    for path, own in result.widths.items():
+        assert sum(widths[0][path]) == pytest.approx(sum(own), abs=0 if ".0." in path else 4)
     report = json.loads((folder / "compensated" / "camera.json").read_text())["layers"]["0"]
     assert report["ridges"] == result.layers["0"]["ridges"] == [10.0]
     mine, theirs, before = map(weights, (folder / "compensated", alone, one("layer by layer")[0]))

@@ -188,12 +188,15 @@ def test_a_micro_expert_has_one_width_in_three_matrices():
         (3.25, {}, [4, 3, 2]),
         (3.25, {"ratios": [0.2, 0.6, 0.2]}, [3, 2, 1]),
         (3.25, {"group_bits": [3, 1]}, [3, 1]),
-        (3.25, {"group_size": 16}, [3, 2, 1]),  # 2 bits a weight are scales and zeros
-        (8.25, {}, [8, 7, 6]),
+        (4.25, {"group_size": 16}, [3, 2, 1]),  # 2 bits a weight are scales and zeros
+        (6.25, {}, [7, 6, 5]),
     ],
 )
 def test_groups_lie_around_what_the_target_allows_all(bits, options, levels):
-    assert CameraQ(bits=bits, **options).levels == levels
+    method, pool = CameraQ(bits=bits, **options), LayerPool([1536, 768], [False, True])
+    weights = 3 * 576 * sum(pool.widths)
+    method.check(Budget(Count(weights, weights, 0, 2 * weights), {0: pool}, "test", 576))
+    assert method.levels == levels
 
 
 def test_zero_bits_equal_pruning_then_camera_q():
@@ -460,7 +463,7 @@ def test_camera_q_on_a_pruned_checkpoint(checkpoints, data_folder, calibration, 
     ("method", "why"),
     [
         (CameraQ(bits=0.5), "between"),
-        (CameraQ(bits=7.0), "between"),
+        (CameraQ(bits=7.0, group_bits=[3, 2, 1]), "between"),
         (CameraQ(group_bits=[1, 2, 3]), "group_bits"),
         (CameraQ(group_bits=[4, 3, 2, 1], low_share=0.5), "ratios"),
         (CameraQ(ratios=[0.5, 0.5]), "share for each"),
