@@ -32,9 +32,9 @@ def output_weights(ffn: FeedForward) -> Weights:
 
 
 def fit_bytes(tokens: int, hidden: int, widths: list[int]) -> int:
-    """What a fit holds beside phi, at most: residual, output, new and old weights, Gram matrices
-    and their factors, in fp32."""
-    return 4 * (2 * tokens * hidden + 2 * hidden * sum(widths) + 2 * sum(w * w for w in widths))
+    """What a fit holds beside phi, at most: hidden states, residual, output, new and old weights,
+    Gram matrices and their factors, in fp32."""
+    return 4 * (3 * tokens * hidden + 2 * hidden * sum(widths) + 2 * sum(w * w for w in widths))
 
 
 @torch.no_grad()
@@ -101,13 +101,13 @@ def _inverse_norms(
     stream_TH: torch.Tensor, seen: Seen, before: Weights, residual_scale: float
 ) -> torch.Tensor:
     """mean |h| / |h_t| of the hidden states after the uncut layer, [T, 1]."""
-    after_TH = stream_TH.float()
+    after_TH = stream_TH.to(torch.float32, copy=True)
     for place, (tokens_N, phi_NF) in seen.items():
         y_NH = residual_scale * (phi_NF.float() @ before[place].float().T)
         if tokens_N is None:
-            after_TH = after_TH + y_NH
+            after_TH += y_NH
         else:
-            after_TH = after_TH.index_copy(0, tokens_N, after_TH[tokens_N] + y_NH)
+            after_TH.index_copy_(0, tokens_N, after_TH.index_select(0, tokens_N) + y_NH)
     norm_T1 = torch.linalg.vector_norm(after_TH, dim=1, keepdim=True)
     sum_and_tokens = torch.stack([norm_T1.sum(), torch.tensor(len(norm_T1)).to(norm_T1)])
     mean = torch.div(*parallel.total(sum_and_tokens))
