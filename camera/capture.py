@@ -74,24 +74,26 @@ def observe(
     mask_T: torch.Tensor | None = None,
     sink: Sink | None = None,
     record: Callable[..., torch.Tensor] | None = None,
+    counts_T: torch.Tensor | None = None,
 ) -> None:
     """Call `observer`, and `sink` if given, for every expert that x reaches.
 
     Where routed experts are to be looked at later, `record` stands for them: it is called with
-    mask_T, sink, x_TH, index_TK, weight_TK.
+    mask_T, counts_T, sink, x_TH, index_TK, weight_TK. With `counts_T` the observer sees routing
+    weights times that: phi as much as the token counts.
     Tokens where `mask_T` is False (padding) are routed as the model would, and reach the sink, but
     the observer never sees them.
     """
     if not ffn.is_moe:
-        _mlp(ffn.groups[0], observer, mask_T, sink, x_BLH)
+        _mlp(ffn.groups[0], observer, mask_T, counts_T, sink, x_BLH)
         return
     with ExitStack() as taps:
         for group in ffn.groups:
             shared = isinstance(group, MlpExpert)
             name = ffn.family.shared if shared else ffn.family.experts
-            function = partial(_mlp if shared else _routed, group, observer, mask_T, sink)
+            function = partial(_mlp if shared else _routed, group, observer, mask_T, counts_T, sink)
             if record is not None and not shared:
-                function = partial(record, mask_T, sink)
+                function = partial(record, mask_T, counts_T, sink)
             taps.enter_context(swapped(ffn.module, name, Tap(function)))
         ffn.module(x_BLH)
 
@@ -120,6 +122,7 @@ def _routed(
     group: RoutedExperts,
     observer: Observer,
     mask_T: torch.Tensor | None,
+    counts_T: torch.Tensor | None,
     sink: Sink | None,
     x_TH: torch.Tensor,
     index_TK: torch.Tensor,
@@ -132,7 +135,8 @@ def _routed(
         tokens_N = slots // top_k
         shown_N = mask_T[tokens_N] if mask_T is not None else None
         x_NH, a_N = x_TH.index_select(0, tokens_N), weight.index_select(0, slots)
-        one_expert(group, expert, observer, shown_N, sink, tokens_N, x_NH, a_N)
+        counts_N = None if counts_T is None else counts_T[tokens_N]
+        one_expert(group, expert, observer, shown_N, counts_N, sink, tokens_N, x_NH, a_N)
     return torch.zeros_like(x_TH)
 
 
@@ -141,6 +145,7 @@ def one_expert(
     expert: int,
     observer: Observer,
     shown_N: torch.Tensor | None,
+    counts_N: torch.Tensor | None,
     sink: Sink | None,
     tokens_N: torch.Tensor,
     x_NH: torch.Tensor,
@@ -150,8 +155,10 @@ def one_expert(
     a_N, h_NW = a_N.float(), group.activations(expert, x_NH)
     if sink is not None:
         sink(group, expert, tokens_N, (h_NW * a_N[:, None]).to(x_NH.dtype))
-        if shown_N is not None:
-            x_NH, h_NW, a_N = x_NH[shown_N], h_NW[shown_N], a_N[shown_N]
+    if counts_N is not None:
+        a_N = a_N * counts_N
+    if sink is not None and shown_N is not None:
+        x_NH, h_NW, a_N = x_NH[shown_N], h_NW[shown_N], a_N[shown_N]
     if len(a_N):
         observer(group, expert, x_NH, h_NW, a_N)
 
@@ -160,6 +167,7 @@ def _mlp(
     group: MlpExpert,
     observer: Observer,
     mask_T: torch.Tensor | None,
+    counts_T: torch.Tensor | None,
     sink: Sink | None,
     x: torch.Tensor,
 ) -> torch.Tensor:
@@ -173,5 +181,8 @@ def _mlp(
         if mask_T is not None:
             x_NH, h_NW = x_NH[mask_T], h_NW[mask_T]
             a_N = None if a_N is None else a_N[mask_T]
+    if counts_T is not None:
+        counts_N = counts_T if mask_T is None else counts_T[mask_T]
+        a_N = counts_N if a_N is None else a_N * counts_N
     observer(group, 0, x_NH, h_NW, a_N)
     return torch.zeros_like(x)

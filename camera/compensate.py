@@ -59,7 +59,9 @@ def compensate(
     first = next(iter(before.values()))
     scale_T1 = None
     if stream_TH is not None:
-        scale_T1 = _inverse_norms(stream_TH, seen, before, ffn.residual_scale)
+        after_TH = _after(stream_TH, seen, before, ffn.residual_scale)
+        scale_T1 = inverse_norms(after_TH)
+        del after_TH
     residual_TH = torch.zeros(tokens, len(first), device=first.device)
     if target_TH is not None:
         residual_TH += target_TH if scale_T1 is None else target_TH * scale_T1
@@ -97,10 +99,18 @@ def compensate(
     return output.y_TH, fit_report(fits)
 
 
-def _inverse_norms(
+def inverse_norms(h_TH: torch.Tensor) -> torch.Tensor:
+    """mean |h| / |h_t| of hidden states, fp32 [T, 1]: what each token's error counts."""
+    norm_T1 = torch.linalg.vector_norm(h_TH.float(), dim=1, keepdim=True)
+    sum_and_tokens = torch.stack([norm_T1.sum(), torch.tensor(len(norm_T1)).to(norm_T1)])
+    mean = torch.div(*parallel.total(sum_and_tokens))
+    return mean / norm_T1.clamp(min=TINY * mean)
+
+
+def _after(
     stream_TH: torch.Tensor, seen: Seen, before: Weights, residual_scale: float
 ) -> torch.Tensor:
-    """mean |h| / |h_t| of the hidden states after the uncut layer, [T, 1]."""
+    """The hidden states after the uncut layer, fp32 [T, H]."""
     after_TH = stream_TH.to(torch.float32, copy=True)
     for place, (tokens_N, phi_NF) in seen.items():
         y_NH = residual_scale * (phi_NF.float() @ before[place].float().T)
@@ -108,10 +118,7 @@ def _inverse_norms(
             after_TH += y_NH
         else:
             after_TH.index_copy_(0, tokens_N, after_TH.index_select(0, tokens_N) + y_NH)
-    norm_T1 = torch.linalg.vector_norm(after_TH, dim=1, keepdim=True)
-    sum_and_tokens = torch.stack([norm_T1.sum(), torch.tensor(len(norm_T1)).to(norm_T1)])
-    mean = torch.div(*parallel.total(sum_and_tokens))
-    return mean / norm_T1.clamp(min=TINY * mean)
+    return after_TH
 
 
 def _by_expert(traces: list[Trace]) -> Seen:

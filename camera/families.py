@@ -18,7 +18,8 @@ class Family:
     router: str = "gate"
     shared: str | None = None
     shared_gate: str | None = None  # its sigmoid scales the shared expert's output
-    residual_scale: str | None = None  # attribute of the layer that scales the FFN's output
+    residual_scale: str | None = None  # attribute of the layer that scales both parts' outputs
+    attention_output: str = "self_attn.o_proj"
     # keys of config.json: how many routed experts, the width of one, of the shared one (and how
     # many that is made of), of a dense FFN
     count_key: str = "num_experts"

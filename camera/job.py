@@ -146,7 +146,9 @@ class Job:
             if parallel.world() > 1:
                 behind.wait()  # no process gets more than a layer ahead of another's files
             with self._timed("calibrate"):
-                calibration.attend(index)
+                report = calibration.attend(index)
+            if report:
+                self.layer_reports[str(index)] = report
         behind.wait()  # the layer before is on the disk,
         give_back()  # and out of memory
         if calibration is not None:
@@ -287,7 +289,7 @@ class Job:
         if before:
             outcome.report |= self.calibration.compensate(index, outcome.kept, before)
         if outcome.report:
-            self.layer_reports[str(index)] = outcome.report
+            self.layer_reports.setdefault(str(index), {}).update(outcome.report)
         for group in streamer.feed_forward(index).groups:
             if isinstance(group.module, VisitedExperts):
                 raise CameraError(

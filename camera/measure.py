@@ -85,12 +85,17 @@ class Measurement:
         how = self.method.compensation
         return self.streamer.compensate(index, self.batches, kept, before, how, self.dense)
 
-    def attend(self, index: int) -> None:
-        """Run a loaded layer up to its FFN; the dense model's tokens through all of it."""
+    def attend(self, index: int) -> dict[str, Any]:
+        """Run a loaded layer up to its FFN. Where the dense model is aimed at, its tokens run
+        through all of it, and attention is refitted first; what that did."""
+        streamer, report = self.streamer, {}
         if self.dense is not None:
-            self.streamer.attend(index, self.dense)
-            self.streamer.observe(index, self.dense, propagate=True)
-        self.streamer.attend(index, self.batches)
+            how = self.method.compensation
+            streamer.attend(index, self.dense)
+            report["attention"] = streamer.refit_attention(index, self.batches, self.dense, how)
+            streamer.observe(index, self.dense, propagate=True)
+        streamer.attend(index, self.batches)
+        return report
 
     def propagate(self, index: int, kept: Kept | None = None) -> None:
         """Finish a layer as it now is."""

@@ -31,6 +31,7 @@ class CameraPlus(MicroExpertPruning):
     normalize: Literal["routed", "all"] = "routed"
     rank_scope: Literal["layer", "global"] = "global"
     compensate: Literal["none", "expert", "layer"] = "layer"
+    target: Literal["layer", "dense"] = "dense"
 
     @property
     def backward(self) -> bool:

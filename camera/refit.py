@@ -33,7 +33,9 @@ class Refit:
     """How compensation is done: `scope` layer fits all experts of a layer together, expert each to
     its own removed output; `target` layer is what the uncut layer puts out for what reaches it,
     dense what the dense model has there (its hidden states after the layer), which makes up for
-    errors of the layers before. `errors` relative is as above, with absolute all c_t are 1.
+    errors of the layers before; the output weights of the attention are then refitted as well, to
+    the dense model's hidden states after it (see `camera.attention`). `errors` relative is as
+    above, with absolute all c_t are 1.
     `ridges` are tried from the largest, `sweeps` over the experts at most for each, as long as the
     share `held_out` of the calibration samples gets closer.
     """
@@ -53,7 +55,9 @@ class Refit:
         if self.errors not in ("relative", "absolute"):
             raise CameraError(f"errors={self.errors} is none of relative, absolute.")
         if self.scope == "expert" and self.target == "dense":
-            raise CameraError("target=dense needs compensate=layer.")
+            raise CameraError(
+                "target=dense needs compensate=layer: with compensate=expert set target=layer."
+            )
         if not self.ridges or min(self.ridges) <= 0:
             raise CameraError(f"ridges={list(self.ridges)} must be positive numbers.")
         if self.sweeps < 1 or not 0 < self.held_out < 1:
@@ -61,6 +65,11 @@ class Refit:
                 f"sweeps={self.sweeps} must be at least 1 and held_out={self.held_out} lie between "
                 "0 and 1."
             )
+
+    def fitted(self, samples: int, length: int) -> int:
+        """How many tokens of so many samples are fitted to: those of the first ones."""
+        held_out = min(max(1, round(samples * self.held_out)), samples - 1)
+        return length * (samples - held_out)
 
 
 @dataclass(frozen=True)

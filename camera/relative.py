@@ -1,6 +1,6 @@
 """Energies as shares of the hidden states that they are added to, which compare across layers.
 
-Shapes: T tokens, H hidden, N micro-experts of a layer's pool.
+Shapes: T tokens, H hidden.
 """
 
 from dataclasses import dataclass
@@ -8,38 +8,30 @@ from typing import ClassVar
 
 import torch
 
-from camera.blocks import FeedForward
 from camera.energy import EnergyObserver, LayerEnergy
 
 
 @dataclass
 class LayerShare(LayerEnergy):
-    """A layer's energies, and stream2_1 = sum over tokens of |h|^2 (fp64, one number) of the hidden
-    states h to which the layer's output is added."""
+    """Energies of phi_ti / |h_t|, h_t the hidden states to which the layer's output is added.
+
+    What comes next normalises hidden states, so this is what the loss feels of a micro-expert, in
+    every layer alike. Token by token: a few tokens have states many times as large as all others,
+    and would else be all that counts.
+    """
 
     kind: ClassVar[str] = "relative"
-    reduced: ClassVar[dict[str, str]] = LayerEnergy.reduced | {"stream2_1": "sum"}
-    stream2_1: torch.Tensor
-
-    def relative(self, alpha: float) -> torch.Tensor:
-        """E_i / sum_t |h_t|^2, fp64 [N]: later layers put out more, to larger hidden states."""
-        return self.energy(alpha) / self.stream2_1
 
 
 class ShareObserver(EnergyObserver):
-    """Gathers a layer's energies, and what they are added to."""
+    """Gathers a layer's energies, each token's as a share of its hidden state."""
 
-    def __init__(self, ffn: FeedForward):
-        super().__init__(ffn)
-        self._stream2 = 0.0
-
-    def stream(self, h_TH: torch.Tensor, mask_T: torch.Tensor | None) -> None:
-        """See the hidden states of a batch that the layer's output is added to."""
-        real_TH = h_TH if mask_T is None else h_TH[mask_T]
-        self._stream2 += torch.linalg.vector_norm(real_TH.float()).item() ** 2
+    def counts(self, h_TH: torch.Tensor) -> torch.Tensor:
+        """1 / |h_t|, [T]."""
+        norm_T = torch.linalg.vector_norm(h_TH.float(), dim=1)
+        return 1 / norm_T.clamp(min=torch.finfo(torch.float32).tiny)
 
     def result(self) -> LayerShare:
         """The statistics gathered so far, on the CPU."""
         energy = super().result()
-        stream2_1 = torch.tensor([self._stream2], dtype=torch.float64)
-        return LayerShare(groups=energy.groups, **energy.tensors(), stream2_1=stream2_1)
+        return LayerShare(groups=energy.groups, **energy.tensors())

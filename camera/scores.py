@@ -1,7 +1,7 @@
 """The scores that micro-experts can be ranked by, under the names that settings have for them.
 
 energy: Camera's, [(1 - alpha) |phi|_2^2 + alpha |phi|_inf^2] |w_down|^2.
-relative: energy as a share of the hidden states that it is added to, so that layers compare.
+relative: energy as a share of the hidden states it is added to, token by token: layers compare.
 fisher: sum over tokens of (phi * dloss/dphi)^2, the Fisher information of scaling a micro-expert.
 product: HEAPr's, which multiplies the two factors' means.
 residual: what of its energy the other micro-experts of its expert can't stand in for.
@@ -67,10 +67,8 @@ class Score:
 
     def of(self, seen: LayerStatistics) -> torch.Tensor:
         """fp64 [N], the lowest being the first to go."""
-        if self.name == "energy":
+        if self.name in ("energy", "relative"):
             return seen.energy(self.alpha)
-        if self.name == "relative":
-            return seen.relative(self.alpha)
         if self.name == "residual":
             return seen.residual_N
         return (seen.joint if self.name == "fisher" else seen.product)(self.normalize)

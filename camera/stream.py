@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from camera.attention import refit_attention
 from camera.blocks import swapped
 from camera.capture import Observer, Output, Tap, Trace, observe, unobserved
 from camera.compensate import Weights, compensate
@@ -105,7 +106,8 @@ class Streamer(Skeleton):
         trace: bool = False,
     ) -> None:
         """Show the observer what each expert sees; and before, of each batch, the FFN's input if it
-        has `begin(x_TH, mask_T)`, and what its output is added to if it has `stream(h_TH, mask_T)`.
+        has `begin(x_TH, mask_T)`. If it has `counts(h_TH)`, this says from the hidden states that
+        the FFN's output is added to how much each token's phi counts, [T].
 
         With `propagate` the layer is finished as it is; with `trace` phi is kept, and `propagate`
         called later, on the cut layer, needs no more than its `down_proj`.
@@ -116,8 +118,9 @@ class Streamer(Skeleton):
         for batch in batches:
             mask_T = None if batch.mask_T is None else batch.mask_T.to(self.device)
             x_BLH = batch.ffn_input_BLH.to(self.device)
-            if hasattr(observer, "stream"):
-                observer.stream(batch.hidden_BLH.to(self.device).flatten(0, -2), mask_T)
+            counts_T = None
+            if hasattr(observer, "counts"):
+                counts_T = observer.counts(batch.hidden_BLH.to(self.device).flatten(0, -2))
             if hasattr(observer, "begin"):
                 observer.begin(x_BLH.flatten(0, -2), mask_T)
             sink = None
@@ -127,7 +130,7 @@ class Streamer(Skeleton):
                     sink.y_TH = self._keep(sink.y_TH)
             elif trace:
                 sink = batch.trace = Trace(x_BLH[..., 0].numel())
-            observe(ffn, x_BLH, observer, mask_T, sink, visit and visit.record)
+            observe(ffn, x_BLH, observer, mask_T, sink, visit and visit.record, counts_T)
             let_go(batch.ffn_input_BLH)
             if propagate and visit is None:
                 self._finish(index, batch, ffn.residual_scale)
@@ -174,22 +177,45 @@ class Streamer(Skeleton):
         ffn = self.feed_forward(index)
         traces = [batch.trace for batch in batches]
         shapes = [batch.ffn_input_BLH.shape for batch in batches]
-        samples, length = sum(shape[0] for shape in shapes), shapes[0][1]
-        held_out = min(max(1, round(samples * how.held_out)), samples - 1)
-        fitted = length * (samples - held_out)
-        target_TH = None
+        fitted = how.fitted(sum(shape[0] for shape in shapes), shapes[0][1])
+        target_TH, stream_TH = None, self._hidden(batches)
         if dense is not None:
-            pairs = zip(dense, batches, strict=True)
-            errors = [(a.hidden_BLH - b.hidden_BLH).flatten(0, 1).float() for a, b in pairs]
-            target_TH = torch.cat(errors).to(self.device) / ffn.residual_scale
-        stream_TH = torch.cat([batch.hidden_BLH.flatten(0, 1) for batch in batches])
-        stream_TH = stream_TH.to(self.device) if how.errors == "relative" else None
+            target_TH = (self._hidden(dense).float() - stream_TH.float()) / ffn.residual_scale
+        stream_TH = stream_TH if how.errors == "relative" else None
         y_TH, report = compensate(ffn, traces, kept, before, fitted, how, target_TH, stream_TH)
         parts = y_TH.split([trace.tokens for trace in traces])
         for batch, part_TH in zip(batches, parts, strict=True):
             batch.trace, batch.output = None, Output(batch.ffn_input_BLH[:0])
             batch.output.y_TH = part_TH
         return report
+
+    @torch.no_grad()
+    def refit_attention(
+        self, index: int, batches: list[Batch], dense: list[Batch], how: Refit
+    ) -> dict[str, Any]:
+        """Refit the output weights of a loaded layer's attention; a report.
+
+        `dense` are the dense model's batches after its attention, which are aimed at, `batches`
+        those that the layer gets, and has afterwards as before.
+        """
+        layer, entered = self.layers[index], [batch.hidden_BLH for batch in batches]
+        output, heads = layer.get_submodule(self.family.attention_output), []
+        hook = output.register_forward_pre_hook(
+            lambda _, inputs: heads.append(inputs[0].flatten(0, 1))
+        )
+        with hook:
+            self.attend(index, batches)
+        aim_TH = self._hidden(dense)
+        scale = self.feed_forward(index).residual_scale
+        missing_TH = (aim_TH.float() - self._hidden(batches).float()) / scale
+        for batch, hidden_BLH in zip(batches, entered, strict=True):
+            batch.hidden_BLH = hidden_BLH
+        fitted = how.fitted(sum(len(batch.hidden_BLH) for batch in batches), entered[0].shape[1])
+        return refit_attention(output, torch.cat(heads), missing_TH, aim_TH, fitted, how)
+
+    def _hidden(self, batches: list[Batch]) -> torch.Tensor:
+        """The hidden states of all batches, [T, H]."""
+        return torch.cat([batch.hidden_BLH.flatten(0, 1) for batch in batches]).to(self.device)
 
     def _finish(self, index: int, batch: Batch, scale: float) -> None:
         y_TH, batch.output = batch.output.y_TH.to(self.device), None

@@ -79,30 +79,37 @@ class Visit:
     def record(
         self,
         mask_T: torch.Tensor | None,
+        counts_T: torch.Tensor | None,
         sink: Sink | None,
         x_TH: torch.Tensor,
         index_TK: torch.Tensor,
         weight_TK: torch.Tensor,
     ) -> torch.Tensor:
         """Keep a batch's routing, on the CPU."""
-        shown = None if mask_T is None else mask_T.cpu()
+        shown, counts = (None if t is None else t.cpu() for t in (mask_T, counts_T))
         slots = dict(routed_slots(index_TK.cpu(), len(self._group.widths)))
-        self._batches.append((x_TH.cpu(), slots, weight_TK.cpu(), shown, sink))
+        self._batches.append((x_TH.cpu(), slots, weight_TK.cpu(), shown, counts, sink))
         return torch.zeros_like(x_TH)
 
     def look(self, observer: Observer, device: torch.device) -> None:
         """Visit every expert once."""
         for expert in range(len(self._group.widths)):
-            for x_TH, slots, weight_TK, mask_T, sink in self._batches:
+            for x_TH, slots, weight_TK, mask_T, counts_T, sink in self._batches:
                 if expert not in slots:
                     continue
                 tokens_N = slots[expert] // weight_TK.shape[-1]
-                shown_N = None if mask_T is None else mask_T[tokens_N].to(device)
+                shown_N, counts_N = (
+                    None if t is None else t[tokens_N].to(device) for t in (mask_T, counts_T)
+                )
                 x_NH = x_TH[tokens_N].to(device)
                 a_N = weight_TK.reshape(-1)[slots[expert]].to(device)
                 if sink is None and shown_N is not None:
-                    x_NH, a_N, shown_N = x_NH[shown_N], a_N[shown_N], None
-                one_expert(self._group, expert, observer, shown_N, sink, tokens_N, x_NH, a_N)
+                    x_NH, a_N = x_NH[shown_N], a_N[shown_N]
+                    counts_N = None if counts_N is None else counts_N[shown_N]
+                    shown_N = None
+                one_expert(
+                    self._group, expert, observer, shown_N, counts_N, sink, tokens_N, x_NH, a_N
+                )
                 let_go(x_TH)
                 if isinstance(sink, Output):
                     let_go(sink.y_TH)

@@ -84,11 +84,12 @@ def test_relative_energies_are_shares_of_the_hidden_states(
         before = []
         norm = model.model.layers[index].post_attention_layernorm
         hook = norm.register_forward_pre_hook(lambda _, args, seen=before: seen.append(args[0]))
-        with torch.no_grad():
-            model(ids)
-        hook.remove()
-        want = layer.energy(0.3) / before[0].double().square().sum()
-        torch.testing.assert_close(layer.relative(0.3), want, rtol=1e-4, atol=0)
+        with hook:
+            ffn, (x_TH, routing) = ffn_of(model.model.layers[index]), capture(model, index, ids)
+        share_TN = dense_phi(ffn, x_TH, routing) / before[0].flatten(0, 1).norm(dim=1)[:, None]
+        norm2_N = basis(ffn).square().sum(1)
+        for alpha, phi2_N in ((0, share_TN.square().sum(0)), (1, share_TN.square().amax(0))):
+            torch.testing.assert_close(layer.energy(alpha), phi2_N * norm2_N, rtol=1e-4, atol=1e-12)
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
