@@ -13,7 +13,7 @@ import torch
 from camera.blocks import ExpertGroup, FeedForward
 from camera.energy import EnergyObserver, LayerEnergy
 
-RIDGE = 0.01  # of the mean diagonal: experts with fewer tokens than micro-experts are singular
+RIDGE = 0.1  # of the mean energy: experts with fewer tokens than micro-experts are singular
 
 
 @dataclass
@@ -34,16 +34,17 @@ class LayerGrams(LayerEnergy):
 
     @cached_property
     def residual_N(self) -> torch.Tensor:
-        """s_i = |w_i^down|^2 / [(G + ridge)^-1]_ii, fp64 [N]; 0 for experts without a token.
+        """s_i = |phi_i - best combination of the expert's other phi|^2 * |w_i^down|^2, fp64 [N].
 
-        1 / [G^-1]_ii is the squared norm of what of phi_i is no combination of the expert's other
-        phi: what is lost of the output when i goes and the others are refitted (optimal brain
-        surgeon). The matrices of a layer's experts are inverted one by one.
+        What is lost of the output when i goes and the others are refitted (optimal brain surgeon);
+        0 for experts without a token. The matrices of a layer's experts are inverted one by one.
         """
         squares = [width**2 for width in self.widths]
-        parts = zip(self.gram_F.split(squares), self.widths, strict=True)
-        lost = [_unexplained(gram.view(width, width)) for gram, width in parts]
-        return torch.cat(lost) * self.basis_N.double()
+        parts = zip(
+            self.gram_F.split(squares), self.basis_N.split(self.widths), self.widths, strict=True
+        )
+        shares = [unexplained(gram.view(w, w), basis) for gram, basis, w in parts]
+        return self.energy(0.0) * torch.cat(shares)
 
     def stored(self) -> LayerResidual:
         """The scores instead of the matrices, which are as large as the layer."""
@@ -51,19 +52,29 @@ class LayerGrams(LayerEnergy):
         return LayerResidual(**energy, residual_N=self.residual_N)
 
 
-class GramObserver:
-    """Gathers a layer's energies and Gram matrices from any number of `observe` passes."""
+class ExpertGrams:
+    """Gram matrices of every expert of a layer's pool, added up in fp32: gram_F."""
 
     def __init__(self, ffn: FeedForward):
-        self._energy = EnergyObserver(ffn)
         device = next(ffn.module.parameters()).device
-        self._gram_F = torch.zeros(sum(width**2 for width in ffn.widths), device=device)
-        parts = iter(self._gram_F.split([width**2 for width in ffn.widths]))
+        self.gram_F = torch.zeros(sum(width**2 for width in ffn.widths), device=device)
+        parts = iter(self.gram_F.split([width**2 for width in ffn.widths]))
         self._gram_WW = {
             (group.path, expert): next(parts).view(width, width)
             for group in ffn.groups
             for expert, width in enumerate(group.widths)
         }
+
+    def add(self, group: ExpertGroup, expert: int, phi_NW: torch.Tensor) -> None:
+        """Add some tokens of an expert."""
+        self._gram_WW[group.path, expert].addmm_(phi_NW.T, phi_NW)
+
+
+class GramObserver:
+    """Gathers a layer's energies and Gram matrices from any number of `observe` passes."""
+
+    def __init__(self, ffn: FeedForward):
+        self._energy, self._grams = EnergyObserver(ffn), ExpertGrams(ffn)
 
     def __call__(
         self,
@@ -75,20 +86,32 @@ class GramObserver:
     ) -> None:
         self._energy(group, expert, x_NH, h_NW, a_N)
         phi_NW = h_NW.float() if a_N is None else h_NW.float() * a_N[:, None]
-        self._gram_WW[group.path, expert].addmm_(phi_NW.T, phi_NW)
+        self._grams.add(group, expert, phi_NW)
 
     def result(self) -> LayerGrams:
         """The statistics gathered so far, on the CPU."""
         energy = self._energy.result()
-        gram_F = self._gram_F.cpu()
+        gram_F = self._grams.gram_F.cpu()
         return LayerGrams(groups=energy.groups, **energy.tensors(), gram_F=gram_F)
 
 
-def _unexplained(gram_WW: torch.Tensor) -> torch.Tensor:
-    norm2_W = gram_WW.diagonal().double()
-    if not norm2_W.any():
-        return torch.zeros_like(norm2_W)
-    ridge = RIDGE * norm2_W.mean()
-    factor_WW = torch.linalg.cholesky(gram_WW.double() + torch.diag(ridge.expand(len(norm2_W))))
+def unexplained(gram_WW: torch.Tensor, basis_W: torch.Tensor) -> torch.Tensor:
+    """Share of |phi_i|^2 that no combination of the expert's other phi explains, fp64 [W].
+
+    (1 / [(C + ridge)^-1]_ii - ridge) / C_ii with C_ij = |w_i| |w_j| phi_i . phi_j, the ridge a
+    share of C's mean diagonal: as in `camera.refit`, what changes weights much counts as little as
+    it explains. 0 for a micro-expert that does nothing. `basis_W` is |w_i^down|^2.
+    """
+    # an expert of 14,336 micro-experts takes minutes on a CPU
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scale_W = basis_W.to(device, torch.float64).sqrt()
+    scaled_WW = gram_WW.to(device, torch.float64) * scale_W * scale_W[:, None]
+    energy_W = scaled_WW.diagonal().clone()
+    if not energy_W.any():
+        return torch.zeros(len(energy_W), dtype=torch.float64)
+    ridge = RIDGE * energy_W.mean()
+    scaled_WW.diagonal().add_(ridge)
+    inverse_WW = torch.cholesky_inverse(torch.linalg.cholesky(scaled_WW))
     # of a micro-expert that does nothing the ridge alone is left
-    return (1 / torch.cholesky_inverse(factor_WW).diagonal() - ridge).clamp(min=0)
+    left_W = (1 / inverse_WW.diagonal() - ridge).clamp(min=0)
+    return torch.where(energy_W > 0, left_W / energy_W, 0.0).clamp(max=1).cpu()

@@ -110,10 +110,18 @@ def run_cost(
 
 
 def fit_flops(
-    config: Any, tokens: int, *, sparsity: float, ridges: int, sweeps: int, held_out: float
+    config: Any,
+    tokens: int,
+    *,
+    sparsity: float,
+    ridges: int,
+    sweeps: int,
+    held_out: float,
+    attention: bool = False,
 ) -> int:
     """fp32 FLOPs of refitting what stays of every layer, each of `ridges` and the last fit taking
-    `sweeps` over its experts, all experts losing the same.
+    `sweeps` over its experts, all experts losing the same; with `attention` also its output weights
+    (target=dense), which one sweep solves.
 
     Of an expert with N tokens and w micro-experts that stay, of W: 2 N (W - w) H for what it lost,
     2 N w^2 for its Gram matrix, of the tokens fitted to and of all; for each ridge w^3 / 3, and a
@@ -122,16 +130,23 @@ def fit_flops(
     """
     _, layers = _on_paper(config, torch.float32)
     hidden, seen, total = config.hidden_size, 1 - held_out, 0.0
-    for _, ffn, pooled in layers:
+
+    def fitted(used: int, width: int, kept: int, experts: int, sweeps: int) -> float:
+        solve = 2 * experts * kept**2 * hidden
+        tried = ridges * (2 * used * kept * hidden * (1 + seen) + solve)
+        last = 4 * used * kept * hidden + solve
+        grams = 2 * used * (width - kept) * hidden + 2 * used * kept**2 * (1 + seen)
+        return grams + sweeps * (tried + last) + (ridges + 1) * experts * kept**3 / 3
+
+    for layer, ffn, pooled in layers:
         for group in ffn.groups if pooled else ():
             used = tokens if isinstance(group, MlpExpert) else tokens * config.num_experts_per_tok
             width = max(group.widths)
-            kept, experts = width - int(sparsity * width), len(group.widths)
-            total += 2 * used * (width - kept) * hidden + 2 * used * kept**2 * (1 + seen)
-            solve = 2 * experts * kept**2 * hidden
-            tried = ridges * (2 * used * kept * hidden * (1 + seen) + solve)
-            last = 4 * used * kept * hidden + solve
-            total += sweeps * (tried + last) + (ridges + 1) * experts * kept**3 / 3
+            kept = width - int(sparsity * width)
+            total += fitted(used, width, kept, len(group.widths), sweeps)
+        if attention:
+            heads = layer.get_submodule(ffn.family.attention_output).in_features
+            total += fitted(tokens, heads, heads, 1, 1)
     return int(total)
 
 

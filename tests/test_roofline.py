@@ -147,6 +147,24 @@ def test_flops_of_a_refit_are_those_counted(checkpoints):
     assert counted == pytest.approx(layers * (counter.get_total_flops() + unseen), rel=0.01)
 
 
+def test_refitting_attention_is_one_fit_of_all_its_heads(checkpoints):
+    config = AutoConfig.from_pretrained(checkpoints("deepseek_v2"))
+    options = dict(sparsity=0.4, ridges=1, sweeps=3, held_out=0.25)
+    tokens, hidden, layers = 4096, config.hidden_size, config.num_hidden_layers
+    heads = config.num_attention_heads * config.v_head_dim
+    fitted = tokens * 3 // 4
+    block = Block(None, torch.randn(tokens, heads), torch.randn(heads, hidden))
+    residual_TH = block.phi_NW @ block.old_WH
+    with FlopCounterMode(display=False) as counter:
+        found = fit([block], residual_TH, fitted, Refit(ridges=[100.0], held_out=0.25))
+    assert found.ridge == 100.0
+    without, counted = (fit_flops(config, tokens, attention=a, **options) for a in (False, True))
+    # solving, and products added in place
+    unseen = 2 * (heads**3 / 3 + 2 * heads**2 * hidden + 2 * tokens * heads * hidden)
+    expected = layers * (counter.get_total_flops() + unseen)
+    assert counted - without == pytest.approx(expected, rel=0.01)
+
+
 def test_the_bench_compares_with_the_dense_way(capsys):
     parser = argparse.ArgumentParser()
     roofline.arguments(parser)

@@ -3,6 +3,8 @@
 Shapes: T tokens, N micro-experts of a layer's pool, W width of one expert.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,6 +16,7 @@ from camera.errors import CameraError
 from camera.residual import RIDGE
 from camera.scores import SCORES, Score
 from camera.statistics import Statistics
+from camera.surgeon import SurgeonObserver
 from oracles import basis, capture, dense_phi, ffn_of
 
 
@@ -48,27 +51,47 @@ def test_residual_is_what_the_others_of_an_expert_can_t_explain(
         load_tokenizer(source, False), calibration, data=str(data_folder), seed=1234, max_length=128
     ).ids_NL
     ffn = ffn_of(model.model.layers[0])
-    phi_TN = dense_phi(ffn, *capture(model, 0, ids))
-    start, want = 0, []
-    for width in found.widths:
-        phi_TW = phi_TN[:, start : start + width]
-        ridge = RIDGE * phi_TW.square().sum(0).mean()
-        for i in range(width):
-            others = [j for j in range(width) if j != i]
-            rest, own = phi_TW[:, others], phi_TW[:, i]
-            gram = rest.T @ rest + ridge * torch.eye(width - 1)
-            best = torch.linalg.solve(gram, rest.T @ own)
-            want.append((own - rest @ best).square().sum() + ridge * best.square().sum())
-        start += width
-    norm2_N = basis(ffn).square().sum(1)
-    torch.testing.assert_close(found.residual_N, torch.stack(want) * norm2_N, rtol=1e-3, atol=1e-9)
+    norm_N = basis(ffn).norm(dim=1)
+    parts = (dense_phi(ffn, *capture(model, 0, ids)) * norm_N).split(found.widths, 1)
+    want_N = torch.cat([left_alone(part_TW) for part_TW in parts])
+    torch.testing.assert_close(found.residual_N, want_N, rtol=1e-3, atol=1e-9)
 
 
-def test_what_repeats_another_micro_expert_is_worth_little():
-    phi_TW = torch.randn(200, 6)
-    phi_TW[:, 3] = 2 * phi_TW[:, 1]
-    lost_W = camera.residual._unexplained(phi_TW.T @ phi_TW)
-    assert max(lost_W[1], lost_W[3]) < 0.1 * lost_W[[0, 2, 4, 5]].min()
+def left_alone(phi_TW):
+    """Squared norm of what a ridge regression on all others leaves of each column."""
+    ridge, left = RIDGE * phi_TW.square().sum(0).mean(), []
+    for i in range(phi_TW.shape[1]):
+        rest, own = phi_TW[:, [j for j in range(phi_TW.shape[1]) if j != i]], phi_TW[:, i]
+        gram = rest.T @ rest + ridge * torch.eye(rest.shape[1])
+        best = torch.linalg.solve(gram, rest.T @ own)
+        left.append((own - rest @ best).square().sum() + ridge * best.square().sum())
+    return torch.stack(left)
+
+
+def test_surgeon_is_fisher_times_what_the_others_can_t_explain():
+    experts, width, tokens = 3, 6, 200
+    group = SimpleNamespace(path="experts", widths=[width] * experts)
+    down_EHW = torch.randn(experts, 10, width)
+    group.down = lambda expert: down_EHW[expert]
+    module = torch.nn.Linear(1, 1)
+    observer = SurgeonObserver(SimpleNamespace(groups=[group], widths=group.widths, module=module))
+    h_ETW, dh_ETW = torch.randn(2, experts, tokens, width)
+    h_ETW[1, :, 3] = 2 * h_ETW[1, :, 1]
+    dh_ETW[2] *= 10 * torch.rand(tokens, 1)  # the loss feels some tokens more
+    for expert in range(experts):
+        for part in (slice(0, 120), slice(120, tokens)):
+            h_NW, dh_NW = h_ETW[expert, part], dh_ETW[expert, part]
+            seen = dict(group=group, expert=expert, x_NH=None, h_NW=h_NW, a_N=None, dh_NW=dh_NW)
+            observer(SimpleNamespace(**seen))
+    found = observer.result().stored()
+    felt_ETW = h_ETW.double() * dh_ETW.double().norm(dim=2, keepdim=True)
+    parts = felt_ETW * down_EHW.double().norm(dim=1)[:, None]
+    share_N = torch.cat([left_alone(part) / part.square().sum(0) for part in parts])
+    fisher_N = (h_ETW * dh_ETW).double().square().mean(1).flatten()
+    torch.testing.assert_close(found.share_N, share_N, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found.surgeon(), fisher_N * share_N, rtol=1e-3, atol=1e-6)
+    repeats_W = found.share_N.view(experts, width)[1]
+    assert max(repeats_W[1], repeats_W[3]) < 0.2 * repeats_W[[0, 2, 4, 5]].min()
 
 
 def test_relative_energies_are_shares_of_the_hidden_states(
@@ -117,7 +140,7 @@ def test_the_lowest_scores_go(score, scope, checkpoints, compress, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["camera_q", "camera_q_dagger"])
-@pytest.mark.parametrize("score", ["relative", "fisher", "product", "residual"])
+@pytest.mark.parametrize("score", [name for name in SCORES if name != "energy"])
 def test_bits_go_by_any_score(score, method, checkpoints, compress, tmp_path):
     source = checkpoints("qwen3_moe")
     options = dict(bits=4.0, group_size=16)

@@ -98,6 +98,13 @@ def test_visited_experts_lose_what_they_lose_in_memory(family, layout, propagate
         torch.testing.assert_close(seen.energy(0.9), expected.energy(0.9), rtol=1e-4, atol=1e-9)
 
 
+def test_a_visited_expert_s_tokens_count_as_much(cut):
+    options = dict(method="camera_plus", score="relative", rank_scope="layer", compensate="none")
+    options["sparsity"] = 0.3
+    visited = cut("qwen2_moe", "fused", "visit", "compressed", **options)
+    assert_same(visited, cut("qwen2_moe", "as published", "layer", "compressed", **options))
+
+
 @pytest.mark.parametrize("propagate", ["compressed", "dense"])
 @pytest.mark.parametrize("method", ["camera_q", "gptq"])
 def test_quantisers_visit_too(method, propagate, cut):

@@ -5,7 +5,8 @@
 token for the energies, and two forward passes of each layer. Devices: a100_40gb and h100 by their
 data sheets (dense bf16), cpu as measured here (one square product, one copy). `--efficiency` is the
 share of that which is reached, `--link` GB/s of the place the weights are read from and written to.
-`compensation` is compensate=layer (camera/refit.py), all of its ridges tried, beside the rest.
+`compensation` is compensate=layer (camera/refit.py) with target=dense, all of its ridges tried,
+beside the rest.
 """
 
 import argparse
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> dict:
         ridges=len(Refit.ridges),
         sweeps=args.sweeps,
         held_out=Refit.held_out,
+        attention=True,
     )
     devices = {name: device_of(name, args.link * 1e9) for name in args.device}
     return {
