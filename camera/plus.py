@@ -26,7 +26,7 @@ class CameraPlus(MicroExpertPruning):
     name: ClassVar[str] = "camera_plus"
     calibrates: ClassVar[bool] = True
 
-    score: Name = "product"
+    score: Name = "fisher"
     alpha: float = 0.0
     normalize: Literal["routed", "all"] = "routed"
     rank_scope: Literal["layer", "global"] = "global"
@@ -44,6 +44,9 @@ class CameraPlus(MicroExpertPruning):
     def check(self, budget: Budget) -> None:
         self._score  # noqa: B018 (refuses what it can't be)
         super().check(budget)
+
+    def holds(self, budget: Budget) -> int:
+        return max(self._score.holds(pool.widths) for pool in budget.layers.values())
 
     def statistics_key(self) -> dict[str, Any]:
         return {"kind": self._score.kind}

@@ -52,6 +52,12 @@ class LayerGrams(LayerEnergy):
         return LayerResidual(**energy, residual_N=self.residual_N)
 
 
+def gram_bytes(widths: list[int]) -> int:
+    """What the Gram matrices of experts of these widths take: 4 sum(W^2), and one of them solved
+    in fp64."""
+    return 4 * sum(w * w for w in widths) + 24 * max(widths) ** 2
+
+
 class ExpertGrams:
     """Gram matrices of every expert of a layer's pool, added up in fp32: gram_F."""
 

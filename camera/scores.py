@@ -19,7 +19,7 @@ from camera.blocks import FeedForward
 from camera.energy import EnergyObserver
 from camera.errors import CameraError
 from camera.relative import ShareObserver
-from camera.residual import GramObserver
+from camera.residual import GramObserver, gram_bytes
 from camera.sensitivity import SensitivityObserver
 from camera.statistics import LayerStatistics
 from camera.surgeon import SurgeonObserver
@@ -62,6 +62,10 @@ class Score:
         """What is seen of a layer for it."""
         kinds = {"fisher": "sensitivity", "product": "sensitivity", "residual": "grams"}
         return kinds.get(self.name, self.name)
+
+    def holds(self, widths: list[int]) -> int:
+        """Bytes of what is seen of experts of these widths, where that is more than vectors."""
+        return gram_bytes(widths) if self.name in ("residual", "surgeon") else 0
 
     def observer(self, ffn: FeedForward) -> Any:
         """What sees it."""
