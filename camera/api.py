@@ -82,8 +82,10 @@ def compress(
     budget = streamer.budget
     holds = method.holds(budget)
     if method.compensation:
+        sizes = (job.tokens, budget.hidden)
+        dense = method.compensation.target == "dense"
         pools = budget.layers.values()
-        holds += max(fit_bytes(job.tokens, budget.hidden, pool.widths) for pool in pools)
+        holds += max(fit_bytes(*sizes, pool.widths, dense) for pool in pools)
     job.needs = streamer.prepare(memory or Memory(), job.tokens, method.slices, out.parent, holds)
     log.info("%s: this takes %s", out.name, job.needs)
     if method.compensation and not job.needs.keep_phi:

@@ -31,10 +31,12 @@ def output_weights(ffn: FeedForward) -> Weights:
     }
 
 
-def fit_bytes(tokens: int, hidden: int, widths: list[int]) -> int:
+def fit_bytes(tokens: int, hidden: int, widths: list[int], dense: bool = False) -> int:
     """What a fit holds beside phi, at most: hidden states, residual, output, new and old weights,
-    Gram matrices and their factors, in fp32."""
-    return 4 * (3 * tokens * hidden + 2 * hidden * sum(widths) + 2 * sum(w * w for w in widths))
+    Gram matrices and their factors, in fp32; and hidden states and FFN inputs of the dense model,
+    where it is aimed at."""
+    states = (3 + 2 * dense) * tokens * hidden
+    return 4 * (states + 2 * hidden * sum(widths) + 2 * sum(w * w for w in widths))
 
 
 @torch.no_grad()

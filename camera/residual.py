@@ -58,29 +58,19 @@ def gram_bytes(widths: list[int]) -> int:
     return 4 * sum(w * w for w in widths) + 24 * max(widths) ** 2
 
 
-class ExpertGrams:
-    """Gram matrices of every expert of a layer's pool, added up in fp32: gram_F."""
+class GramObserver:
+    """Gathers a layer's energies and Gram matrices from any number of `observe` passes."""
 
     def __init__(self, ffn: FeedForward):
+        self._energy = EnergyObserver(ffn)
         device = next(ffn.module.parameters()).device
-        self.gram_F = torch.zeros(sum(width**2 for width in ffn.widths), device=device)
-        parts = iter(self.gram_F.split([width**2 for width in ffn.widths]))
+        self._gram_F = torch.zeros(sum(width**2 for width in ffn.widths), device=device)
+        parts = iter(self._gram_F.split([width**2 for width in ffn.widths]))
         self._gram_WW = {
             (group.path, expert): next(parts).view(width, width)
             for group in ffn.groups
             for expert, width in enumerate(group.widths)
         }
-
-    def add(self, group: ExpertGroup, expert: int, phi_NW: torch.Tensor) -> None:
-        """Add some tokens of an expert."""
-        self._gram_WW[group.path, expert].addmm_(phi_NW.T, phi_NW)
-
-
-class GramObserver:
-    """Gathers a layer's energies and Gram matrices from any number of `observe` passes."""
-
-    def __init__(self, ffn: FeedForward):
-        self._energy, self._grams = EnergyObserver(ffn), ExpertGrams(ffn)
 
     def __call__(
         self,
@@ -92,12 +82,12 @@ class GramObserver:
     ) -> None:
         self._energy(group, expert, x_NH, h_NW, a_N)
         phi_NW = h_NW.float() if a_N is None else h_NW.float() * a_N[:, None]
-        self._grams.add(group, expert, phi_NW)
+        self._gram_WW[group.path, expert].addmm_(phi_NW.T, phi_NW)
 
     def result(self) -> LayerGrams:
         """The statistics gathered so far, on the CPU."""
         energy = self._energy.result()
-        gram_F = self._grams.gram_F.cpu()
+        gram_F = self._gram_F.cpu()
         return LayerGrams(groups=energy.groups, **energy.tensors(), gram_F=gram_F)
 
 
