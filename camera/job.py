@@ -118,7 +118,7 @@ class Job:
                 self.statistics = Statistics(progress.statistics(), calibration.about(tokens))
             trace = self.needs.keep_phi and not dense
             with self._timed("calibrate"):
-                calibration.start(progress)
+                calibration.start(progress, compensates=True)
         with Background() as behind:
             for i in self.each_layer("compress", progress.done):
                 stored = self._one_layer(i, calibration, dense, trace, behind)

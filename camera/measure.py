@@ -51,13 +51,15 @@ class Measurement:
             "versions": versions(),
         }
 
-    def start(self, progress: Progress) -> None:
-        """Embed the tokens; where an earlier run got further, take its hidden states."""
+    def start(self, progress: Progress, *, compensates: bool) -> None:
+        """Embed the tokens; where an earlier run got further, take its hidden states. A pass that
+        `compensates` takes the dense model's tokens along, where these are aimed at."""
         ids_NL = self.mine.ids_NL
         size = max(1, BATCH_TOKENS // ids_NL.shape[1])
         self.batches = self.streamer.embed({"input_ids": ids} for ids in ids_NL.split(size))
         how = self.method.compensation
-        if how is not None and how.target == "dense":
+        self.dense = None
+        if compensates and how is not None and how.target == "dense":
             self.dense = [copy.copy(batch) for batch in self.batches]
         if progress.done:
             everything = [*self.batches, *(self.dense or [])]
@@ -133,7 +135,7 @@ class Measurement:
         progress.restore()
         if self.method.backward:
             return Statistics(self._measure_backward(progress, folder), self.about("dense"))
-        self.start(progress)
+        self.start(progress, compensates=False)
         streamer = self.streamer
         for i in self.each_layer("measure", progress.done):
             streamer.load_layer(i)

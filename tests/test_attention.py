@@ -99,3 +99,17 @@ def test_aiming_at_the_layer_leaves_attention_alone(checkpoints, compress):
     dense, model = AutoModelForCausalLM.from_pretrained(source), run(source, "l", target="layer")
     for a, b in zip(dense.model.layers, model.model.layers, strict=True):
         assert torch.equal(a.self_attn.o_proj.weight, b.self_attn.o_proj.weight)
+
+
+def test_ranking_the_dense_model_refits_nothing(checkpoints, compress, monkeypatch):
+    run, _ = compress
+    refitted, refit = [], camera.stream.Streamer.refit_attention
+
+    def counted(self, index, *args):
+        refitted.append(index)
+        return refit(self, index, *args)
+
+    monkeypatch.setattr(camera.stream.Streamer, "refit_attention", counted)
+    source = checkpoints("qwen3_moe", num_hidden_layers=3)
+    run(source, "global", target="dense", rank_scope="global")
+    assert refitted == [0, 1, 2]
