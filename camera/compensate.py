@@ -61,9 +61,7 @@ def compensate(
     first = next(iter(before.values()))
     scale_T1 = None
     if stream_TH is not None:
-        after_TH = _after(stream_TH, seen, before, ffn.residual_scale)
-        scale_T1 = inverse_norms(after_TH)
-        del after_TH
+        scale_T1 = inverse_norms(_after(stream_TH, seen, before, ffn.residual_scale))
     residual_TH = torch.zeros(tokens, len(first), device=first.device)
     if target_TH is not None:
         residual_TH += target_TH if scale_T1 is None else target_TH * scale_T1

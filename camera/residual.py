@@ -98,10 +98,8 @@ def unexplained(gram_WW: torch.Tensor, basis_W: torch.Tensor) -> torch.Tensor:
     share of C's mean diagonal: as in `camera.refit`, what changes weights much counts as little as
     it explains. 0 for a micro-expert that does nothing. `basis_W` is |w_i^down|^2.
     """
-    # an expert of 14,336 micro-experts takes minutes on a CPU
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    scale_W = basis_W.to(device, torch.float64).sqrt()
-    scaled_WW = gram_WW.to(device, torch.float64) * scale_W * scale_W[:, None]
+    scale_W = basis_W.double().sqrt()
+    scaled_WW = gram_WW.double() * scale_W * scale_W[:, None]
     energy_W = scaled_WW.diagonal().clone()
     if not energy_W.any():
         return torch.zeros(len(energy_W), dtype=torch.float64)
@@ -110,4 +108,4 @@ def unexplained(gram_WW: torch.Tensor, basis_W: torch.Tensor) -> torch.Tensor:
     inverse_WW = torch.cholesky_inverse(torch.linalg.cholesky(scaled_WW))
     # of a micro-expert that does nothing the ridge alone is left
     left_W = (1 / inverse_WW.diagonal() - ridge).clamp(min=0)
-    return torch.where(energy_W > 0, left_W / energy_W, 0.0).clamp(max=1).cpu()
+    return torch.where(energy_W > 0, left_W / energy_W, 0.0).clamp(max=1)
