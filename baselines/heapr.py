@@ -30,7 +30,7 @@ class HEAPr(MicroExpertPruning):
     calibrates: ClassVar[bool] = True
     backward: ClassVar[bool] = True
 
-    rank_scope: Literal["layer", "global"] = "global"
+    rank_scope: Literal["layer", "global", "measured"] = "global"
     term: Literal["product", "joint"] = "product"
     normalize: Literal["routed", "all"] = "routed"
 

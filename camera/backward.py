@@ -19,14 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from camera import parallel
-from camera.blocks import FeedForward, swapped
+from camera.blocks import FeedForward
 from camera.calibration import CalibrationTokens
-from camera.capture import Tap
 from camera.errors import CameraError
 from camera.gradients import GradientObserver, backpropagate
+from camera.head import loaded_head, logits
 from camera.resume import Progress
 from camera.shards import replace_durably
 from camera.skeleton import all_finite
@@ -35,7 +34,6 @@ from camera.statistics import LayerStatistics
 from camera.stream import Batch, Streamer
 
 BATCH_TOKENS = 4096
-HEAD_LOGITS = 2**27  # logits that exist at a time
 MakeObserver = Callable[[int, FeedForward], GradientObserver]
 EachLayer = Callable[[str, int], Iterable[int]]
 """each_layer(title, start): the layers from `start` on, behind a progress bar."""
@@ -126,26 +124,20 @@ class BackwardPass:
     def head(self) -> None:
         """Gradients of every sample's loss at the last layer's output."""
         streamer, last = self.streamer, len(self.streamer.layers)
-        streamer.load_rest()
-        head, embedding = streamer.model.get_output_embeddings(), streamer.base.embed_tokens
-        if head.weight.is_meta:  # tied
-            head.weight = embedding.weight
         self.gradients = []
-        for i, batch in enumerate(self._batches):
-            hidden_BLH = self._store.get(last, i)
-            ids_BL, mask_T = self.inputs[i]["input_ids"], batch.mask_T
-            target_T, weight_T = next_tokens(ids_BL, mask_T)
-            rows = max(1, HEAD_LOGITS // streamer.config.vocab_size)
-            chunks = zip(
-                hidden_BLH.flatten(0, 1).split(rows),
-                target_T.split(rows),
-                weight_T.split(rows),
-                strict=True,
-            )
-            gradient = torch.cat([self._head(*chunk) for chunk in chunks])
-            self.gradients.append(_finite(gradient, "the head").view_as(hidden_BLH))
-        for module in (head, embedding, streamer.base.norm):
-            streamer.free(module)
+        with loaded_head(streamer) as rows:
+            for i, batch in enumerate(self._batches):
+                hidden_BLH = self._store.get(last, i)
+                ids_BL, mask_T = self.inputs[i]["input_ids"], batch.mask_T
+                target_T, weight_T = next_tokens(ids_BL, mask_T)
+                chunks = zip(
+                    hidden_BLH.flatten(0, 1).split(rows),
+                    target_T.split(rows),
+                    weight_T.split(rows),
+                    strict=True,
+                )
+                gradient = torch.cat([self._head(*chunk) for chunk in chunks])
+                self.gradients.append(_finite(gradient, "the head").view_as(hidden_BLH))
 
     def back(
         self, index: int, observer: Callable[[FeedForward], GradientObserver] | None = None
@@ -174,15 +166,11 @@ class BackwardPass:
         self, hidden_TH: torch.Tensor, target_T: torch.Tensor, weight_T: torch.Tensor
     ) -> torch.Tensor:
         """Gradients of some tokens' hidden states, through the model's own norm and head."""
-        model, device = self.streamer.model, self.streamer.device
+        device = self.streamer.device
         with torch.enable_grad():
             leaf_TH = hidden_TH.to(device).requires_grad_()
-            states = MoeModelOutputWithPast(
-                last_hidden_state=self.streamer.base.norm(leaf_TH[None])
-            )
-            with swapped(model, model.base_model_prefix, Tap(lambda *_, **__: states)):
-                logits_TV = model(inputs_embeds=leaf_TH[None], use_cache=False).logits[0]
-            nll_T = F.cross_entropy(logits_TV.float(), target_T.to(device), reduction="none")
+            logits_TV = logits(self.streamer, leaf_TH)
+            nll_T = F.cross_entropy(logits_TV, target_T.to(device), reduction="none")
             loss = (nll_T * weight_T.to(device)).sum()
         return torch.autograd.grad(loss, leaf_TH)[0].cpu()
 

@@ -88,8 +88,12 @@ class Job:
     def measure_once(self, folder: Path | None) -> None:
         """See all of the original model, kept in `folder` for whoever asks for it next."""
         with self._timed("calibrate"):
-            self.statistics = self.calibration.dense_statistics(folder or self.seen)
-            self.method.prepare(self.statistics.layers, self.streamer.budget)
+            calibration, budget = self.calibration, self.streamer.budget
+            self.statistics = calibration.dense_statistics(folder or self.seen)
+            layers = self.statistics.layers
+            if trials := self.method.trials(layers, budget):
+                self.method.cuts = calibration.cuts(trials, folder or self.seen).layers
+            self.method.prepare(layers, budget)
 
     def weigh(self) -> None:
         """See the weights alone, where all layers are ranked together without tokens."""

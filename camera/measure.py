@@ -4,17 +4,21 @@ import copy
 import inspect
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 
-from camera import backward, parallel
+from camera import backward, cuts, parallel
 from camera.backward import EachLayer
 from camera.calibration import CalibrationTokens
 from camera.compensate import Weights
+from camera.cuts import LayerCuts, Trials
 from camera.memory import BATCH_TOKENS
 from camera.method import Method
 from camera.result import versions
@@ -108,7 +112,30 @@ class Measurement:
 
         Methods that see the same things of the same model and tokens share a file.
         """
-        streamer, key = self.streamer, self.method.statistics_key()
+        return self._once(folder, self.method.statistics_key(), self._measure_dense)
+
+    def cuts(self, trials: Trials, folder: Path) -> Statistics:
+        """What each of these cuts costs the original model, read or gathered likewise."""
+        plans = sha256()
+        for index in sorted(trials):
+            plans.update(torch.stack(trials[index]).numpy().tobytes())
+        key = {"kind": LayerCuts.kind, "tokens": cuts.TOKENS, "plans": plans.hexdigest()}
+
+        def gather(progress: Progress, folder: Path) -> Statistics:
+            ids_NL = cuts.trial_tokens(self.mine.ids_NL, parallel.world())
+            found = cuts.measure(self.streamer, ids_NL, trials, self.each_layer)
+            parallel.barrier()
+            return Statistics({i: parallel.add_up(found[i]) for i in found}, self.about("dense"))
+
+        return self._once(folder, key, gather)
+
+    def _once(
+        self,
+        folder: Path,
+        key: dict[str, Any],
+        gather: Callable[[Progress, Path], Statistics],
+    ) -> Statistics:
+        streamer = self.streamer
         about = {
             "weights": fingerprint(streamer.folder),
             "tokens": self.tokens.hash,
@@ -123,7 +150,7 @@ class Measurement:
         with FileLock(f"{path}.lock") if first else nullcontext():  # a sweep's jobs measure once
             if not parallel.least(path.exists()):
                 progress = Progress(folder / f".{name}" / "progress", about)
-                found = self._measure_dense(progress, folder / f".{name}")
+                found = gather(progress, folder / f".{name}")
                 if first:
                     partial = folder / f".{name}.partial"
                     found.save(partial)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from camera.blocks import FeedForward
 from camera.budget import Budget
+from camera.cuts import LayerCuts, Trials
 from camera.energy import EnergyObserver
 from camera.refit import Refit
 from camera.slicer import Kept
@@ -40,6 +41,7 @@ class Method(ABC):
     native: ClassVar[bool] = False  # writes a plain checkpoint of the model's own type
     backward: ClassVar[bool] = False  # its statistics need gradients
     storable: ClassVar[bool] = True  # its statistics are small enough to keep for all layers
+    cuts: dict[int, LayerCuts]  # what its `trials` cost, if it has any: set before `prepare`
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -83,6 +85,10 @@ class Method(ABC):
     def holds(self, budget: Budget) -> int:
         """Bytes that what is seen of a layer, and working on it, take beside the layer."""
         return 0
+
+    def trials(self, statistics: dict[int, LayerStatistics], budget: Budget) -> Trials:
+        """Cuts whose cost is to be measured before `prepare`, by what was seen; none by default."""
+        return {}
 
     def prepare(  # noqa: B027 (most methods have nothing to do here)
         self, statistics: dict[int, LayerStatistics], budget: Budget

@@ -35,7 +35,7 @@ class CameraPlus(MicroExpertPruning):
     score: Name = "fisher"
     alpha: float = 0.0
     normalize: Literal["routed", "all"] = "routed"
-    rank_scope: Literal["layer", "global"] = "global"
+    rank_scope: Literal["layer", "global", "measured"] = "global"
     compensate: Literal["none", "expert", "layer"] = "layer"
     target: Literal["layer", "dense"] = "dense"
 

@@ -9,8 +9,10 @@ from typing import ClassVar, Literal
 
 import torch
 
+from camera.allocation import allocate
 from camera.blocks import FeedForward
 from camera.budget import Budget, to_remove
+from camera.cuts import TRIALS, Trials
 from camera.energy import LayerEnergy
 from camera.errors import CameraError
 from camera.method import Method, Outcome
@@ -26,16 +28,18 @@ class MicroExpertPruning(Method):
 
     The ratio is solved from `sparsity` of `sparsity_of` (moe | model | routed; with `routed` the
     shared experts are left alone). `rank_scope` layer gives every layer the same ratio, global
-    ranks all layers together, by scores of the dense model. `width_multiple` rounds each expert's
-    kept width for kernels, `min_width` keeps every expert at least that wide, `layer_floor` every
-    layer's pool. `compensate` refits the output weights of what stays: see `camera.refit`.
+    ranks all layers together, by scores of the dense model, measured takes from each layer what
+    trial cuts, by the same scores, were found to cost the model least (`camera.cuts`).
+    `width_multiple` rounds each expert's kept width for kernels, `min_width` keeps every expert at
+    least that wide, `layer_floor` every layer's pool. `compensate` refits the output weights of
+    what stays: see `camera.refit`.
     """
 
     slices: ClassVar[bool] = True
 
     sparsity: float
     sparsity_of: Literal["moe", "model", "routed"] = "moe"
-    rank_scope: Literal["layer", "global"] = "layer"
+    rank_scope: Literal["layer", "global", "measured"] = "layer"
     width_multiple: int = 1
     min_width: int = 0
     layer_floor: float = 0.0
@@ -51,7 +55,7 @@ class MicroExpertPruning(Method):
 
     @property
     def one_shot(self) -> bool:
-        return self.backward or self.rank_scope == "global"
+        return self.backward or self.rank_scope != "layer"
 
     @property
     def compensation(self) -> Refit | None:
@@ -67,8 +71,13 @@ class MicroExpertPruning(Method):
                 f"width_multiple={self.width_multiple} must be at least 1 and "
                 f"min_width={self.min_width} at least 0."
             )
-        if self.rank_scope not in ("layer", "global"):
-            raise CameraError(f"rank_scope={self.rank_scope} is none of layer, global.")
+        if self.rank_scope not in ("layer", "global", "measured"):
+            raise CameraError(f"rank_scope={self.rank_scope} is none of layer, global, measured.")
+        if self.rank_scope == "measured" and not self.calibrates:
+            raise CameraError(
+                f"rank_scope=measured tries cuts on calibration text, which method {self.name} "
+                "doesn't read: use rank_scope=global or layer."
+            )
         ratio = self._ratio(budget)
         if not 0 <= self.layer_floor <= 1 - ratio:
             raise CameraError(
@@ -80,9 +89,27 @@ class MicroExpertPruning(Method):
         """Of a layer's micro-experts, fp64 [N]: the lowest go."""
         raise NotImplementedError
 
+    def trials(self, statistics: dict[int, LayerStatistics], budget: Budget) -> Trials:
+        if self.rank_scope != "measured":
+            return {}
+        return {
+            i: [self.plan(statistics, budget, [i], share)[i] for share in TRIALS]
+            for i in budget.layers
+        }
+
     def prepare(self, statistics: dict[int, LayerStatistics], budget: Budget) -> None:
         if self.rank_scope == "global":
             self._plans = self.plan(statistics, budget, list(budget.layers))
+        elif self.rank_scope == "measured":
+            layers = list(budget.layers)
+            gone = allocate(
+                [self.cuts[i].removed_C.tolist() for i in layers],
+                [self.cuts[i].cost_C.tolist() for i in layers],
+                to_remove(self._prunable(budget, layers), self._ratio(budget)),
+                self.width_multiple,
+            )
+            for i, number in zip(layers, gone, strict=True):
+                self._plans |= self.plan(statistics, budget, [i], remove=number)
 
     def compress(
         self, index: int, ffn: FeedForward, seen: LayerStatistics | None, budget: Budget
@@ -94,30 +121,49 @@ class MicroExpertPruning(Method):
         return Outcome(slice_layer(ffn, kept), kept)
 
     def plan(
-        self, statistics: dict[int, LayerStatistics], budget: Budget, layers: list[int]
+        self,
+        statistics: dict[int, LayerStatistics],
+        budget: Budget,
+        layers: list[int],
+        ratio: float | None = None,
+        remove: int | None = None,
     ) -> dict[int, torch.Tensor]:
-        """bool [N] of each of these layers, ranked together: which micro-experts stay."""
+        """bool [N] of each of these layers, ranked together: which micro-experts stay.
+
+        The asked sparsity goes; or this `ratio` of what may go; or so many to `remove`.
+        """
         pools = [budget.layers[i] for i in layers]
         sizes = [sum(pool.widths) for pool in pools]
         scores = [self.scores(i, statistics.get(i), n) for i, n in zip(layers, sizes, strict=True)]
         widths = [width for pool in pools for width in pool.widths]
-        candidates_N, prunable = None, sum(sizes)
+        candidates_N = None
         if self.sparsity_of == "routed":
             routed = torch.tensor([routed for pool in pools for routed in pool.routed])
             candidates_N = torch.repeat_interleave(routed, torch.tensor(widths))
-            prunable = int(candidates_N.sum())
         if self.layer_floor:
             free_N = torch.cat([below_floor(score_N, self.layer_floor) for score_N in scores])
             candidates_N = free_N if candidates_N is None else candidates_N & free_N
+        if remove is None:
+            ratio = self._ratio(budget) if ratio is None else ratio
+            remove = to_remove(self._prunable(budget, layers), ratio)
         keep_N = keep_highest(
             torch.cat(scores),
             widths,
-            to_remove(prunable, self._ratio(budget)),
+            remove,
             width_multiple=self.width_multiple,
             min_width=self.min_width,
             candidates_N=candidates_N,
         )
         return dict(zip(layers, keep_N.split(sizes), strict=True))
+
+    def _prunable(self, budget: Budget, layers: list[int]) -> int:
+        """Micro-experts of these layers that `sparsity` counts."""
+        return sum(
+            width
+            for pool in (budget.layers[i] for i in layers)
+            for width, routed in zip(pool.widths, pool.routed, strict=True)
+            if routed or self.sparsity_of != "routed"
+        )
 
     def _ratio(self, budget: Budget) -> float:
         return budget.pool_ratio(

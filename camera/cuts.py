@@ -1,0 +1,119 @@
+"""What cutting a layer costs the whole model, layer by layer and cut by cut, without gradients.
+
+One pass through the dense model, a layer in memory at a time, carries a few texts through it many
+times over: as they are and, from every layer on, once for each trial cut of that layer, in which
+micro-experts are silenced. At the end the divergence of the next-token probabilities is what the
+cut costs:
+
+    D = sum over tokens of KL(dense || cut)
+
+Measured before any refit; layers are compared with each other, where that matters little.
+
+Shapes: T tokens, H hidden, N micro-experts of a layer's pool, C trial cuts.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn.functional import kl_div, log_softmax
+
+from camera.blocks import FeedForward
+from camera.errors import CameraError
+from camera.head import loaded_head, logits
+from camera.statistics import LayerStatistics
+from camera.stream import Batch, Streamer
+
+TRIALS = (0.25, 0.5, 0.75, 0.9, 1.0)  # shares of what a layer may lose
+TOKENS = 1024  # of the calibration text, over all processes
+
+
+@dataclass
+class LayerCuts(LayerStatistics):
+    """What trial cuts of one layer cost: nats, summed over the tokens they were tried on."""
+
+    kind: ClassVar[str] = "cuts"
+    reduced: ClassVar[dict[str, str]] = {"removed_C": "max", "cost_C": "sum"}
+    removed_C: torch.Tensor  # int64
+    cost_C: torch.Tensor  # fp64
+
+
+Trials = dict[int, list[torch.Tensor]]
+"""By layer: which micro-experts stay, bool [N], each cut removing what the one before it did."""
+
+
+def trial_tokens(ids_NL: torch.Tensor, processes: int) -> torch.Tensor:
+    """The calibration tokens that a process tries cuts on: whole samples if they are shorter."""
+    most = -(-TOKENS // processes)
+    return ids_NL[: max(1, most // ids_NL.shape[1]), :most]
+
+
+@torch.no_grad()
+def measure(
+    streamer: Streamer,
+    ids_NL: torch.Tensor,
+    trials: Trials,
+    each_layer: Callable[[str, int], Iterable[int]],
+) -> dict[int, LayerCuts]:
+    """The cost of every trial cut; CameraError where experts are visited one by one on disk."""
+    if streamer.visit:
+        raise CameraError(
+            "method.rank_scope=measured silences micro-experts, which can't be done while experts "
+            "stay on disk: set memory.experts=layer, or method.rank_scope=global."
+        )
+    dense = streamer.embed([{"input_ids": ids_NL}])
+    cut: dict[tuple[int, int], list[Batch]] = {}
+    groups: dict[int, dict[str, list[int]]] = {}
+    for index in each_layer("try cuts", 0):
+        streamer.load_layer(index)
+        for batches in cut.values():
+            streamer.attend(index, batches)
+            streamer.propagate(index, batches)
+        streamer.attend(index, dense)
+        entered = [copy.copy(batch) for batch in dense]
+        streamer.propagate(index, dense)
+        ffn = streamer.feed_forward(index)
+        groups[index] = {group.path: group.widths for group in ffn.groups}
+        for trial, keep_N in enumerate(trials.get(index, [])):
+            silence(ffn, ~keep_N)
+            cut[index, trial] = [copy.copy(batch) for batch in entered]
+            streamer.propagate(index, cut[index, trial])
+        streamer.free(streamer.layers[index])
+    cost = _divergence(streamer, _states(dense), {key: _states(cut[key]) for key in cut})
+    return {
+        index: LayerCuts(
+            groups=groups[index],
+            removed_C=torch.stack([(~keep_N).sum() for keep_N in trials[index]]),
+            cost_C=torch.stack([cost[index, trial] for trial in range(len(trials[index]))]),
+        )
+        for index in trials
+    }
+
+
+def silence(ffn: FeedForward, gone_N: torch.Tensor) -> None:
+    """Set the output weights of these micro-experts of a loaded layer to zero, in place."""
+    parts = iter(gone_N.split(ffn.widths))
+    for group in ffn.groups:
+        for expert in range(len(group.widths)):
+            down_HW = group.down(expert)
+            down_HW.masked_fill_(next(parts).to(down_HW.device), 0.0)
+
+
+def _states(batches: list[Batch]) -> torch.Tensor:
+    return torch.cat([batch.hidden_BLH.flatten(0, 1) for batch in batches])
+
+
+def _divergence(
+    streamer: Streamer, dense_TH: torch.Tensor, cut: dict[tuple[int, int], torch.Tensor]
+) -> dict[tuple[int, int], torch.Tensor]:
+    cost = {key: torch.zeros((), dtype=torch.float64) for key in cut}
+    with loaded_head(streamer) as rows:
+        for start in range(0, len(dense_TH), rows):
+            part = slice(start, start + rows)
+            expected_TV = log_softmax(logits(streamer, dense_TH[part]), -1)
+            for key, cut_TH in cut.items():
+                found_TV = log_softmax(logits(streamer, cut_TH[part]), -1)
+                cost[key] += kl_div(found_TV, expected_TV, reduction="sum", log_target=True).cpu()
+    return cost
