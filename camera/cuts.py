@@ -50,6 +50,11 @@ def trial_tokens(ids_NL: torch.Tensor, processes: int) -> torch.Tensor:
     return ids_NL[: max(1, most // ids_NL.shape[1]), :most]
 
 
+def trial_bytes(layers: int, hidden: int) -> int:
+    """What the hidden states of all trials take, in fp32."""
+    return 4 * TOKENS * hidden * layers * len(TRIALS)
+
+
 @torch.no_grad()
 def measure(
     streamer: Streamer,

@@ -52,7 +52,8 @@ class CameraPlus(MicroExpertPruning):
         super().check(budget)
 
     def holds(self, budget: Budget) -> int:
-        return max(self._score.holds(pool.widths) for pool in budget.layers.values())
+        seen = max(self._score.holds(pool.widths) for pool in budget.layers.values())
+        return max(seen, super().holds(budget))
 
     def statistics_key(self) -> dict[str, Any]:
         return {"kind": self._score.kind}

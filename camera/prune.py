@@ -12,7 +12,7 @@ import torch
 from camera.allocation import allocate
 from camera.blocks import FeedForward
 from camera.budget import Budget, to_remove
-from camera.cuts import TRIALS, Trials
+from camera.cuts import TRIALS, Trials, trial_bytes
 from camera.energy import LayerEnergy
 from camera.errors import CameraError
 from camera.method import Method, Outcome
@@ -84,6 +84,11 @@ class MicroExpertPruning(Method):
                 f"layer_floor={self.layer_floor} must lie between 0 and the {1 - ratio:.3f} of all "
                 "micro-experts that stay."
             )
+
+    def holds(self, budget: Budget) -> int:
+        if self.rank_scope != "measured":
+            return 0
+        return trial_bytes(len(budget.layers), budget.hidden)
 
     def scores(self, index: int, seen: LayerStatistics | None, micro_experts: int) -> torch.Tensor:
         """Of a layer's micro-experts, fp64 [N]: the lowest go."""

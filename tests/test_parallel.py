@@ -22,6 +22,7 @@ LAYERS = 4
 JOBS = {
     "layer by layer": dict(method="camera_p", sparsity=0.4),
     "all layers at once": dict(method="camera_p", sparsity=0.4, rank_scope="global"),
+    "cuts tried": dict(method="camera_p", sparsity=0.4, rank_scope="measured"),
     "dense": dict(method="camera_p", sparsity=0.4, propagate="dense"),
     "compensated": dict(
         method="camera_p", sparsity=0.4, compensate="layer", target="dense", ridges=[10.0]
@@ -149,6 +150,17 @@ def test_killed_processes_go_on_at_the_right_layer(two):
     assert loaded == [[2, 3], [2, 3]] or loaded == [[1, 2, 3], [1, 2, 3]]
     assert [rank["dense"]["loaded"] for rank in said] == [[*range(LAYERS)] * 2] * 2
     assert not list(folder.glob(".layer*"))
+
+
+def test_cuts_are_tried_on_both_processes_tokens(two, one):
+    _, said = two
+    alone, result = one("cuts tried")
+    widths = [rank["cuts tried"]["said"] for rank in said]
+    assert widths[0] == widths[1]
+    # costs are summed in another order, so that a layer may end a step of the curves further on
+    assert sum(map(sum, widths[0].values())) == sum(map(sum, result.widths.values()))
+    differing = sum(abs(sum(widths[0][path]) - sum(result.widths[path])) for path in result.widths)
+    assert differing <= 0.02 * sum(map(sum, result.widths.values()))
 
 
 def test_hessians_of_both_processes_count(two, one):
