@@ -154,7 +154,7 @@ def test_killed_processes_go_on_at_the_right_layer(two):
 
 def test_cuts_are_tried_on_both_processes_tokens(two, one):
     _, said = two
-    alone, result = one("cuts tried")
+    _, result = one("cuts tried")
     widths = [rank["cuts tried"]["said"] for rank in said]
     assert widths[0] == widths[1]
     # costs are summed in another order, so that a layer may end a step of the curves further on
