@@ -115,6 +115,7 @@ def _divergence(
 ) -> dict[tuple[int, int], torch.Tensor]:
     cost = {key: torch.zeros((), dtype=torch.float64) for key in cut}
     with loaded_head(streamer) as rows:
+        rows = max(1, rows // 8)  # several tables of logits exist at a time
         for start in range(0, len(dense_TH), rows):
             part = slice(start, start + rows)
             expected_TV = log_softmax(logits(streamer, dense_TH[part]), -1)
