@@ -11,7 +11,7 @@ Shapes: B samples of a batch, L tokens of a sample, T = B * L tokens, H hidden, 
 N samples of the calibration set.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,8 @@ from camera.blocks import FeedForward
 from camera.calibration import CalibrationTokens
 from camera.errors import CameraError
 from camera.gradients import GradientObserver, backpropagate
-from camera.head import loaded_head, logits
+from camera.head import loaded_head, logits, tokens_at_once
+from camera.progress import EachLayer
 from camera.resume import Progress
 from camera.shards import replace_durably
 from camera.skeleton import all_finite
@@ -35,8 +36,6 @@ from camera.stream import Batch, Streamer
 
 BATCH_TOKENS = 4096
 MakeObserver = Callable[[int, FeedForward], GradientObserver]
-EachLayer = Callable[[str, int], Iterable[int]]
-"""each_layer(title, start): the layers from `start` on, behind a progress bar."""
 
 
 def measure(
@@ -125,7 +124,8 @@ class BackwardPass:
         """Gradients of every sample's loss at the last layer's output."""
         streamer, last = self.streamer, len(self.streamer.layers)
         self.gradients = []
-        with loaded_head(streamer) as rows:
+        with loaded_head(streamer) as vocabulary:
+            rows = tokens_at_once(vocabulary)
             for i, batch in enumerate(self._batches):
                 hidden_BLH = self._store.get(last, i)
                 ids_BL, mask_T = self.inputs[i]["input_ids"], batch.mask_T

@@ -13,7 +13,6 @@ Shapes: T tokens, H hidden, N micro-experts of a layer's pool, C trial cuts.
 """
 
 import copy
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,7 +21,8 @@ from torch.nn.functional import kl_div, log_softmax
 
 from camera.blocks import FeedForward
 from camera.errors import CameraError
-from camera.head import loaded_head, logits
+from camera.head import loaded_head, logits, tokens_at_once
+from camera.progress import EachLayer
 from camera.statistics import LayerStatistics
 from camera.stream import Batch, Streamer
 
@@ -60,7 +60,7 @@ def measure(
     streamer: Streamer,
     ids_NL: torch.Tensor,
     trials: Trials,
-    each_layer: Callable[[str, int], Iterable[int]],
+    each_layer: EachLayer,
 ) -> dict[int, LayerCuts]:
     """The cost of every trial cut; CameraError where experts are visited one by one on disk."""
     if streamer.visit:
@@ -68,25 +68,22 @@ def measure(
             "method.rank_scope=measured silences micro-experts, which can't be done while experts "
             "stay on disk: set memory.experts=layer, or method.rank_scope=global."
         )
-    dense = streamer.embed([{"input_ids": ids_NL}])
-    cut: dict[tuple[int, int], list[Batch]] = {}
+    (dense,) = streamer.embed([{"input_ids": ids_NL}])
+    cut: dict[tuple[int, int], Batch] = {}
     groups: dict[int, dict[str, list[int]]] = {}
     for index in each_layer("try cuts", 0):
         streamer.load_layer(index)
-        for batches in cut.values():
-            streamer.attend(index, batches)
-            streamer.propagate(index, batches)
-        streamer.attend(index, dense)
-        entered = [copy.copy(batch) for batch in dense]
-        streamer.propagate(index, dense)
+        streamer.attend(index, [dense, *cut.values()])
+        entered = copy.copy(dense)
+        streamer.propagate(index, [dense, *cut.values()])
         ffn = streamer.feed_forward(index)
         groups[index] = {group.path: group.widths for group in ffn.groups}
         for trial, keep_N in enumerate(trials.get(index, [])):
             silence(ffn, ~keep_N)
-            cut[index, trial] = [copy.copy(batch) for batch in entered]
-            streamer.propagate(index, cut[index, trial])
+            cut[index, trial] = copy.copy(entered)
+            streamer.propagate(index, [cut[index, trial]])
         streamer.free(streamer.layers[index])
-    cost = _divergence(streamer, _states(dense), {key: _states(cut[key]) for key in cut})
+    cost = _divergence(streamer, dense, cut)
     return {
         index: LayerCuts(
             groups=groups[index],
@@ -106,20 +103,18 @@ def silence(ffn: FeedForward, gone_N: torch.Tensor) -> None:
             down_HW.masked_fill_(next(parts).to(down_HW.device), 0.0)
 
 
-def _states(batches: list[Batch]) -> torch.Tensor:
-    return torch.cat([batch.hidden_BLH.flatten(0, 1) for batch in batches])
-
-
 def _divergence(
-    streamer: Streamer, dense_TH: torch.Tensor, cut: dict[tuple[int, int], torch.Tensor]
+    streamer: Streamer, dense: Batch, cut: dict[tuple[int, int], Batch]
 ) -> dict[tuple[int, int], torch.Tensor]:
     cost = {key: torch.zeros((), dtype=torch.float64) for key in cut}
-    with loaded_head(streamer) as rows:
-        rows = max(1, rows // 8)  # several tables of logits exist at a time
+    dense_TH = dense.hidden_BLH.flatten(0, 1)
+    with loaded_head(streamer) as vocabulary:
+        rows = tokens_at_once(vocabulary, tables=8)
         for start in range(0, len(dense_TH), rows):
             part = slice(start, start + rows)
             expected_TV = log_softmax(logits(streamer, dense_TH[part]), -1)
-            for key, cut_TH in cut.items():
-                found_TV = log_softmax(logits(streamer, cut_TH[part]), -1)
+            for key, batch in cut.items():
+                cut_TH = batch.hidden_BLH.flatten(0, 1)[part]
+                found_TV = log_softmax(logits(streamer, cut_TH), -1)
                 cost[key] += kl_div(found_TV, expected_TV, reduction="sum", log_target=True).cpu()
     return cost

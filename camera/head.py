@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from camera.blocks import swapped
@@ -18,14 +19,23 @@ HEAD_LOGITS = 2**27  # logits that exist at a time
 
 @contextmanager
 def loaded_head(streamer: Skeleton) -> Iterator[int]:
-    """Final norm and head in memory during a block; gives how many tokens to ask of at once."""
-    streamer.load_rest()
-    head, embedding = streamer.model.get_output_embeddings(), streamer.base.embed_tokens
-    if head.weight.is_meta:  # tied
+    """Final norm and head in memory for the length of a block; gives the size of the vocabulary."""
+    model = streamer.model
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is head)
+    streamer.load_rest("norm")
+    if f"{name}.weight" in (getattr(model, "all_tied_weights_keys", None) or {}):
+        streamer.load_rest("embed_tokens")
         head.weight = embedding.weight
-    yield max(1, HEAD_LOGITS // streamer.config.vocab_size)
-    for module in (head, embedding, streamer.base.norm):
-        streamer.free(module)
+    else:
+        streamer.load_rest(name)
+    yield len(head.weight)
+    streamer.free(nn.ModuleList([streamer.base.norm, embedding, head]))
+
+
+def tokens_at_once(vocabulary: int, tables: int = 1) -> int:
+    """How many tokens to ask of at a time where so many tables of logits exist together."""
+    return max(1, HEAD_LOGITS // (tables * vocabulary))
 
 
 def logits(streamer: Skeleton, hidden_TH: torch.Tensor) -> torch.Tensor:

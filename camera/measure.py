@@ -15,12 +15,12 @@ import torch
 from filelock import FileLock
 
 from camera import backward, cuts, parallel
-from camera.backward import EachLayer
 from camera.calibration import CalibrationTokens
 from camera.compensate import Weights
 from camera.cuts import LayerCuts, Trials
 from camera.memory import BATCH_TOKENS
 from camera.method import Method
+from camera.progress import EachLayer
 from camera.result import versions
 from camera.resume import Progress, code_version
 from camera.slicer import Kept

@@ -1,7 +1,7 @@
 """What a long run shows: layer, time left, memory; and the peak of memory it took."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import psutil
 import torch
@@ -13,6 +13,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+EachLayer = Callable[[str, int], Iterable[int]]
+"""each_layer(title, start): the layers from `start` on, behind a progress bar."""
 
 
 class PeakMemory:

@@ -97,10 +97,11 @@ class MicroExpertPruning(Method):
     def trials(self, statistics: dict[int, LayerStatistics], budget: Budget) -> Trials:
         if self.rank_scope != "measured":
             return {}
-        return {
-            i: [self.plan(statistics, budget, [i], share)[i] for share in TRIALS]
-            for i in budget.layers
-        }
+        found = {}
+        for i in budget.layers:
+            counts = [to_remove(self._prunable(budget, [i]), share) for share in TRIALS]
+            found[i] = [self.plan(statistics, budget, [i], count)[i] for count in counts]
+        return found
 
     def prepare(self, statistics: dict[int, LayerStatistics], budget: Budget) -> None:
         if self.rank_scope == "global":
@@ -114,7 +115,7 @@ class MicroExpertPruning(Method):
                 self.width_multiple,
             )
             for i, number in zip(layers, gone, strict=True):
-                self._plans |= self.plan(statistics, budget, [i], remove=number)
+                self._plans |= self.plan(statistics, budget, [i], number)
 
     def compress(
         self, index: int, ffn: FeedForward, seen: LayerStatistics | None, budget: Budget
@@ -130,12 +131,11 @@ class MicroExpertPruning(Method):
         statistics: dict[int, LayerStatistics],
         budget: Budget,
         layers: list[int],
-        ratio: float | None = None,
         remove: int | None = None,
     ) -> dict[int, torch.Tensor]:
         """bool [N] of each of these layers, ranked together: which micro-experts stay.
 
-        The asked sparsity goes; or this `ratio` of what may go; or so many to `remove`.
+        So many go as `remove` says, by default the asked sparsity of them.
         """
         pools = [budget.layers[i] for i in layers]
         sizes = [sum(pool.widths) for pool in pools]
@@ -149,8 +149,7 @@ class MicroExpertPruning(Method):
             free_N = torch.cat([below_floor(score_N, self.layer_floor) for score_N in scores])
             candidates_N = free_N if candidates_N is None else candidates_N & free_N
         if remove is None:
-            ratio = self._ratio(budget) if ratio is None else ratio
-            remove = to_remove(self._prunable(budget, layers), ratio)
+            remove = to_remove(self._prunable(budget, layers), self._ratio(budget))
         keep_N = keep_highest(
             torch.cat(scores),
             widths,

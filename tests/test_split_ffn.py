@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from conftest import build_model
 from experiments import split_ffn
 
 SHARED, EXPERTS = 16, 4
@@ -11,21 +11,7 @@ SHARED, EXPERTS = 16, 4
 
 @pytest.fixture
 def dense():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval()
+    return build_model("llama", intermediate_size=48, num_hidden_layers=2, initializer_range=0.3)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ of a batch whose logits are wanted, A tokens whose likelihood is asked, C positi
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from camera.capture import swapped
 from camera.errors import CameraError
 from camera.evaluation.packs import MASKABLE, Pack, Rows, packs_of, reach, rows_of
+from camera.head import loaded_head
 from camera.hidden import HiddenStates
 from camera.progress import PeakMemory, each_layer
 from camera.stream import Streamer, unwrap
@@ -146,7 +146,7 @@ class StreamedEvaluation:
         """Final norm and head on the positions that predict something: fills `answers`."""
         started, size = perf_counter(), len(self.answers)
         sums, misses = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.long)
-        with _head(self.streamer) as vocabulary:
+        with loaded_head(self.streamer) as vocabulary:
             chunk = max(1, CHUNK_ELEMENTS // vocabulary)
             for batch in self._batches:
                 hidden_TH = self._read(batch).flatten(0, 1)
@@ -262,19 +262,3 @@ def _batch(packs: list[Pack], rows: Rows | None, numbers: list[int]) -> _Batch:
             owner += [numbers[number]] * len(answer)
         wanted += range(offset, offset + pack.extra + 1)
     return _Batch(ids_BL, rows, *map(torch.tensor, (wanted, place, target, owner)))
-
-
-@contextmanager
-def _head(streamer: Streamer) -> Iterator[int]:
-    """Final norm and head in memory for the length of a block; gives the size of the vocabulary."""
-    model = streamer.model
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is head)
-    streamer.load_rest("norm")
-    if f"{name}.weight" in (getattr(model, "all_tied_weights_keys", None) or {}):
-        streamer.load_rest("embed_tokens")
-        head.weight = embedding.weight
-    else:
-        streamer.load_rest(name)
-    yield len(head.weight)
-    streamer.free(nn.ModuleList([streamer.base.norm, embedding, head]))
