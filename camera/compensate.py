@@ -57,38 +57,11 @@ def compensate(
     `stream_TH`, the hidden states that its output is added to, errors count relative to the sum.
     """
     tokens = sum(trace.tokens for trace in traces)
-    seen = by_expert(traces)
+    seen = _by_expert(traces)
+    first = next(iter(before.values()))
     scale_T1 = None
     if stream_TH is not None:
-        scale_T1 = inverse_norms(after(stream_TH, seen, before, ffn.residual_scale))
-    blocks, fits = fit_cut(seen, before, kept, tokens, fitted, how, target_TH, scale_T1)
-    first = next(iter(before.values()))
-    output = Output(first.new_zeros(1, tokens, len(first)))
-    for group in ffn.groups:
-        for expert in range(len(group.widths)):
-            block = blocks[group.path, expert]
-            group.down(expert).copy_(block.weight_WH.T)
-            if len(block.phi_NW):
-                output(group, expert, block.tokens_N, block.phi_NW)
-    return output.y_TH, fit_report(fits)
-
-
-def fit_cut(
-    seen: Seen,
-    before: Weights,
-    kept: Kept,
-    tokens: int,
-    fitted: int,
-    how: Refit,
-    target_TH: torch.Tensor | None = None,
-    scale_T1: torch.Tensor | None = None,
-) -> tuple[dict[tuple[str, int], Block], list[Fit]]:
-    """The experts of a layer of which `kept` stays, with their weights refitted; and the fits.
-
-    `scale_T1` is the root of what each of the `tokens` counts, the rest as in `compensate`. `seen`
-    is emptied on the way.
-    """
-    first = next(iter(before.values()))
+        scale_T1 = inverse_norms(_after(stream_TH, seen, before, ffn.residual_scale))
     residual_TH = torch.zeros(tokens, len(first), device=first.device)
     if target_TH is not None:
         residual_TH += target_TH if scale_T1 is None else target_TH * scale_T1
@@ -116,7 +89,14 @@ def fit_cut(
             residual_TH.index_copy_(0, tokens_N, residual_TH.index_select(0, tokens_N) + gone_NH)
     if how.scope == "layer":
         fits.append(fit(list(blocks.values()), residual_TH, fitted, how))
-    return blocks, fits
+    output = Output(first.new_zeros(1, tokens, len(first)))
+    for group in ffn.groups:
+        for expert in range(len(group.widths)):
+            block = blocks[group.path, expert]
+            group.down(expert).copy_(block.weight_WH.T)
+            if len(block.phi_NW):
+                output(group, expert, block.tokens_N, block.phi_NW)
+    return output.y_TH, fit_report(fits)
 
 
 def inverse_norms(h_TH: torch.Tensor) -> torch.Tensor:
@@ -127,7 +107,7 @@ def inverse_norms(h_TH: torch.Tensor) -> torch.Tensor:
     return mean / norm_T1.clamp(min=TINY * mean)
 
 
-def after(
+def _after(
     stream_TH: torch.Tensor, seen: Seen, before: Weights, residual_scale: float
 ) -> torch.Tensor:
     """The hidden states after the uncut layer, fp32 [T, H]."""
@@ -141,7 +121,7 @@ def after(
     return after_TH
 
 
-def by_expert(traces: list[Trace]) -> Seen:
+def _by_expert(traces: list[Trace]) -> Seen:
     """Tokens, counted over all batches (None for all), and phi of every expert that was reached."""
     parts: dict[tuple[str, int], list[tuple[torch.Tensor | None, torch.Tensor]]] = {}
     start = 0

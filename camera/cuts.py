@@ -7,37 +7,27 @@ cut costs:
 
     D = sum over tokens of KL(dense || cut)
 
-Where the run refits what stays of a layer, trial cuts are refitted too, to the layer's own output
-on other calibration tokens than those they are tried on: half of what a cut costs is made good by
-that, and not the same part in every layer.
+Measured before any refit; layers are compared with each other, where that matters little.
 
 Shapes: T tokens, H hidden, N micro-experts of a layer's pool, C trial cuts.
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
-from camera import parallel
 from camera.blocks import FeedForward
-from camera.compensate import Weights, after, by_expert, fit_cut, inverse_norms, output_weights
 from camera.errors import CameraError
 from camera.head import loaded_head, logits, tokens_at_once
-from camera.memory import BATCH_TOKENS
 from camera.progress import EachLayer
-from camera.refit import Refit
-from camera.slicer import Kept, kept_rows
 from camera.statistics import LayerStatistics
 from camera.stream import Batch, Streamer
 
 TRIALS = (0.25, 0.5, 0.75, 0.9, 1.0)  # shares of what a layer may lose
 TOKENS = 1024  # of the calibration text, over all processes
-FIT_TOKENS = 16384  # others of it, that trial cuts are refitted on
-RIDGE = 0.3  # what most layers' fits choose
-SWEEPS = 2
 
 
 @dataclass
@@ -71,23 +61,14 @@ def measure(
     ids_NL: torch.Tensor,
     trials: Trials,
     each_layer: EachLayer,
-    how: Refit | None = None,
 ) -> dict[int, LayerCuts]:
-    """The cost of every trial cut on the first of these tokens, refitted on others as `how` says.
-
-    CameraError where experts are visited one by one on disk.
-    """
+    """The cost of every trial cut; CameraError where experts are visited one by one on disk."""
     if streamer.visit:
         raise CameraError(
             "method.rank_scope=measured silences micro-experts, which can't be done while experts "
             "stay on disk: set memory.experts=layer, or method.rank_scope=global."
         )
-    tried_NL = trial_tokens(ids_NL, parallel.world())
-    (dense,) = streamer.embed([{"input_ids": tried_NL}])
-    others = None
-    if how is not None:  # the calibration text may be a single sample
-        rest_NL = ids_NL[len(tried_NL) :]
-        others = Others(streamer, rest_NL if len(rest_NL) else ids_NL, how)
+    (dense,) = streamer.embed([{"input_ids": ids_NL}])
     cut: dict[tuple[int, int], Batch] = {}
     groups: dict[int, dict[str, list[int]]] = {}
     for index in each_layer("try cuts", 0):
@@ -97,12 +78,8 @@ def measure(
         streamer.propagate(index, [dense, *cut.values()])
         ffn = streamer.feed_forward(index)
         groups[index] = {group.path: group.widths for group in ffn.groups}
-        before = {place: down_HW.clone() for place, down_HW in output_weights(ffn).items()}
-        if others is not None:
-            others.pass_through(index, before)
         for trial, keep_N in enumerate(trials.get(index, [])):
-            kept = kept_rows(ffn, keep_N)
-            silence(ffn, before, kept, others.refitted(before, kept) if others else {})
+            silence(ffn, ~keep_N)
             cut[index, trial] = copy.copy(entered)
             streamer.propagate(index, [cut[index, trial]])
         streamer.free(streamer.layers[index])
@@ -117,58 +94,13 @@ def measure(
     }
 
 
-class Others:
-    """Calibration tokens that trial cuts are refitted on, on their way through the dense model."""
-
-    def __init__(self, streamer: Streamer, ids_NL: torch.Tensor, how: Refit):
-        most = -(-FIT_TOKENS // parallel.world())
-        ids_NL = ids_NL[: max(1, most // ids_NL.shape[1])]
-        size = max(1, BATCH_TOKENS // ids_NL.shape[1])
-        self._streamer = streamer
-        self._batches = streamer.embed({"input_ids": ids} for ids in ids_NL.split(size))
-        self._fitted, self._tokens = how.fitted(*ids_NL.shape), ids_NL.numel()
-        self._how = replace(how, target="layer", ridges=(RIDGE,), sweeps=SWEEPS)
-
-    def pass_through(self, index: int, before: Weights) -> None:
-        """Run a loaded, uncut layer, of which `before` are the output weights; keep its phi."""
-        streamer, batches = self._streamer, self._batches
-        streamer.attend(index, batches)
-        streamer.observe(index, batches, trace=True)
-        self._seen, self._scale_T1 = by_expert([batch.trace for batch in batches]), None
-        if self._how.errors == "relative":
-            stream_TH = streamer.hidden(batches)
-            scale = streamer.feed_forward(index).residual_scale
-            self._scale_T1 = inverse_norms(after(stream_TH, self._seen, before, scale))
-        for batch in batches:
-            batch.trace = None
-        streamer.propagate(index, batches)
-
-    def refitted(self, before: Weights, kept: Kept) -> Weights:
-        """The output weights of what stays of that layer."""
-        blocks, _ = fit_cut(
-            dict(self._seen),
-            before,
-            kept,
-            self._tokens,
-            self._fitted,
-            self._how,
-            scale_T1=self._scale_T1,
-        )
-        return {place: block.weight_WH.T for place, block in blocks.items()}
-
-
-def silence(ffn: FeedForward, before: Weights, kept: Kept, refitted: Weights) -> None:
-    """Give a loaded layer, in place, the output weights it has after a cut: zero for what is gone,
-    for what is `kept` those `refitted` or, where there are none, those it had `before`."""
+def silence(ffn: FeedForward, gone_N: torch.Tensor) -> None:
+    """Set the output weights of these micro-experts of a loaded layer to zero, in place."""
+    parts = iter(gone_N.split(ffn.widths))
     for group in ffn.groups:
-        for expert, rows in enumerate(kept[group.path]):
-            place, down_HW = (group.path, expert), group.down(expert)
-            rows = rows.to(down_HW.device)
-            stay_HW = refitted.get(place)
-            if stay_HW is None:
-                stay_HW = before[place].index_select(1, rows)
-            down_HW.zero_()
-            down_HW[:, rows] = stay_HW.to(down_HW.dtype)
+        for expert in range(len(group.widths)):
+            down_HW = group.down(expert)
+            down_HW.masked_fill_(next(parts).to(down_HW.device), 0.0)
 
 
 def _divergence(

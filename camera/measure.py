@@ -119,13 +119,11 @@ class Measurement:
         plans = sha256()
         for index in sorted(trials):
             plans.update(torch.stack(trials[index]).numpy().tobytes())
-        how = self.method.compensation
         key = {"kind": LayerCuts.kind, "tokens": cuts.TOKENS, "plans": plans.hexdigest()}
-        if how is not None:
-            key |= {"fit": [how.scope, how.errors, how.held_out, cuts.FIT_TOKENS, cuts.RIDGE]}
 
         def gather(progress: Progress, folder: Path) -> Statistics:
-            found = cuts.measure(self.streamer, self.mine.ids_NL, trials, self.each_layer, how)
+            ids_NL = cuts.trial_tokens(self.mine.ids_NL, parallel.world())
+            found = cuts.measure(self.streamer, ids_NL, trials, self.each_layer)
             parallel.barrier()
             return Statistics({i: parallel.add_up(found[i]) for i in found}, self.about("dense"))
 

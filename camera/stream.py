@@ -178,9 +178,9 @@ class Streamer(Skeleton):
         traces = [batch.trace for batch in batches]
         shapes = [batch.ffn_input_BLH.shape for batch in batches]
         fitted = how.fitted(sum(shape[0] for shape in shapes), shapes[0][1])
-        target_TH, stream_TH = None, self.hidden(batches)
+        target_TH, stream_TH = None, self._hidden(batches)
         if dense is not None:
-            target_TH = (self.hidden(dense).float() - stream_TH.float()) / ffn.residual_scale
+            target_TH = (self._hidden(dense).float() - stream_TH.float()) / ffn.residual_scale
         stream_TH = stream_TH if how.errors == "relative" else None
         y_TH, report = compensate(ffn, traces, kept, before, fitted, how, target_TH, stream_TH)
         parts = y_TH.split([trace.tokens for trace in traces])
@@ -205,15 +205,15 @@ class Streamer(Skeleton):
         )
         with hook:
             self.attend(index, batches)
-        aim_TH = self.hidden(dense)
+        aim_TH = self._hidden(dense)
         scale = self.feed_forward(index).residual_scale
-        missing_TH = (aim_TH.float() - self.hidden(batches).float()) / scale
+        missing_TH = (aim_TH.float() - self._hidden(batches).float()) / scale
         for batch, hidden_BLH in zip(batches, entered, strict=True):
             batch.hidden_BLH = hidden_BLH
         fitted = how.fitted(sum(len(batch.hidden_BLH) for batch in batches), entered[0].shape[1])
         return refit_attention(output, torch.cat(heads), missing_TH, aim_TH, fitted, how)
 
-    def hidden(self, batches: list[Batch]) -> torch.Tensor:
+    def _hidden(self, batches: list[Batch]) -> torch.Tensor:
         """The hidden states of all batches, [T, H]."""
         return torch.cat([batch.hidden_BLH.flatten(0, 1) for batch in batches]).to(self.device)
 

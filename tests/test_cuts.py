@@ -16,11 +16,9 @@ from camera.errors import CameraError
 from camera.families import family_of
 from camera.memory import Memory
 from camera.plus import CameraPlus
-from camera.refit import Refit
 from camera.statistics import Statistics
 from camera.stream import Streamer
 from conftest import FAMILIES
-from oracles import basis, capture, dense_phi, ffn_of
 
 
 def each_layer(streamer):
@@ -67,60 +65,6 @@ def test_a_cut_costs_what_the_whole_model_diverges_with_it(family, checkpoints):
                 torch.testing.assert_close(found[i].cost_C[trial], cost, rtol=1e-3, atol=1e-5)
                 assert found[i].removed_C[trial] == (~keep_N).sum()
                 layer.load_state_dict(before)
-
-
-@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "granitemoe", "llama"])
-def test_a_cut_is_refitted_on_other_tokens_before_it_is_tried(family, checkpoints, monkeypatch):
-    monkeypatch.setattr(cuts, "TOKENS", 32)
-    monkeypatch.setattr(cuts, "SWEEPS", 400)
-    monkeypatch.setattr(camera.refit, "ENOUGH", 1e-8)
-    source = checkpoints(family)
-    streamer = Streamer(source)
-    streamer.prepare(Memory(), 32, False, source)
-    trials = trials_of(streamer, (0.5,))
-    ids_NL = torch.randint(1, 256, (152, 16), generator=torch.Generator().manual_seed(1))
-    tried_NL, others_NL = ids_NL[:2], ids_NL[2:]
-    found = cuts.measure(streamer, ids_NL, trials, each_layer(streamer), Refit())
-
-    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    with torch.no_grad():
-        expected = dense(tried_NL).logits.log_softmax(-1)
-    for i, (keep_N,) in trials.items():
-        layer = dense.model.layers[i]
-        before = {k: v.clone() for k, v in layer.state_dict().items()}
-        ffn = FeedForward(layer, family_of(dense.config.model_type), f"model.layers.{i}")
-        x_TH, routing = capture(dense, i, others_NL)
-        phi_TN, basis_NH = dense_phi(ffn_of(layer), x_TH, routing), basis(ffn_of(layer))
-        after_TH = output_of(dense, layer, others_NL)
-        counted_TN = phi_TN[:, keep_N] / after_TH.square().sum(1, keepdim=True)
-        gram_NN = counted_TN.T @ phi_TN[:, keep_N]
-        norm2_N = basis_NH[keep_N].square().sum(1)
-        stiffness = cuts.RIDGE * (gram_NN.diagonal() * norm2_N).mean()
-        gone_TH = phi_TN[:, ~keep_N] @ basis_NH[~keep_N]
-        new_NH = torch.zeros_like(basis_NH)
-        new_NH[keep_N] = basis_NH[keep_N] + torch.linalg.solve(
-            gram_NN + torch.diag(stiffness / norm2_N), counted_TN.T @ gone_TH
-        )
-        rows = iter(new_NH.split(ffn.widths))
-        with torch.no_grad():
-            for group in ffn.groups:
-                for e in range(len(group.widths)):
-                    group.down(e).copy_(next(rows).T)
-            refitted = dense(tried_NL).logits.log_softmax(-1)
-        cost = (expected.exp() * (expected - refitted)).sum().double()
-        torch.testing.assert_close(found[i].cost_C[0], cost, rtol=1e-2, atol=1e-5)
-        layer.load_state_dict(before)
-
-
-def output_of(model, layer, ids):
-    """Hidden states after a layer, [T, H]."""
-    seen = []
-    hook = layer.register_forward_hook(
-        lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)
-    )
-    with hook, torch.no_grad():
-        model(ids)
-    return seen[0].flatten(0, 1)
 
 
 def test_a_layer_costs_nothing_uncut_and_the_model_is_left_as_it_was(checkpoints):
