@@ -39,7 +39,12 @@ class LayerGrams(LayerEnergy):
         What is lost of the output when i goes and the others are refitted (optimal brain surgeon);
         0 for experts without a token. The matrices of a layer's experts are inverted one by one.
         """
-        return self.energy(0.0) * unexplained_shares(self.gram_F, self.basis_N, self.widths)
+        squares = [width**2 for width in self.widths]
+        parts = zip(
+            self.gram_F.split(squares), self.basis_N.split(self.widths), self.widths, strict=True
+        )
+        shares = [unexplained(gram.view(w, w), basis) for gram, basis, w in parts]
+        return self.energy(0.0) * torch.cat(shares)
 
     def stored(self) -> LayerResidual:
         """The scores instead of the matrices, which are as large as the layer."""
@@ -53,29 +58,19 @@ def gram_bytes(widths: list[int]) -> int:
     return 4 * sum(w * w for w in widths) + 24 * max(widths) ** 2
 
 
-class ExpertGrams:
-    """The Gram matrix of each expert of a layer, added up token by token: `gram_F`, fp32."""
+class GramObserver:
+    """Gathers a layer's energies and Gram matrices from any number of `observe` passes."""
 
     def __init__(self, ffn: FeedForward):
+        self._energy = EnergyObserver(ffn)
         device = next(ffn.module.parameters()).device
-        self.gram_F = torch.zeros(sum(width**2 for width in ffn.widths), device=device)
-        parts = iter(self.gram_F.split([width**2 for width in ffn.widths]))
+        self._gram_F = torch.zeros(sum(width**2 for width in ffn.widths), device=device)
+        parts = iter(self._gram_F.split([width**2 for width in ffn.widths]))
         self._gram_WW = {
             (group.path, expert): next(parts).view(width, width)
             for group in ffn.groups
             for expert, width in enumerate(group.widths)
         }
-
-    def add(self, group: ExpertGroup, expert: int, phi_NW: torch.Tensor) -> None:
-        """Add some tokens of an expert."""
-        self._gram_WW[group.path, expert].addmm_(phi_NW.T, phi_NW)
-
-
-class GramObserver:
-    """Gathers a layer's energies and Gram matrices from any number of `observe` passes."""
-
-    def __init__(self, ffn: FeedForward):
-        self._energy, self._grams = EnergyObserver(ffn), ExpertGrams(ffn)
 
     def __call__(
         self,
@@ -87,22 +82,13 @@ class GramObserver:
     ) -> None:
         self._energy(group, expert, x_NH, h_NW, a_N)
         phi_NW = h_NW.float() if a_N is None else h_NW.float() * a_N[:, None]
-        self._grams.add(group, expert, phi_NW)
+        self._gram_WW[group.path, expert].addmm_(phi_NW.T, phi_NW)
 
     def result(self) -> LayerGrams:
         """The statistics gathered so far, on the CPU."""
         energy = self._energy.result()
-        gram_F = self._grams.gram_F.cpu()
+        gram_F = self._gram_F.cpu()
         return LayerGrams(groups=energy.groups, **energy.tensors(), gram_F=gram_F)
-
-
-def unexplained_shares(
-    gram_F: torch.Tensor, basis_N: torch.Tensor, widths: list[int]
-) -> torch.Tensor:
-    """`unexplained` of every expert of a layer, one after the other, fp64 [N]."""
-    grams = gram_F.split([width**2 for width in widths])
-    parts = zip(grams, basis_N.split(widths), widths, strict=True)
-    return torch.cat([unexplained(gram.view(w, w), basis) for gram, basis, w in parts])
 
 
 def unexplained(gram_WW: torch.Tensor, basis_W: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@ relative: energy as a share of the hidden states it is added to, token by token:
 fisher: sum over tokens of (phi * dloss/dphi)^2, the Fisher information of scaling a micro-expert.
 product: HEAPr's, which multiplies the two factors' means.
 residual: what of its energy the other micro-experts of its expert can't stand in for.
-surgeon: fisher, times the share of it that the others of its expert can't stand in for.
 
 Shapes: N micro-experts of a layer's pool.
 """
@@ -22,23 +21,21 @@ from camera.relative import ShareObserver
 from camera.residual import GramObserver, gram_bytes
 from camera.sensitivity import SensitivityObserver
 from camera.statistics import LayerStatistics
-from camera.surgeon import SurgeonObserver
 
-SCORES = ("energy", "relative", "fisher", "product", "residual", "surgeon")
-Name = Literal["energy", "relative", "fisher", "product", "residual", "surgeon"]
+SCORES = ("energy", "relative", "fisher", "product", "residual")
+Name = Literal["energy", "relative", "fisher", "product", "residual"]
 OBSERVERS = {
     "energy": EnergyObserver,
     "relative": ShareObserver,
     "sensitivity": SensitivityObserver,
     "grams": GramObserver,
-    "surgeon": SurgeonObserver,
 }
 
 
 @dataclass(frozen=True)
 class Score:
-    """A score by its name; `alpha` is of energy and relative, `normalize` of those with gradients:
-    routed takes means over an expert's own tokens, all sums over the calibration set."""
+    """A score by its name; `alpha` is of energy and relative, `normalize` of fisher and
+    product: routed takes means over an expert's own tokens, all sums over the calibration set."""
 
     name: Name
     alpha: float
@@ -55,7 +52,7 @@ class Score:
     @property
     def backward(self) -> bool:
         """Whether it needs gradients."""
-        return self.name in ("fisher", "product", "surgeon")
+        return self.name in ("fisher", "product")
 
     @property
     def kind(self) -> str:
@@ -65,7 +62,7 @@ class Score:
 
     def holds(self, widths: list[int]) -> int:
         """Bytes of what is seen of experts of these widths, where that is more than vectors."""
-        return gram_bytes(widths) if self.name in ("residual", "surgeon") else 0
+        return gram_bytes(widths) if self.name == "residual" else 0
 
     def observer(self, ffn: FeedForward) -> Any:
         """What sees it."""
@@ -77,5 +74,4 @@ class Score:
             return seen.energy(self.alpha)
         if self.name == "residual":
             return seen.residual_N
-        of = {"fisher": "joint", "product": "product", "surgeon": "surgeon"}[self.name]
-        return getattr(seen, of)(self.normalize)
+        return (seen.joint if self.name == "fisher" else seen.product)(self.normalize)

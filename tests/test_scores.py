@@ -3,8 +3,6 @@
 Shapes: T tokens, N micro-experts of a layer's pool, W width of one expert.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,10 +11,9 @@ import camera
 from camera.calibration import calibration_tokens
 from camera.checkpoint import load_model, load_tokenizer
 from camera.errors import CameraError
-from camera.residual import RIDGE
+from camera.residual import RIDGE, unexplained
 from camera.scores import SCORES, Score
 from camera.statistics import Statistics
-from camera.surgeon import SurgeonObserver
 from oracles import basis, capture, dense_phi, ffn_of
 
 
@@ -68,30 +65,15 @@ def left_alone(phi_TW):
     return torch.stack(left)
 
 
-def test_surgeon_is_fisher_times_what_the_others_can_t_explain():
-    experts, width, tokens = 3, 6, 200
-    group = SimpleNamespace(path="experts", widths=[width] * experts)
-    down_EHW = torch.randn(experts, 10, width)
-    group.down = lambda expert: down_EHW[expert]
-    module = torch.nn.Linear(1, 1)
-    observer = SurgeonObserver(SimpleNamespace(groups=[group], widths=group.widths, module=module))
-    h_ETW, dh_ETW = torch.randn(2, experts, tokens, width)
-    h_ETW[1, :, 3] = 2 * h_ETW[1, :, 1]
-    dh_ETW[2] *= 10 * torch.rand(tokens, 1)  # the loss feels some tokens more
-    for expert in range(experts):
-        for part in (slice(0, 120), slice(120, tokens)):
-            h_NW, dh_NW = h_ETW[expert, part], dh_ETW[expert, part]
-            seen = dict(group=group, expert=expert, x_NH=None, h_NW=h_NW, a_N=None, dh_NW=dh_NW)
-            observer(SimpleNamespace(**seen))
-    found = observer.result().stored()
-    felt_ETW = h_ETW.double() * dh_ETW.double().norm(dim=2, keepdim=True)
-    parts = felt_ETW * down_EHW.double().norm(dim=1)[:, None]
-    share_N = torch.cat([left_alone(part) / part.square().sum(0) for part in parts])
-    fisher_N = (h_ETW * dh_ETW).double().square().mean(1).flatten()
-    torch.testing.assert_close(found.share_N, share_N, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(found.surgeon(), fisher_N * share_N, rtol=1e-3, atol=1e-6)
-    repeats_W = found.share_N.view(experts, width)[1]
-    assert max(repeats_W[1], repeats_W[3]) < 0.5 * repeats_W[[0, 2, 4, 5]].min()
+def test_what_repeats_another_micro_expert_is_worth_little():
+    phi_TW, norm2_W = torch.randn(200, 6), torch.rand(6) + 0.5
+    phi_TW[:, 3] = 2 * phi_TW[:, 1]
+    share_W = unexplained(phi_TW.T @ phi_TW, norm2_W)
+    parts_TW = phi_TW.double() * norm2_W.double().sqrt()
+    torch.testing.assert_close(
+        share_W, left_alone(parts_TW) / parts_TW.square().sum(0), rtol=1e-4, atol=1e-6
+    )
+    assert max(share_W[1], share_W[3]) < 0.5 * share_W[[0, 2, 4, 5]].min()
 
 
 def test_relative_energies_are_shares_of_the_hidden_states(
