@@ -11,7 +11,7 @@ import torch
 from camera.blocks import FeedForward
 from camera.budget import Budget
 from camera.errors import CameraError
-from camera.prune import MicroExpertPruning
+from camera.prune import MicroExpertPruning, RankScope
 from camera.sensitivity import LayerSensitivity, SensitivityObserver
 
 
@@ -30,7 +30,7 @@ class HEAPr(MicroExpertPruning):
     calibrates: ClassVar[bool] = True
     backward: ClassVar[bool] = True
 
-    rank_scope: Literal["layer", "global", "measured"] = "global"
+    rank_scope: RankScope = "global"
     term: Literal["product", "joint"] = "product"
     normalize: Literal["routed", "all"] = "routed"
 

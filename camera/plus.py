@@ -10,7 +10,7 @@ import torch
 
 from camera.blocks import FeedForward
 from camera.budget import Budget
-from camera.prune import MicroExpertPruning
+from camera.prune import MicroExpertPruning, RankScope
 from camera.scores import Name, Score
 from camera.statistics import LayerStatistics
 
@@ -36,7 +36,7 @@ class CameraPlus(MicroExpertPruning):
     score: Name = "fisher"
     alpha: float = 0.0
     normalize: Literal["routed", "all"] = "routed"
-    rank_scope: Literal["layer", "global", "measured"] = "global"
+    rank_scope: RankScope = "global"
     compensate: Literal["none", "expert", "layer"] = "layer"
     target: Literal["layer", "dense"] = "dense"
 

@@ -5,7 +5,7 @@ Shapes: N micro-experts of a layer's pool (shared expert first, then routed expe
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 
@@ -20,6 +20,8 @@ from camera.plan import below_floor, keep_highest
 from camera.refit import Refit
 from camera.slicer import kept_rows, slice_layer
 from camera.statistics import LayerStatistics
+
+RankScope = Literal["layer", "global", "measured"]
 
 
 @dataclass
@@ -39,7 +41,7 @@ class MicroExpertPruning(Method):
 
     sparsity: float
     sparsity_of: Literal["moe", "model", "routed"] = "moe"
-    rank_scope: Literal["layer", "global", "measured"] = "layer"
+    rank_scope: RankScope = "layer"
     width_multiple: int = 1
     min_width: int = 0
     layer_floor: float = 0.0
@@ -71,8 +73,10 @@ class MicroExpertPruning(Method):
                 f"width_multiple={self.width_multiple} must be at least 1 and "
                 f"min_width={self.min_width} at least 0."
             )
-        if self.rank_scope not in ("layer", "global", "measured"):
-            raise CameraError(f"rank_scope={self.rank_scope} is none of layer, global, measured.")
+        if self.rank_scope not in get_args(RankScope):
+            raise CameraError(
+                f"rank_scope={self.rank_scope} is none of {', '.join(get_args(RankScope))}."
+            )
         if self.rank_scope == "measured" and not self.calibrates:
             raise CameraError(
                 f"rank_scope=measured tries cuts on calibration text, which method {self.name} "
