@@ -93,15 +93,16 @@ class Measurement:
 
     def attend(self, index: int) -> dict[str, Any]:
         """Run a loaded layer up to its FFN. Where the dense model is aimed at, its tokens run
-        through all of it, and attention is refitted first; what that did."""
-        streamer, report = self.streamer, {}
-        if self.dense is not None:
-            how = self.method.compensation
-            streamer.attend(index, self.dense)
-            report["attention"] = streamer.refit_attention(index, self.batches, self.dense, how)
-            streamer.observe(index, self.dense, propagate=True)
-        streamer.attend(index, self.batches)
-        return report
+        through all of it, and attention is refitted; what that did."""
+        streamer = self.streamer
+        if self.dense is None:
+            streamer.attend(index, self.batches)
+            return {}
+        streamer.attend(index, self.dense)
+        how = self.method.compensation
+        report = streamer.attend_refitted(index, self.batches, self.dense, how)
+        streamer.observe(index, self.dense, propagate=True)
+        return {"attention": report}
 
     def propagate(self, index: int, kept: Kept | None = None) -> None:
         """Finish a layer as it now is."""

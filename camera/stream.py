@@ -190,13 +190,12 @@ class Streamer(Skeleton):
         return report
 
     @torch.no_grad()
-    def refit_attention(
+    def attend_refitted(
         self, index: int, batches: list[Batch], dense: list[Batch], how: Refit
     ) -> dict[str, Any]:
-        """Refit the output weights of a loaded layer's attention; a report.
+        """Run a loaded layer up to its FFN, its attention's output weights refitted; a report.
 
-        `dense` are the dense model's batches after its attention, which are aimed at, `batches`
-        those that the layer gets, and has afterwards as before.
+        `dense` are the dense model's batches after its attention, which are aimed at.
         """
         layer, entered = self.layers[index], [batch.hidden_BLH for batch in batches]
         output, heads = layer.get_submodule(self.family.attention_output), []
@@ -208,10 +207,13 @@ class Streamer(Skeleton):
         aim_TH = self._hidden(dense)
         scale = self.feed_forward(index).residual_scale
         missing_TH = (aim_TH.float() - self._hidden(batches).float()) / scale
-        for batch, hidden_BLH in zip(batches, entered, strict=True):
-            batch.hidden_BLH = hidden_BLH
         fitted = how.fitted(sum(len(batch.hidden_BLH) for batch in batches), entered[0].shape[1])
-        return refit_attention(output, torch.cat(heads), missing_TH, aim_TH, fitted, how)
+        report = refit_attention(output, torch.cat(heads), missing_TH, aim_TH, fitted, how)
+        if any(report["ridges"]):
+            for batch, hidden_BLH in zip(batches, entered, strict=True):
+                batch.hidden_BLH = hidden_BLH
+            self.attend(index, batches)
+        return report
 
     def _hidden(self, batches: list[Batch]) -> torch.Tensor:
         """The hidden states of all batches, [T, H]."""

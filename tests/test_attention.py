@@ -3,6 +3,8 @@
 Shapes: T tokens, H hidden, A what the attention heads put out together.
 """
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -40,6 +42,7 @@ def compress(data_folder, tmp_path):
             tokenizer, calibration, data=str(data_folder), seed=1234, max_length=128
         ).ids_NL
 
+    run.folder = tmp_path
     return run, ids
 
 
@@ -93,6 +96,24 @@ def test_it_stays_as_it_is_where_nothing_went_wrong_before(checkpoints, compress
     assert first and not second
 
 
+def test_a_layer_runs_again_only_where_its_attention_changed(checkpoints, compress, monkeypatch):
+    run, _ = compress
+    ran, attend = [], camera.stream.Streamer.attend
+
+    def counted(self, index, batches):
+        ran.append(index)
+        return attend(self, index, batches)
+
+    monkeypatch.setattr(camera.stream.Streamer, "attend", counted)
+    source = checkpoints("qwen3_moe", num_hidden_layers=3)
+    run(source, "d", target="dense", rank_scope="layer")
+    report = json.loads((run.folder / "d" / "camera.json").read_text())
+    for index in range(3):
+        changed = any(report["layers"][str(index)]["attention"]["ridges"])
+        assert ran.count(index) == (3 if changed else 2)  # the dense model's tokens, and these
+    assert ran.count(0) == 2
+
+
 def test_aiming_at_the_layer_leaves_attention_alone(checkpoints, compress):
     run, _ = compress
     source = checkpoints("deepseek_v3", num_hidden_layers=3)
@@ -103,13 +124,13 @@ def test_aiming_at_the_layer_leaves_attention_alone(checkpoints, compress):
 
 def test_ranking_the_dense_model_refits_nothing(checkpoints, compress, monkeypatch):
     run, _ = compress
-    refitted, refit = [], camera.stream.Streamer.refit_attention
+    refitted, refit = [], camera.stream.Streamer.attend_refitted
 
     def counted(self, index, *args):
         refitted.append(index)
         return refit(self, index, *args)
 
-    monkeypatch.setattr(camera.stream.Streamer, "refit_attention", counted)
+    monkeypatch.setattr(camera.stream.Streamer, "attend_refitted", counted)
     source = checkpoints("qwen3_moe", num_hidden_layers=3)
     run(source, "global", target="dense", rank_scope="global")
     assert refitted == [0, 1, 2]
