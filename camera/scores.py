@@ -10,7 +10,7 @@ Shapes: N micro-experts of a layer's pool.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -22,8 +22,8 @@ from camera.residual import GramObserver, gram_bytes
 from camera.sensitivity import SensitivityObserver
 from camera.statistics import LayerStatistics
 
-SCORES = ("energy", "relative", "fisher", "product", "residual")
 Name = Literal["energy", "relative", "fisher", "product", "residual"]
+SCORES = get_args(Name)
 OBSERVERS = {
     "energy": EnergyObserver,
     "relative": ShareObserver,

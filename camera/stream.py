@@ -197,8 +197,19 @@ class Streamer(Skeleton):
 
         `dense` are the dense model's batches after its attention, which are aimed at.
         """
-        layer, entered = self.layers[index], [batch.hidden_BLH for batch in batches]
-        output, heads = layer.get_submodule(self.family.attention_output), []
+        entered = [batch.hidden_BLH for batch in batches]
+        report = self._refit_attention(index, batches, dense, how)
+        if any(report["ridges"]):
+            for batch, hidden_BLH in zip(batches, entered, strict=True):
+                batch.hidden_BLH = hidden_BLH
+            self.attend(index, batches)
+        return report
+
+    def _refit_attention(
+        self, index: int, batches: list[Batch], dense: list[Batch], how: Refit
+    ) -> dict[str, Any]:
+        """Run a layer up to its FFN as it is, then refit its attention; a report."""
+        output, heads = self.layers[index].get_submodule(self.family.attention_output), []
         hook = output.register_forward_pre_hook(
             lambda _, inputs: heads.append(inputs[0].flatten(0, 1))
         )
@@ -207,13 +218,9 @@ class Streamer(Skeleton):
         aim_TH = self._hidden(dense)
         scale = self.feed_forward(index).residual_scale
         missing_TH = (aim_TH.float() - self._hidden(batches).float()) / scale
-        fitted = how.fitted(sum(len(batch.hidden_BLH) for batch in batches), entered[0].shape[1])
-        report = refit_attention(output, torch.cat(heads), missing_TH, aim_TH, fitted, how)
-        if any(report["ridges"]):
-            for batch, hidden_BLH in zip(batches, entered, strict=True):
-                batch.hidden_BLH = hidden_BLH
-            self.attend(index, batches)
-        return report
+        shapes = [batch.hidden_BLH.shape for batch in batches]
+        fitted = how.fitted(sum(shape[0] for shape in shapes), shapes[0][1])
+        return refit_attention(output, torch.cat(heads), missing_TH, aim_TH, fitted, how)
 
     def _hidden(self, batches: list[Batch]) -> torch.Tensor:
         """The hidden states of all batches, [T, H]."""

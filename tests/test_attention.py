@@ -42,7 +42,6 @@ def compress(data_folder, tmp_path):
             tokenizer, calibration, data=str(data_folder), seed=1234, max_length=128
         ).ids_NL
 
-    run.folder = tmp_path
     return run, ids
 
 
@@ -96,7 +95,9 @@ def test_it_stays_as_it_is_where_nothing_went_wrong_before(checkpoints, compress
     assert first and not second
 
 
-def test_a_layer_runs_again_only_where_its_attention_changed(checkpoints, compress, monkeypatch):
+def test_a_layer_runs_again_only_where_its_attention_changed(
+    checkpoints, compress, monkeypatch, tmp_path
+):
     run, _ = compress
     ran, attend = [], camera.stream.Streamer.attend
 
@@ -106,8 +107,8 @@ def test_a_layer_runs_again_only_where_its_attention_changed(checkpoints, compre
 
     monkeypatch.setattr(camera.stream.Streamer, "attend", counted)
     source = checkpoints("qwen3_moe", num_hidden_layers=3)
-    run(source, "d", target="dense", rank_scope="layer")
-    report = json.loads((run.folder / "d" / "camera.json").read_text())
+    run(source, "d", target="dense")
+    report = json.loads((tmp_path / "d" / "camera.json").read_text())
     for index in range(3):
         changed = any(report["layers"][str(index)]["attention"]["ridges"])
         assert ran.count(index) == (3 if changed else 2)  # the dense model's tokens, and these

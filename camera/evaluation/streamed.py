@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from camera.capture import swapped
 from camera.errors import CameraError
 from camera.evaluation.packs import MASKABLE, Pack, Rows, packs_of, reach, rows_of
-from camera.head import loaded_head
+from camera.head import loaded_head, tokens_at_once
 from camera.hidden import HiddenStates
 from camera.progress import PeakMemory, each_layer
 from camera.stream import Streamer, unwrap
 
 BATCH_TOKENS = 8192
-CHUNK_ELEMENTS = 2**26  # logits held in fp32 at once: 256 MiB
 RAM_SHARE = 0.3  # of the free memory that hidden states may take before they go to disk
 
 Request = tuple[list[int], list[int]]
@@ -147,7 +146,7 @@ class StreamedEvaluation:
         started, size = perf_counter(), len(self.answers)
         sums, misses = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.long)
         with loaded_head(self.streamer) as vocabulary:
-            chunk = max(1, CHUNK_ELEMENTS // vocabulary)
+            chunk = tokens_at_once(vocabulary, tables=2)
             for batch in self._batches:
                 hidden_TH = self._read(batch).flatten(0, 1)
                 for begin in range(0, len(batch.wanted_P), chunk):
