@@ -82,10 +82,11 @@ def compress(
     budget = streamer.budget
     holds = method.holds(budget)
     if method.compensation:
-        sizes = (job.tokens, budget.hidden)
-        dense = method.compensation.target == "dense"
-        pools = budget.layers.values()
-        holds += max(fit_bytes(*sizes, pool.widths, dense) for pool in pools)
+        tables, dense = (job.tokens, budget.hidden), method.compensation.target == "dense"
+        holds += max(
+            fit_bytes(*tables, pool.widths, streamer.dtype.itemsize, dense)
+            for pool in budget.layers.values()
+        )
     job.needs = streamer.prepare(memory or Memory(), job.tokens, method.slices, out.parent, holds)
     log.info("%s: this takes %s", out.name, job.needs)
     if method.compensation and not job.needs.keep_phi:

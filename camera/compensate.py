@@ -10,7 +10,8 @@ import torch
 from camera import parallel
 from camera.blocks import FeedForward
 from camera.capture import Output, Trace
-from camera.refit import Block, Fit, Refit, fit, fit_report
+from camera.heap import give_back
+from camera.refit import PIECE, Block, Fit, Refit, fit, fit_report
 from camera.slicer import Kept
 
 Weights = dict[tuple[str, int], torch.Tensor]
@@ -31,12 +32,17 @@ def output_weights(ffn: FeedForward) -> Weights:
     }
 
 
-def fit_bytes(tokens: int, hidden: int, widths: list[int], dense: bool = False) -> int:
+def fit_bytes(
+    tokens: int, hidden: int, widths: list[int], itemsize: int, dense: bool = False
+) -> int:
     """What a fit holds beside phi, at most: hidden states, residual, output, new and old weights,
-    Gram matrices and their factors, in fp32; and hidden states and FFN inputs of the dense model,
-    where it is aimed at."""
-    states = (3 + 2 * dense) * tokens * hidden
-    return 4 * (states + 2 * hidden * sum(widths) + 2 * sum(w * w for w in widths))
+    Gram matrices and their factors, in fp32; hidden states and FFN inputs of the dense model, where
+    it is aimed at; phi of the widest expert once more, where all tokens are its own, as it is put
+    together and as it is cut."""
+    states = (4 + 2 * dense) * tokens * hidden
+    weights = 2 * hidden * sum(widths) + 2 * sum(w * w for w in widths)
+    widest = max(widths)
+    return 4 * (states + weights + PIECE * widest) + itemsize * tokens * widest
 
 
 @torch.no_grad()
@@ -55,16 +61,19 @@ def compensate(
     `traces` hold the phi of the whole layer, batch after batch, and are emptied; tokens from
     `fitted` on are held out. What the layer is to put out is `target_TH`, else what it did. With
     `stream_TH`, the hidden states that its output is added to, errors count relative to the sum.
+    Both, fp32, are used up.
     """
     tokens = sum(trace.tokens for trace in traces)
     seen = _by_expert(traces)
+    give_back()  # the batches' pieces
     first = next(iter(before.values()))
     scale_T1 = None
     if stream_TH is not None:
         scale_T1 = inverse_norms(_after(stream_TH, seen, before, ffn.residual_scale))
-    residual_TH = torch.zeros(tokens, len(first), device=first.device)
-    if target_TH is not None:
-        residual_TH += target_TH if scale_T1 is None else target_TH * scale_T1
+    if target_TH is None:
+        residual_TH = torch.zeros(tokens, len(first), device=first.device)
+    else:
+        residual_TH = target_TH if scale_T1 is None else target_TH.mul_(scale_T1)
     blocks: dict[tuple[str, int], Block] = {}
     fits: list[Fit] = []
     for place, down_HW in before.items():
@@ -76,10 +85,10 @@ def compensate(
         scale_N1 = scale_T1 if everywhere else scale_T1[tokens_N]
         block = Block(tokens_N, phi_NF[:, stays], down_HW[:, stays].T, scale_N1)
         if target_TH is None:
-            gone_NH = phi_NF[:, ~stays].float() @ down_HW[:, ~stays].float().T
-            gone_NH = gone_NH if scale_N1 is None else gone_NH * scale_N1
+            gone_NH = Block(tokens_N, phi_NF[:, ~stays], down_HW[:, ~stays].T, scale_N1).output()
         else:
-            gone_NH = -block.phi() @ block.old_WH
+            gone_NH = block.output().neg_()
+        del phi_NF
         blocks[place] = block
         if how.scope == "expert":
             fits.append(block.alone(gone_NH, fitted, how))
@@ -87,6 +96,7 @@ def compensate(
             residual_TH += gone_NH
         else:
             residual_TH.index_copy_(0, tokens_N, residual_TH.index_select(0, tokens_N) + gone_NH)
+    give_back()  # what was cut
     if how.scope == "layer":
         fits.append(fit(list(blocks.values()), residual_TH, fitted, how))
     output = Output(first.new_zeros(1, tokens, len(first)))
@@ -110,15 +120,14 @@ def inverse_norms(h_TH: torch.Tensor) -> torch.Tensor:
 def _after(
     stream_TH: torch.Tensor, seen: Seen, before: Weights, residual_scale: float
 ) -> torch.Tensor:
-    """The hidden states after the uncut layer, fp32 [T, H]."""
-    after_TH = stream_TH.to(torch.float32, copy=True)
+    """The hidden states after the uncut layer, in the place of those before it."""
     for place, (tokens_N, phi_NF) in seen.items():
-        y_NH = residual_scale * (phi_NF.float() @ before[place].float().T)
+        y_NH = Block(tokens_N, phi_NF, before[place].T).output().mul_(residual_scale)
         if tokens_N is None:
-            after_TH += y_NH
+            stream_TH += y_NH
         else:
-            after_TH.index_copy_(0, tokens_N, after_TH.index_select(0, tokens_N) + y_NH)
-    return after_TH
+            stream_TH.index_copy_(0, tokens_N, stream_TH.index_select(0, tokens_N) + y_NH)
+    return stream_TH
 
 
 def _by_expert(traces: list[Trace]) -> Seen:

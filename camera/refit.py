@@ -12,10 +12,10 @@ of it stays. Solved by block coordinate descent over experts on the residual, so
 wider than one expert: each step is the exact minimum over one expert's w_i, the others held.
 
 Shapes: T calibration tokens (of them the first `fitted` fit, the others are held out), H hidden,
-N tokens of one expert, W its kept width.
+N tokens of one expert, P a few of them, W its kept width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from camera.errors import CameraError
 
 ENOUGH = 1e-3  # a sweep, or a smaller ridge, that improves by less than this share is the last
 TINY = 1e-6
+PIECE = 4096  # tokens whose phi stands in fp32 at a time
 
 
 @dataclass(frozen=True)
@@ -103,18 +104,23 @@ class Block:
         self.old_WH = weight_WH.float()
         self.weight_WH = self.old_WH.clone()
 
-    def phi(self, first: int | None = None) -> torch.Tensor:
-        """phi of the first tokens, each as much as it counts, fp32."""
-        phi_NW = self.phi_NW[:first].float()
-        return phi_NW if self.scale_N1 is None else phi_NW * self.scale_N1[:first]
+    def output(self) -> torch.Tensor:
+        """What it put out with its old weights, each token as much as it counts, fp32 [N, H]."""
+        y_NH = self.old_WH.new_zeros(len(self.phi_NW), self.old_WH.shape[1])
+        for rows, phi_PW in self._pieces():
+            y_NH[rows].addmm_(phi_PW, self.old_WH)
+        return y_NH
 
     def fit_to(self, fitted: int) -> None:
         """Count only tokens before `fitted` of the layer in what follows."""
         self._fitted = fitted
         if self.tokens_N is not None:
             self._fitted = int(torch.searchsorted(self.tokens_N, fitted))
-        phi_NW = self.phi(self._fitted)
-        self._gram_WW = parallel.total(phi_NW.T @ phi_NW)
+        width = len(self.old_WH)
+        gram_WW = self.old_WH.new_zeros(width, width)
+        for _, phi_PW in self._pieces(self._fitted):
+            gram_WW.addmm_(phi_PW.T, phi_PW)
+        self._gram_WW = parallel.total(gram_WW)
 
     @property
     def energy_W(self) -> torch.Tensor:
@@ -144,8 +150,10 @@ class Block:
     def step(self, residual_TH: torch.Tensor) -> None:
         """Move to the minimum over this expert's weights, the others held."""
         residual_NH = self._residual(residual_TH)
-        phi_NW = self.phi(self._fitted)
-        pull_WH = parallel.total(phi_NW.T @ residual_NH[: self._fitted])
+        pull_WH = torch.zeros_like(self.old_WH)
+        for rows, phi_PW in self._pieces(self._fitted):
+            pull_WH.addmm_(phi_PW.T, residual_NH[rows])
+        pull_WH = parallel.total(pull_WH)
         pull_WH -= self._stiffness_W1 * (self.weight_WH - self.old_WH)
         change_WH = torch.cholesky_solve(pull_WH / self._scale_W1, self._factor_WW)
         change_WH /= self._scale_W1
@@ -160,6 +168,14 @@ class Block:
         self.weight_WH = own.weight_WH
         return found
 
+    def _pieces(self, first: int | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
+        """phi of the first tokens, each as much as it counts, fp32, a few at a time."""
+        phi_NW = self.phi_NW[:first]
+        for start in range(0, len(phi_NW), PIECE):
+            rows = slice(start, min(start + PIECE, len(phi_NW)))
+            phi_PW = phi_NW[rows].float()
+            yield rows, phi_PW if self.scale_N1 is None else phi_PW * self.scale_N1[rows]
+
     def _residual(self, residual_TH: torch.Tensor) -> torch.Tensor:
         if self.tokens_N is None:
             return residual_TH
@@ -169,7 +185,8 @@ class Block:
         self, residual_TH: torch.Tensor, residual_NH: torch.Tensor, change_WH: torch.Tensor
     ) -> None:
         self.weight_WH += change_WH
-        residual_NH.addmm_(self.phi(), change_WH, alpha=-1)
+        for rows, phi_PW in self._pieces():
+            residual_NH[rows].addmm_(phi_PW, change_WH, alpha=-1)
         if self.tokens_N is not None:  # a token is an expert's once, and index_add_ is slow
             residual_TH.index_copy_(0, self.tokens_N, residual_NH)
 

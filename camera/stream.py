@@ -178,9 +178,9 @@ class Streamer(Skeleton):
         traces = [batch.trace for batch in batches]
         shapes = [batch.ffn_input_BLH.shape for batch in batches]
         fitted = how.fitted(sum(shape[0] for shape in shapes), shapes[0][1])
-        target_TH, stream_TH = None, self._hidden(batches)
+        target_TH, stream_TH = None, self._hidden(batches).float()
         if dense is not None:
-            target_TH = (self._hidden(dense).float() - stream_TH.float()) / ffn.residual_scale
+            target_TH = self._hidden(dense).float().sub_(stream_TH).div_(ffn.residual_scale)
         stream_TH = stream_TH if how.errors == "relative" else None
         y_TH, report = compensate(ffn, traces, kept, before, fitted, how, target_TH, stream_TH)
         parts = y_TH.split([trace.tokens for trace in traces])
@@ -217,13 +217,13 @@ class Streamer(Skeleton):
             self.attend(index, batches)
         aim_TH = self._hidden(dense)
         scale = self.feed_forward(index).residual_scale
-        missing_TH = (aim_TH.float() - self._hidden(batches).float()) / scale
+        missing_TH = self._hidden(batches).float().sub_(aim_TH).div_(-scale)
         shapes = [batch.hidden_BLH.shape for batch in batches]
         fitted = how.fitted(sum(shape[0] for shape in shapes), shapes[0][1])
         return refit_attention(output, torch.cat(heads), missing_TH, aim_TH, fitted, how)
 
     def _hidden(self, batches: list[Batch]) -> torch.Tensor:
-        """The hidden states of all batches, [T, H]."""
+        """A copy of the hidden states of all batches, [T, H]."""
         return torch.cat([batch.hidden_BLH.flatten(0, 1) for batch in batches]).to(self.device)
 
     def _finish(self, index: int, batch: Batch, scale: float) -> None:

@@ -49,8 +49,8 @@ MEASURED = textwrap.dedent("""
     for job in map(json.loads, jobs):
         result = camera.compress(
             job["model"], job["method"], job["out"], memory=Memory(**job["memory"]), data=data,
-            device="cpu", progress=False, calibration=camera.Calibration(samples=4, length=128),
-            **job["settings"],
+            device="cpu", progress=False,
+            calibration=camera.Calibration(samples=job["samples"], length=128), **job["settings"],
         )
         needs, took = found["needs"], status("VmHWM") - found["before"]
         print(json.dumps(vars(needs) | {
@@ -62,10 +62,8 @@ MEASURED = textwrap.dedent("""
 MEASURABLE = Path("/proc/self/clear_refs").exists()
 
 
-def large(folder, **overrides):
-    build_model("qwen2_moe", dtype=torch.bfloat16, **overrides).save_pretrained(
-        folder, max_shard_size="40MB"
-    )
+def large(folder, family="qwen2_moe", dtype=torch.bfloat16, **overrides):
+    build_model(family, dtype=dtype, **overrides).save_pretrained(folder, max_shard_size="40MB")
     build_tokenizer().save_pretrained(folder)
     return folder
 
@@ -73,20 +71,24 @@ def large(folder, **overrides):
 @pytest.fixture(scope="module")
 def took(checkpoints, data_folder, tmp_path_factory):
     """What compressing takes: a deep model (eight layers of 50 MB, as they are computed), a wide
-    one (a layer of 200 MB, nearly all of it experts) visited, a small one quantised."""
+    one (a layer of 200 MB, nearly all of it experts) visited, a small one quantised, one of dense
+    FFNs compensated on many tokens."""
     if not MEASURABLE:
         pytest.skip("peak memory is read from Linux's /proc")
     folder = tmp_path_factory.mktemp("measured")
     common = dict(num_attention_heads=8, num_key_value_heads=4)
     deep = dict(hidden_size=512, moe_intermediate_size=256, shared_expert_intermediate_size=256)
     wide = dict(hidden_size=256, moe_intermediate_size=512, shared_expert_intermediate_size=64)
+    plain = dict(hidden_size=128, intermediate_size=512, dtype=torch.float32)
     models = {
+        "plain": large(folder / "plain", "llama", num_hidden_layers=2, **plain),
         "deep": large(folder / "deep", num_hidden_layers=8, num_experts=30, **common, **deep),
         "wide": large(folder / "wide", num_hidden_layers=1, num_experts=128, **common, **wide),
         "small": large(folder / "small", num_hidden_layers=1, num_experts=32, **common, **wide),
         "tiny": checkpoints("qwen2_moe"),
     }
     cut, quantised = ("camera_p", {"sparsity": 0.3}), ("camera_q", {"bits": 3.0})
+    refitted = ("camera_p", {"sparsity": 0.3, "compensate": "layer", "target": "dense"})
     visited, jobs = {"experts": "visit"}, {}
     for name, model, (method, settings), asked in (
         ("first", "tiny", cut, {}),
@@ -94,8 +96,10 @@ def took(checkpoints, data_folder, tmp_path_factory):
         ("deep", "deep", cut, {}),
         ("quantised", "small", quantised, {}),
         ("visited", "wide", ("camera_p", {"sparsity": 0.75}), visited),
+        ("compensated", "plain", refitted, {}),
     ):
         job = {"model": models[model], "out": folder / f"{name}-out", "method": method}
+        job["samples"] = 256 if name == "compensated" else 4
         jobs[name] = json.dumps(job | {"settings": settings, "memory": asked}, default=str)
     script = folder / "measured.py"
     script.write_text(MEASURED)
@@ -121,6 +125,12 @@ def test_a_deep_model_takes_three_layers_and_its_hidden_states(took):
 def test_what_a_quantiser_takes_is_in_the_estimate(took):
     facts = took["quantised"]
     assert facts["holds"] > facts["layer"]  # Hessians, factors
+    assert facts["took"] <= facts["said"] <= 2 * facts["took"]
+
+
+def test_what_a_fit_takes_is_in_the_estimate(took):
+    facts = took["compensated"]
+    assert facts["phi"] > 64e6 > 10 * facts["layer"]
     assert facts["took"] <= facts["said"] <= 2 * facts["took"]
 
 

@@ -39,9 +39,10 @@ def removed(phi_TN, noise=1.0, seed=1):
     return (phi_TN @ weight + noise * torch.randn(T, H, generator=generator)).float()
 
 
-@pytest.mark.parametrize("ridge", [0.3, 0.03])
-def test_the_descent_ends_at_the_joint_solution(ridge, monkeypatch):
+@pytest.mark.parametrize(("ridge", "piece"), [(0.3, 1000), (0.03, 1000), (0.3, 60)])
+def test_the_descent_ends_at_the_joint_solution(ridge, piece, monkeypatch):
     monkeypatch.setattr(camera.refit, "ENOUGH", 1e-9)
+    monkeypatch.setattr(camera.refit, "PIECE", piece)  # of 400 tokens
     blocks, phi_TN = experts()
     target_TH = removed(phi_TN)
     residual_TH = target_TH.clone()
