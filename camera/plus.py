@@ -11,6 +11,7 @@ import torch
 from camera.blocks import FeedForward
 from camera.budget import Budget
 from camera.prune import MicroExpertPruning, RankScope
+from camera.refit import Scope, Target
 from camera.scores import Name, Score
 from camera.statistics import LayerStatistics
 
@@ -38,8 +39,8 @@ class CameraPlus(MicroExpertPruning):
     alpha: float = 0.0
     normalize: Literal["routed", "all"] = "routed"
     rank_scope: RankScope = "global"
-    compensate: Literal["none", "expert", "layer"] = "layer"
-    target: Literal["layer", "dense"] = "dense"
+    compensate: Literal["none", Scope] = "layer"
+    target: Target = "dense"
 
     @property
     def backward(self) -> bool:

@@ -17,7 +17,7 @@ from camera.energy import LayerEnergy
 from camera.errors import CameraError
 from camera.method import Method, Outcome
 from camera.plan import below_floor, keep_highest
-from camera.refit import Refit
+from camera.refit import Errors, Refit, Scope, Target
 from camera.slicer import kept_rows, slice_layer
 from camera.statistics import LayerStatistics
 
@@ -45,9 +45,9 @@ class MicroExpertPruning(Method):
     width_multiple: int = 1
     min_width: int = 0
     layer_floor: float = 0.0
-    compensate: Literal["none", "expert", "layer"] = "none"
-    target: Literal["layer", "dense"] = "layer"
-    errors: Literal["relative", "absolute"] = "relative"
+    compensate: Literal["none", Scope] = "none"
+    target: Target = "layer"
+    errors: Errors = "relative"
     ridges: Sequence[float] = Refit.ridges
     sweeps: int = Refit.sweeps
     held_out: float = Refit.held_out

@@ -17,12 +17,16 @@ N tokens of one expert, P a few of them, W its kept width.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from camera import parallel
 from camera.errors import CameraError
+
+Scope = Literal["expert", "layer"]
+Target = Literal["layer", "dense"]
+Errors = Literal["relative", "absolute"]
 
 ENOUGH = 1e-3  # a sweep, or a smaller ridge, that improves by less than this share is the last
 TINY = 1e-6
@@ -41,20 +45,21 @@ class Refit:
     share `held_out` of the calibration samples gets closer.
     """
 
-    scope: Literal["expert", "layer"] = "layer"
-    target: Literal["layer", "dense"] = "layer"
-    errors: Literal["relative", "absolute"] = "relative"
+    scope: Scope = "layer"
+    target: Target = "layer"
+    errors: Errors = "relative"
     ridges: Sequence[float] = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
     sweeps: int = 8
     held_out: float = 0.125
 
     def __post_init__(self) -> None:
-        if self.scope not in ("expert", "layer"):
-            raise CameraError(f"compensate={self.scope} is none of none, expert, layer.")
-        if self.target not in ("layer", "dense"):
-            raise CameraError(f"target={self.target} is none of layer, dense.")
-        if self.errors not in ("relative", "absolute"):
-            raise CameraError(f"errors={self.errors} is none of relative, absolute.")
+        for key, value, known in (
+            ("compensate", self.scope, ("none", *get_args(Scope))),
+            ("target", self.target, get_args(Target)),
+            ("errors", self.errors, get_args(Errors)),
+        ):
+            if value not in known:
+                raise CameraError(f"{key}={value} is none of {', '.join(known)}.")
         if self.scope == "expert" and self.target == "dense":
             raise CameraError(
                 "target=dense needs compensate=layer: with compensate=expert set target=layer."
