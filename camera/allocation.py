@@ -1,9 +1,11 @@
 """How many micro-experts each layer gives, from what trial cuts of each cost.
 
-Between the trials cost is interpolated without overshoot (PCHIP, Fritsch and Carlson 1980); then
-what is cheapest goes first, along the lower convex hull of every layer's curve, until enough is
-gone. Where hulls are met this is the least sum of costs there is; a layer in between gives a part
-of a hull's edge.
+Any change makes later routers send some tokens elsewhere; that costs much the same however little
+is cut, and is paid once, whichever layer is cut. So a curve starts where its first two trials point
+to, if that is above zero. Between the trials cost is interpolated without overshoot (PCHIP, Fritsch
+and Carlson 1980); then what is cheapest goes first, along the lower convex hull of every layer's
+curve, until enough is gone. Where hulls are met this is the least sum of costs there is; a layer in
+between gives a part of a hull's edge.
 """
 
 from collections.abc import Sequence
@@ -40,6 +42,8 @@ def _curve(counts: Sequence[int], costs: Sequence[float], unit: int) -> tuple[np
     y = np.maximum.accumulate(np.array([0.0, *costs])[first])
     if len(x) == 1:
         return x, y
+    if len(x) > 2:
+        y[0] = max(0.0, y[1] - x[1] * (y[2] - y[1]) / (x[2] - x[1]))
     step = unit * -(-int(x[-1]) // (unit * STEPS))
     grid = np.append(np.arange(0, x[-1], step), x[-1])
     return grid, PchipInterpolator(x, y)(grid)

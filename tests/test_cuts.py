@@ -113,7 +113,14 @@ def test_allocation_gives_what_is_asked_and_never_more_than_was_tried():
 
 
 def test_a_trial_that_costs_less_than_a_smaller_one_is_no_reason_to_cut_more():
-    assert allocate([[5, 10], [5, 10]], [[3.0, 1.0], [1.0, 2.0]], 5) == [0, 5]
+    assert allocate([[5, 10, 15]] * 2, [[1.0, 3.0, 2.0], [0.75, 1.5, 4.0]], 10, 5) == [0, 10]
+
+
+def test_what_any_cut_of_a_layer_costs_is_no_reason_to_spare_it():
+    removed, cost = [[10, 20, 30]] * 2, [[1.0, 2.0, 4.0], [2.0, 4.0, 6.0]]
+    rerouted = [[3.0 + c for c in cost[0]], cost[1]]
+    for total in (10, 25, 40):
+        assert allocate(removed, rerouted, total) == allocate(removed, cost, total)
 
 
 def test_a_layer_that_may_lose_nothing_gives_nothing():
