@@ -1,4 +1,4 @@
-"""Camera-Plus: one budget for all layers by what the loss would lose, and least squares afterwards.
+"""Camera-Plus: each layer gives what it costs the model least, and least squares afterwards.
 
 Shapes: N micro-experts of a layer's pool.
 """
@@ -18,17 +18,20 @@ from camera.statistics import LayerStatistics
 
 @dataclass
 class CameraPlus(MicroExpertPruning):
-    """Camera-Plus: the lowest scores of all layers go, and what stays makes up for them.
+    """Camera-Plus: of each layer the lowest scores go, as many as trial cuts say, and what stays
+    makes up for them.
 
-    `score`, `alpha` and `normalize` are explained in `camera.scores`, `compensate` and `target` in
-    `camera.refit`. Gradients, where the score needs them, take one pass back through the layers.
+    `score`, `alpha` and `normalize` are explained in `camera.scores`, `rank_scope` in
+    `camera.prune`, `compensate` and `target` in `camera.refit`. Gradients, where the score needs
+    them, take one pass back through the layers.
 
     What the parts are worth (docs/results.md): of Camera-P's rise in log-perplexity on SmolLM2-135M
-    at 40 %, calibrated / other text, fisher alone leaves 1.11 / 1.03, refitted to the layer's own
-    output 0.59 / 0.56, to the dense model 0.53 / 0.53; with the same ratio in every layer 0.56 /
-    0.65, with budgets by trial cuts (rank_scope=measured) 0.49 / 0.50, and with four times as many
-    tokens 0.43 / 0.50 (at 60 % 0.34 / 0.45). On a model that knows its calibration text by heart
-    gradients say little and trial cuts mislead: there relative ranks better. A second cut, refitted
+    at 40 %, calibrated / other text, with all layers ranked together (rank_scope=global) fisher
+    alone leaves 1.11 / 1.03, refitted to the layer's own output 0.59 / 0.56, to the dense model
+    0.53 / 0.53; with the same ratio in every layer 0.56 / 0.65, with budgets by trial cuts 0.49 /
+    0.50, and with four times as many tokens 0.43 / 0.49 (at 60 % 0.34 / 0.46). On a model that
+    knows its calibration text by heart gradients say little and trial cuts mislead: there
+    rank_scope=global keeps more of other text, and relative ranks better. A second cut, refitted
     gates and floors gained nothing.
     """
 
@@ -38,7 +41,7 @@ class CameraPlus(MicroExpertPruning):
     score: Name = "fisher"
     alpha: float = 0.0
     normalize: Literal["routed", "all"] = "routed"
-    rank_scope: RankScope = "global"
+    rank_scope: RankScope = "measured"
     compensate: Literal["none", Scope] = "layer"
     target: Target = "dense"
 

@@ -33,7 +33,7 @@ def compress(data_folder, calibration, tmp_path):
 
 
 def statistics_of(folder):
-    (file,) = folder.glob("*.safetensors")
+    (file,) = (path for path in folder.glob("*.safetensors") if "-cuts-" not in path.name)
     return Statistics.load(file)
 
 
