@@ -87,7 +87,15 @@ def compress(
             fit_bytes(*tables, pool.widths, streamer.dtype.itemsize, dense)
             for pool in budget.layers.values()
         )
-    job.needs = streamer.prepare(memory or Memory(), job.tokens, method.slices, out.parent, holds)
+    job.needs = streamer.prepare(
+        memory or Memory(),
+        job.tokens,
+        method.slices,
+        out.parent,
+        holds=holds,
+        backward=method.backward,
+        asks_head=method.asks_head,
+    )
     log.info("%s: this takes %s", out.name, job.needs)
     if method.compensation and not job.needs.keep_phi:
         raise CameraError(

@@ -26,6 +26,7 @@ from camera.calibration import CalibrationTokens
 from camera.errors import CameraError
 from camera.gradients import GradientObserver, backpropagate
 from camera.head import loaded_head, logits, tokens_at_once
+from camera.memory import BACKWARD_TOKENS
 from camera.progress import EachLayer
 from camera.resume import Progress
 from camera.shards import replace_durably
@@ -34,7 +35,6 @@ from camera.source import require_space
 from camera.statistics import LayerStatistics
 from camera.stream import Batch, Streamer
 
-BATCH_TOKENS = 4096
 MakeObserver = Callable[[int, FeedForward], GradientObserver]
 
 
@@ -57,7 +57,7 @@ def measure(
             "gradients vanish in float16: set dtype=bfloat16 or dtype=float32 for this method."
         )
     ids_NL = tokens.ids_NL
-    size = max(1, BATCH_TOKENS // ids_NL.shape[1])
+    size = max(1, BACKWARD_TOKENS // ids_NL.shape[1])
     batches = [{"input_ids": ids} for ids in ids_NL.split(size)]
     return BackwardPass(streamer, batches, folder).run(observer, each_layer, progress)
 
@@ -125,7 +125,7 @@ class BackwardPass:
         streamer, last = self.streamer, len(self.streamer.layers)
         self.gradients = []
         with loaded_head(streamer) as vocabulary:
-            rows = tokens_at_once(vocabulary)
+            rows = tokens_at_once(vocabulary, tables=5)
             for i, batch in enumerate(self._batches):
                 hidden_BLH = self._store.get(last, i)
                 ids_BL, mask_T = self.inputs[i]["input_ids"], batch.mask_T

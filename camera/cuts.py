@@ -109,7 +109,7 @@ def _divergence(
     cost = {key: torch.zeros((), dtype=torch.float64) for key in cut}
     dense_TH = dense.hidden_BLH.flatten(0, 1)
     with loaded_head(streamer) as vocabulary:
-        rows = tokens_at_once(vocabulary, tables=8)
+        rows = tokens_at_once(vocabulary)
         for start in range(0, len(dense_TH), rows):
             part = slice(start, start + rows)
             expected_TV = log_softmax(logits(streamer, dense_TH[part]), -1)

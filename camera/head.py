@@ -15,6 +15,7 @@ from camera.capture import Tap
 from camera.skeleton import Skeleton
 
 HEAD_LOGITS = 2**27  # logits that exist at a time
+HEAD_TABLES = 8  # of them at most, of the same tokens: what is asked, and what its answer takes
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def loaded_head(streamer: Skeleton) -> Iterator[int]:
     streamer.free(nn.ModuleList([streamer.base.norm, embedding, head]))
 
 
-def tokens_at_once(vocabulary: int, tables: int = 1) -> int:
+def tokens_at_once(vocabulary: int, tables: int = HEAD_TABLES) -> int:
     """How many tokens to ask of at a time where so many tables of logits exist together."""
     return max(1, HEAD_LOGITS // (tables * vocabulary))
 

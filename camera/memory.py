@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from camera.errors import CameraError
+from camera.head import HEAD_LOGITS, HEAD_TABLES
 from camera.skeleton import Skeleton
 
 PHI_LIMIT = 8 * 2**30  # bytes of phi of one layer that `phi=auto` keeps
@@ -16,10 +17,12 @@ LAYERS_HELD = 3  # one computed, one read ahead or converted, one cut or written
 HIDDEN_HELD = 3  # the layer's inputs, its FFN's inputs, and those the last layer is recorded with
 OUTSIDE_HELD = 1.5  # embeddings and head, and the one of them that is converted
 BATCH_TOKENS = 8192  # that go through a layer together
+BACKWARD_TOKENS = 4096  # that go back through a layer together
 # What computing a batch takes, in tables of its hidden states: its attention, or its experts' few
 # tokens each; and, per expert of a token, when a whole FFN runs on it.
 BATCH_TABLES = 8
 SLOT_TABLES = 4
+GRAPH_TABLES = 12  # of a layer's graph, of hidden states and of phi each
 CHOICES = {
     "phi": ("auto", "keep", "recompute"),
     "hidden": ("auto", "ram", "disk"),
@@ -59,6 +62,7 @@ class Needs:
     phi: int  # of the widest layer
     working: int  # what computing one batch takes
     holds: int  # what the method has beside the layer: what it saw, and its work
+    logits: int  # what the head puts out at a time, where the method asks it
     keep_phi: bool
     hidden_on_disk: bool
     visit: bool
@@ -75,7 +79,8 @@ class Needs:
             layers += self.experts - LAYERS_HELD * self.experts
         tokens = 0 if self.hidden_on_disk else HIDDEN_HELD * self.hidden
         tokens += max(self.working, self.holds) + self.phi * self.keep_phi
-        return max(layers + tokens, int(OUTSIDE_HELD * self.outside))
+        head = self.logits + HIDDEN_HELD * self.hidden if self.logits else 0
+        return max(layers + tokens, int(OUTSIDE_HELD * self.outside) + head)
 
     def __str__(self) -> str:
         visited = ", its experts visited one by one" if self.visit else ""
@@ -89,9 +94,18 @@ class Needs:
         )
 
 
-def needs(skeleton: Skeleton, memory: Memory, tokens: int, slices: bool, holds: int = 0) -> Needs:
+def needs(
+    skeleton: Skeleton,
+    memory: Memory,
+    tokens: int,
+    slices: bool,
+    holds: int = 0,
+    backward: bool = False,
+    asks_head: bool = False,
+) -> Needs:
     """What a run over so many calibration tokens takes. Of the method: `slices` says that it only
-    cuts layers, `holds` the bytes it has beside one (Method.holds).
+    cuts layers, `holds` the bytes it has beside one (Method.holds), `backward` that it needs
+    gradients, `asks_head` that it looks at next-token probabilities.
 
     What changes rounding (phi, experts) is decided by sizes alone, never by what is free now.
     """
@@ -102,7 +116,8 @@ def needs(skeleton: Skeleton, memory: Memory, tokens: int, slices: bool, holds: 
         for i in range(len(layers))
     ]
     hidden = tokens * config.hidden_size * size
-    phi = int(tokens * _active_width(skeleton) * size)
+    width = _active_width(skeleton)
+    phi = int(tokens * width * size)
     visit = memory.experts == "visit"
     if memory.experts == "auto":
         visit = LAYERS_HELD * max(layers) > _total(skeleton.device)
@@ -114,14 +129,19 @@ def needs(skeleton: Skeleton, memory: Memory, tokens: int, slices: bool, holds: 
         on_disk = HIDDEN_HELD * hidden > HIDDEN_SHARE * psutil.virtual_memory().available
     top_k = getattr(config, "num_experts_per_tok", 1) if max(experts) else 1
     tables = BATCH_TABLES if keep_phi else BATCH_TABLES + SLOT_TABLES * top_k
+    working = min(tokens, BATCH_TOKENS) * config.hidden_size * size * tables
+    if backward:
+        graph = GRAPH_TABLES * (config.hidden_size + width) * size
+        working = max(working, int(min(tokens, BACKWARD_TOKENS) * graph))
     return Needs(
         layer=max(layers),
         experts=max(experts),
         outside=_parameters(skeleton.model) * size - sum(layers),
         hidden=hidden,
         phi=phi,
-        working=min(tokens, BATCH_TOKENS) * config.hidden_size * size * tables,
+        working=working,
         holds=holds,
+        logits=4 * min(HEAD_LOGITS, HEAD_TABLES * tokens * config.vocab_size) * asks_head,
         keep_phi=keep_phi,
         hidden_on_disk=on_disk,
         visit=visit,

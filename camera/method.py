@@ -58,6 +58,11 @@ class Method(ABC):
         return self.backward
 
     @property
+    def asks_head(self) -> bool:
+        """Whether it looks at what the whole model puts out, next-token probabilities."""
+        return self.backward
+
+    @property
     def compensation(self) -> Refit | None:
         """How the output weights of a cut layer are refitted to what it put out; None: not at all.
 

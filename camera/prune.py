@@ -60,6 +60,10 @@ class MicroExpertPruning(Method):
         return self.backward or self.rank_scope != "layer"
 
     @property
+    def asks_head(self) -> bool:
+        return self.backward or self.rank_scope == "measured"
+
+    @property
     def compensation(self) -> Refit | None:
         if self.compensate == "none":
             return None

@@ -46,10 +46,13 @@ class Streamer(Skeleton):
     spill: Path | None = None
 
     def prepare(
-        self, memory: Memory, tokens: int, slices: bool, folder: Path, holds: int = 0
+        self, memory: Memory, tokens: int, slices: bool, folder: Path, **method: int
     ) -> Needs:
-        """Decide what stays in memory for a run over so many tokens, and say what that takes."""
-        found = needs(self, memory, tokens, slices, holds)
+        """Decide what stays in memory for a run over so many tokens, and say what that takes.
+
+        `method` is what `camera.memory.needs` asks of it beside `slices`.
+        """
+        found = needs(self, memory, tokens, slices, **method)
         self.visit = found.visit
         self.spill = folder if found.hidden_on_disk else None
         return found

@@ -159,7 +159,7 @@ def sensitivities(folder, ids, work, size=10**6, progress=None):
     progress.restore()
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
-        patch.setattr(backward, "BATCH_TOKENS", size)
+        patch.setattr(backward, "BACKWARD_TOKENS", size)
         return measure(
             Streamer(folder),
             tokens_of(ids),

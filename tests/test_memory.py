@@ -24,6 +24,7 @@ from conftest import build_model, build_tokenizer
 MEASURED = textwrap.dedent("""
     import gc, json, sys
     import torch
+    import baselines.heapr
     import camera
     from camera.heap import give_back
     from camera.memory import Memory
@@ -36,8 +37,8 @@ MEASURED = textwrap.dedent("""
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
 
-    def measured(self, *args):
-        needs = prepare(self, *args)
+    def measured(self, *args, **method):
+        needs = prepare(self, *args, **method)
         give_back()
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the peak starts anew
@@ -72,7 +73,7 @@ def large(folder, family="qwen2_moe", dtype=torch.bfloat16, **overrides):
 def took(checkpoints, data_folder, tmp_path_factory):
     """What compressing takes: a deep model (eight layers of 50 MB, as they are computed), a wide
     one (a layer of 200 MB, nearly all of it experts) visited, a small one quantised, one of dense
-    FFNs compensated on many tokens."""
+    FFNs compensated on many tokens, one of many words cut by gradients, one by trial cuts."""
     if not MEASURABLE:
         pytest.skip("peak memory is read from Linux's /proc")
     folder = tmp_path_factory.mktemp("measured")
@@ -82,6 +83,7 @@ def took(checkpoints, data_folder, tmp_path_factory):
     plain = dict(hidden_size=128, intermediate_size=512, dtype=torch.float32)
     models = {
         "plain": large(folder / "plain", "llama", num_hidden_layers=2, **plain),
+        "worded": large(folder / "worded", "llama", vocab_size=2**15, **plain),
         "deep": large(folder / "deep", num_hidden_layers=8, num_experts=30, **common, **deep),
         "wide": large(folder / "wide", num_hidden_layers=1, num_experts=128, **common, **wide),
         "small": large(folder / "small", num_hidden_layers=1, num_experts=32, **common, **wide),
@@ -97,9 +99,11 @@ def took(checkpoints, data_folder, tmp_path_factory):
         ("quantised", "small", quantised, {}),
         ("visited", "wide", ("camera_p", {"sparsity": 0.75}), visited),
         ("compensated", "plain", refitted, {}),
+        ("gradients", "worded", ("heapr", {"sparsity": 0.3}), {}),
+        ("trials", "worded", ("camera_p", {"sparsity": 0.3, "rank_scope": "measured"}), {}),
     ):
         job = {"model": models[model], "out": folder / f"{name}-out", "method": method}
-        job["samples"] = 256 if name == "compensated" else 4
+        job["samples"] = {"compensated": 256, "gradients": 64, "trials": 64}.get(name, 4)
         jobs[name] = json.dumps(job | {"settings": settings, "memory": asked}, default=str)
     script = folder / "measured.py"
     script.write_text(MEASURED)
@@ -134,10 +138,17 @@ def test_what_a_fit_takes_is_in_the_estimate(took):
     assert facts["took"] <= facts["said"] <= 2 * facts["took"]
 
 
+@pytest.mark.parametrize("name", ["gradients", "trials"])
+def test_what_the_head_takes_is_in_the_estimate(name, took):
+    facts = took[name]
+    assert facts["logits"] > 500e6 > 10 * facts["hidden"]
+    assert facts["took"] <= facts["said"] <= 2 * facts["took"]
+
+
 def test_visiting_takes_far_less_than_the_layer(took):
     facts = took["visited"]
     assert facts["visit"] and facts["layer"] > 190e6
-    assert facts["took"] <= 0.5 * facts["layer"]
+    assert facts["took"] <= 0.6 * facts["layer"]
     assert facts["took"] <= facts["said"] <= LAYERS_HELD * facts["layer"] / 2
 
 
