@@ -125,7 +125,7 @@ class BackwardPass:
         streamer, last = self.streamer, len(self.streamer.layers)
         self.gradients = []
         with loaded_head(streamer) as vocabulary:
-            rows = tokens_at_once(vocabulary, tables=5)
+            rows = tokens_at_once(vocabulary, tables=6)
             for i, batch in enumerate(self._batches):
                 hidden_BLH = self._store.get(last, i)
                 ids_BL, mask_T = self.inputs[i]["input_ids"], batch.mask_T

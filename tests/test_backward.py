@@ -249,7 +249,7 @@ def test_the_head_is_computed_in_chunks_of_tokens(checkpoints, tmp_path, monkeyp
     monkeypatch.setattr(
         backward.F, "cross_entropy", lambda x, *a, **k: seen.append(len(x)) or original(x, *a, **k)
     )
-    monkeypatch.setattr(head, "HEAD_LOGITS", 5 * 7 * 256)  # five tables of them
+    monkeypatch.setattr(head, "HEAD_LOGITS", 6 * 7 * 256)  # six tables of them
     chunked, _ = there_and_back(Streamer(folder), batches, tmp_path / "b")
     assert max(seen) == 7
     for a, b in zip(whole_head, chunked, strict=True):
