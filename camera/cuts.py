@@ -83,15 +83,17 @@ def measure(
             cut[index, trial] = copy.copy(entered)
             streamer.propagate(index, [cut[index, trial]])
         streamer.free(streamer.layers[index])
-    cost = _divergence(streamer, dense, cut)
-    return {
-        index: LayerCuts(
-            groups=groups[index],
-            removed_C=torch.stack([(~keep_N).sum() for keep_N in trials[index]]),
-            cost_C=torch.stack([cost[index, trial] for trial in range(len(trials[index]))]),
-        )
-        for index in trials
-    }
+    found = {}
+    with loaded_head(streamer) as vocabulary:
+        for index in each_layer("compare cuts", 0):
+            if index in trials:
+                tried = [cut.pop((index, trial)) for trial in range(len(trials[index]))]
+                found[index] = LayerCuts(
+                    groups=groups[index],
+                    removed_C=torch.stack([(~keep_N).sum() for keep_N in trials[index]]),
+                    cost_C=_divergence(streamer, dense, tried, tokens_at_once(vocabulary)),
+                )
+    return found
 
 
 def silence(ffn: FeedForward, gone_N: torch.Tensor) -> None:
@@ -103,18 +105,15 @@ def silence(ffn: FeedForward, gone_N: torch.Tensor) -> None:
             down_HW.masked_fill_(next(parts).to(down_HW.device), 0.0)
 
 
-def _divergence(
-    streamer: Streamer, dense: Batch, cut: dict[tuple[int, int], Batch]
-) -> dict[tuple[int, int], torch.Tensor]:
-    cost = {key: torch.zeros((), dtype=torch.float64) for key in cut}
+def _divergence(streamer: Streamer, dense: Batch, tried: list[Batch], tokens: int) -> torch.Tensor:
+    """fp64 [C]: D of each trial, from the hidden states after the last layer."""
+    cost_C = torch.zeros(len(tried), dtype=torch.float64)
     dense_TH = dense.hidden_BLH.flatten(0, 1)
-    with loaded_head(streamer) as vocabulary:
-        rows = tokens_at_once(vocabulary)
-        for start in range(0, len(dense_TH), rows):
-            part = slice(start, start + rows)
-            expected_TV = log_softmax(logits(streamer, dense_TH[part]), -1)
-            for key, batch in cut.items():
-                cut_TH = batch.hidden_BLH.flatten(0, 1)[part]
-                found_TV = log_softmax(logits(streamer, cut_TH), -1)
-                cost[key] += kl_div(found_TV, expected_TV, reduction="sum", log_target=True).cpu()
-    return cost
+    for start in range(0, len(dense_TH), tokens):
+        part = slice(start, start + tokens)
+        expected_TV = log_softmax(logits(streamer, dense_TH[part]), -1)
+        for trial, batch in enumerate(tried):
+            cut_TH = batch.hidden_BLH.flatten(0, 1)[part]
+            found_TV = log_softmax(logits(streamer, cut_TH), -1)
+            cost_C[trial] += kl_div(found_TV, expected_TV, reduction="sum", log_target=True).cpu()
+    return cost_C
