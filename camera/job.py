@@ -237,9 +237,9 @@ class Job:
         return result
 
     def each_layer(self, title: str, start: int) -> Iterator[int]:
-        """The layers from `start` on, behind a progress bar."""
-        count = len(self.streamer.layers)
-        return each_layer(start, count, title, self.memory, self.show_progress)
+        """The layers from `start` on; how far it is, the first process tells."""
+        count, show = len(self.streamer.layers), self.show_progress and parallel.rank() == 0
+        return each_layer(start, count, title, self.memory, show)
 
     def _progress(self, tokens: str | None) -> Progress:
         settings = {

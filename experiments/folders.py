@@ -18,6 +18,8 @@ from experiments.schema import EMBEDDED
 from experiments.settings import Settings
 from experiments.tiny_moe import layout
 
+LOG = "log.txt"  # in a run's folder
+
 # What is a matter of the machine: a run that ran out of memory goes on with a smaller batch
 # instead of starting again.
 MACHINE = ("batch_size", "perplexity_batch_size", "stream", "unpack")

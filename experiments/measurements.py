@@ -82,7 +82,6 @@ def stream(settings: Settings, folders: Folders) -> None:
             device=settings.device,
             dtype=settings.dtype,
             trust_remote_code=remote,
-            progress=sys.stderr.isatty(),
             folder=folders.output / "hidden",
         )
     _write_parts(folders, found)

@@ -17,7 +17,7 @@ from camera.source import write_json
 from experiments.compression import camera_compress, compression
 from experiments.constructor import build
 from experiments.figures import draw_run
-from experiments.folders import Folders, failure, held, newer, read_json
+from experiments.folders import LOG, Folders, failure, held, newer, read_json
 from experiments.histograms import keep_energies, read_energies
 from experiments.measurements import lazy_model, measured, measurements, stream
 from experiments.metrics import assemble
@@ -164,7 +164,7 @@ def _error_file(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _log_file(folder: Path) -> Iterator[None]:
-    handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+    handler = logging.FileHandler(folder / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from camera.errors import CameraError
 from experiments.durations import Durations, elapsed, spoken
-from experiments.folders import failure
+from experiments.folders import LOG, failure
 from experiments.jobs import PLAN, Job, read_plan
 
 DONE, RUNNING, FAILED, TO_GO = "done", "running", "failed", "to go"
@@ -117,7 +117,15 @@ def _running(sweeps: Sequence[Sweep]) -> Iterator[str]:
     for sweep in sweeps:
         for job in sweep.those(RUNNING):
             assert job.run
-            yield f"{job.run.name} ({sweep.told(job)}), for {spoken(elapsed(job.run))}"
+            name, since = job.run.name, spoken(elapsed(job.run))
+            yield f"{name} ({sweep.told(job)}), for {since}{_last_line(job.run)}"
+
+
+def _last_line(run: Path) -> str:
+    """The last line of a run's log: how far it is."""
+    log = run / LOG
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return f"\n    {lines[-1]}" if lines else ""
 
 
 def _failed(sweeps: Sequence[Sweep]) -> Iterator[str]:

@@ -98,7 +98,7 @@ def test_a_retried_run_is_running_and_a_finished_one_done_whoever_looks_at_it(ou
 def test_the_page_counts_and_names_what_runs_and_why_others_failed(output, capsys):
     output.finished("a", seconds=100)
     output.started("b", error="bits=3 can't be met.\n\nTraceback")
-    output.started("c")
+    output.started("c", log="compress\ncompress: 1 of 6 layers")
     jobs = [output.job(name, like=LIKE) for name in "abcd"]
     other = output.job("e", grid="alpha")
     refused = Job(["method=f", "seed=1"], ["alpha"], refused="f is no method.")
@@ -109,7 +109,7 @@ def test_the_page_counts_and_names_what_runs_and_why_others_failed(output, capsy
     assert row(text, "20260101") == ["20260101", "1", "1", "2", "2", "5", "min"]
     assert row(text, "pruning") == ["pruning", "1", "1", "1", "1", "3", "min"]
     assert row(text, "alpha") == ["alpha", "0", "0", "1", "1", "100", "s"]
-    assert "c (method=c), for 0 s" in text
+    assert "c (method=c), for 0 s\n    compress: 1 of 6 layers\n" in text
     assert "b (method=b): bits=3 can't be met." in text
     assert "a job (method=f): f is no method." in text
     assert "seed=1" not in text, "it is what they have in common"

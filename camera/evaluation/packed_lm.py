@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from tqdm import tqdm
 
 from camera.evaluation.packs import MASKABLE, Pack, packs_of, reach, rows_of
+from camera.progress import shown
 
 
 class PackedLM(HFLM):
@@ -23,16 +23,19 @@ class PackedLM(HFLM):
     its attention's reach, goes the way of HFLM, which cuts it on the left.
     """
 
+    show_progress = True
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs
     ) -> list[tuple[float, bool]]:
         packs, alone = self._packs(requests)
         found: dict[int, tuple[float, bool]] = {}
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="log-likelihoods") as bar:
+        answers = len(requests) - len(alone)
+        with shown("log-likelihoods", answers, "answers", show=self.show_progress) as advance:
             for batch in self._batches(packs):
-                answers = self._score(batch)
-                found |= answers
-                bar.update(len(answers))
+                scored = self._score(batch)
+                found |= scored
+                advance(len(scored))
         rest = [requests[i] for i in alone]
         if rest:
             scored = super()._loglikelihood_tokens(rest, disable_tqdm=disable_tqdm, **kwargs)

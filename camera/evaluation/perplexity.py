@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from camera.data import check_corpus, find_corpus, load_documents
 from camera.errors import CameraError
+from camera.progress import shown
 from camera.windows import document_windows, ids_hash, join_documents, tokenize
 
 KEY = "evaluation.perplexity"
@@ -241,19 +242,17 @@ def _blocks(size: int, length: int, stride: int) -> Iterator[Block]:
 
 def _total_nll(model, passage: Passage, batch_size: int, progress: bool) -> float:
     """Σ nll of every scored token, summed in fp64."""
-    from tqdm import tqdm
-
     total, blocks, ids_S = 0.0, passage.blocks, passage.ids_S
     with (
         _evaluating(model) as device,
-        tqdm(total=len(blocks), desc=passage.title, disable=None if progress else True) as bar,
+        shown(passage.title, len(blocks), "blocks", show=progress) as advance,
     ):
         for batch in _batches(blocks, batch_size):
             ids_BL = torch.stack([ids_S[block.begin : block.end] for block in batch]).to(device)
             logits_BLV = model(input_ids=ids_BL, use_cache=False).logits
             nll = _scored_nll(logits_BLV, ids_BL, [block.scored for block in batch])
             total += passage.finite(nll, batch[0])
-            bar.update(len(batch))
+            advance(len(batch))
     return total
 
 

@@ -169,8 +169,9 @@ def _language_model(model, tokenizer, batch_size, max_length, softmax_dtype, pro
         max_length=max_length,
         softmax_dtype=softmax_dtype,
     )
-    ask, shown = lm.loglikelihood, progress and sys.stderr.isatty()
-    lm.loglikelihood = lambda requests: refuse_nan(requests, ask(requests, disable_tqdm=not shown))
+    lm.show_progress = progress
+    ask, quiet = lm.loglikelihood, not (progress and sys.stderr.isatty())
+    lm.loglikelihood = lambda requests: refuse_nan(requests, ask(requests, disable_tqdm=quiet))
     lm.restore = lambda: model.train(was_training)
     return lm
 
