@@ -1,22 +1,16 @@
-"""HEAPr: micro-experts ranked across layers by a second-order estimate of what the loss would lose.
-
-Shapes: N micro-experts of a layer's pool.
-"""
+"""HEAPr: micro-experts ranked across layers by a second-order estimate of the loss they'd cost."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import torch
-
-from camera.blocks import FeedForward
 from camera.budget import Budget
 from camera.errors import CameraError
 from camera.prune import MicroExpertPruning, RankScope
-from camera.sensitivity import LayerSensitivity, SensitivityObserver
+from camera.scores import Score, Scored
 
 
 @dataclass
-class HEAPr(MicroExpertPruning):
+class HEAPr(Scored, MicroExpertPruning):
     """HEAPr: one shot, from one forward and one backward pass; the lowest of all layers go.
 
     `term` product is the method's own score, mean(h^2) * mean((dloss/dh)^2), and joint the term
@@ -28,7 +22,6 @@ class HEAPr(MicroExpertPruning):
 
     name: ClassVar[str] = "heapr"
     calibrates: ClassVar[bool] = True
-    backward: ClassVar[bool] = True
 
     rank_scope: RankScope = "global"
     term: Literal["product", "joint"] = "product"
@@ -37,15 +30,8 @@ class HEAPr(MicroExpertPruning):
     def check(self, budget: Budget) -> None:
         if self.term not in ("product", "joint"):
             raise CameraError(f"method.term={self.term} is none of product, joint.")
-        if self.normalize not in ("routed", "all"):
-            raise CameraError(f"method.normalize={self.normalize} is none of routed, all.")
         super().check(budget)
 
-    def statistics_key(self) -> dict[str, Any]:
-        return {"kind": "sensitivity"}
-
-    def observer(self, index: int, ffn: FeedForward) -> SensitivityObserver:
-        return SensitivityObserver(ffn)
-
-    def scores(self, index: int, seen: LayerSensitivity, micro_experts: int) -> torch.Tensor:
-        return getattr(seen, self.term)(self.normalize)
+    @property
+    def ranked_by(self) -> Score:
+        return Score("fisher" if self.term == "joint" else "product", normalize=self.normalize)

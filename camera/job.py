@@ -253,7 +253,7 @@ class Job:
             "dtype": str(self.streamer.dtype),
             "stored dtype": str(self.streamer.stored_dtype),
         }
-        settings |= code_and_device(self.streamer, self.method)
+        settings |= code_and_device(self.streamer, type(self.method))
         return Progress(self.partial / "progress", settings)
 
     def _restore(self, progress: Progress) -> None:

@@ -142,7 +142,7 @@ class Measurement:
             "tokens": self.tokens.hash,
             "dtype": str(streamer.dtype),
             "statistics": key,
-            **code_and_device(streamer, self.method),
+            **code_and_device(streamer, _watcher(type(self.method))),
         }
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{streamer.config.model_type}-{key['kind']}-{content_key(about)}"
@@ -184,9 +184,14 @@ class Measurement:
         )
 
 
-def code_and_device(streamer: Streamer, method: Method) -> dict[str, str]:
-    """What else than the inputs decides the bytes of a result."""
-    own = Path(inspect.getfile(type(method)))
-    package = sys.modules[type(method).__module__.partition(".")[0]]
+def _watcher(method: type[Method]) -> type:
+    """The class that says what looks at a layer: methods that inherit it see the same things."""
+    return next(owner for owner in method.__mro__ if "observer" in vars(owner))
+
+
+def code_and_device(streamer: Streamer, owner: type) -> dict[str, str]:
+    """What else than the inputs decides the bytes of a result of this class's code."""
+    own = Path(inspect.getfile(owner))
+    package = sys.modules[owner.__module__.partition(".")[0]]
     files = sorted(own.parent.rglob("*.py")) if hasattr(package, "__path__") else [own]
     return {"code": code_version(*files), "device": streamer.device.type}

@@ -1,23 +1,15 @@
-"""Camera-Plus: each layer gives what it costs the model least, and least squares afterwards.
-
-Shapes: N micro-experts of a layer's pool.
-"""
+"""Camera-Plus: each layer gives what it costs the model least, and least squares afterwards."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import torch
-
-from camera.blocks import FeedForward
-from camera.budget import Budget
 from camera.prune import MicroExpertPruning, RankScope
 from camera.refit import Scope, Target
-from camera.scores import Name, Score
-from camera.statistics import LayerStatistics
+from camera.scores import Name, Score, Scored
 
 
 @dataclass
-class CameraPlus(MicroExpertPruning):
+class CameraPlus(Scored, MicroExpertPruning):
     """Camera-Plus: of each layer the lowest scores go, as many as trial cuts say, and what stays
     makes up for them.
 
@@ -46,26 +38,5 @@ class CameraPlus(MicroExpertPruning):
     target: Target = "dense"
 
     @property
-    def backward(self) -> bool:
-        return self._score.backward
-
-    @property
-    def _score(self) -> Score:
+    def ranked_by(self) -> Score:
         return Score(self.score, self.alpha, self.normalize)
-
-    def check(self, budget: Budget) -> None:
-        self._score  # noqa: B018 (refuses what it can't be)
-        super().check(budget)
-
-    def holds(self, budget: Budget) -> int:
-        seen = max(self._score.holds(pool.widths) for pool in budget.layers.values())
-        return max(seen, super().holds(budget))
-
-    def statistics_key(self) -> dict[str, Any]:
-        return {"kind": self._score.kind}
-
-    def observer(self, index: int, ffn: FeedForward) -> Any:
-        return self._score.observer(ffn)
-
-    def scores(self, index: int, seen: LayerStatistics, micro_experts: int) -> torch.Tensor:
-        return self._score.of(seen)

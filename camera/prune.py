@@ -13,11 +13,11 @@ from camera.allocation import allocate
 from camera.blocks import FeedForward
 from camera.budget import Budget, to_remove
 from camera.cuts import TRIALS, Trials, trial_bytes
-from camera.energy import LayerEnergy
 from camera.errors import CameraError
 from camera.method import Method, Outcome
 from camera.plan import below_floor, keep_highest
 from camera.refit import Errors, Refit, Scope, Target
+from camera.scores import Score, Scored
 from camera.slicer import kept_rows, slice_layer
 from camera.statistics import LayerStatistics
 
@@ -184,7 +184,7 @@ class MicroExpertPruning(Method):
 
 
 @dataclass
-class CameraP(MicroExpertPruning):
+class CameraP(Scored, MicroExpertPruning):
     """Camera-P: the micro-experts of lowest decoding-time energy go, in all three matrices at once.
 
     Source: CAMERA (AAAI 2026); `alpha` weighs the L-infinity term of the energy.
@@ -195,13 +195,9 @@ class CameraP(MicroExpertPruning):
 
     alpha: float = 0.9
 
-    def check(self, budget: Budget) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise CameraError(f"alpha={self.alpha} must lie between 0 and 1.")
-        super().check(budget)
-
-    def scores(self, index: int, seen: LayerEnergy, micro_experts: int) -> torch.Tensor:
-        return seen.energy(self.alpha)
+    @property
+    def ranked_by(self) -> Score:
+        return Score("energy", self.alpha)
 
 
 @dataclass

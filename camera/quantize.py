@@ -30,12 +30,12 @@ from camera.expert_bits import ExpertBits
 from camera.footprint import MOST_BITS, Footprint
 from camera.layer_hessians import LayerHessians
 from camera.quantization import CLOSE, GROUP_SIZE, Quantization, footprints, hidden_size
-from camera.scores import Name, Score
+from camera.scores import Name, Score, Scored
 from camera.statistics import LayerStatistics
 
 
 @dataclass
-class CameraQ(Quantization):
+class CameraQ(Scored, Quantization):
     """Micro-experts of high energy get more bits, the same in gate, up and down.
 
     The pool, ranked by energy, is cut into groups of `group_bits` (0: removed; null: 3, 2, 1 as in
@@ -72,11 +72,7 @@ class CameraQ(Quantization):
         return self.rank_scope == "model" or self.score != "energy"
 
     @property
-    def backward(self) -> bool:
-        return self._score.backward
-
-    @property
-    def _score(self) -> Score:
+    def ranked_by(self) -> Score:
         return Score(self.score, self.alpha, self.normalize)
 
     @property
@@ -100,7 +96,6 @@ class CameraQ(Quantization):
         self._middle = min(range(2, MOST_BITS), key=distance)
 
     def check(self, budget: Budget) -> None:
-        self._score  # noqa: B018 (refuses what it can't be)
         self._follow(budget)
         levels = self.levels
         if levels != sorted(set(levels) & set(range(9)), reverse=True) or not any(levels):
@@ -157,14 +152,11 @@ class CameraQ(Quantization):
 
     def observer(self, index: int, ffn: FeedForward) -> Any:
         if self.one_shot and self._scores is None:
-            return self._score.observer(ffn)
-        return super().observer(index, ffn)
-
-    def statistics_key(self) -> dict[str, Any]:
-        return {"kind": self._score.kind}
+            return super().observer(index, ffn)
+        return Quantization.observer(self, index, ffn)
 
     def prepare(self, statistics: dict[int, LayerStatistics], budget: Budget) -> None:
-        self._scores = {index: self._score.of(seen) for index, seen in statistics.items()}
+        self._scores = {index: self.ranked_by.of(seen) for index, seen in statistics.items()}
         if self.rank_scope != "model":
             return
         pools = footprints(budget, self._group_size(), self.sym)
@@ -198,7 +190,7 @@ class CameraQ(Quantization):
         return bit_errors(ffn, seen, self.solver(pool.group_size), self.levels)
 
     def _importance(self, index: int, seen: LayerEnergy) -> torch.Tensor:
-        return self._score.of(seen) if self._scores is None else self._scores[index]
+        return self.ranked_by.of(seen) if self._scores is None else self._scores[index]
 
     def allocate(
         self, energy_N: torch.Tensor, pool: Footprint, errors: dict[int, float] | None = None

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from camera.blocks import FeedForward
+from camera.budget import Budget
 from camera.energy import EnergyObserver
 from camera.errors import CameraError
 from camera.relative import ShareObserver
@@ -38,8 +39,8 @@ class Score:
     product: routed takes means over an expert's own tokens, all sums over the calibration set."""
 
     name: Name
-    alpha: float
-    normalize: Literal["routed", "all"]
+    alpha: float = 0.0
+    normalize: Literal["routed", "all"] = "routed"
 
     def __post_init__(self) -> None:
         if self.name not in SCORES:
@@ -75,3 +76,33 @@ class Score:
         if self.name == "residual":
             return seen.residual_N
         return (seen.joint if self.name == "fisher" else seen.product)(self.normalize)
+
+
+class Scored:
+    """A method that ranks micro-experts by one of these: what it needs, and what it makes of it."""
+
+    @property
+    def ranked_by(self) -> Score:
+        """The score, by the method's settings; CameraError for what it can't be."""
+        raise NotImplementedError
+
+    @property
+    def backward(self) -> bool:
+        return self.ranked_by.backward
+
+    def check(self, budget: Budget) -> None:
+        self.ranked_by  # noqa: B018 (refuses)
+        super().check(budget)
+
+    def holds(self, budget: Budget) -> int:
+        seen = max(self.ranked_by.holds(pool.widths) for pool in budget.layers.values())
+        return max(seen, super().holds(budget))
+
+    def statistics_key(self) -> dict[str, Any]:
+        return {"kind": self.ranked_by.kind}
+
+    def observer(self, index: int, ffn: FeedForward) -> Any:
+        return self.ranked_by.observer(ffn)
+
+    def scores(self, index: int, seen: LayerStatistics, micro_experts: int) -> torch.Tensor:
+        return self.ranked_by.of(seen)

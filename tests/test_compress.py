@@ -15,6 +15,8 @@ from camera.calibration import calibration_tokens
 from camera.checkpoint import load_model
 from camera.errors import CameraError
 from camera.memory import Memory
+from camera.method import METHODS
+from camera.prune import CameraP
 from camera.statistics import Statistics
 from conftest import FAMILIES
 
@@ -175,6 +177,29 @@ def test_other_weights_or_tokens_do_not_share_energies(run, checkpoints, calibra
     run(checkpoints("qwen2_moe", seed=1), name="b", **options)
     run(checkpoints("qwen2_moe"), name="c", seed=5, **options)
     assert len(list(kept.glob("*.safetensors"))) == 3
+
+
+def test_a_method_that_looks_for_itself_shares_with_none_but_its_heirs(
+    run, checkpoints, tmp_path, monkeypatch
+):
+    known = dict(METHODS)
+    monkeypatch.setattr("camera.method.METHODS", known)
+    monkeypatch.setattr("camera.api.METHODS", known)
+
+    class Own(CameraP):
+        name = "own"
+
+        def observer(self, index, ffn):
+            return super().observer(index, ffn)
+
+    class Heir(Own):
+        name = "heir"
+
+    kept = tmp_path / "statistics"
+    for name, files in (("camera_p", 1), ("own", 2), ("heir", 2)):
+        options = dict(propagate="dense", statistics=kept, sparsity=0.3)
+        run(checkpoints("qwen2_moe"), name, name=name, **options)
+        assert len(list(kept.glob("*.safetensors"))) == files
 
 
 def _compress_in_a_process(source, out, data, kept, queue):

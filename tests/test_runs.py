@@ -202,6 +202,16 @@ def test_one_dense_pass_serves_every_alpha_and_sparsity(make):
     assert measured.stat().st_mtime_ns == written
 
 
+def test_methods_that_see_the_same_share_what_was_seen(make):
+    folder = Folders.of(make()).statistics
+    run(make("method=camera_plus", "method.rank_scope=global", "evaluation=none"))
+    (measured,) = folder.glob("*.safetensors")
+    written = measured.stat().st_mtime_ns
+    run(make("method=heapr", "evaluation=none"))
+    assert list(folder.glob("*.safetensors")) == [measured]
+    assert measured.stat().st_mtime_ns == written
+
+
 def test_a_checkpoint_can_be_given_up_once_it_is_measured(make):
     settings = make("keep_checkpoint=false", "evaluation.perplexity=[wikitext2]")
     folder = run(settings)
