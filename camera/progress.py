@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 
 import psutil
 import rich
@@ -104,13 +105,14 @@ def shown(
 ) -> Iterator[Advance]:
     """How far a loop is and the time it will take, with a `note` of the moment.
 
-    A bar on a terminal or in a notebook. Elsewhere lines in the log, so that a job in a queue says
-    where it is: at most one in LINE_EVERY seconds, and one at the end of what took that long.
+    A bar on a terminal, or in a notebook that has ipywidgets. Elsewhere lines in the log, so that a
+    job in a queue says where it is: at most one in LINE_EVERY seconds, and one at the end of what
+    took that long.
     """
     console = rich.get_console()
     if not show:
         yield lambda _: None
-    elif console.is_jupyter or console.is_interactive:
+    elif console.is_interactive or (console.is_jupyter and find_spec("ipywidgets")):
         with _bar(console, title, total, unit, done, note) as advance:
             yield advance
     else:

@@ -88,3 +88,12 @@ def test_layers_go_on_where_they_stopped_and_tell_the_memory_held(clock, lines):
         f"measure: {n} of 5 layers" for n in (3, 4, 5)
     ]
     assert all(line.endswith(" GB") for line in lines())
+
+
+def test_a_notebook_without_widgets_is_spared_the_bar(clock, lines, monkeypatch, recwarn):
+    notebook = Console(file=io.StringIO(), force_jupyter=True)
+    monkeypatch.setattr(progress.rich, "get_console", lambda: notebook)
+    monkeypatch.setattr(progress, "find_spec", lambda _: None)
+    run(clock, [90, 90])
+    assert len(lines()) == 2
+    assert not recwarn.list
