@@ -52,8 +52,9 @@ def compress(
     together or need gradients always do that). `memory` says what is kept in it. `measures` are
     taken on the way, while a layer is in memory, and stand in evaluation.json (not where a killed
     run goes on). `name` is what model card and report call the base model (default: its hub id, or
-    the name of its folder). Raises CameraError for what a user can mend; `out` appears only when it
-    is complete.
+    the name of its folder). `progress` shows a bar, or where there is no terminal a line a minute
+    in the log (logger `camera`, level INFO). Raises CameraError for what a user can mend; `out`
+    appears only when it is complete.
     """
     method, out = as_method(method, settings), Path(out)
     if propagate not in PROPAGATE:
