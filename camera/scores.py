@@ -95,7 +95,8 @@ class Scored:
         super().check(budget)
 
     def holds(self, budget: Budget) -> int:
-        seen = max(self.ranked_by.holds(pool.widths) for pool in budget.layers.values())
+        pools = budget.layers.values()
+        seen = max((self.ranked_by.holds(pool.widths) for pool in pools), default=0)
         return max(seen, super().holds(budget))
 
     def statistics_key(self) -> dict[str, Any]:
