@@ -125,7 +125,7 @@ def _bar(
 ) -> Iterator[Advance]:
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=20),  # all fits a terminal of 80 columns
         MofNCompleteColumn(),
         TextColumn(unit),
         TimeElapsedColumn(),
