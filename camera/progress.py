@@ -149,11 +149,9 @@ def _lines(title: str, total: int, unit: str, done: int, note: Callable[[], str]
         if now - (began if over else told) < LINE_EVERY:
             return
         told, took = now, now - began
-        left = "" if over else f", {_clock(took / (done - before) * (total - done))} left"
-        times = f"{_clock(took)}{left}"
-        log.info(
-            "%s", ", ".join(filter(None, [f"{title}: {done} of {total} {unit}", times, note()]))
-        )
+        left = "" if over else f"{_clock(took / (done - before) * (total - done))} left"
+        said = [f"{title}: {done} of {total} {unit}", _clock(took), left, note()]
+        log.info(", ".join(filter(None, said)))
 
     return advance
 
