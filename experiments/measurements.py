@@ -18,7 +18,8 @@ from transformers.utils.logging import disable_progress_bar
 import camera
 from camera.checkpoint import load_model, load_tokenizer
 from camera.evaluation.parts import Measures, evaluate_streamed
-from camera.evaluation.perplexity import perplexity, read_passage
+from camera.evaluation.passage import read_passage
+from camera.evaluation.perplexity import perplexity
 from camera.evaluation.placement import should_stream
 from camera.evaluation.speed import measure_speed
 from camera.evaluation.tasks import evaluate_tasks

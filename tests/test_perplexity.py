@@ -10,9 +10,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from camera import head
 from camera.errors import CameraError
-from camera.evaluation import perplexity as module
-from camera.evaluation.perplexity import context_length, perplexity
+from camera.evaluation.passage import context_length
+from camera.evaluation.perplexity import perplexity
 from camera.windows import ids_hash
 
 CONTEXT = 64
@@ -138,7 +139,7 @@ def test_batches_and_chunks_change_nothing(model, tokenizer, data, monkeypatch):
     together = measure(batch_size=3)
     assert together["nll_per_token"] == pytest.approx(alone["nll_per_token"], rel=1e-6)
     assert together["data_hash"] == alone["data_hash"]
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 7 * 257)
+    monkeypatch.setattr(head, "HEAD_LOGITS", 2 * 7 * 257)
     assert measure(batch_size=3)["nll_per_token"] == pytest.approx(alone["nll_per_token"], rel=1e-6)
     assert measure(stride=33)["tokens"] == len(wikitext_ids(tokenizer, data)) - 1
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from camera.checkpoint import load_tokenizer, resolve_device
 from camera.evaluation.definitions import quiet
-from camera.evaluation.perplexity import Passage, read_passage
+from camera.evaluation.passage import Passage, read_passage
 from camera.evaluation.streamed import StreamedEvaluation
 from camera.evaluation.tasks import Task, read_tasks
 from camera.source import resolve_model
