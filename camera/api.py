@@ -10,6 +10,7 @@ from camera.checkpoint import load_tokenizer, resolve_device
 from camera.compensate import fit_bytes
 from camera.errors import CameraError
 from camera.evaluation.parts import Measures, Passenger
+from camera.finish import finish
 from camera.job import Job
 from camera.measure import Measurement
 from camera.memory import Memory, gigabytes
@@ -118,7 +119,7 @@ def compress(
         if method.compensation:
             tokens_pass = "compressed"
         job.compress_layers(tokens_pass)
-        result = job.finish()
+        result = finish(job)
     log.info("%s: this took %s", out.name, gigabytes(job.memory.added))
     return result
 

@@ -1,10 +1,7 @@
 """One compression under way: measure, plan, slice, write, layer after layer."""
 
 import copy
-import json
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,8 +13,6 @@ import torch
 
 from camera import parallel
 from camera.background import Background
-from camera.card import model_card
-from camera.checkpoint import CameraConfig
 from camera.compensate import output_weights
 from camera.errors import CameraError
 from camera.evaluation.parts import Passenger
@@ -27,17 +22,14 @@ from camera.memory import HIDDEN_HELD, Needs
 from camera.method import Method
 from camera.native import native_state
 from camera.progress import PeakMemory, each_layer
-from camera.report import STATISTICS, report
-from camera.result import CompressionResult
 from camera.resume import Progress
 from camera.shards import ShardWriter
 from camera.slicer import Kept
-from camera.source import copy_companions, fingerprint, write_json
+from camera.source import fingerprint
 from camera.statistics import LayerStatistics, Statistics
 from camera.stream import Streamer
 from camera.visited import VisitedExperts
 
-REPORT, EVALUATION = "camera.json", "evaluation.json"
 log = logging.getLogger("camera")
 
 
@@ -87,7 +79,7 @@ class Job:
 
     def measure_once(self, folder: Path | None) -> None:
         """See all of the original model, kept in `folder` for whoever asks for it next."""
-        with self._timed("calibrate"):
+        with self.timed("calibrate"):
             calibration, budget = self.calibration, self.streamer.budget
             self.statistics = calibration.dense_statistics(folder or self.seen)
             layers = self.statistics.layers
@@ -121,7 +113,7 @@ class Job:
             if self.watches:
                 self.statistics = Statistics(progress.statistics(), calibration.about(tokens))
             trace = self.needs.keep_phi and not dense
-            with self._timed("calibrate"):
+            with self.timed("calibrate"):
                 calibration.start(progress, compensates=True)
         with Background() as behind:
             for i in self.each_layer("compress", progress.done):
@@ -142,21 +134,21 @@ class Job:
         """Load, measure, compress and propagate; what is worth keeping of what was seen."""
         streamer, seen, kept, stored = self.streamer, None, None, None
         in_pool = index in streamer.budget.layers
-        with self._timed("compress"):
+        with self.timed("compress"):
             streamer.load_layer(index)
             if not dense:
                 self._enter(index)
         if calibration is not None:
             if parallel.world() > 1:
                 behind.wait()  # no process gets more than a layer ahead of another's files
-            with self._timed("calibrate"):
+            with self.timed("calibrate"):
                 report = calibration.attend(index)
             if report:
                 self.layer_reports[str(index)] = report
         behind.wait()  # the layer before is on the disk,
         give_back()  # and out of memory
         if calibration is not None:
-            with self._timed("calibrate"):
+            with self.timed("calibrate"):
                 if in_pool and self.watches:
                     seen = calibration.measure(index, propagate=dense, trace=trace)
                     stored = self.statistics.layers[index] = seen.stored()
@@ -171,11 +163,11 @@ class Job:
         if dense:
             self._enter(index)
         if in_pool:
-            with self._timed("compress"):
+            with self.timed("compress"):
                 kept = self._compress(index, seen)
             give_back()
         if calibration is not None and not dense:
-            with self._timed("calibrate"):
+            with self.timed("calibrate"):
                 calibration.propagate(index, kept)
         if self.passenger is not None:
             self.passenger.layer(index)
@@ -193,7 +185,7 @@ class Job:
     ) -> Callable[[], None]:
         """Empty a layer; what is then left to do. Nothing else holds on to its tensors."""
         streamer = self.streamer
-        with self._timed("compress"):
+        with self.timed("compress"):
             layer = streamer.take_out(streamer.layers[index], f"{streamer.root}.{index}.")
         hidden = calibration.hidden() if calibration is not None else []
         return partial(self._keep, index, layer, self._state(), hidden, stored)
@@ -208,38 +200,26 @@ class Job:
     ) -> None:
         """Put a finished layer on the disk, then say that it is there."""
         if parallel.rank() == 0:
-            self._add(index, layer)
+            self.add(index, layer)
         state |= {"shards": self.writer.state()}
         self.progress.commit(index + 1, state, hidden, stored)
-
-    def finish(self) -> CompressionResult:
-        """Write what is outside the layers, config and reports; then show the folder, complete."""
-        parallel.barrier()  # no process writes to the folder any more
-        if parallel.rank() > 0:
-            parallel.barrier()
-            return CompressionResult(**json.loads((self.out / REPORT).read_text()))
-        if self.passenger is not None:
-            results = self.passenger.results(self.memory.bytes)
-            write_json(self.partial / EVALUATION, results)
-        with self._timed("compress"):
-            self._write_rest()
-            self._write_config()
-            copy_companions(self.streamer.folder, self.partial)
-            if self.statistics is not None and self.statistics.travels:
-                self.statistics.save(self.partial / STATISTICS)
-        result = report(self)
-        (self.partial / "README.md").write_text(model_card(result))
-        write_json(self.partial / REPORT, result.to_dict())
-        self.progress.finish()
-        os.replace(self.partial, self.out)
-        shutil.rmtree(self.seen, ignore_errors=True)
-        parallel.barrier()
-        return result
 
     def each_layer(self, title: str, start: int) -> Iterator[int]:
         """The layers from `start` on; how far it is, the first process tells."""
         count, show = len(self.streamer.layers), self.show_progress and parallel.rank() == 0
         return each_layer(start, count, title, self.memory, show)
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Count the time of a block to a part of the job."""
+        start = perf_counter()
+        yield
+        self.seconds[part] += perf_counter() - start
+
+    def add(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Write the tensors of a layer, or, under the number after the last, of what is outside."""
+        on_disk = native_state(self.streamer.model, tensors) if self.method.native else tensors
+        self.writer.add(index, on_disk, counted=tensors)
 
     def _progress(self, tokens: str | None) -> Progress:
         settings = {
@@ -304,36 +284,3 @@ class Job:
             if group.routed:
                 self.routed.add(group.path)
         return outcome.kept
-
-    def _write_rest(self) -> None:
-        self.streamer.load_rest()
-        tied = set(getattr(self.streamer.model, "all_tied_weights_keys", None) or {})
-        rest = self.streamer.take_out(self.streamer.model)
-        self._add(len(self.streamer.layers), {n: t for n, t in rest.items() if n not in tied})
-        self.writer.close()
-
-    def _add(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        on_disk = native_state(self.streamer.model, tensors) if self.method.native else tensors
-        self.writer.add(index, on_disk, counted=tensors)
-
-    def _write_config(self) -> None:
-        config, method = self.streamer.config, self.method
-        if method.native:
-            for key, value in method.native_config(config, self.streamer.budget).items():
-                setattr(config, key, value)
-        else:
-            stored = self.streamer.compressed
-            before = {} if stored is None else stored.modules
-            made_by: dict[str, Any] = {"method": method.name, **method.settings()}
-            config.quantization_config = CameraConfig(before | self.modules, made_by)
-        config.architectures = [type(self.streamer.model).__name__]
-        config.dtype = self.streamer.stored_dtype
-        if type(self.streamer.model).__module__.startswith(("transformers.", "camera.")):
-            vars(config).pop("auto_map", None)  # no code of the source's is needed any more
-        config.save_pretrained(self.partial)
-
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        start = perf_counter()
-        yield
-        self.seconds[part] += perf_counter() - start

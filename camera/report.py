@@ -1,15 +1,11 @@
 """From a finished job to what it reports: counts from the written tensors, coverage, warnings."""
 
-from __future__ import annotations
-
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from camera.budget import bits, count
+from camera.job import Job
 from camera.result import CompressionResult, versions
-
-if TYPE_CHECKING:
-    from camera.job import Job
 
 STATISTICS = "statistics.safetensors"
 log = logging.getLogger("camera")

@@ -23,7 +23,7 @@ from camera.evaluation.perplexity import perplexity
 from camera.evaluation.placement import should_stream
 from camera.evaluation.speed import measure_speed
 from camera.evaluation.tasks import evaluate_tasks
-from camera.job import EVALUATION
+from camera.finish import EVALUATION
 from camera.progress import PeakMemory
 from camera.source import resolve_model, write_json
 from experiments.compression import checkpoint

@@ -313,7 +313,7 @@ def test_a_visited_run_goes_on_where_it_was_killed(run, tmp_path, monkeypatch):
     assert shards(tmp_path / "out") == shards(tmp_path / "whole")
     with pytest.raises(CameraError, match=r"experts visited: .*there"):
         with monkeypatch.context() as patch:
-            patch.setattr("camera.job.Job.finish", lambda self: 1 / 0)
+            patch.setattr("camera.api.finish", lambda job: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 run("other", asked)
         run("other", Memory(experts="layer"))
