@@ -53,3 +53,11 @@ def tokens():
 
 
 ALL = [*CASES, "deepseek_v2 in groups"]
+
+
+def candidates(keeps, experts):
+    """Which experts stay, [C, E], for each set of those that do."""
+    keep_CE = torch.zeros(len(keeps), experts, dtype=torch.bool)
+    for row, keep in zip(keep_CE, keeps, strict=True):
+        row[list(keep)] = True
+    return keep_CE

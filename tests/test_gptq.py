@@ -1,120 +1,25 @@
-"""The GPTQ solver: the reference's numbers, and what must hold of any solver.
+"""The GPTQ solver: its definition, batches, grids, edges.
 
 Shapes: E experts, R rows, C columns, N tokens.
 """
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file
+from gptq_problem import KINDS, C, E, R, hessians, inputs, same, weights
 
 from camera.errors import CameraError
-from camera.gptq import GPTQ, QUIRKS, Hessian, output_error
+from camera.gptq import GPTQ, Hessian, output_error
 from camera.quantizer import CLIPS, Grid
-
-E, R, C = 5, 12, 80
-
-
-def inputs(experts: int = E, columns: int = C, tokens: int = 300) -> torch.Tensor:
-    """Correlated inputs x_ENC, of another covariance for each expert."""
-    torch.manual_seed(1)
-    mix_ECC = torch.randn(experts, columns, columns) / columns**0.5
-    x_ENC = torch.randn(experts, tokens, columns) @ (mix_ECC + 0.3 * torch.eye(columns))
-    return x_ENC * (0.2 + torch.rand(columns))
 
 
 @pytest.fixture
 def W_ERC() -> torch.Tensor:
-    torch.manual_seed(0)
-    return torch.randn(E, R, C) * 0.05
+    return weights()
 
 
 @pytest.fixture
 def H_ECC() -> torch.Tensor:
-    x_ENC = inputs()
-    return x_ENC.transpose(1, 2) @ x_ENC
-
-
-def same(a, b) -> None:
-    """Two quantised weights are bit for bit the same."""
-    for name in ("codes_ERC", "scale_ERG", "zero_ERG", "group_EC", "loss_ER"):
-        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=0)
-
-
-def close(got: torch.Tensor, want: torch.Tensor, compare: dict) -> None:
-    """By the tolerance that the golden index states."""
-    got, want = got.double(), want.double()
-    if compare["kind"] == "rel_fro":
-        assert (got - want).norm() <= compare["tol"] * want.norm()
-    else:
-        torch.testing.assert_close(got, want, rtol=compare["rtol"], atol=compare["atol"])
-
-
-def golden_case(folder, name: str):
-    index = folder / "index.json"
-    cases = json.loads(index.read_text())["cases"] if index.exists() else []
-    found = next((case for case in cases if case["case"] == name), None)
-    if found is None:
-        pytest.skip(f"{folder} has no golden case {name}: pass --golden DIR")
-    return found, load_file(folder / found["file"])
-
-
-# --- against the reference ---
-
-
-@pytest.mark.parametrize("name", ["gptq", "gptq_dead", "gptq_variants"])
-def test_golden(golden, name):
-    case, tensors = golden_case(golden, name)
-    x_SNC = tensors["X"]
-    hessian = Hessian(1, x_SNC.shape[2])
-    for x_NC in x_SNC:
-        hessian.add(0, x_NC)
-    H_ECC = hessian.H_ECC * (2 / len(x_SNC))  # the reference's scale, which the loss has too
-    torch.testing.assert_close(H_ECC[0], tensors["H"], rtol=1e-4, atol=1e-4)
-    assert hessian.tokens_E.tolist() == [x_SNC.shape[0] * x_SNC.shape[1]]
-    for combo, own in case["hyper"]["combos"].items():
-        hyper = {**case["hyper"], **own}
-        solver = GPTQ(
-            group_size=None if hyper["groupsize"] == -1 else hyper["groupsize"],
-            sym=hyper["sym"],
-            act_order=hyper["actorder"],
-            static_groups=hyper["static_groups"],
-            block_size=hyper["blocksize"],
-            percdamp=hyper["percdamp"],
-            quirks=tuple(QUIRKS),
-        )
-        factor = solver.factor(tensors["H"][None])
-        result = solver.solve(tensors["weight"][None], factor, bits=hyper["bits"])
-        expected = case["expected"]
-        close(result.weight[0], tensors[f"q_{combo}"], expected[f"q_{combo}"]["compare"])
-        close(result.loss_ER.sum(), tensors[f"loss_{combo}"], expected[f"loss_{combo}"]["compare"])
-
-
-def test_golden_clip_search(golden):
-    case, tensors = golden_case(golden, "gptq_mse")
-    for combo, hyper in case["hyper"]["combos"].items():
-        options = dict(sym=hyper["sym"], clip=CLIPS["gptq"], quirks=("one_sided_sym",))
-        solver = GPTQ(group_size=None, **options)
-        result = solver.solve(tensors["weight"][None], bits=hyper["bits"])
-        found = {"scale": result.scale_ERG[0], "zero": result.zero_ERG[0], "q": result.weight[0]}
-        for kind, got in found.items():
-            name = f"{kind}_{combo}"
-            close(got, tensors[name], case["expected"][name]["compare"])
-
-
-def test_golden_round_to_nearest_of_mc(golden):
-    case, tensors = golden_case(golden, "mc_quant_loss")
-    solver = GPTQ(group_size=case["hyper"]["groupsize"])
-    for bits in case["hyper"]["bits"]:
-        for matrix in ("gate_up", "down"):
-            result = solver.solve(tensors[f"{matrix}_proj"], bits=bits)
-            for expert in range(2):
-                name = f"q{bits}_{matrix}_e{expert}"
-                close(result.weight[expert], tensors[name], case["expected"][name]["compare"])
-        special = solver.solve(tensors["w_special"][None], bits=bits).weight[0]
-        name = f"q{bits}_w_special"
-        close(special, tensors[name], case["expected"][name]["compare"])
+    return hessians()
 
 
 def naive(w_RC, H_CC, bits, group_size, damping=0.01):
@@ -148,16 +53,6 @@ def test_equals_the_definition(W_ERC, H_ECC, bits, group_size):
 
 
 # --- batches ---
-
-KINDS = {
-    "plain": dict(group_size=32),
-    "whole_row": dict(group_size=None, sym=True),
-    "uneven_groups": dict(group_size=33, block_size=20),
-    "act_order": dict(group_size=16, act_order=True),
-    "act_order_static": dict(group_size=16, act_order=True, static_groups=True),
-    "clip": dict(group_size=32, clip=CLIPS["mc"], float_zero=True),
-    "half_scales": dict(group_size=32, scale_dtype=torch.float16),
-}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -259,65 +154,6 @@ def test_chunks_of_tokens_add_up():
 # --- bits per row and per column ---
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_row_bits_are_the_uniform_runs_rows(W_ERC, H_ECC, kind):
-    solver = GPTQ(**KINDS[kind])
-    factor = solver.factor(H_ECC)
-    uniform = {bits: solver.solve(W_ERC, factor, bits=bits) for bits in (1, 2, 3)}
-    row_bits = torch.randint(1, 4, (E, R))
-    mixed = solver.solve(W_ERC, factor, row_bits=row_bits)
-    assert torch.equal(mixed.bits_ERG[:, :, 0], row_bits)
-    for bits, run in uniform.items():
-        rows = row_bits == bits
-        assert torch.equal(mixed.codes_ERC[rows], run.codes_ERC[rows])
-        assert torch.equal(mixed.weight[rows], run.weight[rows])
-    vector = solver.solve(W_ERC, factor, row_bits=row_bits[0])
-    assert torch.equal(vector.codes_ERC[0], mixed.codes_ERC[0])
-
-
-def segments(*cuts: tuple[int, int]) -> torch.Tensor:
-    """Bits per column of contiguous (width, bits)."""
-    return torch.tensor([bits for width, bits in cuts for _ in range(width)])
-
-
-RAGGED = torch.stack(
-    [
-        segments((10, 3), (60, 2), (10, 1)),
-        segments((13, 3), (50, 2), (17, 1)),
-        segments((0, 3), (80, 2)),
-        segments((79, 3), (1, 1)),
-        segments((10, 3), (60, 2), (10, 1)),
-    ]
-)
-
-
-@pytest.mark.parametrize("kind", ["plain", "uneven_groups", "act_order_static", "clip"])
-def test_column_segments(W_ERC, H_ECC, kind):
-    solver = GPTQ(**KINDS[kind])
-    result = solver.solve(W_ERC, solver.factor(H_ECC), column_bits=RAGGED)
-    size = KINDS[kind]["group_size"]
-    bits_EC = result.bits_ERG[:, 0].gather(1, result.group_EC)
-    assert torch.equal(bits_EC, RAGGED)
-    assert (result.codes_ERC < 2 ** RAGGED[:, None]).all()
-    for e in range(E):
-        widths = [int((RAGGED[e] == b).sum()) for b in (3, 2, 1)]
-        assert result.groups_E[e] == sum(-(-width // size) for width in widths)
-        assert result.group_EC[e].bincount().max() <= size
-        one = slice(e, e + 1)
-        alone = solver.solve(W_ERC[one], solver.factor(H_ECC[one]), column_bits=RAGGED[e])
-        assert torch.equal(alone.codes_ERC, result.codes_ERC[one])
-        torch.testing.assert_close(alone.weight, result.weight[one])
-    assert result.weight.isfinite().all()
-
-
-def test_equal_segments_are_uniform(W_ERC, H_ECC):
-    solver = GPTQ(group_size=32)
-    factor = solver.factor(H_ECC)
-    uniform = solver.solve(W_ERC, factor, bits=2)
-    same(solver.solve(W_ERC, factor, column_bits=torch.full((E, C), 2)), uniform)
-    same(solver.solve(W_ERC, factor, row_bits=torch.full((R,), 2)), uniform)
-
-
 def test_last_group_is_shorter(W_ERC, H_ECC):
     solver = GPTQ(group_size=33)
     result = solver.solve(W_ERC, solver.factor(H_ECC), bits=3)
@@ -414,75 +250,6 @@ def test_feedback_only_between_blocks(W_ERC, H_ECC):
         for s in (full, half)
     ]
     assert errors[0] < errors[1]
-
-
-# --- Hessians that don't serve ---
-
-
-def test_dead_columns(W_ERC, H_ECC):
-    dead = [0, 17, C - 1]
-    H_ECC[0, dead, :] = 0
-    H_ECC[0, :, dead] = 0
-    for solver in (GPTQ(group_size=16), GPTQ(group_size=16, act_order=True, static_groups=True)):
-        factor = solver.factor(H_ECC)
-        result = solver.solve(W_ERC, factor, bits=2)
-        assert torch.nonzero(factor.dead_EC[0]).flatten().tolist() == dead
-        assert (result.weight[0][:, dead] == 0).all()
-        assert (result.weight[1][:, dead] != 0).any()
-        assert not factor.dead_EC[1:].any() and result.weight.isfinite().all()
-
-
-@pytest.mark.parametrize("act_order", [False, True])
-def test_fallback_round_to_nearest(W_ERC, H_ECC, act_order):
-    H_ECC[2] = 0
-    H_ECC[3] *= 0.01
-    tokens_E = torch.tensor([300, 300, 0, 3, 300])
-    solver = GPTQ(group_size=16, min_tokens=8, act_order=act_order)
-    result = solver.solve(W_ERC, solver.factor(H_ECC, tokens_E), bits=2)
-    nearest = solver.solve(W_ERC, bits=2)
-    assert result.fallback == ["", "", "rtn", "rtn", ""]
-    assert result.report() == {"experts": E, "damping": {0.01: 3}, "fallback": {"rtn": 2}}
-    assert torch.equal(result.weight[2:4], nearest.weight[2:4])
-    assert not torch.equal(result.weight[0], nearest.weight[0])
-    unseen = solver.factor(H_ECC)  # without counts, an empty Hessian tells
-    assert unseen.fallback == ["", "", "rtn", "", ""]
-
-
-def test_fallback_mean_hessian(W_ERC, H_ECC):
-    H_ECC[2] = 0
-    tokens_E = torch.tensor([300, 300, 0, 3, 300])
-    solver = GPTQ(group_size=16, min_tokens=8, fallback="mean_hessian")
-    result = solver.solve(W_ERC, solver.factor(H_ECC, tokens_E), bits=2)
-    mean_CC = H_ECC[[0, 1, 4]].mean(0, keepdim=True)
-    want = solver.solve(W_ERC[2:4], solver.factor(mean_CC), bits=2)
-    assert torch.equal(result.codes_ERC[2:4], want.codes_ERC)
-    assert result.report()["fallback"] == {"mean_hessian": 2}
-    assert H_ECC[2].abs().max() == 0  # the caller's tensor stays as it was
-    nobody = solver.factor(torch.zeros(2, C, C))
-    assert nobody.fallback == ["rtn", "rtn"]
-
-
-def test_damping_ladder(W_ERC, H_ECC):
-    """Singular, indefinite, hopeless and broken Hessians: each gets the rung it needs."""
-    x_NC = inputs()[0, :4]
-    H_ECC[1] = x_NC.T @ x_NC  # rank 4 of 80
-    mean = H_ECC[2].diagonal().mean()
-    lowest = torch.linalg.eigvalsh(H_ECC[2]).min()
-    H_ECC[2] -= (lowest + 0.05 * mean) * torch.eye(C)  # the lowest eigenvalue is -0.05 mean
-    H_ECC[3] = -H_ECC[3]
-    H_ECC[4, 1, 1] = torch.nan
-    solver = GPTQ(group_size=16, percdamp=1e-9)
-    factor = solver.factor(H_ECC)
-    assert factor.damping_E[0] == 1e-9
-    assert 1e-9 < factor.damping_E[1] < 1e-3
-    assert factor.damping_E[2] == pytest.approx(0.1)
-    assert factor.fallback == ["", "", "", "rtn_damping", "rtn_damping"]
-    result = solver.solve(W_ERC, factor, bits=2)
-    assert result.weight.isfinite().all()
-    assert torch.equal(result.weight[3:], solver.solve(W_ERC, bits=2).weight[3:])
-    assert result.report()["fallback"] == {"rtn_damping": 2}
-    assert len(result.report()["damping"]) == 3
-    assert GPTQ(percdamp=0).factor(-H_ECC[:1]).fallback == ["rtn_damping"]
 
 
 # --- edges ---
