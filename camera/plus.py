@@ -18,11 +18,11 @@ class CameraPlus(Scored, MicroExpertPruning):
     them, take one pass back through the layers.
 
     What the parts are worth (docs/results.md): of Camera-P's rise in log-perplexity on SmolLM2-135M
-    at 40 %, calibrated / other text, with all layers ranked together (rank_scope=global) fisher
-    alone leaves 1.11 / 1.03, refitted to the layer's own output 0.59 / 0.56, to the dense model
-    0.53 / 0.53; with the same ratio in every layer 0.56 / 0.65, with budgets by trial cuts 0.49 /
-    0.50, and with four times as many tokens 0.45 / 0.48 (at 60 % 0.36 / 0.45; three seeds; 0.39 /
-    0.48 at 40 % where its FFNs are split into experts). On a model that knows its calibration text
+    at 40 %, calibrated / other text, means of three seeds, with all layers ranked together
+    (rank_scope=global) fisher alone leaves 1.07 / 1.02, refitted to the layer's own output 0.58 /
+    0.55, to the dense model 0.52 / 0.53; with the same ratio in every layer 0.57 / 0.63, with
+    budgets by trial cuts 0.49 / 0.50, and with four times as many tokens 0.45 / 0.48 (at 60 % 0.36
+    / 0.45; one seed of it where its FFNs are split into experts: 0.39 / 0.48 at 40 %). On a model that knows its calibration text
     by heart gradients say little and trial cuts mislead: there rank_scope=global keeps more of
     other text, and relative ranks better. A second cut, refitted gates and floors gained nothing.
     """
