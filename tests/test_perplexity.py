@@ -224,7 +224,7 @@ def test_the_model_is_left_as_it_was(model, tokenizer, data):
         ({"stride": 0}, "evaluation.stride=0"),
         ({"length": 32, "stride": 33}, "evaluation.stride=33"),
         ({"limit": 0}, "evaluation.blocks=0"),
-        ({"batch_size": 0}, "evaluation.batch_size=0"),
+        ({"batch_size": 0}, "evaluation.perplexity_batch_size=0"),
         ({"corpus": "pile"}, "evaluation.perplexity=pile"),
         ({"split": "dev"}, "evaluation.perplexity=wikitext2: no split 'dev'"),
         ({"corpus": "c4", "split": "train"}, "c4/train.jsonl.gz is missing"),

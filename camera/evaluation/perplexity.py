@@ -52,7 +52,7 @@ def perplexity(
     Raises CameraError for an impossible length, stride, limit or batch_size, too little text, and
     logits that aren't finite.
     """
-    at_least_one("evaluation.batch_size", batch_size)
+    at_least_one("evaluation.perplexity_batch_size", batch_size)
     passage = read_passage(
         model,
         tokenizer,
