@@ -3,11 +3,9 @@
 Shapes: E experts, R rows, C columns, N tokens.
 """
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_case import golden_case
 
 from camera.gptq import GPTQ, QUIRKS, Hessian
 from camera.quantizer import CLIPS
@@ -20,15 +18,6 @@ def close(got: torch.Tensor, want: torch.Tensor, compare: dict) -> None:
         assert (got - want).norm() <= compare["tol"] * want.norm()
     else:
         torch.testing.assert_close(got, want, rtol=compare["rtol"], atol=compare["atol"])
-
-
-def golden_case(folder, name: str):
-    index = folder / "index.json"
-    cases = json.loads(index.read_text())["cases"] if index.exists() else []
-    found = next((case for case in cases if case["case"] == name), None)
-    if found is None:
-        pytest.skip(f"{folder} has no golden case {name}: pass --golden DIR")
-    return found, load_file(folder / found["file"])
 
 
 # --- against the reference ---

@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_case import golden_case
 from torch import nn
 
 import camera
@@ -19,16 +19,6 @@ from camera.capture import observe
 from camera.families import Family
 from camera.gptq import GPTQ
 from camera.layer_hessians import HessianObserver
-
-
-def golden_case(folder, name: str):
-    index = folder / "index.json"
-    cases = json.loads(index.read_text())["cases"] if index.exists() else []
-    found = next((case for case in cases if case["case"] == name), None)
-    if found is None:
-        pytest.skip(f"{folder} has no golden case {name}: pass --golden DIR")
-    return found, load_file(folder / found["file"])
-
 
 # --- the integer program ---
 
