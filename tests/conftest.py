@@ -9,6 +9,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 from pathlib import Path
 
+import gptq_problem
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -196,3 +197,17 @@ def golden_folder(config: pytest.Config) -> Path:
     if asked:
         return Path(asked)
     return SHARED / "golden" if (SHARED / "golden").exists() else Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def W_ERC() -> torch.Tensor:
+    """Weights of the experts that the tests of GPTQ's solver quantise."""
+    torch.manual_seed(0)
+    return torch.randn(gptq_problem.E, gptq_problem.R, gptq_problem.C) * 0.05
+
+
+@pytest.fixture
+def H_ECC() -> torch.Tensor:
+    """Hessians of the inputs of these experts."""
+    x_ENC = gptq_problem.inputs()
+    return x_ENC.transpose(1, 2) @ x_ENC

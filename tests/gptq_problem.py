@@ -1,4 +1,4 @@
-"""Weights, correlated inputs and settings that the tests of GPTQ's solver share.
+"""Inputs and settings that the tests of GPTQ's solver share; conftest.py has weights and Hessians.
 
 Shapes: E experts, R rows, C columns, N tokens.
 """
@@ -16,18 +16,6 @@ def inputs(experts: int = E, columns: int = C, tokens: int = 300) -> torch.Tenso
     mix_ECC = torch.randn(experts, columns, columns) / columns**0.5
     x_ENC = torch.randn(experts, tokens, columns) @ (mix_ECC + 0.3 * torch.eye(columns))
     return x_ENC * (0.2 + torch.rand(columns))
-
-
-def weights() -> torch.Tensor:
-    """W_ERC."""
-    torch.manual_seed(0)
-    return torch.randn(E, R, C) * 0.05
-
-
-def hessians() -> torch.Tensor:
-    """H_ECC of these inputs."""
-    x_ENC = inputs()
-    return x_ENC.transpose(1, 2) @ x_ENC
 
 
 def same(a, b) -> None:

@@ -5,21 +5,11 @@ Shapes: E experts, R rows, C columns, N tokens.
 
 import pytest
 import torch
-from gptq_problem import KINDS, C, E, R, hessians, inputs, same, weights
+from gptq_problem import KINDS, C, E, R, inputs, same
 
 from camera.errors import CameraError
 from camera.gptq import GPTQ, Hessian, output_error
 from camera.quantizer import CLIPS, Grid
-
-
-@pytest.fixture
-def W_ERC() -> torch.Tensor:
-    return weights()
-
-
-@pytest.fixture
-def H_ECC() -> torch.Tensor:
-    return hessians()
 
 
 def naive(w_RC, H_CC, bits, group_size, damping=0.01):

@@ -20,9 +20,6 @@ def close(got: torch.Tensor, want: torch.Tensor, compare: dict) -> None:
         torch.testing.assert_close(got, want, rtol=compare["rtol"], atol=compare["atol"])
 
 
-# --- against the reference ---
-
-
 @pytest.mark.parametrize("name", ["gptq", "gptq_dead", "gptq_variants"])
 def test_golden(golden, name):
     case, tensors = golden_case(golden, name)

@@ -5,19 +5,9 @@ Shapes: E experts, R rows, C columns, N tokens.
 
 import pytest
 import torch
-from gptq_problem import C, E, hessians, inputs, weights
+from gptq_problem import C, E, inputs
 
 from camera.gptq import GPTQ
-
-
-@pytest.fixture
-def W_ERC() -> torch.Tensor:
-    return weights()
-
-
-@pytest.fixture
-def H_ECC() -> torch.Tensor:
-    return hessians()
 
 
 def test_dead_columns(W_ERC, H_ECC):

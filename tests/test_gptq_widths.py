@@ -5,19 +5,9 @@ Shapes: E experts, R rows, C columns, N tokens.
 
 import pytest
 import torch
-from gptq_problem import KINDS, C, E, R, hessians, same, weights
+from gptq_problem import KINDS, C, E, R, same
 
 from camera.gptq import GPTQ
-
-
-@pytest.fixture
-def W_ERC() -> torch.Tensor:
-    return weights()
-
-
-@pytest.fixture
-def H_ECC() -> torch.Tensor:
-    return hessians()
 
 
 @pytest.mark.parametrize("kind", KINDS)
