@@ -11,9 +11,9 @@
 import hydra
 from omegaconf import DictConfig
 
-from camera.parallel import process_group
-from experiments.schema import naming_valid_keys
-from experiments.sweep import job
+from camera.runtime.distributed import process_group
+from experiments.config.schema import naming_valid_keys
+from experiments.sweeps.job import job
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

@@ -4,34 +4,33 @@ Importing this package teaches transformers the checkpoint format `camera` and t
 `deepseek`.
 """
 
-from camera import checkpoint, deepseek
-from camera.api import compress, describe
-from camera.calibration import Calibration
-from camera.dagger import CameraQDagger
-from camera.dequantize import dequantize
-from camera.errors import CameraError
-from camera.native import export
-from camera.plus import CameraPlus
-from camera.prune import CameraP, Dense, Random
-from camera.quantize import CameraQ
-from camera.result import CompressionResult
+from importlib import import_module
+from typing import Any
+
+import camera.checkpoint.config  # noqa: F401 (registers the format)
+from camera.moe import deepseek
 
 deepseek.register()
 
 __version__ = "0.1.0"
-__all__ = [
-    "Calibration",
-    "CameraError",
-    "CameraP",
-    "CameraPlus",
-    "CameraQ",
-    "CameraQDagger",
-    "CompressionResult",
-    "Dense",
-    "Random",
-    "checkpoint",
-    "compress",
-    "dequantize",
-    "describe",
-    "export",
-]
+_PLACES = {
+    "Calibration": "camera.calibration.settings",
+    "CameraError": "camera.runtime.errors",
+    "CameraP": "camera.pruning.camera_p",
+    "CameraPlus": "camera.pruning.camera_plus",
+    "CameraQ": "camera.quantization.camera_q",
+    "CameraQDagger": "camera.quantization.camera_q_dagger",
+    "CompressionResult": "camera.pipeline.result",
+    "compress": "camera.api",
+    "dequantize": "camera.checkpoint.dequantize",
+    "describe": "camera.api",
+    "export": "camera.checkpoint.native",
+}
+__all__ = [*_PLACES]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from the module that has it."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'camera' has no attribute '{name}'")
+    return getattr(import_module(_PLACES[name]), name)

@@ -4,22 +4,25 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from camera import parallel
-from camera.calibration import Calibration, calibration_tokens
-from camera.checkpoint import load_tokenizer, resolve_device
-from camera.compensate import fit_bytes
-from camera.errors import CameraError
-from camera.evaluation.parts import Measures, Passenger
-from camera.finish import finish
-from camera.job import Job
-from camera.measure import Measurement
-from camera.memory import Memory, gigabytes
+from camera.calibration.settings import Calibration
+from camera.calibration.tokens import calibration_tokens
+from camera.checkpoint.loading import load_tokenizer, resolve_device
+from camera.checkpoint.source import resolve_model
+from camera.compensation.experts import fit_bytes
+from camera.evaluation.suite import Measures, Passenger
 from camera.method import METHODS, Method
-from camera.progress import PeakMemory
-from camera.result import CompressionResult, versions
-from camera.skeleton import Skeleton
-from camera.source import require_space, resolve_model
-from camera.stream import Streamer
+from camera.pipeline.compression import Job
+from camera.pipeline.passes.dense import Measurement
+from camera.pipeline.publish import finish
+from camera.pipeline.result import CompressionResult, versions
+from camera.runtime import distributed
+from camera.runtime.errors import CameraError
+from camera.runtime.files import require_space
+from camera.runtime.peak_memory import PeakMemory
+from camera.runtime.progress import gigabytes
+from camera.streaming.settings import Memory
+from camera.streaming.skeleton import Skeleton
+from camera.streaming.streamer import Streamer
 
 log = logging.getLogger("camera")
 PROPAGATE = ("compressed", "dense")
@@ -79,7 +82,7 @@ def compress(
             max_length=getattr(streamer.config, "max_position_embeddings", None),
         )
         job.calibration = Measurement(name, streamer, method, tokens, job.each_layer)
-    if measures is not None and parallel.rank() == 0:
+    if measures is not None and distributed.rank() == 0:
         job.passenger = Passenger(streamer, load_tokenizer(folder, trust_remote_code), measures)
     budget = streamer.budget
     holds = method.holds(budget)

@@ -7,13 +7,13 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, ClassVar
 
-from camera.blocks import FeedForward
-from camera.budget import Budget
-from camera.cuts import LayerCuts, Trials
-from camera.energy import EnergyObserver
-from camera.refit import Refit
-from camera.slicer import Kept
-from camera.statistics import LayerStatistics
+from camera.calibration.scores.energy import EnergyObserver
+from camera.calibration.statistics import LayerStatistics
+from camera.calibration.trials import LayerCuts, Trials
+from camera.compensation.settings import Refit
+from camera.moe.budget import Budget
+from camera.moe.feed_forward import FeedForward
+from camera.moe.pool import Kept
 
 METHODS: dict[str, type["Method"]] = {}
 

@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from camera.data import CORPORA, hub_errors
-from camera.errors import CameraError
-from camera.evaluation.definitions import NINE_TASKS, hub_address
+from camera.calibration.corpora import CORPORA, hub_errors
+from camera.evaluation.tasks.definitions import hub_address
+from camera.evaluation.tasks.names import NINE_TASKS
+from camera.runtime.errors import CameraError
 
 
 def mirror(

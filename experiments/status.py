@@ -14,10 +14,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from camera.errors import CameraError
-from experiments.durations import Durations, elapsed, spoken
-from experiments.folders import LOG, failure
-from experiments.jobs import PLAN, Job, read_plan
+from camera.runtime.errors import CameraError
+from experiments.records.failures import failure
+from experiments.records.folders import LOG
+from experiments.sweeps.durations import Durations, elapsed, spoken
+from experiments.sweeps.jobs import PLAN, Job, read_plan
 
 DONE, RUNNING, FAILED, TO_GO = "done", "running", "failed", "to go"
 

@@ -15,9 +15,9 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from camera import parallel
-from experiments.grids import overrides_of
-from experiments.jobs import BUSY, Job, planned, write_plan
+from camera.runtime import distributed
+from experiments.sweeps.grids import overrides_of
+from experiments.sweeps.jobs import BUSY, Job, planned, write_plan
 
 log = logging.getLogger(__name__)
 PAUSE_S = 2
@@ -59,7 +59,7 @@ class GridSweeper(Sweeper):
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
-        if parallel.rank() == 0:
+        if distributed.rank() == 0:
             write_plan(jobs, folder, Path(self.config.output))
         return self._launch(jobs)
 

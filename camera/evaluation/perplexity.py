@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from camera.evaluation.passage import Block, Passage, at_least_one, read_passage
-from camera.head import tokens_at_once
-from camera.progress import shown
+from camera.evaluation.passages import Block, Passage, at_least_one, read_passage
+from camera.runtime.progress import shown
+from camera.streaming.lm_head import tokens_at_once
 
 
 def perplexity(

@@ -5,9 +5,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from camera.checkpoint import resolve_device, resolve_dtype
-from camera.errors import CameraError
-from camera.shards import ShardReader
+from camera.checkpoint.loading import resolve_device, resolve_dtype
+from camera.checkpoint.shards import ShardReader
+from camera.runtime.errors import CameraError
 
 MODES = ("auto", "always", "never")
 MARGIN = 1.2  # of the weights' bytes: activations, fragments, and what else is running

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from camera.errors import CameraError
+from camera.runtime.errors import CameraError
 
 # transformers' own ways to run experts, to prefill and to decode; it never prefills by batched_mm,
 # which copies the weights of an expert for every token routed to it.

@@ -14,13 +14,14 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from camera.capture import swapped
-from camera.errors import CameraError
-from camera.evaluation.packs import MASKABLE, Pack, Rows, packs_of, reach, rows_of
-from camera.head import loaded_head, tokens_at_once
-from camera.hidden import HiddenStates
-from camera.progress import PeakMemory, each_layer
-from camera.stream import Streamer, unwrap
+from camera.evaluation.shared_context import MASKABLE, Pack, Rows, packs_of, reach, rows_of
+from camera.moe.capture import swapped, unwrap
+from camera.runtime.errors import CameraError
+from camera.runtime.mapped import HiddenStates
+from camera.runtime.peak_memory import PeakMemory
+from camera.runtime.progress import each_layer
+from camera.streaming.lm_head import loaded_head, tokens_at_once
+from camera.streaming.streamer import Streamer
 
 BATCH_TOKENS = 8192
 RAM_SHARE = 0.3  # of the free memory that hidden states may take before they go to disk

@@ -10,7 +10,7 @@ import sys
 import torch
 
 import experiments.bench as bench
-from camera.errors import CameraError
+from camera.runtime.errors import CameraError
 
 
 def main(argv: list[str] | None = None) -> None:

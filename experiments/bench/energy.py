@@ -1,7 +1,7 @@
 """Energies from routed tokens only, against every expert on every token.
 
 The shapes are those of DeepSeek-MoE-16B, Qwen2-57B-A14B and Qwen3-30B-A3B divided by --scale, the
-router is the model's own with random weights. `routed` is camera/capture.py with camera/energy.py;
+router is the model's own with random weights. `routed` is camera/moe/capture.py with camera/calibration/scores/energy.py;
 `dense` computes all experts on all tokens and multiplies by a routing weight that is mostly zero,
 as the paper's released code does. They take turns, the best turn of each counts. `goal` is E/k, how
 many times less there is to compute; `of_peak` is the routed side's FLOPs per second against a
@@ -12,10 +12,10 @@ import argparse
 
 import torch
 
-from camera.capture import observe
-from camera.energy import EnergyObserver
-from experiments.bench._layers import SHAPES, feed_forward, random_model
-from experiments.bench._timing import clock, matmul_peak, take_turns
+from camera.calibration.scores.energy import EnergyObserver
+from camera.moe.capture import observe
+from experiments.bench.support.layers import SHAPES, feed_forward, random_model
+from experiments.bench.support.timing import clock, matmul_peak, take_turns
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,14 +14,14 @@ import copy
 import torch
 from torch import nn
 
-from camera.blocks import swapped
-from camera.capture import Output, Tap, Trace, observe
-from camera.energy import EnergyObserver
-from camera.plan import keep_highest
-from camera.slicer import kept_rows, slice_layer
-from experiments.bench._layers import SHAPES, feed_forward, random_model
-from experiments.bench._timing import clock, take_turns
+from camera.calibration.scores.energy import EnergyObserver
+from camera.moe.capture import Output, Tap, Trace, observe, swapped
+from camera.moe.pool import kept_rows
+from camera.pruning.ranking import keep_highest
+from camera.pruning.slicing import slice_layer
 from experiments.bench.energy import every_expert
+from experiments.bench.support.layers import SHAPES, feed_forward, random_model
+from experiments.bench.support.timing import clock, take_turns
 
 ALPHA = 0.9
 

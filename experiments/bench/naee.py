@@ -18,11 +18,11 @@ from torch import nn
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
-from baselines.naee import OutputObserver
-from baselines.naee_search import OutputError, search
-from camera.blocks import FeedForward
-from camera.families import Family
-from camera.rerouting import Rerouter
+from baselines.experts.naee import OutputObserver
+from baselines.experts.rerouting import Rerouter
+from baselines.experts.subset_search import OutputError, search
+from camera.moe.families import Family
+from camera.moe.feed_forward import FeedForward
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 2048, 1408, 64, 6
 

@@ -13,9 +13,14 @@ from collections.abc import Callable
 
 import torch
 
-from camera.experts.cut import Cut
-from camera.experts.packed import PackedExperts
-from camera.experts.packed_spec import average_bits, experts_spec, spec_bytes, spec_weights
+from camera.checkpoint.formats.packed.experts import PackedExperts
+from camera.checkpoint.formats.packed.segments import Cut
+from camera.checkpoint.formats.packed.spec import (
+    average_bits,
+    experts_spec,
+    spec_bytes,
+    spec_weights,
+)
 
 HIDDEN, WIDTH, TOP_K = 2048, 768, 8
 

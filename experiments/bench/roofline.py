@@ -1,11 +1,11 @@
 """FLOPs and bytes of compressing a model, and the time on a device: computed, not measured.
 
 `--model` is a name of conf/model, a folder or a config.json. `one_pass` is a run as camera/ does it
-(camera/roofline.py), `dense_way` what the paper's released code computes: every expert on every
+(experiments/bench/support/costs.py), `dense_way` what the paper's released code computes: every expert on every
 token for the energies, and two forward passes of each layer. Devices: a100_40gb and h100 by their
 data sheets (dense bf16), cpu as measured here (one square product, one copy). `--efficiency` is the
 share of that which is reached, `--link` GB/s of the place the weights are read from and written to.
-`compensation` is compensate=layer (camera/refit.py) with target=dense, all of its ridges tried,
+`compensation` is compensate=layer (camera/compensation/least_squares.py) with target=dense, all of its ridges tried,
 beside the rest.
 """
 
@@ -17,11 +17,11 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig
 
-from camera.errors import CameraError
-from camera.refit import Refit
-from camera.roofline import Device, fit_flops, run_cost
-from experiments.bench._published import ARCHITECTURES
-from experiments.bench._timing import matmul_peak, take_turns
+from camera.compensation.settings import Refit
+from camera.runtime.errors import CameraError
+from experiments.bench.support.architectures import ARCHITECTURES
+from experiments.bench.support.costs import Device, fit_flops, run_cost
+from experiments.bench.support.timing import matmul_peak, take_turns
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 TINY = Path(__file__).parents[1] / "tiny_moe" / "model"

@@ -18,12 +18,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import camera
-from camera.blocks import FeedForward
-from camera.checkpoint import load_model, load_tokenizer
+from camera.checkpoint.loading import load_model, load_tokenizer
 from camera.evaluation.speed import measure_speed
-from camera.families import family_of
-from camera.slicer import kept_rows, slice_layer
-from experiments.bench._timing import clock
+from camera.moe.families import family_of
+from camera.moe.feed_forward import FeedForward
+from camera.moe.pool import kept_rows
+from camera.pruning.slicing import slice_layer
+from experiments.bench.support.timing import clock
 from experiments.tiny_moe.layout import ensure_world
 
 TINY = Path(__file__).parents[1] / "tiny_moe" / "model"

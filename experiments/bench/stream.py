@@ -19,14 +19,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import camera
-from camera.errors import CameraError
-from camera.heap import give_back
-from camera.memory import Memory
-from camera.native import native_state
-from camera.shards import ShardWriter
-from camera.source import copy_companions
-from experiments.bench._published import ARCHITECTURES
-from experiments.settings import EMBEDDED_MODEL
+from camera.checkpoint.native import native_state
+from camera.checkpoint.shards import ShardWriter
+from camera.checkpoint.source import copy_companions
+from camera.runtime.buffers import give_back
+from camera.runtime.errors import CameraError
+from camera.streaming.settings import Memory
+from experiments.bench.support.architectures import ARCHITECTURES
+from experiments.config.settings import EMBEDDED_MODEL
 
 PAPER_TOKENS = 128 * 2048
 SCALED = ("hidden_size", "num_attention_heads", "num_key_value_heads")

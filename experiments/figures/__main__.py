@@ -6,10 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from camera.errors import CameraError
+from camera.runtime.errors import CameraError
 from experiments.figures.comparison import draw_comparisons
 from experiments.figures.run import draw_run
-from experiments.rows import runs_below
+from experiments.tables.rows import runs_below
 
 
 def main(arguments: list[str]) -> int:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.aggregate import over_seeds
 from experiments.figures.curves import draw_curves
 from experiments.figures.pareto import draw_pareto
 from experiments.figures.points import ALPHA, BITS, SAMPLES, SPARSITY, Axis, Measure, points
-from experiments.folders import read_json
-from experiments.identity import measurement, telling_settings
-from experiments.rows import perplexity_columns
+from experiments.records.folders import read_json
+from experiments.records.identity import measurement, telling_settings
+from experiments.tables.aggregate import over_seeds
+from experiments.tables.rows import perplexity_columns
 
 AVERAGE = Measure("average", "average of the tasks, %")
 SPEEDS = [

@@ -9,7 +9,7 @@ from matplotlib import cm, colors
 from matplotlib import pyplot as plt
 
 from experiments.figures.style import GREY, ORDERED, STYLE, save
-from experiments.histograms import Histogram
+from experiments.records.energy_summary import Histogram
 
 
 def draw_energies(histograms: dict[int, Histogram], file: Path) -> Path:

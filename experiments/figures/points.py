@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.identity import telling_settings
+from experiments.records.identity import telling_settings
 
 
 @dataclass(frozen=True)

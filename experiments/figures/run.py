@@ -6,8 +6,8 @@ from pathlib import Path
 
 from experiments.figures.energies import draw_energies, draw_energy_shares
 from experiments.figures.experts import draw_bits, draw_expert_energies, draw_widths
-from experiments.folders import read_json
-from experiments.histograms import read_energies
+from experiments.records.energy_summary import read_energies
+from experiments.records.folders import read_json
 
 
 def draw_run(folder: Path) -> list[Path]:

@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from camera.errors import CameraError
-from experiments.report import write_report
-from experiments.rows import runs_below
+from camera.runtime.errors import CameraError
+from experiments.report.writing import write_report
+from experiments.tables.rows import runs_below
 
 
 def main(arguments: list[str]) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.blocks import Block, comparable
-from experiments.rows import perplexity_columns
+from experiments.tables.comparable import Block, comparable
+from experiments.tables.rows import perplexity_columns
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from urllib.parse import quote
 import pandas as pd
 from PIL import Image
 
-from experiments.folders import read_json
+from experiments.records.folders import read_json
 
 COLOURS = 128  # of an image's palette: a third of the bytes, and nothing that shows
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from experiments.aggregate import over_seeds
 from experiments.figures.comparison import draw_comparisons
-from experiments.layouts import to_html
-from experiments.pages import Page, paper_page
 from experiments.report.headlines import headlines
 from experiments.report.runs import Figure, Run, embedded, environments, read_run
+from experiments.tables.aggregate import over_seeds
+from experiments.tables.pages import Page, paper_page
+from experiments.tables.renderers import to_html
 
 
 def write_report(runs: pd.DataFrame, folder: Path, page: Path) -> Path:

@@ -1,0 +1,1 @@
+"""A shared base and low-rank deltas."""

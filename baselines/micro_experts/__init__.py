@@ -1,0 +1,1 @@
+"""Micro-experts ranked by other scores."""

@@ -1,0 +1,1 @@
+"""Quantisation with other bit plans."""

@@ -1,0 +1,77 @@
+"""GPTQ and round-to-nearest: the same bits for every weight of every expert."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+
+from camera.checkpoint.formats.packed.footprint import MOST_BITS
+from camera.moe.budget import Budget
+from camera.moe.feed_forward import FeedForward
+from camera.quantization.base import Quantization, footprints
+from camera.quantization.bit_plan import ExpertBits, solve_group_size
+from camera.runtime.errors import CameraError
+
+CLOSE = 0.05  # uniform bits and a group size can't meet every target; further below is refused
+
+
+@dataclass
+class Gptq(Quantization):
+    """Every weight of the pool gets the same whole number of bits, solved by GPTQ.
+
+    The target `bits` counts scales and zeros: 2.25 is 2 bits with a scale and a zero (16 bits each)
+    per 128 weights. The largest number of bits is taken that a group size allows (without
+    `group_size`: the smallest multiple of 8 that stays within the target), which may store up to
+    5 % less than the target; where nothing comes that close, the target is refused.
+    Source: Frantar et al. (ICLR 2023).
+    """
+
+    name: ClassVar[str] = "gptq"
+
+    bits: float | None = 2.25
+
+    def __post_init__(self) -> None:
+        self._solved: tuple[int, int | None] | None = None  # one for all layers
+
+    def check(self, budget: Budget) -> None:
+        super().check(budget)
+        self._solved = self.solve(budget)
+
+    def reachable(self, budget: Budget) -> tuple[float, float]:
+        return 0.0, float("inf")  # `solve` knows better
+
+    def solve(self, budget: Budget) -> tuple[int, int | None]:
+        """Bits and group size for the target; CameraError, naming the next best, if none fits."""
+        if self.bits is None:
+            raise CameraError(f"method {self.name} needs a target: set bits.")
+        pools = Counter(footprints(budget, None, self.sym, self.scattered).values())
+        weights = sum(pool.weights * layers for pool, layers in pools.items())
+        longest = max(max(pool.hidden, *pool.widths) for pool in pools)
+
+        def stored(bits: int, size: int | None) -> float:
+            sized = {replace(pool, group_size=size): layers for pool, layers in pools.items()}
+            return sum(p.uniform(bits) * p.weights * layers for p, layers in sized.items())
+
+        near = []
+        for bits in range(MOST_BITS, 0, -1):
+            size = None if self.group_size == -1 else self.group_size
+            if self.group_size is None:
+                size = solve_group_size(partial(stored, bits), weights, self.bits, longest)
+            near.append(stored(bits, size) / max(weights, 1))
+            if near[-1] <= self.bits * (1 + 1e-9):
+                break
+        if self.bits * (1 - CLOSE) <= near[-1] <= self.bits * (1 + 1e-9):
+            return bits, size
+        raise CameraError(
+            f"bits={self.bits} can't be met by the same bits everywhere: the nearest that this "
+            f"model can store are {' and '.join(f'{n:.4g}' for n in near[-2:])} bits per weight, "
+            "scales included; set bits or group_size."
+        )
+
+    def plan(
+        self, index: int, ffn: FeedForward, seen: Any, budget: Budget
+    ) -> tuple[list[ExpertBits], int | None]:
+        bits, size = self._solved or self.solve(budget)
+        return [ExpertBits.matched(torch.full((width,), bits)) for width in ffn.widths], size

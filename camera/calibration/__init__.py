@@ -1,0 +1,1 @@
+"""Which text, which tokens, which statistics, which scores."""

@@ -1,0 +1,127 @@
+"""What quantisation needs of a layer, gathered in one pass: energies and Hessians.
+
+Shapes: E experts of the pool, N tokens of one expert (micro-experts of the pool, where a tensor is
+named so), H hidden, W width of one expert, F = sum of W^2 over the experts (their Hessians, one
+after the other), P inputs kept of all experts.
+
+A Hessian is the plain sum of x x^T over tokens, so shares of the calibration add up.
+"""
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+
+from camera.calibration.scores.energy import EnergyObserver, LayerEnergy
+from camera.moe.feed_forward import ExpertGroup, FeedForward
+
+
+@dataclass
+class LayerHessians(LayerEnergy):
+    """Energies of a layer's pool, and of each expert the Hessians of its matrices, in fp32.
+
+    input_EHH = sum x x^T over the expert's tokens: the inputs of gate and up, which share it.
+    hidden_F = sum h h^T, [W, W] for each expert in turn: the inputs of down.
+    input_max2_EH = max over tokens of x^2 (the sum over tokens is the diagonal of input_EHH).
+    kept_PH, kept_E = the first inputs of every expert, as asked for, and how many these are.
+    """
+
+    kind: ClassVar[str] = "hessians"
+    reduced: ClassVar[dict[str, str]] = LayerEnergy.reduced | {
+        "input_EHH": "sum",
+        "hidden_F": "sum",
+        "input_max2_EH": "max",
+    }
+    input_EHH: torch.Tensor
+    hidden_F: torch.Tensor
+    input_max2_EH: torch.Tensor
+    kept_PH: torch.Tensor
+    kept_E: torch.Tensor
+
+    def hidden(self, expert: int) -> torch.Tensor:
+        """The Hessian [W, W] of the inputs of one expert's down."""
+        squares = [width**2 for width in self.widths]
+        width, start = self.widths[expert], sum(squares[:expert])
+        return self.hidden_F[start : start + width**2].view(width, width)
+
+    def kept(self, expert: int) -> torch.Tensor:
+        """The inputs x_NH kept of one expert."""
+        return self.kept_PH.split(self.kept_E.tolist())[expert]
+
+    def channel_energy(self, alpha: float) -> torch.Tensor:
+        """[(1 - alpha) |X_c|_2^2 + alpha |X_c|_inf^2] of every input channel, fp64 [E, H]."""
+        sum2_EH = self.input_EHH.diagonal(0, 1, 2).double()
+        return (1 - alpha) * sum2_EH + alpha * self.input_max2_EH.double()
+
+    def stored(self) -> LayerEnergy:
+        """The energies alone: Hessians are as large as the layer and serve only once."""
+        return LayerEnergy(**{f.name: getattr(self, f.name) for f in fields(LayerEnergy)})
+
+
+def hessian_bytes(hidden: int, widths: list[int]) -> int:
+    """What a HessianObserver of experts of these widths holds: 4 sum(H^2 + W^2)."""
+    return 4 * sum(hidden**2 + width**2 for width in widths)
+
+
+class HessianObserver:
+    """Gathers a layer's energies and Hessians from any number of `camera.moe.capture.observe` passes.
+
+    `weighted` counts a token by its squared routing weight (its share in the layer's squared output
+    error), else every token that reached the expert counts 1, as in GPTQ. `keep` inputs of each
+    expert are kept, in the model's precision, for whoever must run it again. Memory:
+    4 E (H^2 + W^2) bytes, on the layer's device until `result`.
+    """
+
+    def __init__(self, ffn: FeedForward, *, weighted: bool = False, keep: int = 0):
+        self._energy = EnergyObserver(ffn)
+        self._weighted, self._keep = weighted, keep
+        self._expert: dict[tuple[str, int], int] = {}
+        down = ffn.groups[0].down(0)
+        hidden, device = down.shape[0], down.device
+        for group in ffn.groups:
+            for expert in range(len(group.widths)):
+                self._expert[group.path, expert] = len(self._expert)
+        experts, squares = len(self._expert), [width**2 for width in ffn.widths]
+        self._hidden_F = torch.zeros(sum(squares), device=device)
+        parts = zip(self._hidden_F.split(squares), ffn.widths, strict=True)
+        self._hidden = [H_WW.view(width, width) for H_WW, width in parts]
+        self._input_EHH = torch.zeros(experts, hidden, hidden, device=device)
+        self._max2_EH = torch.zeros(experts, hidden, device=device)
+        self._kept: list[list[torch.Tensor]] = [[] for _ in range(experts)]
+        self._kept_count = [0] * experts
+        self._dtype = down.dtype
+
+    def __call__(
+        self,
+        group: ExpertGroup,
+        expert: int,
+        x_NH: torch.Tensor,
+        h_NW: torch.Tensor,
+        a_N: torch.Tensor | None,
+    ) -> None:
+        self._energy(group, expert, x_NH, h_NW, a_N)
+        e = self._expert[group.path, expert]
+        room = self._keep - self._kept_count[e]
+        if room > 0:
+            self._kept[e].append(x_NH[:room].cpu())
+            self._kept_count[e] += len(self._kept[e][-1])
+        x_NH, h_NW = x_NH.float(), h_NW.float()
+        self._max2_EH[e] = torch.maximum(self._max2_EH[e], x_NH.square().amax(0))
+        if self._weighted and a_N is not None:
+            x_NH, h_NW = x_NH * a_N[:, None], h_NW * a_N[:, None]
+        self._input_EHH[e].addmm_(x_NH.T, x_NH)
+        self._hidden[e].addmm_(h_NW.T, h_NW)
+
+    def result(self) -> LayerHessians:
+        """The statistics gathered so far; Hessians stay where the layer is."""
+        energy = self._energy.result()
+        kept = [x_NH for parts in self._kept for x_NH in parts]
+        empty = torch.zeros(0, self._input_EHH.shape[1], dtype=self._dtype)
+        return LayerHessians(
+            **{f.name: getattr(energy, f.name) for f in fields(LayerEnergy)},
+            input_EHH=self._input_EHH,
+            hidden_F=self._hidden_F,
+            input_max2_EH=self._max2_EH.cpu(),
+            kept_PH=torch.cat(kept) if kept else empty,
+            kept_E=torch.tensor(self._kept_count, dtype=torch.int64),
+        )

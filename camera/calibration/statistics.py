@@ -1,0 +1,124 @@
+"""What calibration knows of a model's layers, as files: the base of every method's statistics."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import distributed
+
+from camera.runtime.distributed import OPERATIONS, world
+from camera.runtime.errors import CameraError
+
+KINDS: dict[str, type["LayerStatistics"]] = {}
+
+
+@dataclass
+class LayerStatistics:
+    """What calibration knows of one layer's pool; every field that a subclass adds is a tensor.
+
+    A field `tokens_E`, where there is one, counts the tokens that each expert of the pool saw.
+    """
+
+    kind: ClassVar[str]
+    travels: ClassVar[bool] = True  # with the checkpoint they led to
+    reduced: ClassVar[dict[str, str]] = {}  # field -> how shares of the tokens combine: sum or max
+    groups: dict[str, list[int]]  # module path -> width of each of its experts, in pool order
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        KINDS[cls.kind] = cls
+
+    @property
+    def widths(self) -> list[int]:
+        """Width of every expert of the pool."""
+        return [width for widths in self.groups.values() for width in widths]
+
+    def unreached(self) -> list[tuple[str, int]]:
+        """(module path, expert) of the experts that no calibration token reached."""
+        tokens_E = getattr(self, "tokens_E", None)
+        if tokens_E is None:
+            return []
+        experts = [(path, e) for path, widths in self.groups.items() for e in range(len(widths))]
+        return [place for place, n in zip(experts, tokens_E.tolist(), strict=True) if n == 0]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by the name of their field."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "groups"}
+
+    def stored(self) -> "LayerStatistics":
+        """What is worth keeping in files once the layer is compressed."""
+        return self
+
+
+class Statistics:
+    """The statistics of a whole model, layer by layer, with what they were measured on."""
+
+    def __init__(self, layers: dict[int, LayerStatistics], about: dict):
+        self.layers, self.about = layers, about
+
+    @property
+    def travels(self) -> bool:
+        """Whether they are small and telling enough to stand beside the checkpoint."""
+        return all(layer.travels for layer in self.layers.values())
+
+    def save(self, path: Path) -> None:
+        """Write all to one safetensors file, `about` in its header."""
+        tensors = {
+            f"{i}.{name}": tensor.contiguous()
+            for i, layer in self.layers.items()
+            for name, tensor in layer.tensors().items()
+        }
+        header = {
+            "groups": {str(i): layer.groups for i, layer in self.layers.items()},
+            "kind": next((layer.kind for layer in self.layers.values()), None),
+            "about": self.about,
+        }
+        # one entry only: safetensors writes several in any order, and files are compared by bytes
+        save_file(tensors, path, metadata={"camera": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: Path) -> "Statistics":
+        """Read a file of `save`; CameraError if it is missing or broken."""
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads(file.metadata()["camera"])
+                found: dict[str, dict[str, torch.Tensor]] = {i: {} for i in header["groups"]}
+                for key in file.keys():  # noqa: SIM118 (a file is no dict)
+                    layer, _, name = key.partition(".")
+                    found[layer][name] = file.get_tensor(key)
+                kind = KINDS[header["kind"]] if found else LayerStatistics
+                layers = {
+                    int(i): kind(groups=header["groups"][i], **tensors)
+                    for i, tensors in found.items()
+                }
+                return cls(layers, header["about"])
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise CameraError(
+                f"statistics file {path} can't be read ({error}): delete it and run again."
+            ) from error
+
+    def __iter__(self) -> Iterator[tuple[int, LayerStatistics]]:
+        return iter(sorted(self.layers.items()))
+
+
+def add_up(seen: LayerStatistics) -> LayerStatistics:
+    """What all ranks saw together of a layer, by the rule of each field.
+
+    Raises CameraError for statistics that name no rule (LayerStatistics.reduced).
+    """
+    if world() > 1:
+        if not seen.reduced:
+            raise CameraError(
+                f"what this method sees of a layer ({seen.kind}) can't be added up over processes: "
+                "start it without torchrun."
+            )
+        for name, how in sorted(seen.reduced.items()):
+            tensor = getattr(seen, name).contiguous()
+            distributed.all_reduce(tensor, OPERATIONS[how])
+            setattr(seen, name, tensor)
+    return seen

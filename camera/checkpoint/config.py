@@ -1,0 +1,94 @@
+"""The format on disk: a quantization_config with quant_method `camera`, registered on import.
+
+A compressed checkpoint is an ordinary transformers folder whose config.json says by path what form
+(camera/experts/) a module has; `from_pretrained` builds the skeleton of these and loads into it.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from camera.checkpoint.formats.format import FORMS
+from camera.runtime.errors import CameraError
+
+FORMAT = 2
+
+
+@register_quantization_config("camera")
+class CameraConfig(QuantizationConfigMixin):
+    """What a compressed checkpoint holds, and how it was made.
+
+    `modules` maps a module's path to its form, {"form": name, ...}; `made_by` is the method's name
+    and settings.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, dict[str, Any]] | None = None,
+        made_by: dict[str, Any] | None = None,
+        format: int = FORMAT,
+        **_: Any,
+    ):
+        self.quant_method = "camera"
+        self.format = format
+        self.modules = modules or {}
+        self.made_by = made_by or {}
+        if format < FORMAT:
+            raise CameraError(
+                f"checkpoint format {format} is older than this package reads ({FORMAT}): compress "
+                "the model again."
+            )
+        if format > FORMAT:
+            raise CameraError(
+                f"checkpoint format {format} is newer than this package knows ({FORMAT}): "
+                "upgrade camera-moe."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": self.quant_method,
+            "format": self.format,
+            "made_by": self.made_by,
+            "modules": self.modules,
+        }
+
+
+def build_forms(model: nn.Module, config: CameraConfig) -> None:
+    """Give a freshly built model (on meta) the modules of a compressed checkpoint."""
+    for path, spec in config.modules.items():
+        if spec["form"] not in FORMS:
+            raise CameraError(
+                f"module {path} has the form '{spec['form']}', which this package doesn't know "
+                f"({', '.join(sorted(FORMS))}): upgrade camera-moe."
+            )
+        native = model.get_submodule(path)
+        model.set_submodule(path, FORMS[spec["form"]].build(native, spec))
+
+
+@register_quantizer("camera")
+class CameraQuantizer(HfQuantizer):
+    """Teaches transformers to load and save compressed checkpoints."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        build_forms(model, self.quantization_config)
+
+    def update_weight_conversions(self, conversions: list, model: PreTrainedModel) -> list:
+        """Drop the rules that fuse native experts: ours are stored as they are used."""
+        return [c for c in conversions if not _touches_experts(c)]
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def _touches_experts(conversion: Any) -> bool:
+    return any(".experts" in target for target in conversion._original_target_patterns)

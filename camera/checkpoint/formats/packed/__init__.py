@@ -1,0 +1,1 @@
+"""Modules whose matrices are packed to a few bits per weight."""

@@ -1,0 +1,96 @@
+"""Routed experts of a layer, packed to a few bits per weight.
+
+Shapes: T tokens, K experts per token, N tokens of one expert, H hidden, W width of one expert.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from camera.checkpoint.formats.packed.base import PackedForm
+from camera.checkpoint.formats.packed.segments import Solved
+from camera.checkpoint.formats.ragged import SLOW_HALF, RaggedExperts
+
+
+class PackedExperts(nn.Module, PackedForm):
+    """Drop-in for any native experts module; an expert is dequantised whenever tokens reach it.
+
+    y = sum over the top-k experts e of weight_e * down_e(act(gate_e x) * (up_e x)); an expert of
+    width 0 keeps its routing slot and adds nothing.
+
+    spec: `experts_spec`. The codes have the native fused names: a reader that doesn't know this
+    format meets a shape mismatch and stops, rather than loading random experts.
+    """
+
+    form = "packed"
+
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        act_fn: nn.Module,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.hidden_dim, self.widths = spec["hidden"], list(spec["widths"])
+        self.num_experts, self.act_fn = len(self.widths), act_fn
+        self._register(spec, device, dtype)
+
+    @classmethod
+    def build(cls, native: nn.Module, spec: dict[str, Any]) -> "PackedExperts":
+        return cls(spec, native.act_fn, "meta", native.down_proj.dtype)
+
+    def put(self, expert: int, gate_up: Sequence[Solved], down: Solved) -> None:
+        """Store a solved expert: [gate, up], or [both] if they were solved stacked by rows."""
+        self._store("gate_up_proj", expert, *gate_up)
+        self._store("down_proj", expert, down)
+
+    def gate_up(self, expert: int) -> torch.Tensor:
+        """Dequantised rows of one expert, [2W, H]: gate first, then up."""
+        return self._weight("gate_up_proj", expert)
+
+    def down(self, expert: int) -> torch.Tensor:
+        """Dequantised columns of one expert, [H, W]."""
+        return self._weight("down_proj", expert)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Map x_TH, index_TK, weight_TK to y_TH, one sorted pass over the experts that were hit."""
+        slot_expert = top_k_index.reshape(-1)
+        order = slot_expert.argsort(stable=True)
+        counts = torch.bincount(slot_expert, minlength=self.num_experts).tolist()
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        weight_S = top_k_weights.reshape(-1).to(wide)
+        y_TH = torch.zeros_like(hidden_states, dtype=wide)
+        for expert, slots in enumerate(order.split(counts)):
+            if not len(slots) or not self.widths[expert]:
+                continue
+            tokens = slots // top_k_index.shape[-1]
+            gate, up = _linear(hidden_states[tokens], self.gate_up(expert)).chunk(2, dim=-1)
+            out_NH = _linear(self.act_fn(gate) * up, self.down(expert)).to(wide)
+            y_TH.index_add_(0, tokens, out_NH * weight_S[slots, None])
+        return y_TH.to(hidden_states.dtype)
+
+    def dequantize(self) -> RaggedExperts:
+        """The same experts with plain weights, in this module's dtype."""
+        device = self.gate_up_proj.device
+        plain = RaggedExperts(self.hidden_dim, self.widths, self.act_fn, device, self.dtype)
+        plain.requires_grad_(False)
+        for expert in range(self.num_experts):
+            plain.gate_up(expert).copy_(self.gate_up(expert))
+            plain.down(expert).copy_(self.down(expert))
+        return plain
+
+    def extra_repr(self) -> str:
+        return f"hidden={self.hidden_dim}, experts={self.num_experts}, rows={sum(self.widths)}"
+
+
+def _linear(x_NC: torch.Tensor, W_RC: torch.Tensor) -> torch.Tensor:
+    """x W^T in the precision of x; where a CPU is slow at that, in fp32 and rounded once."""
+    if SLOW_HALF and x_NC.device.type == "cpu" and x_NC.element_size() < 4:
+        return F.linear(x_NC.float(), W_RC.float()).to(x_NC.dtype)
+    return F.linear(x_NC, W_RC)

@@ -1,0 +1,113 @@
+"""Single weights, packed: a linear layer, and a router that is a module of its own.
+
+Shapes: N tokens, R rows (outputs), C columns (inputs).
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from camera.checkpoint.formats.packed.base import PackedForm
+from camera.checkpoint.formats.packed.segments import Solved
+
+
+class PackedLinear(nn.Module, PackedForm):
+    """Drop-in for nn.Linear. spec: `linear_spec`; a bias stays as it was.
+
+    `weight` holds the codes, so that a reader that doesn't know this format stops at its shape.
+    """
+
+    form = "packed_linear"
+
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        bias: torch.Tensor | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.out_features, self.in_features = spec["shape"]
+        self._register(spec, device, dtype)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def build(cls, native: nn.Module, spec: dict[str, Any]) -> "PackedLinear":
+        bias = None if native.bias is None else native.bias.detach()
+        return cls(spec, bias, "meta", native.weight.dtype)
+
+    def put(self, solved: Solved) -> None:
+        """Store the solved weight."""
+        self._store("weight", 0, solved)
+
+    def dense(self) -> torch.Tensor:
+        """The dequantised weight [R, C]."""
+        return self._weight("weight")
+
+    def forward(self, x_NC: torch.Tensor) -> torch.Tensor:
+        """x W^T + bias."""
+        return F.linear(x_NC, self.dense(), self.bias)
+
+    def dequantize(self) -> nn.Linear:
+        """A plain linear layer of these weights, in this module's dtype."""
+        plain = nn.Linear(self.in_features, self.out_features, device="meta")
+        plain.weight = nn.Parameter(self.dense(), requires_grad=False)
+        plain.bias = self.bias
+        return plain
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class PackedRouter(PackedForm):
+    """The native router itself, its `weight` dequantised from the buffer `packed` on access.
+
+    Routers choose experts in their own ways; so the module keeps its class's forward and its other
+    tensors, and only the parameter is taken away. Any module that reads `self.weight` will do.
+    """
+
+    form = "packed_router"
+
+    @classmethod
+    def build(cls, native: nn.Module, spec: dict[str, Any]) -> nn.Module:
+        return cls.of(native, spec, "meta")
+
+    @staticmethod
+    def of(
+        native: nn.Module, spec: dict[str, Any], device: torch.device | str | None = None
+    ) -> "PackedRouter":
+        """Turn a native router into a packed one, in place; `put` its weight next."""
+        dtype = native.weight.dtype
+        del native.weight
+        native.__class__ = _packed_class(type(native))
+        native._register(spec, device, dtype)
+        return native
+
+    def put(self, solved: Solved) -> None:
+        """Store the solved weight."""
+        self._store("packed", 0, solved)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantised weight [experts, hidden]."""
+        return self._weight("packed")
+
+    def dequantize(self) -> nn.Module:
+        """Turn it back, in place, into the native router with a plain weight."""
+        weight = nn.Parameter(self.weight, requires_grad=False)
+        names = ["_like", *("packed" + suffix for suffix in self._layouts["packed"].sizes)]
+        for name in names:
+            delattr(self, name)
+        del self._spec, self._layouts
+        self.__class__ = type(self).__bases__[1]
+        self.weight = weight
+        return self
+
+
+@cache
+def _packed_class(native: type[nn.Module]) -> type[nn.Module]:
+    # A new class per native one, as torch's own parametrisation makes them: isinstance still holds.
+    return type(f"Packed{native.__name__}", (PackedRouter, native), {})

@@ -1,0 +1,84 @@
+"""A shared expert or dense FFN, packed to a few bits per weight.
+
+Shapes: N tokens, H hidden, W width.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from camera.checkpoint.formats.format import Form
+from camera.checkpoint.formats.narrow import PROJECTIONS, resize_note
+from camera.checkpoint.formats.packed.linear import PackedLinear
+from camera.checkpoint.formats.packed.segments import Solved
+from camera.checkpoint.formats.packed.spec import projections, spec_code_bits, spec_weights
+
+
+class PackedMlp(nn.Module, Form):
+    """y = down(act(gate x) * up x), of three packed linear layers. spec: `mlp_spec`.
+
+    biases: by the name of the projection, None or absent where it has none.
+    """
+
+    form = "packed_mlp"
+
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        act_fn: nn.Module,
+        biases: Mapping[str, torch.Tensor | None] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self._spec, self.widths, self.act_fn = spec, spec["widths"], act_fn
+        for name, linear in projections(spec).items():
+            self.add_module(name, PackedLinear(linear, (biases or {}).get(name), device, dtype))
+
+    def spec(self) -> dict[str, Any]:
+        return self._spec
+
+    @classmethod
+    def build(cls, native: nn.Module, spec: dict[str, Any]) -> "PackedMlp":
+        width, biases = spec["widths"][0], {}
+        for name in PROJECTIONS:
+            bias = getattr(native, name).bias
+            if bias is not None:  # as wide as what the expert was pruned to
+                biases[name] = bias.detach() if name == "down_proj" else bias.new_empty(width)
+        return cls(spec, native.act_fn, biases, "meta", native.down_proj.weight.dtype)
+
+    @classmethod
+    def weights(cls, spec: dict[str, Any]) -> int:
+        return spec_weights(spec)
+
+    @classmethod
+    def raw_bits(cls, spec: dict[str, Any]) -> int:
+        return spec_code_bits(spec)
+
+    def put(self, gate_up: Sequence[Solved], down: Solved) -> None:
+        """Store the solved matrices: [gate, up], or [both] if they were solved stacked by rows."""
+        gate, up = gate_up if len(gate_up) == 2 else gate_up[0].chunk(2)
+        self.gate_proj.put(gate)
+        self.up_proj.put(up)
+        self.down_proj.put(down)
+
+    def gate_up(self, expert: int = 0) -> torch.Tensor:
+        """Dequantised rows, [2W, H]: gate first, then up."""
+        return torch.cat((self.gate_proj.dense(), self.up_proj.dense()))
+
+    def down(self, expert: int = 0) -> torch.Tensor:
+        """Dequantised columns, [H, W]."""
+        return self.down_proj.dense()
+
+    def forward(self, x_NH: torch.Tensor) -> torch.Tensor:
+        """Map x_NH to y_NH."""
+        return self.down_proj(self.act_fn(self.gate_proj(x_NH)) * self.up_proj(x_NH))
+
+    def dequantize(self, native: nn.Module) -> nn.Module:
+        """A native MLP (of any width, on meta will do) given these plain weights, in place."""
+        for name in PROJECTIONS:
+            setattr(native, name, getattr(self, name).dequantize())
+        resize_note(native, self.widths[0])
+        return native

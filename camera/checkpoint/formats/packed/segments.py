@@ -1,0 +1,113 @@
+"""How quantised matrices are cut into segments of uniform bits, and what a solver says of one.
+
+Shapes: E experts, R rows (outputs), C columns (inputs), G scale groups of a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from camera.quantization.grids import QuantizedWeight
+
+AXES = ("rows", "columns")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the matrices of one kind are cut into segments of uniform bits.
+
+    counts[s][e] rows (or columns) of expert e have bits[s]; bits descend, counts may be 0.
+    permuted: the axes along which every matrix keeps an index, because its rows or columns were
+    reordered and nothing else can absorb that. ValueError: axes, bits or counts that can't be.
+    """
+
+    axis: str
+    bits: tuple[int, ...]
+    counts: tuple[tuple[int, ...], ...]
+    permuted: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.axis not in AXES or not set(self.permuted) <= set(AXES):
+            raise ValueError(f"axes are {AXES}, not {self.axis}, {self.permuted}")
+        if list(self.bits) != sorted(set(self.bits) & set(range(1, 9)), reverse=True):
+            raise ValueError(f"bits of segments must descend and lie in 1..8, not {self.bits}")
+        if len(self.counts) != len(self.bits):
+            raise ValueError("a cut needs one row of counts for each of its bits")
+
+    @classmethod
+    def of(
+        cls,
+        axis: str,
+        bits_of: Sequence[torch.Tensor | list[int]],
+        permuted: Sequence[str] = (),
+    ) -> "Cut":
+        """From the bits of every row (or column) of every expert, in any order."""
+        experts = [torch.as_tensor(bits, dtype=torch.int64).cpu() for bits in bits_of]
+        used = sorted({b for bits in experts for b in bits.unique().tolist()}, reverse=True)
+        counts = tuple(tuple(int((bits == b).sum()) for bits in experts) for b in used)
+        return cls(axis, tuple(used), counts, tuple(permuted))
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> "Cut":
+        """The inverse of `json`."""
+        counts = tuple(tuple(row) for row in stored["counts"])
+        return cls(stored["axis"], tuple(stored["bits"]), counts, tuple(stored["permuted"]))
+
+    def json(self) -> dict[str, Any]:
+        """As it stands in config.json."""
+        return {
+            "axis": self.axis,
+            "bits": list(self.bits),
+            "counts": [list(row) for row in self.counts],
+            "permuted": list(self.permuted),
+        }
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One matrix as the solver leaves it, in the order in which it was solved.
+
+    w = scale * (code - zero), group_C the group of each column; groups beyond these are ignored.
+    rows: solved row i is row rows[i] of the matrix; columns likewise; None: as they stand.
+    """
+
+    codes_RC: torch.Tensor
+    scale_RG: torch.Tensor
+    zero_RG: torch.Tensor
+    group_C: torch.Tensor
+    rows: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        quantized: QuantizedWeight,
+        expert: int,
+        rows: torch.Tensor | None = None,
+        columns: torch.Tensor | None = None,
+    ) -> "Solved":
+        """One expert of a solved batch."""
+        q = quantized
+        tensors = (q.codes_ERC, q.scale_ERG, q.zero_ERG, q.group_EC)
+        return cls(*(tensor[expert] for tensor in tensors), rows, columns)
+
+    def chunk(self, parts: int) -> list["Solved"]:
+        """Matrices that were solved as one, stacked by rows, as gate and up may be."""
+        per_row = (self.codes_RC, self.scale_RG, self.zero_RG)
+        height = len(self.codes_RC) // parts
+        bands = [slice(part * height, (part + 1) * height) for part in range(parts)]
+        return [
+            Solved(*(t[band] for t in per_row), self.group_C, self.rows, self.columns)
+            for band in bands
+        ]
+
+    def grouped(self) -> "Solved":
+        """The columns of a group side by side, as they are stored."""
+        order_C = self.group_C.argsort(stable=True)
+        if torch.equal(self.group_C, self.group_C[order_C]):
+            return self
+        columns = order_C if self.columns is None else self.columns.to(order_C.device)[order_C]
+        codes_RC, group_C = self.codes_RC[:, order_C], self.group_C[order_C]
+        return Solved(codes_RC, self.scale_RG, self.zero_RG, group_C, self.rows, columns)

@@ -1,0 +1,286 @@
+"""Experts of unequal width, as two tables per layer, and the ways to run them fast.
+
+Shapes: T tokens, K experts per token, H hidden, E experts, W kept width of one expert, S = sum of
+the kept widths, N tokens of one expert.
+
+A row of `down_proj` is one micro-expert's output vector, so that an expert is one block of memory
+in both tables. Experts stand in them by width, the narrowest first (ties by index): experts of one
+width are neighbours, and a run of them is a uniform [n, W, H] view. The rows of `gate_up_proj` are
+an expert's W gate rows, then its W up rows, so that one matrix product serves both.
+"""
+
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from camera.checkpoint.formats.format import Form
+
+# A CPU without instructions for half precision multiplies such matrices many times slower.
+SLOW_HALF = "AVX512" not in torch.backends.cpu.get_cpu_capability()
+# Multiplications that take as long as one more expert in a loop (a third of that by width), and
+# the tokens below which reading a matrix, not multiplying by it, takes the time: on one core.
+LOOP_STEP, READING_TOKENS = 2_000_000, 16
+FEW = 4  # experts of a width, on average, from which a CPU runs them by width
+
+
+class RaggedExperts(nn.Module, Form):
+    """Drop-in for any native experts module whose experts kept different numbers of micro-experts.
+
+    y = sum over the top-k experts e of weight_e * down_e(act(gate_e x) * (up_e x)); an expert of
+    width 0 keeps its routing slot and adds nothing.
+
+    The parameter names are the native fused names with one dimension less: a reader that doesn't
+    know this format meets a shape mismatch and stops, rather than loading random experts.
+    """
+
+    form = "ragged"
+
+    def __init__(
+        self,
+        hidden: int,
+        widths: list[int],
+        act_fn: nn.Module,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.hidden_dim, self.num_experts = hidden, len(widths)
+        self.widths = list(widths)
+        self.order = sorted(range(len(widths)), key=self.widths.__getitem__)
+        self.starts, self.micro_experts = [0] * len(widths), 0
+        for expert in self.order:
+            self.starts[expert] = self.micro_experts
+            self.micro_experts += self.widths[expert]
+        self.few_widths = len(set(self.widths)) * FEW <= len(widths)
+        rows = self.micro_experts
+        self.gate_up_proj = nn.Parameter(torch.empty(2 * rows, hidden, device=device, dtype=dtype))
+        self.down_proj = nn.Parameter(torch.empty(rows, hidden, device=device, dtype=dtype))
+        self.act_fn = act_fn
+        self._indices: dict[tuple[str, torch.device], tuple[torch.Tensor, ...]] = {}
+
+    def spec(self) -> dict[str, Any]:
+        return {"form": self.form, "widths": self.widths}
+
+    @classmethod
+    def build(cls, native: nn.Module, spec: dict[str, Any]) -> "RaggedExperts":
+        dtype = native.down_proj.dtype
+        return cls(native.hidden_dim, spec["widths"], native.act_fn, "meta", dtype)
+
+    def gate_up(self, expert: int) -> torch.Tensor:
+        """Rows of one expert, [2W, H]: gate first, then up."""
+        start = self.starts[expert]
+        return self.gate_up_proj[2 * start : 2 * (start + self.widths[expert])]
+
+    def down(self, expert: int) -> torch.Tensor:
+        """Columns of one expert, [H, W], as a view of its rows."""
+        start = self.starts[expert]
+        return self.down_proj[start : start + self.widths[expert]].t()
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Map x_TH, index_TK, weight_TK to y_TH, in the way that is fastest for this many tokens.
+
+        All ways are equal up to the order of summation. On a CPU one token visits its K experts,
+        and layers so small that a loop would take longer than the arithmetic run in one product;
+        the others run by width where few are different, else by expert. On an accelerator few
+        tokens gather their experts' rows; many run by width.
+        """
+        tokens, top_k = top_k_index.shape
+        if not tokens or not self.micro_experts:
+            return torch.zeros_like(hidden_states)
+        run = self.by_expert
+        if hidden_states.device.type != "cpu":
+            if tokens * top_k <= self.num_experts:
+                run = self.gathered
+            elif can_group(hidden_states.device):
+                run = self.by_width
+        elif hidden_states.dtype == torch.float32:
+            if tokens == 1 and not torch.is_grad_enabled():
+                run = self.one_token
+            elif self._is_small(tokens, top_k):
+                run = self.all_at_once
+            elif self.few_widths and hasattr(F, "grouped_mm"):
+                run = self.by_width
+        return run(hidden_states, top_k_index, top_k_weights)
+
+    def one_token(
+        self, x_1H: torch.Tensor, index_1K: torch.Tensor, weight_1K: torch.Tensor
+    ) -> torch.Tensor:
+        """Reads the K experts that were hit and nothing else; for a CPU, without gradients."""
+        # Each call counts here: a small layer takes less time to compute than to ask for.
+        gate_up, basis, act_fn = self.gate_up_proj, self.down_proj, self.act_fn
+        y_1H = torch.zeros_like(x_1H)
+        for expert, weight in zip(*index_1K.tolist(), *weight_1K.tolist(), strict=True):
+            width, start = self.widths[expert], self.starts[expert]
+            if width:
+                out_1N = F.linear(x_1H, gate_up[2 * start : 2 * (start + width)])
+                gate_1W, up_1W = out_1N.split(width, 1)
+                y_1H.addmm_(act_fn(gate_1W).mul_(up_1W), basis[start : start + width], alpha=weight)
+        return y_1H
+
+    def all_at_once(
+        self, x_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Every expert on every token, the weight of those not routed to being 0."""
+        gate_S, up_S, owner_S = self._columns(x_TH.device)
+        out_TN = F.linear(x_TH, self.gate_up_proj)
+        act_TS = self.act_fn(out_TN.index_select(1, gate_S)) * out_TN.index_select(1, up_S)
+        weight_TE = weight_TK.new_zeros(len(x_TH), self.num_experts)
+        weight_TE = weight_TE.scatter_add(1, index_TK, weight_TK)
+        return (act_TS * weight_TE.index_select(1, owner_S)).to(x_TH.dtype) @ self.down_proj
+
+    def by_expert(
+        self, x_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Sorted by expert: two products for every expert that was hit."""
+        order = index_TK.reshape(-1).argsort(stable=True)
+        counts = torch.bincount(index_TK.reshape(-1), minlength=self.num_experts).tolist()
+        x_sorted = _wide(x_TH).index_select(0, order // index_TK.shape[1])
+        outs = [
+            self._expert(expert, x_NH)
+            for expert, x_NH in enumerate(x_sorted.split(counts))
+            if counts[expert]
+        ]
+        return self._add_up(torch.cat(outs), order, weight_TK, x_TH.dtype)
+
+    def by_width(
+        self, x_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Sorted by expert in the tables' order: two grouped products for every width.
+
+        Waits for the device once. Widths whose rows are no multiple of 16 bytes, and those that
+        only one expert has, take plain products: prune with `width_multiple` to have few.
+        """
+        (rank_E,) = self._ranks(x_TH.device)
+        rank = rank_E[index_TK.reshape(-1)]
+        order = rank.argsort(stable=True)
+        ends_E = torch.bincount(rank, minlength=self.num_experts).cumsum(0)
+        bounds = [0, *ends_E.tolist()]
+        x_sorted = x_TH.index_select(0, order // index_TK.shape[1])
+        outs, first = [], 0
+        for width, experts in groupby(self.order, self.widths.__getitem__):
+            run = list(experts)
+            last = first + len(run)
+            if len(run) == 1 or not width or width * x_TH.element_size() % 16:
+                pieces = zip(run, bounds[first:last], bounds[first + 1 : last + 1], strict=True)
+                outs += [self._expert(e, x_sorted[a:b]) for e, a, b in pieces if b > a]
+            elif bounds[last] > bounds[first]:
+                rows = slice(self.starts[run[0]], self.starts[run[0]] + width * len(run))
+                gate_up = self.gate_up_proj[2 * rows.start : 2 * rows.stop]
+                gate_up = gate_up.view(len(run), 2 * width, self.hidden_dim).transpose(1, 2)
+                basis = self.down_proj[rows].view(len(run), width, self.hidden_dim)
+                offsets = (ends_E[first:last] - bounds[first]).to(torch.int32)
+                x_NH = x_sorted[bounds[first] : bounds[last]]
+                act_NW = self._apply_gate(F.grouped_mm(x_NH, gate_up, offs=offsets))
+                outs.append(F.grouped_mm(act_NW, basis, offs=offsets))
+            first = last
+        return self._add_up(torch.cat(outs), order, weight_TK, x_TH.dtype)
+
+    def gathered(
+        self, x_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Copies the rows of each routed expert, as many as the widest has; never waits."""
+        tokens, top_k = index_TK.shape
+        gate_up_rows, basis_rows, real = (t[index_TK.reshape(-1)] for t in self._rows(x_TH.device))
+        slots, widest = real.shape
+        x_N1H = x_TH.repeat_interleave(top_k, dim=0).unsqueeze(1)
+        gate_up = self.gate_up_proj.index_select(0, gate_up_rows.reshape(-1))
+        gate_up = gate_up.view(slots, 2 * widest, self.hidden_dim)
+        act_N1W = self._apply_gate(torch.bmm(x_N1H, gate_up.transpose(1, 2)))
+        act_N1W = act_N1W.masked_fill(~real.unsqueeze(1), 0)
+        basis = self.down_proj.index_select(0, basis_rows.reshape(-1))
+        out_N1H = torch.bmm(act_N1W, basis.view(slots, widest, self.hidden_dim))
+        out_TKH = out_N1H.view(tokens, top_k, self.hidden_dim)
+        return (out_TKH * weight_TK.unsqueeze(2)).sum(1).to(x_TH.dtype)
+
+    def _expert(self, expert: int, x_NH: torch.Tensor) -> torch.Tensor:
+        start, end = self.starts[expert], self.starts[expert] + self.widths[expert]
+        gate_up = self.gate_up_proj[2 * start : 2 * end].to(x_NH.dtype)
+        basis = self.down_proj[start:end].to(x_NH.dtype)
+        return torch.mm(self._apply_gate(F.linear(x_NH, gate_up)), basis)
+
+    @staticmethod
+    def _add_up(
+        out_NH: torch.Tensor, order_N: torch.Tensor, weight_TK: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """y_TH = sum over k of weight * out, summed in fp32; order_N is the slot of each row."""
+        wide = torch.promote_types(out_NH.dtype, torch.float32)
+        row_N = torch.empty_like(order_N)
+        row_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+        return F.embedding_bag(
+            row_N.view(weight_TK.shape),
+            out_NH.to(wide),
+            per_sample_weights=weight_TK.to(wide),
+            mode="sum",
+        ).to(dtype)
+
+    def _is_small(self, tokens: int, top_k: int) -> bool:
+        """Whether all products together take less time than a loop over the experts hit."""
+        steps = min(self.num_experts, tokens * top_k) / (3 if self.few_widths else 1)
+        work = max(tokens, READING_TOKENS) * 3 * self.micro_experts * self.hidden_dim
+        return work <= LOOP_STEP * steps
+
+    def _columns(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """For every row of `down_proj`: its gate row, its up row, the expert it belongs to."""
+
+        def make() -> tuple[torch.Tensor, ...]:
+            widths = torch.tensor(self.widths)[self.order]
+            owner_S = torch.tensor(self.order).repeat_interleave(widths)
+            row_S = torch.arange(self.micro_experts)
+            gate_S = row_S + torch.tensor(self.starts)[owner_S]
+            return gate_S, gate_S + torch.tensor(self.widths)[owner_S], owner_S
+
+        return self._kept("columns", device, make)
+
+    def _rows(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """By expert, padded to the widest: gate and up rows, rows of `down_proj`, which are real.
+
+        Padding names rows that exist, of this expert or another.
+        """
+
+        def make() -> tuple[torch.Tensor, ...]:
+            start, width = (torch.tensor(x).unsqueeze(1) for x in (self.starts, self.widths))
+            step = torch.arange(max(self.widths)).unsqueeze(0)
+            gate = 2 * start + step
+            last = 2 * self.micro_experts - 1
+            gate_up = torch.cat((gate, gate + width), 1).clamp(max=last).int()
+            return gate_up, (start + step).clamp(max=self.micro_experts - 1).int(), step < width
+
+        return self._kept("rows", device, make)
+
+    def _ranks(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Where each expert stands in the tables."""
+        return self._kept("ranks", device, lambda: (torch.tensor(self.order).argsort(),))
+
+    def _kept(self, name: str, device: torch.device, make: Any) -> tuple[torch.Tensor, ...]:
+        # Not buffers: those would stay on meta when a checkpoint is loaded.
+        if (name, device) not in self._indices:
+            self._indices[name, device] = tuple(index.to(device) for index in make())
+        return self._indices[name, device]
+
+    def extra_repr(self) -> str:
+        return (
+            f"hidden={self.hidden_dim}, experts={self.num_experts}, "
+            f"micro_experts={self.micro_experts}, widths={min(self.widths)}..{max(self.widths)}"
+        )
+
+
+def can_group(device: torch.device) -> bool:
+    """Whether this device has fast grouped matrix products (NVIDIA: from A100 on)."""
+    if not hasattr(F, "grouped_mm"):
+        return False
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _wide(x_TH: torch.Tensor) -> torch.Tensor:
+    """x in the precision to compute in: fp32 where half precision is slow."""
+    slow = SLOW_HALF and x_TH.device.type == "cpu" and x_TH.element_size() < 4
+    return x_TH.float() if slow else x_TH

@@ -1,0 +1,94 @@
+"""Loading of models and tokenizers."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from camera.runtime.errors import CameraError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load_model(
+    path: str | Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load any causal language model, compressed or not, for evaluation.
+
+    `device` auto is the accelerator if there is one (spread over all of them by accelerate if there
+    are several), else the CPU. `dtype` auto is the checkpoint's own, on a CPU float32. Raises
+    CameraError for what can't be loaded.
+    """
+    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if device == "auto":
+        placement = "auto" if count > 1 else {"": resolve_device(device)}
+    else:
+        placement = {"": device}
+    on_cpu = count == 0 or device.startswith("cpu")
+    precision = resolve_dtype(dtype) or (torch.float32 if on_cpu else "auto")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            dtype=precision,
+            device_map=placement,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise CameraError(f"model {path} can't be loaded: {first}") from error
+    if info["missing_keys"]:  # transformers fills these with random numbers
+        name = sorted(info["missing_keys"])[0]
+        raise CameraError(f"model {path} lacks tensor '{name}': download or compress it again.")
+    return model.eval()
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is the accelerator torch sees, else the CPU; CameraError for one it hasn't got."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device == "auto":
+        return found.type if found else "cpu"
+    try:
+        asked = torch.device(device)
+    except RuntimeError as error:
+        raise CameraError(f"device={device} is no device: use auto, cpu or cuda.") from error
+    count = torch.accelerator.device_count() if found and asked.type == found.type else 0
+    if asked.type != "cpu" and (asked.index or 0) >= count:
+        raise CameraError(f"device={device} is not available here: use device=auto or device=cpu.")
+    return device
+
+
+def resolve_dtype(dtype: str) -> torch.dtype | None:
+    """The torch dtype of a name, None for `auto` (the checkpoint's own); CameraError for others."""
+    if dtype == "auto":
+        return None
+    if dtype not in DTYPES:
+        raise CameraError(f"dtype={dtype} is none of auto, {', '.join(DTYPES)}.")
+    return getattr(torch, dtype)
+
+
+def compute_dtype(dtype: str, stored: torch.dtype, device: str) -> torch.dtype:
+    """What to compute in: the dtype asked for; for `auto` the stored one, on a CPU float32.
+
+    Most CPUs emulate 16-bit arithmetic, three times slower than float32 and less exact.
+    """
+    asked = resolve_dtype(dtype)
+    return asked or (torch.float32 if torch.device(device).type == "cpu" else stored)
+
+
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id; CameraError if it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise CameraError(f"{path} has no tokenizer that loads: {first}") from error

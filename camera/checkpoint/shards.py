@@ -1,0 +1,250 @@
+"""safetensors checkpoints on disk: read a part, write a shard at a time."""
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from camera.runtime.buffers import room
+from camera.runtime.errors import CameraError
+from camera.runtime.files import replace_durably
+from camera.runtime.mapped import let_go
+
+log = logging.getLogger("camera")
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: safetensors holds it as raw bytes at an offset of its file."""
+
+    file: Path
+    start: int
+    bytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class ShardReader:
+    """A one-file or sharded checkpoint; refuses what is missing or corrupt at once.
+
+    Tensors are read into memory of their own rather than mapped: what a mapping has touched counts
+    as the process's memory until the file is closed.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        index, single = folder / INDEX, folder / SINGLE
+        if index.exists():
+            names = _weight_map(index)
+        elif single.exists():
+            names = None
+        else:
+            pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
+                p.name for p in folder.glob("*.pt*")
+            )
+            if pickles:
+                raise CameraError(
+                    f"{folder} holds pickled weights only ({pickles[0]}): convert them to "
+                    "safetensors; pickle files can run code and are never loaded."
+                )
+            raise CameraError(
+                f"{folder} holds no {SINGLE} and no {INDEX}: give model.path a folder with "
+                "safetensors weights."
+            )
+        self.places = _places(single) if names is None else self._indexed(names)
+
+    def _indexed(self, names: dict[str, str]) -> dict[str, Place]:
+        headers: dict[str, dict[str, Place]] = {}
+        for name in sorted(set(names.values())):
+            path = self.folder / name
+            if not path.exists():
+                raise CameraError(
+                    f"shard {name} is listed in {INDEX} but missing from {self.folder}: "
+                    "download the model again."
+                )
+            headers[name] = _places(path)
+        lost = next((key for key, name in names.items() if key not in headers[name]), None)
+        if lost is not None:
+            raise CameraError(
+                f"tensor '{lost}' is not in shard {self.folder / names[lost]}, where {INDEX} puts "
+                "it: download the model again."
+            )
+        return {key: headers[name][key] for key, name in names.items()}
+
+    def read(self, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+        """{key: tensor} of the keys that `wanted` accepts."""
+        return read_places({key: place for key, place in self.places.items() if wanted(key)})
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weight files on disk."""
+        return sum(path.stat().st_size for path in {place.file for place in self.places.values()})
+
+
+def read_places(places: dict[str, Place]) -> dict[str, torch.Tensor]:
+    """Tensors from where they lie, in the order of the disk."""
+    found: dict[str, torch.Tensor] = {}
+    with ExitStack() as stack:
+        files: dict[Path, BinaryIO] = {}
+        for key, place in sorted(places.items(), key=lambda item: (item[1].file, item[1].start)):
+            if place.file not in files:
+                files[place.file] = stack.enter_context(place.file.open("rb", buffering=0))
+            found[key] = _read(files[place.file], place)
+    return found
+
+
+def _places(path: Path) -> dict[str, Place]:
+    """Where the tensors of a file lie; safetensors' own reader checks that the file is whole."""
+    try:
+        with safe_open(path, "pt"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError) as error:
+        raise CameraError(
+            f"shard {path} is truncated or corrupt ({error}): download it again."
+        ) from error
+    places = {}
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise CameraError(
+                f"tensor '{key}' in {path} has the type {entry['dtype']}, which this "
+                f"package doesn't read ({', '.join(DTYPES)})."
+            )
+        start, end = entry["data_offsets"]
+        shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+        places[key] = Place(path, 8 + length + start, end - start, dtype, shape)
+    return places
+
+
+def _read(file: BinaryIO, place: Place) -> torch.Tensor:
+    raw = room(place.bytes)
+    file.seek(place.start)
+    view, done = memoryview(raw.numpy()), 0
+    while done < place.bytes:  # one read gives 2 GB at most
+        got = file.readinto(view[done:])
+        if not got:
+            raise CameraError(f"shard {place.file} ends early: download it again.")
+        done += got
+    return raw.view(place.dtype).view(place.shape)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CameraError(f"{index} is no valid index ({error}): download it again.") from error
+
+
+class ShardWriter:
+    """Writes a checkpoint shard by shard into a folder, each file appearing whole or not at all."""
+
+    def __init__(self, folder: Path, shards: int):
+        self.folder, self.shards = folder, shards
+        self.weight_map: dict[str, str] = {}
+        self.sizes: dict[str, tuple[int, int]] = {}
+        self.files: dict[str, int] = {}
+
+    def add(
+        self,
+        index: int,
+        tensors: dict[str, torch.Tensor],
+        counted: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Write shard `index` (from 0); `counted` are the same numbers by their names in memory."""
+        name = f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
+        path, partial = self.folder / name, self.folder / f".{name}.partial"
+        try:
+            write_tensors(tensors, partial)
+            replace_durably(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise CameraError(
+                f"can't write {path} ({error}): free space on that disk or set output elsewhere."
+            ) from error
+        self.files[name] = path.stat().st_size
+        self.weight_map |= dict.fromkeys(tensors, name)
+        for key, tensor in (counted or tensors).items():
+            self.sizes[key] = (tensor.numel(), tensor.numel() * tensor.element_size())
+
+    def state(self) -> dict[str, Any]:
+        """What has been written so far, for `restore`."""
+        return {"weight_map": self.weight_map, "sizes": self.sizes, "files": self.files}
+
+    def restore(self, state: dict[str, Any]) -> bool:
+        """Take up the work of another writer; False if a file is not as it was left."""
+        for name, size in state["files"].items():
+            path = self.folder / name
+            if not path.exists() or path.stat().st_size != size:
+                log.warning("%s is not as it was written: starting anew.", path)
+                return False
+        self.weight_map, self.files = state["weight_map"], state["files"]
+        self.sizes = {name: tuple(size) for name, size in state["sizes"].items()}
+        return True
+
+    @property
+    def bytes(self) -> int:
+        """Size of the files written."""
+        return sum(self.files.values())
+
+    def close(self) -> None:
+        """Write the index; the checkpoint's tensors are then complete."""
+        if len(self.files) != self.shards:
+            raise RuntimeError(f"{len(self.files)} of {self.shards} shards were written")
+        index = {
+            "metadata": {"total_size": sum(size for _, size in self.sizes.values())},
+            "weight_map": dict(sorted(self.weight_map.items())),
+        }
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write tensors as a safetensors file, straight from where they lie.
+
+    safetensors' own writer first copies all of them into bytes: a whole layer once more in memory.
+    Here no more than one is copied, where it must be: from a device, or in order.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    # the largest elements first keeps every tensor aligned, as safetensors itself does
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+    end = 0
+    for key in order:
+        tensor = tensors[key]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[key] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            whole = tensors[key].detach().cpu().contiguous().reshape(-1)
+            file.write(whole.view(torch.uint8).numpy().data)
+            let_go(tensors[key])

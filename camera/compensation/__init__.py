@@ -1,0 +1,1 @@
+"""Least-squares refit of output weights."""

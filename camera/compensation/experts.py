@@ -1,0 +1,153 @@
+"""After a layer is cut: refit the output weights of what stayed to the output that it had.
+
+Shapes: T calibration tokens, H hidden, N tokens of one expert, W its kept width, R removed.
+"""
+
+from typing import Any
+
+import torch
+
+from camera.compensation.least_squares import PIECE, Block, Fit, fit, fit_report
+from camera.compensation.settings import Refit
+from camera.moe.capture import Output, Trace
+from camera.moe.feed_forward import FeedForward
+from camera.moe.pool import Kept
+from camera.runtime import distributed
+from camera.runtime.buffers import give_back
+
+Weights = dict[tuple[str, int], torch.Tensor]
+"""By module path and expert: down_HW before the layer was cut."""
+
+Seen = dict[tuple[str, int], tuple[torch.Tensor | None, torch.Tensor]]
+"""By module path and expert: tokens of the layer (None for all) and phi."""
+
+TINY = 1e-3  # of the mean norm: hidden states of nothing don't count for everything
+
+
+def output_weights(ffn: FeedForward) -> Weights:
+    """The output weights of every expert, to be kept while the layer is cut."""
+    return {
+        (group.path, expert): group.down(expert).detach()
+        for group in ffn.groups
+        for expert in range(len(group.widths))
+    }
+
+
+def fit_bytes(
+    tokens: int, hidden: int, widths: list[int], itemsize: int, dense: bool = False
+) -> int:
+    """What a fit holds beside phi, at most: hidden states, residual, output, new and old weights,
+    Gram matrices and their factors, in fp32; hidden states and FFN inputs of the dense model, where
+    it is aimed at; phi of the widest expert once more, where all tokens are its own, as it is put
+    together and as it is cut."""
+    states = (4 + 2 * dense) * tokens * hidden
+    weights = 2 * hidden * sum(widths) + 2 * sum(w * w for w in widths)
+    widest = max(widths)
+    return 4 * (states + weights + PIECE * widest) + itemsize * tokens * widest
+
+
+@torch.no_grad()
+def compensate(
+    ffn: FeedForward,
+    traces: list[Trace],
+    kept: Kept,
+    before: Weights,
+    fitted: int,
+    how: Refit,
+    target_TH: torch.Tensor | None = None,
+    stream_TH: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Refit the cut layer `ffn` in place: its output y_TH on all tokens, and what the fit did.
+
+    `traces` hold the phi of the whole layer, batch after batch, and are emptied; tokens from
+    `fitted` on are held out. What the layer is to put out is `target_TH`, else what it did. With
+    `stream_TH`, the hidden states that its output is added to, errors count relative to the sum.
+    Both, fp32, are used up.
+    """
+    tokens = sum(trace.tokens for trace in traces)
+    seen = _by_expert(traces)
+    give_back()  # the batches' pieces
+    first = next(iter(before.values()))
+    scale_T1 = None
+    if stream_TH is not None:
+        scale_T1 = inverse_norms(_after(stream_TH, seen, before, ffn.residual_scale))
+    if target_TH is None:
+        residual_TH = torch.zeros(tokens, len(first), device=first.device)
+    else:
+        residual_TH = target_TH if scale_T1 is None else target_TH.mul_(scale_T1)
+    blocks: dict[tuple[str, int], Block] = {}
+    fits: list[Fit] = []
+    for place, down_HW in before.items():
+        tokens_N, phi_NF = seen.pop(place) if place in seen else _no_tokens(down_HW)
+        stays = torch.zeros(down_HW.shape[1], dtype=torch.bool)
+        stays[kept[place[0]][place[1]]] = True
+        stays = stays.to(down_HW.device)
+        everywhere = scale_T1 is None or tokens_N is None
+        scale_N1 = scale_T1 if everywhere else scale_T1[tokens_N]
+        block = Block(tokens_N, phi_NF[:, stays], down_HW[:, stays].T, scale_N1)
+        if target_TH is None:
+            gone_NH = Block(tokens_N, phi_NF[:, ~stays], down_HW[:, ~stays].T, scale_N1).output()
+        else:
+            gone_NH = block.output().neg_()
+        del phi_NF
+        blocks[place] = block
+        if how.scope == "expert":
+            fits.append(block.alone(gone_NH, fitted, how))
+        elif tokens_N is None:
+            residual_TH += gone_NH
+        else:
+            residual_TH.index_copy_(0, tokens_N, residual_TH.index_select(0, tokens_N) + gone_NH)
+    give_back()  # what was cut
+    if how.scope == "layer":
+        fits.append(fit(list(blocks.values()), residual_TH, fitted, how))
+    output = Output(first.new_zeros(1, tokens, len(first)))
+    for group in ffn.groups:
+        for expert in range(len(group.widths)):
+            block = blocks[group.path, expert]
+            group.down(expert).copy_(block.weight_WH.T)
+            if len(block.phi_NW):
+                output(group, expert, block.tokens_N, block.phi_NW)
+    return output.y_TH, fit_report(fits)
+
+
+def inverse_norms(h_TH: torch.Tensor) -> torch.Tensor:
+    """mean |h| / |h_t| of hidden states, fp32 [T, 1]: what each token's error counts."""
+    norm_T1 = torch.linalg.vector_norm(h_TH.float(), dim=1, keepdim=True)
+    sum_and_tokens = torch.stack([norm_T1.sum(), torch.tensor(len(norm_T1)).to(norm_T1)])
+    mean = torch.div(*distributed.total(sum_and_tokens))
+    return mean / norm_T1.clamp(min=TINY * mean)
+
+
+def _after(
+    stream_TH: torch.Tensor, seen: Seen, before: Weights, residual_scale: float
+) -> torch.Tensor:
+    """The hidden states after the uncut layer, in the place of those before it."""
+    for place, (tokens_N, phi_NF) in seen.items():
+        y_NH = Block(tokens_N, phi_NF, before[place].T).output().mul_(residual_scale)
+        if tokens_N is None:
+            stream_TH += y_NH
+        else:
+            stream_TH.index_copy_(0, tokens_N, stream_TH.index_select(0, tokens_N) + y_NH)
+    return stream_TH
+
+
+def _by_expert(traces: list[Trace]) -> Seen:
+    """Tokens, counted over all batches (None for all), and phi of every expert that was reached."""
+    parts: dict[tuple[str, int], list[tuple[torch.Tensor | None, torch.Tensor]]] = {}
+    start = 0
+    for trace in traces:
+        for path, expert, tokens_N, phi_NF in trace.seen:
+            shifted_N = None if tokens_N is None else tokens_N + start
+            parts.setdefault((path, expert), []).append((shifted_N, phi_NF))
+        start += trace.tokens
+        trace.seen.clear()
+    found = {}
+    for place in list(parts):  # each expert's parts are let go as soon as they are joined
+        tokens, phi = zip(*parts.pop(place), strict=True)
+        found[place] = (None if tokens[0] is None else torch.cat(tokens), torch.cat(phi))
+    return found
+
+
+def _no_tokens(down_HW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens_N = torch.zeros(0, dtype=torch.int64, device=down_HW.device)
+    return tokens_N, down_HW.new_zeros(0, down_HW.shape[1])

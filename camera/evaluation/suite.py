@@ -1,0 +1,144 @@
+"""Perplexity and tasks together: what a model that doesn't fit in memory is asked in one pass."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from camera.checkpoint.loading import load_tokenizer, resolve_device
+from camera.checkpoint.source import resolve_model
+from camera.evaluation.passages import Passage, read_passage
+from camera.evaluation.streamed import StreamedEvaluation
+from camera.evaluation.tasks.definitions import quiet
+from camera.evaluation.tasks.evaluate import Task, read_tasks
+from camera.streaming.streamer import Streamer
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is to be measured: corpora for perplexity, lm-eval tasks, and how much of each.
+
+    The fields mean what the arguments of `perplexity` and `evaluate_tasks` do; `blocks` is the
+    limit of the first, `limit` of the second.
+    """
+
+    data: str | Path
+    corpora: Sequence[str] = ()
+    tasks: Sequence[str] = ()
+    length: int | None = None
+    stride: int | None = None
+    blocks: int | None = None
+    limit: int | None = None
+    seed: int = 0
+    max_length: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        found = asdict(self) | {"data": str(self.data)}
+        return found | {"corpora": list(self.corpora), "tasks": list(self.tasks)}
+
+
+class Parts:
+    """The parts of an evaluation: asked when made, and told when the evaluation is through.
+
+    Raises CameraError for what `perplexity` and `evaluate_tasks` refuse.
+    """
+
+    def __init__(self, evaluation: StreamedEvaluation, tokenizer, measures: Measures):
+        self.evaluation, model = evaluation, evaluation.streamer.model
+        self._passages: list[tuple[Passage, range]] = []
+        self._tasks: list[Task] = []
+        for corpus in measures.corpora:
+            passage = read_passage(
+                model,
+                tokenizer,
+                corpus=corpus,
+                data=measures.data,
+                length=measures.length,
+                stride=measures.stride,
+                limit=measures.blocks,
+            )
+            self._passages.append((passage, evaluation.add(passage.requests())))
+        if measures.tasks:
+            from camera.evaluation.tasks.streamed_model import (
+                StreamedLM,  # lm-eval takes seconds to import
+            )
+
+            options = dict(data=measures.data, limit=measures.limit, seed=measures.seed)
+            with quiet():
+                self._tasks = list(read_tasks(measures.tasks, **options))
+                self._lm = StreamedLM(evaluation, tokenizer, max_length=measures.max_length)
+                self._lm.ask([request for task in self._tasks for request in task.requests()])
+
+    def results(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """{"perplexity": {corpus: ...}, "tasks": {task: ...}} as `perplexity` and `evaluate_tasks`
+        return them; `seconds` holds the part's share of the pass, by the tokens it asked about."""
+        found: dict[str, dict[str, dict[str, Any]]] = {"perplexity": {}, "tasks": {}}
+        for passage, numbers in self._passages:
+            nlls = [-self.evaluation.answers[number][0] for number in numbers]
+            for nll, block in zip(nlls, passage.blocks, strict=True):
+                passage.finite(nll, block)
+            found["perplexity"][passage.corpus] = passage.result(sum(nlls), self._share(numbers))
+        for task in self._tasks:
+            with quiet():
+                share = self._share(self._lm.number(r) for r in task.built.instances)
+                found["tasks"][task.name] = result = task.score(self._lm)
+                result["seconds"] += share
+        return found
+
+    def _share(self, numbers: Iterable[int]) -> float:
+        sizes = self.evaluation.sizes
+        return self.evaluation.seconds * sum(sizes[n] for n in numbers) / sum(sizes)
+
+
+class Passenger:
+    """An evaluation that rides along while a model is compressed: its weights are read only once.
+
+    It sees each layer as it is once compressed, in the precision it is computed in.
+    """
+
+    def __init__(self, streamer: Streamer, tokenizer, measures: Measures):
+        self.measures, self._evaluation = measures, StreamedEvaluation(streamer)
+        self._parts = Parts(self._evaluation, tokenizer, measures)
+
+    def begin(self) -> None:
+        """Get on before the first layer."""
+        self._evaluation.begin()
+
+    def layer(self, index: int) -> None:
+        """Pass through a compressed layer while it is in memory."""
+        self._evaluation.layer(index)
+
+    def results(self, peak_memory_bytes: int) -> dict[str, Any]:
+        """After the last layer: what was asked and, as `Parts.results`, what came out."""
+        self._evaluation.finish()
+        found = self._parts.results()
+        for part in (*found["perplexity"].values(), *found["tasks"].values()):
+            part["peak_memory_bytes"] = peak_memory_bytes
+        return {"measures": self.measures.to_dict(), **found}
+
+
+def evaluate_streamed(
+    model: str | Path,
+    measures: Measures,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Measure a model, compressed or not, in one read of its weights, a layer in memory at a time.
+
+    Returns what `Parts.results` does, with `peak_memory_bytes` in each part; `options` are
+    StreamedEvaluation's. Raises CameraError for what a user can mend.
+    """
+    folder = resolve_model(str(model), code=trust_remote_code)
+    streamer = Streamer(folder, resolve_device(device), dtype, trust_remote_code)
+    evaluation = StreamedEvaluation(streamer, **options)
+    parts = Parts(evaluation, load_tokenizer(folder, trust_remote_code), measures)
+    evaluation.run(progress=progress)
+    found = parts.results()
+    for part in (*found["perplexity"].values(), *found["tasks"].values()):
+        part["peak_memory_bytes"] = evaluation.memory.bytes
+    return found

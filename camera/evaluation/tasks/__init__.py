@@ -1,0 +1,1 @@
+"""Zero-shot tasks by lm-eval."""

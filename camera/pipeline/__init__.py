@@ -1,0 +1,1 @@
+"""The loop over passes: cache, resume, memory estimate, report, publishing."""

@@ -1,0 +1,71 @@
+"""The model card that travels with a compressed checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from camera.pipeline.result import CompressionResult
+
+TEMPLATE = """---
+base_model: {base}
+library_name: transformers
+tags:
+- mixture-of-experts
+- compressed
+- {method}
+---
+
+# {name}, compressed by {method}
+
+| | |
+|---|---|
+| base model | {base} |
+| method | {method} |
+| settings | {settings} |
+| asked | {asked} |
+| realised sparsity of the MoE pool | {moe} |
+| realised sparsity of the whole model | {model} |
+| realised sparsity of the routed experts | {routed} |
+| weight files | {before:.1f} MB before, {after:.1f} MB after |
+| calibration | {calibration} |
+
+Its experts have unequal widths, so it needs the package `camera-moe` to load:
+
+```python
+import camera  # registers the format
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+
+`python -m camera export FROM TO` writes a checkpoint of uniform width for programs that know only
+native ones. `camera.json` holds every number of the run that made this model.
+"""
+
+
+def model_card(result: CompressionResult) -> str:
+    """README.md of a checkpoint: method, settings, realised sparsity, base model."""
+    sparsity = result.sparsity
+    calibration = "none"
+    if result.calibration:
+        calibration = ", ".join(
+            f"{key}: {result.calibration[key]}"
+            for key in ("source", "samples", "length", "seed")
+            if key in result.calibration
+        )
+    return TEMPLATE.format(
+        base=result.model,
+        name=result.model.rstrip("/").rpartition("/")[2],
+        method=result.method,
+        settings=", ".join(f"{key}={value}" for key, value in result.settings.items()),
+        asked=f"{sparsity['asked']} of {sparsity['of']}",
+        before=result.bytes["dense"] / 1e6,
+        after=result.bytes["compressed"] / 1e6,
+        calibration=calibration,
+        **{key: _percent(sparsity[key]) for key in ("moe", "model", "routed")},
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "none in this model" if share is None else f"{100 * share:.2f} %"

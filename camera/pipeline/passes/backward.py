@@ -1,0 +1,239 @@
+"""Gradients in one layer's memory: forward layer by layer, then back the same way.
+
+On the way forward every layer's input goes to disk. On the way back a layer is loaded, run again
+from there with gradients, and freed; of the whole graph never more than one layer exists.
+
+The loss is that of each sample by itself: the mean cross entropy of its next tokens, so that what
+is gathered does not depend on how samples are batched. A batch's mean loss has these gradients
+divided by its number of samples.
+
+Shapes: B samples of a batch, L tokens of a sample, T = B * L tokens, H hidden, V vocabulary,
+N samples of the calibration set.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from camera.calibration.statistics import LayerStatistics, add_up
+from camera.calibration.tokens import CalibrationTokens
+from camera.moe.feed_forward import FeedForward
+from camera.moe.gradients import GradientObserver, backpropagate
+from camera.pipeline.resume import Progress
+from camera.runtime import distributed
+from camera.runtime.errors import CameraError
+from camera.runtime.files import replace_durably, require_space
+from camera.runtime.progress import EachLayer
+from camera.streaming.batches import Batch
+from camera.streaming.lm_head import loaded_head, logits, tokens_at_once
+from camera.streaming.memory import BACKWARD_TOKENS
+from camera.streaming.skeleton import all_finite
+from camera.streaming.streamer import Streamer
+
+MakeObserver = Callable[[int, FeedForward], GradientObserver]
+
+
+def measure(
+    streamer: Streamer,
+    tokens: CalibrationTokens,
+    observer: MakeObserver,
+    each_layer: EachLayer,
+    progress: Progress,
+    folder: Path,
+) -> dict[int, LayerStatistics]:
+    """What observers see of every layer of the pool on the way back through the dense model.
+
+    `folder` holds the layers' inputs, tokens * H * (layers + 1) numbers in the model's precision;
+    `progress`, if restored, goes on where a killed run stopped. Raises CameraError if the disk is
+    too small, for float16, and for gradients that are not finite.
+    """
+    if streamer.dtype == torch.float16:
+        raise CameraError(
+            "gradients vanish in float16: set dtype=bfloat16 or dtype=float32 for this method."
+        )
+    ids_NL = tokens.ids_NL
+    size = max(1, BACKWARD_TOKENS // ids_NL.shape[1])
+    batches = [{"input_ids": ids} for ids in ids_NL.split(size)]
+    return BackwardPass(streamer, batches, folder).run(observer, each_layer, progress)
+
+
+class BackwardPass:
+    """Batches on their way through a streamed model and back."""
+
+    def __init__(self, streamer: Streamer, inputs: list[dict[str, torch.Tensor]], folder: Path):
+        self.streamer, self.inputs = streamer, inputs
+        self.gradients: list[torch.Tensor] = []  # [B, L, H] per batch, dloss/d(hidden states)
+        self._store = _Inputs(folder)
+        self._batches: list[Batch] = []
+
+    def run(
+        self, observer: MakeObserver, each_layer: EachLayer, progress: Progress
+    ) -> dict[int, LayerStatistics]:
+        """Forward and back; every layer of the pool is shown to an observer of its own."""
+        layers, pool = len(self.streamer.layers), self.streamer.budget.layers
+        self.start(progress.done)
+        for index in each_layer("forward", min(progress.done, layers)):
+            self.forward(index)
+            progress.commit(index + 1, {}, [])
+        for batch in self._batches:
+            batch.hidden_BLH = None
+        if progress.done > layers:
+            self.gradients = progress.hidden()
+        else:
+            self.head()
+        for step in each_layer("backward", progress.done - layers):
+            index, seen = layers - 1 - step, None
+            if index >= min(pool):  # nothing below is asked for
+                watch = partial(observer, index) if index in pool else None
+                seen = self.back(index, watch)
+            progress.commit(layers + step + 1, {}, self.gradients, seen)
+            # of several processes one may be a layer behind when they are killed
+            self._store.drop_from(index if distributed.world() == 1 else index + 2)
+        distributed.barrier()  # all statistics are on the disk
+        # progress counts 2 * layers steps, a layer's statistics stand at its step back
+        found = progress.statistics().items()
+        return {2 * layers - 1 - step: seen for step, seen in sorted(found, reverse=True)}
+
+    def start(self, done: int = 0) -> None:
+        """Embed the batches; with `done` layers, take what an earlier run left of them."""
+        self._batches = self.streamer.embed(self.inputs)
+        if done == 0:
+            hidden = [batch.hidden_BLH for batch in self._batches]
+            size = sum(h.numel() * h.element_size() for h in hidden)
+            require_space(self._store.folder, size * (len(self.streamer.layers) + 2))
+            self._store.put(0, hidden)
+        elif done < len(self.streamer.layers):
+            for i, batch in enumerate(self._batches):
+                batch.hidden_BLH = self._store.get(done, i)
+
+    def forward(self, index: int) -> None:
+        """Run one layer over all batches; the next one's inputs go to disk."""
+        streamer = self.streamer
+        streamer.load_layer(index)
+        streamer.attend(index, self._batches)
+        streamer.observe(index, self._batches, propagate=True)
+        streamer.free(streamer.layers[index])
+        self._store.put(index + 1, [batch.hidden_BLH for batch in self._batches])
+
+    def head(self) -> None:
+        """Gradients of every sample's loss at the last layer's output."""
+        streamer, last = self.streamer, len(self.streamer.layers)
+        self.gradients = []
+        with loaded_head(streamer) as vocabulary:
+            rows = tokens_at_once(vocabulary, tables=6)
+            for i, batch in enumerate(self._batches):
+                hidden_BLH = self._store.get(last, i)
+                ids_BL, mask_T = self.inputs[i]["input_ids"], batch.mask_T
+                target_T, weight_T = next_tokens(ids_BL, mask_T)
+                chunks = zip(
+                    hidden_BLH.flatten(0, 1).split(rows),
+                    target_T.split(rows),
+                    weight_T.split(rows),
+                    strict=True,
+                )
+                gradient = torch.cat([self._head(*chunk) for chunk in chunks])
+                self.gradients.append(_finite(gradient, "the head").view_as(hidden_BLH))
+
+    def back(
+        self, index: int, observer: Callable[[FeedForward], GradientObserver] | None = None
+    ) -> LayerStatistics | None:
+        """Turn gradients at a layer's output into those at its input; what was seen of its FFN."""
+        streamer, device = self.streamer, self.streamer.device
+        layer = streamer.load_layer(index)
+        ffn = streamer.feed_forward(index)
+        watch = None if observer is None else observer(ffn)
+        for i, batch in enumerate(self._batches):
+            gradient = backpropagate(
+                layer,
+                ffn,
+                self._store.get(index, i).to(device),
+                batch.kwargs[index],
+                self.gradients[i].to(device),
+                watch,
+                None if batch.mask_T is None else batch.mask_T.to(device),
+            )
+            self.gradients[i] = _finite(gradient, f"layer {index}").cpu()
+        seen = None if watch is None else add_up(watch.result()).stored()
+        streamer.free(layer)
+        return seen
+
+    def _head(
+        self, hidden_TH: torch.Tensor, target_T: torch.Tensor, weight_T: torch.Tensor
+    ) -> torch.Tensor:
+        """Gradients of some tokens' hidden states, through the model's own norm and head."""
+        device = self.streamer.device
+        with torch.enable_grad():
+            leaf_TH = hidden_TH.to(device).requires_grad_()
+            logits_TV = logits(self.streamer, leaf_TH)
+            nll_T = F.cross_entropy(logits_TV, target_T.to(device), reduction="none")
+            loss = (nll_T * weight_T.to(device)).sum()
+        return torch.autograd.grad(loss, leaf_TH)[0].cpu()
+
+
+def next_tokens(
+    ids_BL: torch.Tensor, mask_T: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """target_T of every token and its weight in its sample's loss: 1 / (targets of the sample).
+
+    The weight is 0 where there is no next token, and where either of the two is padding.
+    """
+    real_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+    if mask_T is not None:
+        real_BL = mask_T.view_as(ids_BL)
+    weight_BL = torch.zeros(ids_BL.shape)
+    weight_BL[:, :-1] = (real_BL[:, :-1] & real_BL[:, 1:]).float()
+    weight_BL /= weight_BL.sum(1, keepdim=True).clamp(min=1)
+    return ids_BL.roll(-1, 1).flatten(), weight_BL.flatten()
+
+
+class _Inputs:
+    """Every layer's inputs on disk, a file per layer and a tensor per batch."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._rank = f"-{distributed.rank()}" if distributed.rank() else ""
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, index: int, hidden: list[torch.Tensor]) -> None:
+        path = self._path(index)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            save_file({str(i): h.contiguous() for i, h in enumerate(hidden)}, partial)
+            replace_durably(partial, path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise CameraError(
+                f"can't write {path} ({error}): free space on that disk, then run the same command "
+                "again to go on from here."
+            ) from error
+
+    def get(self, index: int, batch: int) -> torch.Tensor:
+        path = self._path(index)
+        try:
+            with safe_open(path, "pt") as file:
+                return file.get_tensor(str(batch))
+        except (OSError, SafetensorError) as error:
+            raise CameraError(
+                f"{path} can't be read ({error}): delete its folder and run the same command again."
+            ) from error
+
+    def drop_from(self, index: int) -> None:
+        for path in self.folder.glob(f"input-?????{self._rank}.safetensors"):
+            if path >= self._path(index):
+                path.unlink()
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"input-{index:05d}{self._rank}.safetensors"
+
+
+def _finite(gradient: torch.Tensor, place: str) -> torch.Tensor:
+    if not all_finite(gradient):
+        raise CameraError(
+            f"gradients at {place} hold NaN or inf: check the weights, or run with dtype=float32."
+        )
+    return gradient

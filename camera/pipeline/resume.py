@@ -1,0 +1,149 @@
+"""What a killed run leaves behind so that the next one goes on at the right layer.
+
+A folder holds, after every finished layer: the state (JSON), the hidden states that the next layer
+needs, the statistics gathered so far. The state file is replaced last: what it names is complete,
+and whatever else lies there is ignored and overwritten.
+
+Shapes: B samples of a batch, L tokens of a sample, H hidden.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from camera.calibration.statistics import LayerStatistics, Statistics
+from camera.checkpoint.shards import write_tensors
+from camera.runtime import distributed
+from camera.runtime.errors import CameraError
+from camera.runtime.files import write_json
+
+log = logging.getLogger("camera")
+
+
+class Progress:
+    """The state of an unfinished pass over the layers, in a folder of its own."""
+
+    def __init__(self, folder: Path, fingerprint: dict[str, Any]):
+        self.folder = folder
+        self.fingerprint = json.loads(json.dumps(fingerprint))
+        self.done = 0  # layers
+        self.measured: list[int] = []  # layers whose statistics are kept
+        self.state: dict[str, Any] = {}
+        self._rank = f"-{distributed.rank()}" if distributed.rank() else ""
+
+    def restore(self) -> bool:
+        """Read what an earlier run left; True if there is something to go on from.
+
+        What another version of the code or another device left is dropped, with a warning. Raises
+        CameraError, with the difference, if it was left by other settings.
+        """
+        found = {"done": 0}
+        if self._state_file.exists():
+            found = json.loads(self._state_file.read_text())
+            if self._differs(found["fingerprint"]):
+                found = {"done": 0}
+        self.done = distributed.least(found["done"])
+        if not self.done:
+            self.clear()
+            return False
+        self.state, self.measured = found["state"], found["measured"]
+        log.info("%s: going on at layer %d.", self.folder.parent.name, self.done)
+        return True
+
+    def commit(
+        self,
+        done: int,
+        state: dict[str, Any],
+        hidden: list[torch.Tensor],
+        seen: LayerStatistics | None = None,
+    ) -> None:
+        """Record that `done` layers are finished; `hidden` are the inputs of the next one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if seen is not None and distributed.rank() == 0:
+                Statistics({done - 1: seen}, {}).save(self._statistics_file(done - 1))
+                self.measured.append(done - 1)
+            if hidden:
+                tensors = {str(i): hidden_BLH for i, hidden_BLH in enumerate(hidden)}
+                write_tensors(tensors, self._hidden_file(done))
+            content = {"fingerprint": self.fingerprint, "done": done, "state": state}
+            content["measured"] = self.measured
+            write_json(self._state_file, content)
+        except (OSError, SafetensorError) as error:
+            raise CameraError(
+                f"can't write {self.folder} ({error}): free space on that disk, then run the same "
+                "command again to go on from here."
+            ) from error
+        # of several processes one may be a layer ahead when they are killed
+        kept = self.done if distributed.world() == 1 else self.done - 1
+        self._hidden_file(kept).unlink(missing_ok=True)
+        self.done, self.state = done, state
+
+    def hidden(self) -> list[torch.Tensor]:
+        """The inputs of the layer to go on with, a tensor [B, L, H] per batch."""
+        tensors = load_file(self._hidden_file(self.done))
+        return [tensors[str(i)] for i in range(len(tensors))]
+
+    def statistics(self) -> dict[int, LayerStatistics]:
+        """The statistics of the layers that are done."""
+        files = [self._statistics_file(i) for i in range(self.done)]
+        return {
+            i: layer
+            for file in files
+            if file.exists()
+            for i, layer in Statistics.load(file).layers.items()
+        }
+
+    def clear(self) -> None:
+        """Forget everything: the folder that holds this one goes."""
+        if distributed.rank() == 0:
+            shutil.rmtree(self.folder.parent, ignore_errors=True)
+        distributed.barrier()
+        self.done, self.state, self.measured = 0, {}, []
+
+    def finish(self) -> None:
+        """The work is complete: forget the progress, the state first so that none looks whole."""
+        self._state_file.unlink(missing_ok=True)
+        shutil.rmtree(self.folder)
+
+    def _differs(self, other: dict[str, Any]) -> bool:
+        keys = sorted(other.keys() | self.fingerprint.keys())
+        differences = {
+            key: f"{key}: {other.get(key)} there, {self.fingerprint.get(key)} here"
+            for key in keys
+            if other.get(key) != self.fingerprint.get(key)
+        }
+        told = "; ".join(differences.values())
+        if differences.keys() - {"code", "device"}:
+            raise CameraError(
+                f"{self.folder.parent} holds unfinished work of other settings ({told}): delete it "
+                "to start anew, or choose another folder."
+            )
+        if differences:
+            log.warning("%s: starting anew (%s).", self.folder.parent.name, told)
+        return bool(differences)
+
+    @property
+    def _state_file(self) -> Path:
+        return self.folder / f"state{self._rank}.json"
+
+    def _hidden_file(self, done: int) -> Path:
+        return self.folder / f"hidden-{done:05d}{self._rank}.safetensors"
+
+    def _statistics_file(self, index: int) -> Path:
+        return self.folder / f"statistics-{index:05d}.safetensors"
+
+
+def code_version(*more: Path) -> str:
+    """sha256 of this package's source (and `more`): another version could go on to other bytes."""
+    digest = hashlib.sha256()
+    for path in [*sorted(Path(__file__).parents[1].rglob("*.py")), *more]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

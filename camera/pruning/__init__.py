@@ -1,0 +1,1 @@
+"""Which micro-experts or experts stay, and their removal."""

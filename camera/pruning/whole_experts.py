@@ -1,0 +1,76 @@
+"""Whole routed experts out of a layer: what its router allows, and the removal itself.
+
+What is left is a native layer with a smaller router: nothing of this package is needed to run it.
+Shapes: E routed experts, K experts per token, T tokens, H hidden, I width of one expert.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from camera.moe.expert_module import ExpertModule
+from camera.moe.families import family_of
+from camera.moe.feed_forward import FeedForward
+from camera.moe.routing import PER_EXPERT, Routing, routing_of
+from camera.runtime.errors import CameraError
+
+
+def drop_experts(ffn: FeedForward, keep: Sequence[int]) -> None:
+    """Keep only these routed experts of a loaded native layer, and their rows of the router.
+
+    The layer is then what `from_pretrained` builds with the smaller count in config.json; order and
+    top-k stay. Raises CameraError for experts in a compressed form, for fewer than the router's
+    top-k and for groups of unequal size.
+    """
+    group, routing = routed_experts(ffn), routing_of(ffn)
+    if routing is None:
+        raise CameraError(
+            f"the experts at '{group.path}' are already compressed ({type(group.module).__name__})"
+            ": whole experts can only be dropped from a model's native weights."
+        )
+    stay = sorted(set(keep))
+    _refuse(group.path, stay, routing)
+    router, parts = router_of(ffn), [(router_of(ffn), PER_EXPERT)]
+    if isinstance(group.module, ExpertModule):
+        group.module = group.module.materialize(stay)
+        ffn.replace(group, group.module)
+    else:
+        parts.append((group.module, ("gate_up_proj", "down_proj")))
+    index = torch.tensor(stay, device=group.module.down_proj.device)
+    for module, names in parts:
+        for name in names:
+            tensor = getattr(module, name, None)
+            if isinstance(tensor, nn.Parameter):
+                setattr(module, name, nn.Parameter(tensor.data[index], tensor.requires_grad))
+            elif tensor is not None:
+                setattr(module, name, tensor[index])
+    for module in (ffn.module, router, group.module):
+        if hasattr(module, "num_experts"):
+            module.num_experts = len(stay)
+    if isinstance(router, nn.Linear):
+        router.out_features = len(stay)
+    group.widths = [group.widths[expert] for expert in stay]
+
+
+def smaller_config(config: Any, experts: int) -> dict[str, int]:
+    """The keys of config.json that say how many routed experts a layer has, with a new count."""
+    return {family_of(config.model_type).count_key: experts}
+
+
+def _refuse(path: str, stay: list[int], routing: Routing) -> None:
+    if not stay or stay[0] < 0 or stay[-1] >= routing.experts:
+        raise CameraError(f"experts {stay} of '{path}': there are 0 to {routing.experts - 1}.")
+    size = routing.experts // routing.groups
+    counts = [sum(e // size == g for e in stay) for g in range(routing.groups)]
+    if len(set(counts)) > 1:
+        raise CameraError(
+            f"the router of '{path}' has {routing.groups} groups of experts, which must keep "
+            f"equally many; these keep {counts}: drop the same number from each."
+        )
+    if routing.experts - len(stay) > routing.most:
+        raise CameraError(
+            f"{len(stay)} experts of '{path}' are fewer than its router needs to choose "
+            f"{routing.top_k} from: keep at least {routing.experts - routing.most}."
+        )

@@ -1,0 +1,1 @@
+"""Grids, GPTQ and bit plans."""

@@ -1,0 +1,124 @@
+"""Solve the matrices of several experts as one batch, and account for what that cost.
+
+Shapes: E experts of a batch, R rows, C columns, G scale groups of a row.
+"""
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from camera.checkpoint.formats.packed.segments import Solved
+from camera.quantization.gptq import GPTQ, output_error
+
+
+def solve_batch(
+    solver: GPTQ,
+    matrices: list[torch.Tensor],
+    bits: list[torch.Tensor],
+    axis: str,
+    hessians: list[torch.Tensor] | torch.Tensor | None,
+    tokens_E: torch.Tensor | None,
+    ledger: tuple["Ledger", list[int]],
+    fallback: list[str | None] | None = None,
+) -> tuple[list[Solved], list[torch.Tensor]]:
+    """Solve matrices [R, C] of several experts as one batch; also what they are dequantised, fp32.
+
+    Bits are those of every row or every column (`axis`), descending along columns. Smaller matrices
+    are padded: by rows, which are solved one by one anyway, and by dead columns in groups of their
+    own, so that no padding changes a result.
+    """
+    rows, columns = (max(w.shape[i] for w in matrices) for i in (0, 1))
+    pads = [(0, columns - w.shape[1], 0, rows - w.shape[0]) for w in matrices]
+    W_ERC = torch.stack([F.pad(w.float(), p) for w, p in zip(matrices, pads, strict=True)])
+    even = all(w.shape[1] == columns for w in matrices)
+    if axis == "rows":
+        padded = [F.pad(b, (0, rows - len(b)), value=1) for b in bits]
+        asked = {"row_bits": torch.stack(padded)}
+    elif even and columns and all((b == b[0]).all() for b in bits):
+        # one width in each matrix: columns may be solved in any order
+        asked = {"row_bits": torch.stack([b[:1].expand(rows) for b in bits])}
+    else:
+        asked = {"column_bits": torch.stack([_pad_bits(b, columns) for b in bits])}
+    H_ECC, factor = None, None
+    if hessians is not None:
+        H_ECC = torch.stack([F.pad(H, (0, columns - len(H)) * 2) for H in hessians])
+        factor = solver.factor(H_ECC, tokens_E)
+        if fallback is not None:
+            names = [b or a for a, b in zip(factor.fallback, fallback, strict=True)]
+            factor = replace(factor, fallback=names)
+    quantized = solver.solve(W_ERC, factor, **asked)
+    weight_ERC = quantized.weight
+    nearest = None
+    if factor is not None:
+        nearest = solver.solve(W_ERC, **asked).weight
+    book, experts = ledger
+    book.add(experts, W_ERC, weight_ERC, nearest, H_ECC, quantized.damping_E, quantized.fallback)
+    solved = []
+    for e, w in enumerate(matrices):
+        r, c = w.shape
+        group_C = quantized.group_EC[e, :c]
+        groups = int(group_C.max()) + 1 if c else 0
+        solved.append(
+            Solved(
+                quantized.codes_ERC[e, :r, :c],
+                quantized.scale_ERG[e, :r, :groups],
+                quantized.zero_ERG[e, :r, :groups],
+                group_C,
+            )
+        )
+    return solved, [weight_ERC[e, : w.shape[0], : w.shape[1]] for e, w in enumerate(matrices)]
+
+
+def _pad_bits(bits: torch.Tensor, columns: int) -> torch.Tensor:
+    """Bits of padded columns differ from those beside them, so that no group holds both."""
+    other = 7 if len(bits) and bits[-1] == 8 else 8
+    return F.pad(bits, (0, columns - len(bits)), value=other)
+
+
+class Ledger:
+    """Errors, damping and fallbacks of the experts of one module, as they are solved.
+
+    Errors are relative: |Wx - Qx|^2 / |Wx|^2 over the calibration tokens that reached the expert
+    (without tokens: of the weights), for the solver's Q and for round-to-nearest's.
+    """
+
+    def __init__(self, experts: int):
+        self.error_E = torch.zeros(3, experts, dtype=torch.float64)  # solved, nearest, whole
+        self.damping: Counter[str] = Counter()
+        self.fallback: Counter[str] = Counter()
+
+    def add(self, experts, W_ERC, weight_ERC, nearest_ERC, H_ECC, damping_E, fallback) -> None:
+        """Enter a batch that was solved."""
+        for row, Q_ERC in enumerate((weight_ERC, nearest_ERC, torch.zeros_like(W_ERC))):
+            if Q_ERC is None:
+                Q_ERC = weight_ERC
+            if H_ECC is None:
+                miss_E = (W_ERC - Q_ERC).square().sum((1, 2))
+            else:
+                miss_E = output_error(W_ERC, Q_ERC, H_ECC).sum(1)
+            self.error_E[row, experts] += miss_E.double().cpu()
+        for damping, why in zip(damping_E, fallback, strict=True):
+            if why and H_ECC is not None:
+                self.fallback[why] += 1
+            if not why.startswith("rtn"):
+                self.damping[str(damping)] += 1
+
+    def report(self) -> dict[str, Any]:
+        """Per expert and in all."""
+        solved_E, nearest_E, whole_E = self.error_E
+
+        def relative(error: torch.Tensor, whole: torch.Tensor) -> list[float] | float:
+            share = torch.where(whole > 0, error / whole.clamp(min=1e-300), 0.0)
+            return [round(value, 6) for value in share.tolist()] if share.dim() else share.item()
+
+        return {
+            "error": relative(solved_E, whole_E),
+            "error_rtn": relative(nearest_E, whole_E),
+            "error_all": relative(solved_E.sum(), whole_E.sum()),
+            "error_rtn_all": relative(nearest_E.sum(), whole_E.sum()),
+            "damping": dict(self.damping),
+            "fallback": dict(self.fallback),
+        }

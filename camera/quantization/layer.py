@@ -1,0 +1,281 @@
+"""Apply a bit plan to a layer: order, solve and pack the matrices of every expert.
+
+Shapes: E experts of a batch, R rows, C columns, G scale groups of a row, H hidden, W width of one
+expert, M micro-experts of it that stay, N tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from camera.calibration.hessians import LayerHessians
+from camera.checkpoint.formats.narrow import PROJECTIONS
+from camera.checkpoint.formats.packed.experts import PackedExperts
+from camera.checkpoint.formats.packed.mlp import PackedMlp
+from camera.checkpoint.formats.packed.segments import Cut, Solved
+from camera.checkpoint.formats.packed.spec import experts_spec, mlp_spec
+from camera.compensation.least_squares import Block, Fit, fit, fit_report
+from camera.compensation.settings import Refit
+from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
+from camera.quantization.batch import Ledger, solve_batch
+from camera.quantization.bit_plan import ExpertBits, falling
+from camera.quantization.gptq import GPTQ
+
+SOLVE_BYTES = 4 * 2**30  # of Hessians, factors and weights that are solved as one batch
+
+
+def solving_bytes(hidden: int, width: int) -> int:
+    """What solving one expert takes: Hessians, factors and weights, in fp32."""
+    return 4 * (6 * hidden**2 + 6 * width**2 + 12 * hidden * width)
+
+
+def solve_layer(
+    ffn: FeedForward,
+    plan: list[ExpertBits],
+    solver: GPTQ,
+    seen: LayerHessians | None = None,
+    *,
+    true_sequential: bool = False,
+    compensation: Refit | None = None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Quantise every expert of a layer's pool (`plan`, in pool order) and put packed modules there.
+
+    Without `seen` weights are rounded to nearest. `true_sequential`: the Hessian of down is that of
+    the inputs which the quantised gate and up give, from the inputs kept in `seen`; with
+    `compensation` down is first refitted to these, so that it makes up for the errors of gate and
+    up and for micro-experts that are gone. Returns the forms by path, and by path what is worth
+    reporting.
+    """
+    forms, report, start = {}, {}, 0
+    for group in ffn.groups:
+        pool = list(range(start, start + len(group.widths)))
+        start += len(group.widths)
+        experts = [_Expert(group, e, plan[p].order(), plan[p].folded()) for e, p in enumerate(pool)]
+        module = _empty(group, experts, solver)
+        work = _Solving(group, experts, solver, seen, pool, true_sequential, compensation)
+        for expert, gate_up, down in work.solved():
+            where = () if isinstance(group, MlpExpert) else (expert,)
+            module.put(*where, gate_up=gate_up, down=down)
+        ffn.replace(group, module)
+        forms[group.path], report[group.path] = module.spec(), work.report()
+    return forms, report
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """One expert's weights, with micro-experts in the order in which they will stand."""
+
+    group: ExpertGroup
+    number: int
+    order_M: torch.Tensor
+    bits: ExpertBits
+
+    def gate_up(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gate and up [M, H]."""
+        gate, up = self.group.gate_up(self.number)
+        rows = self.order_M.to(gate.device)
+        return gate[rows], up[rows]
+
+    def down(self) -> torch.Tensor:
+        """[H, M]."""
+        weight = self.group.down(self.number)
+        return weight[:, self.order_M.to(weight.device)]
+
+    def hidden(self, H_WW: torch.Tensor) -> torch.Tensor:
+        """The Hessian of down's inputs, [M, M]."""
+        rows = self.order_M.to(H_WW.device)
+        return H_WW[rows][:, rows]
+
+    def activations(
+        self, x_NH: torch.Tensor, gate_MH: torch.Tensor, up_MH: torch.Tensor
+    ) -> torch.Tensor:
+        """h_NM of these weights, fp32."""
+        biases = self.biases() if isinstance(self.group, MlpExpert) else {}
+        bias = [biases.get(name) for name in PROJECTIONS[:2]]
+        gate_NM, up_NM = (
+            F.linear(x_NH, w, None if b is None else b.float())
+            for w, b in zip((gate_MH, up_MH), bias, strict=True)
+        )
+        return self.group.act_fn(gate_NM) * up_NM
+
+    def biases(self) -> dict[str, torch.Tensor | None]:
+        """Biases of an MLP's linear layers."""
+        linears = {name: getattr(self.group.module, name) for name in PROJECTIONS}
+        found = {name: getattr(linear, "bias", None) for name, linear in linears.items()}
+        for name in PROJECTIONS[:2]:
+            if found[name] is not None:
+                found[name] = found[name][self.order_M.to(found[name].device)]
+        return found
+
+
+def _empty(group: ExpertGroup, experts: list[_Expert], solver: GPTQ) -> PackedExperts | PackedMlp:
+    """The packed module that the solved matrices go into."""
+    axis, bits = experts[0].bits.axis, [expert.bits for expert in experts]
+    moved = any((part[1:] > part[:-1]).any() for b in bits for part in (b.gate, b.up))
+    scattered = ("columns",) * _moves_columns(solver)  # a group's columns aren't neighbours
+    kept = tuple(dict.fromkeys(((axis,) if moved else ()) + scattered))
+    gate_up = Cut.of(axis, [b.gate for b in bits], kept)
+    down = Cut.of("columns", [b.down for b in bits], scattered)
+    old, widths = group.down(0), [len(expert.order_M) for expert in experts]
+    cuts = (gate_up, down, solver.group_size, solver.sym)
+    if isinstance(group, MlpExpert):
+        spec = mlp_spec(old.shape[0], widths[0], *cuts)
+        return PackedMlp(spec, group.act_fn, experts[0].biases(), old.device, old.dtype)
+    spec = experts_spec(old.shape[0], widths, *cuts)
+    return PackedExperts(spec, group.act_fn, old.device, old.dtype)
+
+
+def _moves_columns(solver: GPTQ) -> bool:
+    return solver.act_order and not solver.static_groups
+
+
+class _Solving:
+    """Solves the experts of one module, batch by batch, and keeps what is to be reported."""
+
+    def __init__(self, group, experts, solver, seen, pool, true_sequential, compensation):
+        self.group, self.experts, self.seen, self.pool = group, experts, seen, pool
+        self.true_sequential, self.compensation = true_sequential, compensation
+        self.fits: list[Fit] = []
+        # the mean Hessian makes sense for inputs that all experts share, which down's are not
+        self.mean = solver.fallback == "mean_hessian"
+        self.solver = replace(solver, fallback="rtn")
+        self.ledgers = {"gate_up": Ledger(len(experts)), "down": Ledger(len(experts))}
+
+    def report(self) -> dict[str, Any]:
+        """Errors, damping and fallbacks of gate and up, and of down; what compensation did."""
+        found = {name: ledger.report() for name, ledger in self.ledgers.items()}
+        return found | (fit_report(self.fits) if self.fits else {})
+
+    def solved(self) -> Iterator[tuple[int, list[Solved], Solved]]:
+        """(expert, [gate, up], down) of every expert."""
+        for batch in self._batches():
+            experts = [self.experts[e] for e in batch]
+            gate_ups, weights = self._gate_up(batch, experts)
+            H_EMM, tokens_E, before = None, None, [expert.down() for expert in experts]
+            if self.seen is not None:
+                H_EMM, tokens_E = self._hidden(batch, experts, weights, before), self._tokens(batch)
+            del weights
+            downs, _ = solve_batch(
+                self.solver,
+                before,
+                [expert.bits.down for expert in experts],
+                "columns",
+                H_EMM,
+                tokens_E,
+                (self.ledgers["down"], batch),
+            )
+            yield from zip(batch, gate_ups, downs, strict=True)
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Experts that fit into memory together, those of similar widths side by side."""
+        hidden = self.group.down(0).shape[0]
+        order = sorted(range(len(self.experts)), key=lambda e: len(self.experts[e].order_M))
+        batch: list[int] = []
+        for e in reversed(order):
+            width = len(self.experts[e].order_M)
+            widest = len(self.experts[batch[0]].order_M) if batch else width
+            each = solving_bytes(hidden, widest)
+            uneven = _moves_columns(self.solver) and width != widest
+            if batch and (uneven or (len(batch) + 1) * each > SOLVE_BYTES):
+                yield batch
+                batch = []
+            batch.append(e)
+        if batch:
+            yield batch
+
+    def _tokens(self, batch: list[int]) -> torch.Tensor:
+        return self.seen.tokens_E[[self.pool[e] for e in batch]]
+
+    def _gate_up(self, batch: list[int], experts: list[_Expert]) -> tuple[list, list]:
+        """Solved [gate, up] of every expert, and both dequantised in their own order, [M, H]."""
+        H_EHH, tokens_E, fallback = self._inputs(batch)
+        pairs = [expert.gate_up() for expert in experts]
+        bits = [(expert.bits.gate, expert.bits.up) for expert in experts]
+        orders = [[falling(part) for part in both] for both in bits]
+        known = tokens_E, (self.ledgers["gate_up"], batch), fallback
+        by_rows = experts[0].bits.axis == "rows"
+        return (self._by_rows if by_rows else self._by_columns)(pairs, bits, orders, H_EHH, known)
+
+    def _by_rows(self, pairs, bits, orders, H_EHH, known) -> tuple[list, list]:
+        """Gate above up, one matrix of every expert: rows are solved independently."""
+        stacked = [
+            torch.cat([w[n.to(w.device)] for w, n in zip(pair, order, strict=True)])
+            for pair, order in zip(pairs, orders, strict=True)
+        ]
+        rows = [
+            torch.cat([b[n] for b, n in zip(both, order, strict=True)])
+            for both, order in zip(bits, orders, strict=True)
+        ]
+        solved, weights = solve_batch(self.solver, stacked, rows, "rows", H_EHH, *known)
+        gate_ups = [
+            [replace(half, rows=n) for half, n in zip(both.chunk(2), order, strict=True)]
+            for both, order in zip(solved, orders, strict=True)
+        ]
+        backs = [
+            [w[n.argsort().to(w.device)] for w, n in zip(both.chunk(2), order, strict=True)]
+            for both, order in zip(weights, orders, strict=True)
+        ]
+        return gate_ups, backs
+
+    def _by_columns(self, pairs, bits, orders, H_EHH, known) -> tuple[list, list]:
+        """Gate and up apart: each has its own order of input channels, hence its own factor."""
+        gate_ups, backs = [[] for _ in pairs], [[] for _ in pairs]
+        for part in range(2):
+            moves = [order[part].to(pairs[0][0].device) for order in orders]
+            H_ECC = None
+            if H_EHH is not None:
+                H_ECC = [H[n][:, n] for H, n in zip(H_EHH, moves, strict=True)]
+            matrices = [pair[part][:, n] for pair, n in zip(pairs, moves, strict=True)]
+            columns = [both[part][order[part]] for both, order in zip(bits, orders, strict=True)]
+            args = (matrices, columns, "columns", H_ECC, *known)
+            for e, (one, weight) in enumerate(zip(*solve_batch(self.solver, *args), strict=True)):
+                gate_ups[e].append(replace(one, columns=moves[e]))
+                backs[e].append(weight[:, moves[e].argsort()])
+        return gate_ups, backs
+
+    def _inputs(self, batch: list[int]):
+        """Hessians of the experts' inputs, their tokens, and what stands in where there are few."""
+        if self.seen is None:
+            return None, None, None
+        tokens_E, least = self._tokens(batch), self.solver.min_tokens
+        H_EHH = self.seen.input_EHH[[self.pool[e] for e in batch]]
+        everyone = torch.tensor(self.pool)
+        reached = everyone[self.seen.tokens_E[everyone] >= max(least, 1)]
+        few_E = tokens_E < max(least, 1)
+        if not self.mean or not len(reached) or not few_E.any():
+            return H_EHH, tokens_E, None
+        mean_HH = sum(self.seen.input_EHH[p] for p in reached.tolist()) / len(reached)
+        H_EHH[few_E.to(H_EHH.device)] = mean_HH
+        fallback = ["mean_hessian" if few else None for few in few_E.tolist()]
+        return H_EHH, tokens_E.clamp(min=max(least, 1)), fallback
+
+    def _hidden(self, batch, experts, weights, downs) -> list[torch.Tensor]:
+        """Hessians [M, M] of down's inputs; with compensation the `downs` are replaced."""
+        if not self.true_sequential:
+            return [
+                expert.hidden(self.seen.hidden(self.pool[e]))
+                for e, expert in zip(batch, experts, strict=True)
+            ]
+        found = []
+        for i, (e, expert, pair) in enumerate(zip(batch, experts, weights, strict=True)):
+            x_NH = self.seen.kept(self.pool[e]).to(pair[0].device)
+            h_NM = expert.activations(x_NH.float(), *pair)
+            if self.compensation is not None:
+                downs[i] = self._refitted(expert, x_NH, h_NM, downs[i])
+            found.append(h_NM.T @ h_NM)
+        return found
+
+    def _refitted(
+        self, expert: _Expert, x_NH: torch.Tensor, h_NM: torch.Tensor, down_HM: torch.Tensor
+    ) -> torch.Tensor:
+        """down_HM that makes of h what the expert was before."""
+        h_NW = self.group.activations(expert.number, x_NH)
+        whole_HW = self.group.down(expert.number).float()
+        lost_NH = h_NW @ whole_HW.T - h_NM @ down_HM.float().T
+        block = Block(None, h_NM, down_HM.T)
+        fitted = len(x_NH) - round(len(x_NH) * self.compensation.held_out)
+        self.fits.append(fit([block], lost_NH, fitted, self.compensation))
+        return block.weight_WH.T.to(down_HM.dtype)

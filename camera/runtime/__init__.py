@@ -1,0 +1,1 @@
+"""The machine: errors, registries, files, processes, threads, memory, progress."""

@@ -1,0 +1,113 @@
+"""Prefetching of the next layer, and a background thread that writes the last one."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from time import perf_counter
+
+import torch
+
+
+class Background:
+    """Runs what it is given in a thread; never more than one piece is under way.
+
+    An error surfaces at the next call. `seconds_worked` is what the work took, `seconds_waited` the
+    part of it that the main thread stood still for.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
+        self._work: Future | None = None
+        self.seconds_worked = self.seconds_waited = 0.0
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Start a piece of work once the last one is done."""
+        self.wait()
+        self._work = self._thread.submit(self._timed, work)
+
+    def _timed(self, work: Callable[[], None]) -> None:
+        start = perf_counter()
+        try:
+            work()
+        finally:
+            self.seconds_worked += perf_counter() - start
+
+    def wait(self) -> None:
+        """Return when nothing is under way."""
+        if self._work is not None:
+            start, work = perf_counter(), self._work
+            self._work = None
+            try:
+                work.result()
+            finally:
+                self.seconds_waited += perf_counter() - start
+
+    def __enter__(self) -> "Background":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+
+Read = Callable[[int], dict[str, torch.Tensor]]
+
+
+class ReadAhead:
+    """Layers from disk to the device, the next one in a thread (and on CUDA a stream) of its own.
+
+    Layers are taken one after the other, up or down. `seconds_read` is what reading took,
+    `seconds_waited` the part of it that computing did not hide.
+    """
+
+    def __init__(self, read: Read, layers: int, device: torch.device):
+        self._read, self._layers, self._device = read, layers, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._coming: tuple[int, Future] | None = None
+        self._last, self._up = -1, True
+        self.seconds_read = self.seconds_waited = 0.0
+
+    def take(self, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of a layer, waited for if they aren't there yet."""
+        start = perf_counter()
+        coming, self._coming = self._coming, None
+        if coming is None or coming[0] != index:
+            if coming is not None:
+                wait([coming[1]])  # wanted or not: never two at a time
+            coming = self._begin(index)
+        tensors = coming[1].result()
+        if self._stream is not None:
+            for tensor in tensors.values():
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+        self._up, self._last = index > self._last, index
+        self.seconds_waited += perf_counter() - start
+        return tensors
+
+    def start_next(self) -> None:
+        """Begin to read what follows the layer taken last."""
+        index = self._last + (1 if self._up else -1)
+        if self._coming is None and 0 <= index < self._layers:
+            self._coming = self._begin(index)
+
+    def _begin(self, index: int) -> tuple[int, Future]:
+        thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        try:
+            return index, thread.submit(self._fetch, index)
+        finally:
+            thread.shutdown(wait=False)  # it ends with the layer
+
+    def _fetch(self, index: int) -> dict[str, torch.Tensor]:
+        start = perf_counter()
+        try:
+            tensors = self._read(index)
+            if self._stream is not None:
+                with torch.cuda.stream(self._stream):
+                    tensors = {
+                        key: tensor.to(self._device, non_blocking=True)
+                        for key, tensor in tensors.items()
+                    }
+                self._stream.synchronize()
+            return tensors
+        finally:
+            self.seconds_read += perf_counter() - start

@@ -1,0 +1,1 @@
+"""What benchmarks share: layers, architectures, costs, timing."""

@@ -1,0 +1,1 @@
+"""Types and settings of the configuration."""

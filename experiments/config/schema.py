@@ -1,0 +1,147 @@
+"""The types of the configuration: a wrong key, type or value is refused while Hydra composes it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+from experiments.config.constructor import choice, typed_settings
+
+EMBEDDED = "embedded"
+KEY_ERRORS = (ConfigAttributeError, ConfigKeyError)
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+Fraction = choice("moe", "model", "routed")
+Propagate = choice("compressed", "dense")
+Dtype = choice("auto", "float32", "bfloat16", "float16")
+Stream = choice("auto", "always", "never")
+Retry = choice("none", "failed")
+Corpus = choice("wikitext2", "c4")
+
+
+@dataclass
+class Model:
+    """A checkpoint: a folder, a hub id, or the embedded default; data is where its texts are."""
+
+    path: str = MISSING
+    name: str = "${model_name:${model.path}}"
+    data: str = "${model_data:${model.path}}"
+
+
+@dataclass
+class Speed:
+    """Tokens per second against the original; without batch sizes it isn't measured."""
+
+    batch_sizes: list[int] = field(default_factory=list)
+    prompt_length: int = 128
+    new_tokens: int = 16
+    repeats: int = 7
+
+
+@dataclass
+class Evaluation:
+    """What is measured: corpora for perplexity, lm-eval tasks, and how much of each.
+
+    `batch_size` is of the tasks; `perplexity_batch_size` is of blocks, whose logits are as long as
+    the context and by far the largest tensor there. `stream` says whether the model is read layer
+    by layer (`auto`: where it doesn't fit the memory there is), in batches of its own size; else
+    `unpack` trades the memory that packed weights save for speed, which changes no number.
+    """
+
+    perplexity: list[Corpus] = field(default_factory=list)
+    length: int | None = None
+    stride: int | None = None
+    blocks: int | None = None
+    tasks: list[str] = field(default_factory=list)
+    limit: int | None = None
+    batch_size: int = 1
+    perplexity_batch_size: int = 1
+    stream: Stream = Stream.auto
+    unpack: bool = True
+    speed: Speed = field(default_factory=Speed)
+
+
+@dataclass
+class MemoryUse:
+    """What is kept in memory while a model is compressed: see `camera.streaming.settings.Memory`."""
+
+    phi: choice("auto", "keep", "recompute") = "auto"
+    hidden: choice("auto", "ram", "disk") = "auto"
+    experts: choice("auto", "layer", "visit") = "auto"
+
+
+@dataclass
+class Config:
+    """The whole configuration: five groups and the scalars that a study sweeps."""
+
+    model: Model = field(default_factory=Model)
+    method: Any = MISSING
+    calibration: Any = MISSING
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    tracker: Any = MISSING
+    memory: MemoryUse = field(default_factory=MemoryUse)
+
+    sparsity: float = 0.2
+    sparsity_of: Fraction = Fraction.moe
+    bits: float = 2.25
+    alpha: float = 0.9
+    seed: int = 1234
+    propagate: Propagate = Propagate.compressed
+    data: str = "${model.data}"
+    device: str = "auto"
+    dtype: Dtype = Dtype.auto
+    output: str = "outputs"
+    force: bool = False
+    retry: Retry = Retry.none
+    keep_checkpoint: bool = True
+    trust_remote_code: bool = False
+
+
+def model_name(path: str) -> str:
+    """The name of a model that no YAML names: the last part of its path or hub id."""
+    return "tiny_moe" if path == EMBEDDED else Path(path).expanduser().absolute().name
+
+
+def model_data(path: str) -> str:
+    """Where the texts of a model come from unless said otherwise."""
+    return EMBEDDED if path == EMBEDDED else "hub"
+
+
+def register() -> None:
+    """Makes the types known to Hydra: `schema`, and `hydra/types/GROUP/NAME` for each class.
+
+    A method's types are those of its constructor, so that adding one adds nothing here.
+    """
+    OmegaConf.register_new_resolver("model_name", model_name, replace=True)
+    OmegaConf.register_new_resolver("model_data", model_data, replace=True)
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for file in sorted(CONF.glob("*/*.yaml")):
+        target = OmegaConf.load(file).get("_target_")
+        if target:
+            group = f"hydra/types/{file.parent.name}"
+            store.store(group=group, name=file.stem, node=typed_settings(target))
+
+
+@contextlib.contextmanager
+def naming_valid_keys() -> Iterator[None]:
+    """Adds the valid keys to Hydra's refusal of a key, which names only the wrong one."""
+    try:
+        yield
+    except SystemExit as exit_:
+        refusal = getattr(exit_.__context__, "__cause__", None)
+        parent = getattr(refusal, "parent_node", None)
+        if isinstance(refusal, KEY_ERRORS) and isinstance(parent, DictConfig):
+            keys = sorted(str(key) for key in parent if key not in ("hydra", "_target_"))
+            print(f"Valid keys here: {', '.join(keys)}")
+        raise
+
+
+register()

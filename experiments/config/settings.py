@@ -1,0 +1,139 @@
+"""The settings of one run, resolved from the configuration and checked before anything is read."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from camera.calibration.corpora import check_corpus, find_corpus
+from camera.calibration.settings import Calibration, check_calibration
+from camera.checkpoint.loading import resolve_device
+from camera.checkpoint.source import resolve_model
+from camera.evaluation.suite import Measures
+from camera.evaluation.tasks.evaluate import check_tasks
+from camera.runtime.errors import CameraError
+from camera.streaming.settings import Memory
+from experiments.config.constructor import build, locate
+from experiments.config.schema import EMBEDDED
+from experiments.tiny_moe.layout import ensure_world
+
+EMBEDDED_MODEL = Path(__file__).parents[1] / "tiny_moe" / "model"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one run is asked to do: plain values, each group a dict of its keys."""
+
+    model: dict[str, Any]
+    method: dict[str, Any]
+    calibration: dict[str, Any]
+    evaluation: dict[str, Any]
+    tracker: dict[str, Any]
+    memory: dict[str, str]
+    sparsity: float
+    sparsity_of: str
+    bits: float
+    alpha: float
+    seed: int
+    propagate: str
+    data: str
+    device: str
+    dtype: str
+    output: str
+    force: bool
+    retry: str
+    keep_checkpoint: bool
+    trust_remote_code: bool
+
+    @classmethod
+    def of(cls, config: DictConfig) -> Settings:
+        """The settings of a composed configuration; CameraError for a key that has no meaning."""
+        known = list(cls.__dataclass_fields__)
+        for key in config:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {near[0]}" if near else f"the keys are {', '.join(known)}"
+                raise CameraError(f"{key} is not a key of the configuration; {hint}.")
+        return cls(**OmegaConf.to_container(config, resolve=True, enum_to_str=True))
+
+    @property
+    def model_path(self) -> str:
+        """The folder or hub id of the model, the embedded one resolved."""
+        path = self.model["path"]
+        return str(EMBEDDED_MODEL) if path == EMBEDDED else path
+
+    @property
+    def method_name(self) -> str:
+        return getattr(locate(self.method["_target_"]), "name", self.method["_target_"])
+
+    @property
+    def calibrates(self) -> bool:
+        return build(self.method).reads_text
+
+    @property
+    def compresses(self) -> bool:
+        return getattr(locate(self.method["_target_"]), "compresses", True)
+
+    def texts(self) -> str:
+        """`hub` or the folder of the texts; the embedded world is written there at first use."""
+        if self.data != EMBEDDED:
+            return self.data
+        return str(ensure_world(Path(self.output) / "data"))
+
+    def measures(self) -> Measures:
+        """The texts and tasks that are asked for, and how much of each."""
+        asked = self.evaluation
+        sizes = (asked[key] for key in ("length", "stride", "blocks", "limit"))
+        return Measures(self.texts(), asked["perplexity"], asked["tasks"], *sizes, self.seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain values, for the tracker and the run's folder."""
+        return {key: getattr(self, key) for key in self.__dataclass_fields__}
+
+
+def check(settings: Settings) -> None:
+    """Refuse values that can't work and files that aren't there, before any weight is read.
+
+    Raises CameraError that names the key and the mend.
+    """
+    method, evaluation = settings.method, settings.evaluation
+    sparsity, alpha = method.get("sparsity"), method.get("alpha")
+    if sparsity is not None and not 0 < sparsity < 1:
+        raise CameraError(
+            f"sparsity={sparsity} must lie between 0 and 1; method=dense removes nothing."
+        )
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise CameraError(f"alpha={alpha} must lie in [0, 1].")
+    if settings.seed < 0:
+        raise CameraError(f"seed={settings.seed} must not be negative.")
+    for key in ("length", "stride", "blocks", "limit", "batch_size", "perplexity_batch_size"):
+        value, least = evaluation[key], 2 if key == "length" else 1
+        if value is not None and value < least:
+            raise CameraError(f"evaluation.{key}={value} must be at least {least}.")
+    Memory(**settings.memory)
+    resolve_device(settings.device)
+    resolve_model(settings.model_path, weights=False)
+    _check_texts(settings)
+    build(method)
+
+
+def _check_texts(settings: Settings) -> None:
+    corpora, tasks = settings.evaluation["perplexity"], settings.evaluation["tasks"]
+    if settings.calibrates:
+        calibration = Calibration(**arguments(settings.calibration))
+        check_calibration(calibration, data=settings.texts())
+    if settings.evaluation["speed"]["batch_sizes"]:
+        corpora = [*corpora, "wikitext2"]  # its prompts
+    for corpus in corpora:
+        check_corpus(settings.texts(), corpus, find_corpus(corpus).evaluated, key="evaluation")
+    if tasks:
+        check_tasks(tasks, data=settings.texts())
+
+
+def arguments(group: dict[str, Any]) -> dict[str, Any]:
+    """A group's keys without the class that they are for."""
+    return {key: value for key, value in group.items() if key != "_target_"}

@@ -1,0 +1,1 @@
+"""One run: compression, measurements, metrics, tracker."""

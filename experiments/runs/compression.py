@@ -1,0 +1,85 @@
+"""The first part of a run: the model, compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import camera
+from camera.calibration.settings import Calibration
+from camera.checkpoint.source import resolve_model
+from camera.evaluation.placement import should_stream
+from camera.evaluation.suite import Measures
+from camera.runtime import distributed
+from camera.streaming.settings import Memory
+from experiments.config.constructor import build
+from experiments.config.settings import Settings, arguments
+from experiments.records.folders import Folders, read_json
+
+
+def compression(settings: Settings, folders: Folders) -> dict[str, Any]:
+    """What compressing reports, done before or now; of the dense model what there is to report."""
+    if not settings.compresses:
+        described = camera.describe(
+            settings.model_path, trust_remote_code=settings.trust_remote_code
+        )
+        return described.to_dict() | {"model": base_name(settings)}
+    with folders.lock(folders.checkpoint):
+        compress_once(settings, folders)
+        return read_json(folders.checkpoint / "camera.json")
+
+
+def compress_once(settings: Settings, folders: Folders) -> None:
+    """Make the checkpoint, with whatever other ranks there are, if it isn't there."""
+    if not folders.compressed:
+        distributed.call()
+        camera_compress(settings, folders)
+
+
+def camera_compress(settings: Settings, folders: Folders) -> None:
+    """`camera.compress` as the settings ask for it."""
+    camera.compress(
+        settings.model_path,
+        build(settings.method),
+        folders.checkpoint,
+        calibration=Calibration(**arguments(settings.calibration)),
+        propagate=settings.propagate,
+        data=settings.texts(),
+        seed=settings.seed,
+        device=settings.device,
+        dtype=settings.dtype,
+        statistics=folders.statistics,
+        memory=Memory(**settings.memory),
+        measures=rides_along(settings),
+        trust_remote_code=settings.trust_remote_code,
+        name=base_name(settings),
+    )
+
+
+def base_name(settings: Settings) -> str:
+    """The hub id, or for a folder the model's name: a path says nothing on another machine."""
+    path = settings.model_path
+    return settings.model["name"] if Path(path).expanduser().is_dir() else path
+
+
+@contextmanager
+def checkpoint(settings: Settings, folders: Folders) -> Iterator[str | Path]:
+    """What to evaluate, under a lock so that no other run takes it away while it is read."""
+    with folders.lock(folders.checkpoint):
+        if settings.compresses:
+            compress_once(settings, folders)
+            yield folders.checkpoint
+        else:
+            yield settings.model_path
+
+
+def rides_along(settings: Settings) -> Measures | None:
+    """What is measured while the model is compressed, where even its source doesn't fit."""
+    measures, asked = settings.measures(), settings.evaluation
+    if asked["stream"] == "never" or not [*measures.corpora, *measures.tasks]:
+        return None
+    folder = resolve_model(settings.model_path, code=settings.trust_remote_code)
+    streamed = should_stream(folder, settings.device, settings.dtype, asked["stream"])
+    return measures if streamed else None

@@ -1,0 +1,160 @@
+"""The other parts of a run: what is measured of the model, each by the name of its file."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+import camera
+from camera.checkpoint.loading import load_model, load_tokenizer
+from camera.checkpoint.source import resolve_model
+from camera.evaluation.passages import read_passage
+from camera.evaluation.perplexity import perplexity
+from camera.evaluation.placement import should_stream
+from camera.evaluation.speed import measure_speed
+from camera.evaluation.suite import Measures, evaluate_streamed
+from camera.evaluation.tasks.evaluate import evaluate_tasks
+from camera.pipeline.publish import EVALUATION
+from camera.runtime.files import write_json
+from camera.runtime.peak_memory import PeakMemory
+from experiments.config.settings import Settings
+from experiments.records.folders import Folders, read_json
+from experiments.runs.compression import checkpoint
+
+log = logging.getLogger("camera")
+
+
+@contextmanager
+def lazy_model(settings: Settings, folders: Folders) -> Iterator[Callable[[], tuple[Any, Any]]]:
+    """The model and its tokenizer, loaded when first asked for: done parts need neither."""
+    loaded: list[Any] = []
+
+    def load() -> tuple[Any, Any]:
+        if not loaded:
+            loaded.extend(_load(settings, folders))
+        return loaded[0], loaded[1]
+
+    try:
+        yield load
+    finally:
+        loaded.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _load(settings: Settings, folders: Folders) -> tuple[Any, Any]:
+    remote = settings.trust_remote_code
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    with checkpoint(settings, folders) as path:
+        model = load_model(path, settings.device, settings.dtype, remote)
+        if settings.evaluation["unpack"] and not settings.evaluation["speed"]["batch_sizes"]:
+            camera.checkpoint.dequantize(model)
+        return model, load_tokenizer(path, remote)
+
+
+def stream(settings: Settings, folders: Folders) -> None:
+    """All that isn't measured yet in one read of the weights, where the model doesn't fit."""
+    asked, remote = settings.evaluation, settings.trust_remote_code
+    rode = folders.checkpoint / EVALUATION
+    if rode.exists() and (found := read_json(rode))["measures"] == settings.measures().to_dict():
+        _write_parts(folders, found)
+    measures = _due(settings, folders)
+    if asked["stream"] == "never" or not [*measures.corpora, *measures.tasks]:
+        return
+    with checkpoint(settings, folders) as path:
+        folder = resolve_model(str(path), code=remote)
+        if not should_stream(folder, settings.device, settings.dtype, asked["stream"]):
+            return
+        log.info("%s: evaluating layer by layer", folders.run.name)
+        found = evaluate_streamed(
+            folder,
+            measures,
+            device=settings.device,
+            dtype=settings.dtype,
+            trust_remote_code=remote,
+            folder=folders.output / "hidden",
+        )
+    _write_parts(folders, found)
+
+
+def _write_parts(folders: Folders, found: dict[str, Any]) -> None:
+    parts = {f"perplexity-{corpus}": part for corpus, part in found["perplexity"].items()}
+    parts |= {f"task-{task}": part for task, part in found["tasks"].items()}
+    for name, part in parts.items():
+        if not folders.part(name).exists():
+            write_json(folders.part(name), part)
+
+
+def _due(settings: Settings, folders: Folders) -> Measures:
+    asked = settings.measures()
+    return replace(
+        asked,
+        corpora=[c for c in asked.corpora if not folders.part(f"perplexity-{c}").exists()],
+        tasks=[t for t in asked.tasks if not folders.part(f"task-{t}").exists()],
+    )
+
+
+def measurements(settings: Settings) -> dict[str, Callable[[Any, Any], dict[str, Any]]]:
+    """What is measured, each by the name of its file."""
+    asked, data = settings.evaluation, settings.texts()
+    measures: dict[str, Callable[[Any, Any], dict[str, Any]]] = {}
+    for corpus in asked["perplexity"]:
+        measures[f"perplexity-{corpus}"] = partial(
+            perplexity,
+            corpus=corpus,
+            data=data,
+            length=asked["length"],
+            stride=asked["stride"],
+            limit=asked["blocks"],
+            batch_size=asked["perplexity_batch_size"],
+        )
+    for task in asked["tasks"]:
+        measures[f"task-{task}"] = partial(_task, settings, task, data)
+    if settings.compresses and asked["speed"]["batch_sizes"]:
+        measures["speed"] = partial(_speed, settings)
+    return measures
+
+
+def _speed(settings: Settings, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """The compressed model against the original, taking turns in this process."""
+    dense = load_model(
+        settings.model_path, settings.device, settings.dtype, settings.trust_remote_code
+    )
+    text = read_passage(dense, tokenizer, corpus="wikitext2", data=settings.texts()).ids_S
+    started = time.perf_counter()
+    found = measure_speed(dense, model, text, **settings.evaluation["speed"])
+    return found | {"seconds": time.perf_counter() - started}
+
+
+def measured(
+    measure: Callable[[Any, Any], dict[str, Any]], model: Callable[[], tuple[Any, Any]]
+) -> dict[str, Any]:
+    network, tokenizer = model()
+    with PeakMemory(network.device) as memory:
+        part = measure(network, tokenizer)
+    return part | {"peak_memory_bytes": memory.bytes}
+
+
+def _task(settings: Settings, task: str, data: str, model: Any, tokenizer: Any) -> dict[str, Any]:
+    results = evaluate_tasks(
+        model,
+        tokenizer,
+        [task],
+        data=data,
+        limit=settings.evaluation["limit"],
+        batch_size=settings.evaluation["batch_size"],
+        seed=settings.seed,
+    )
+    return results[task]

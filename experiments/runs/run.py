@@ -1,0 +1,168 @@
+"""One run: compress, measure, draw, log; each part is a file and, once done, stays done."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from camera.runtime import distributed
+from camera.runtime.errors import CameraError
+from camera.runtime.files import write_json
+from experiments.config.constructor import build
+from experiments.config.settings import Settings, check
+from experiments.figures.run import draw_run
+from experiments.records.energy_summary import keep_energies, read_energies
+from experiments.records.failures import failure, sentence
+from experiments.records.folders import LOG, Folders, held, newer, read_json
+from experiments.runs.compression import camera_compress, compression
+from experiments.runs.measurements import lazy_model, measured, measurements, stream
+from experiments.runs.metrics import assemble
+from experiments.runs.tracker import NullTracker
+
+log = logging.getLogger("camera")
+
+
+class FailedBeforeError(CameraError):
+    """A run of a sweep that failed the last time, and isn't tried again unless asked for."""
+
+
+def run(
+    settings: Settings, sweep: str | None = None, since: float | None = None, wait: bool = True
+) -> Path:
+    """Do what is not done yet of one run and return its folder, which then holds DONE.
+
+    `sweep` groups runs in the tracker, and leaves alone what failed before (FailedBeforeError):
+    `retry=failed` tries again what failed before `since`; a run by itself is always tried. `force`
+    redoes what was finished before `since` (default: now), so that jobs of one sweep that share a
+    checkpoint don't redo each other's. What fails is written to the folder's error.txt and raised
+    again, CameraError if the user can mend it. A run that another process is doing is waited for,
+    or `filelock.Timeout` without `wait`. Under torchrun rank 0 does all that; the other ranks join
+    it where it compresses.
+    """
+    folders = Folders.of(settings)
+    if distributed.rank() > 0:
+        distributed.follow(partial(camera_compress, settings, folders))
+        return folders.run
+    try:
+        return _run(settings, folders, sweep, since, wait)
+    finally:
+        distributed.release()
+
+
+def _run(
+    settings: Settings, folders: Folders, sweep: str | None, since: float | None, wait: bool
+) -> Path:
+    if wait and held(folders.run):
+        log.info("%s is being done by another process: waiting for it.", folders.run)
+    with folders.lock(folders.run).acquire(timeout=-1 if wait else 0):
+        since = time.time() if since is None else since
+        if settings.force:
+            folders.forget(before=since)
+        if folders.done:
+            log.info("%s is done already.", folders.run)
+            return folders.run
+        tried = settings.retry == "none" or newer(folders.run / "error.txt", since)
+        if sweep and tried and (reason := failure(folders.run)):
+            raise FailedBeforeError(f"failed before: {reason} (retry=failed tries again)")
+        folders.run.mkdir(parents=True, exist_ok=True)
+        (folders.run / "error.txt").unlink(missing_ok=True)
+        asked = {"method": settings.method_name, "settings": settings.to_dict()}
+        write_json(folders.run / "settings.json", asked | {"identity": folders.identity})
+        with _error_file(folders.run), _log_file(folders.run):
+            check(settings)
+            tracker = build(settings.tracker)
+            tracker.start(
+                folders.run,
+                name=folders.run.name,
+                group=sweep,
+                job_type=settings.method_name,
+                tags=[settings.model["name"], settings.method_name],
+                config=settings.to_dict(),
+            )
+            try:
+                metrics = _measure(settings, folders, tracker)
+                write_json(folders.run / "metrics.json", metrics)
+                tracker.finish(metrics)
+            except BaseException as error:
+                tracker.fail(sentence(error))
+                raise
+            (folders.run / "DONE").touch()
+    if not settings.keep_checkpoint:
+        folders.discard_checkpoint()
+    return folders.run
+
+
+def _measure(settings: Settings, folders: Folders, tracker: NullTracker) -> dict[str, Any]:
+    compressed = _part(folders, "compress", partial(compression, settings, folders))
+    tracker.log(_numbers("compress", compressed))
+    _show(settings, folders, tracker)
+    results = {}
+    stream(settings, folders)
+    with lazy_model(settings, folders) as model:
+        for name, measure in measurements(settings).items():
+            results[name] = _part(folders, name, partial(measured, measure, model))
+            tracker.log(_numbers(name, results[name]))
+            log.info("%s: %s", name, _headline(results[name]))
+    return assemble(settings, compressed, results)
+
+
+def _part(folders: Folders, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    file = folders.part(name)
+    if not file.exists():
+        log.info("%s: %s", folders.run.name, name)
+        write_json(file, make())
+    return read_json(file)
+
+
+def _show(settings: Settings, folders: Folders, tracker: NullTracker) -> None:
+    seen = folders.checkpoint / "statistics.safetensors"
+    if seen.exists():
+        keep_energies(seen, settings.method.get("alpha", settings.alpha), folders.run)
+    if energies := read_energies(folders.run):
+        tracker.log_histograms(energies.histograms)
+    tracker.log_figures(draw_run(folders.run))
+
+
+def _numbers(prefix: str, part: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a part, nested keys joined by slashes."""
+    numbers: dict[str, float] = {}
+    for key, value in part.items():
+        name = f"{prefix}/{key}"
+        if isinstance(value, dict) and key not in ("widths", "full_widths", "layers"):
+            numbers |= _numbers(name, value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            numbers[name] = value
+    return numbers
+
+
+def _headline(part: dict[str, Any]) -> str:
+    keys = [key for key in ("perplexity", "acc", "acc_norm") if part.get(key) is not None]
+    return ", ".join(f"{key} {part[key]:.4g}" for key in keys)
+
+
+@contextmanager
+def _error_file(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        (folder / "error.txt").write_text(f"{sentence(error)}\n\n{traceback.format_exc()}")
+        raise
+
+
+@contextmanager
+def _log_file(folder: Path) -> Iterator[None]:
+    handler = logging.FileHandler(folder / LOG, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,94 @@
+"""The jobs of a sweep, known before the first one starts: plan.json beside its multirun.yaml."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from omegaconf import DictConfig, flag_override, open_dict
+
+from camera.runtime.files import write_json
+from experiments.config.settings import Settings
+from experiments.records.failures import sentence
+from experiments.records.folders import Folders, alike, held, read_json
+
+PLAN = "plan.json"
+BUSY = "busy"  # what a job returns that another process is doing
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep: what was asked for, by which grids, and its folder.
+
+    A request that is refused has no folder, and says why; `like` names what takes about as long.
+    """
+
+    overrides: list[str]
+    grids: list[str]
+    run: Path | None = None
+    like: tuple[str, ...] = ()
+    refused: str | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether a live process is doing it."""
+        return self.run is not None and held(self.run)
+
+
+def planned(
+    asked: Iterable[tuple[str | None, list[str]]], config: DictConfig, loader: ConfigLoader
+) -> list[Job]:
+    """The jobs, in order, each run once: what ends in the same folder is the same run.
+
+    `config` is that of the sweep. Hydra's errors, for what doesn't compose, pass through.
+    """
+    composed: dict[tuple[str, ...], Job] = {}
+    jobs: dict[Path | tuple[str, ...], Job] = {}
+    for grid, overrides in asked:
+        said = tuple(overrides)
+        if said not in composed:
+            composed[said] = _job(loader.load_sweep_config(config, overrides), overrides)
+        job = jobs.setdefault(composed[said].run or said, composed[said])
+        if grid and grid not in job.grids:
+            job.grids.append(grid)
+    return list(jobs.values())
+
+
+def _job(config: DictConfig, overrides: list[str]) -> Job:
+    asked = copy.deepcopy(config)
+    with flag_override(asked, "readonly", False), open_dict(asked):
+        del asked["hydra"]
+    try:
+        settings = Settings.of(asked)
+        folders = Folders.of(settings)
+    except Exception as error:
+        # The job will fail of it, and say so; the others go on.
+        return Job(overrides, [], refused=sentence(error))
+    like = alike(settings.model["name"], settings.method_name, folders.identity)
+    return Job(overrides, [], folders.run, like)
+
+
+def write_plan(jobs: Iterable[Job], sweep: Path, output: Path) -> None:
+    """Write plan.json to the sweep's folder.
+
+    Runs are named, and `output` is relative to that folder, so that the whole may move.
+    """
+    rows = [asdict(job) | {"run": job.run and job.run.name} for job in jobs]
+    where = os.path.relpath(output.expanduser(), sweep)
+    write_json(sweep / PLAN, {"output": where, "started": time.time(), "jobs": rows})
+
+
+def read_plan(sweep: Path) -> list[Job]:
+    """The jobs that were written there."""
+    plan: dict[str, Any] = read_json(sweep / PLAN)
+    runs = Path(os.path.normpath(sweep / plan["output"])) / "runs"
+    return [
+        Job(**row | {"run": row["run"] and runs / row["run"], "like": tuple(row["like"])})
+        for row in plan["jobs"]
+    ]

@@ -1,0 +1,1 @@
+"""Runs as rows and tables."""

@@ -1,0 +1,89 @@
+"""The tables of runs, made from their folders: `python -m experiments.tables.writing DIR` at any time.
+
+DIR is an output folder, or any folder that has run folders below it. The page is table.md and
+table.tex, a row per setting with the mean over its seeds. Every single run is a row of table.csv;
+the means and standard deviations, where there are several seeds, are in table_seeds.csv; published
+scores of the same settings, where there are any, beside the runs' in table_published.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from camera.runtime.errors import CameraError
+from experiments.tables.aggregate import over_seeds
+from experiments.tables.pages import Page, paper_page
+from experiments.tables.published.comparison import compare
+from experiments.tables.renderers import print_page, to_latex, to_markdown
+from experiments.tables.rows import runs_below
+
+
+def write(runs: pd.DataFrame, folder: Path, page: Page | None = None) -> None:
+    """The tables of the runs into the folder, each replaced when it is complete.
+
+    `page` is what table.md and table.tex show, by default `paper_page(runs)`. A file that has
+    nothing to say is removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    page = page or paper_page(runs)
+    means = over_seeds(runs)
+    expected = compare(means)
+    contents = {
+        "table.csv": _csv(runs),
+        "table.md": to_markdown(page),
+        "table.tex": to_latex(page),
+        "table_seeds.csv": _csv(means) if (means["n"] > 1).any() else None,
+        "table_published.csv": None if expected.empty else _csv(expected.drop(columns="row")),
+    }
+    for name, content in contents.items():
+        if content is None:
+            (folder / name).unlink(missing_ok=True)
+            continue
+        part = folder / f".{name}"
+        part.write_text(content, encoding="utf-8")
+        part.replace(folder / name)
+
+
+def show(runs: pd.DataFrame) -> None:
+    """Print the tables to the terminal."""
+    print_page(paper_page(runs))
+
+
+def _csv(frame: pd.DataFrame) -> str:
+    public = frame[[column for column in frame if not column.startswith("_")]]
+    lists = {
+        column: public[column].map(lambda values: " ".join(map(str, values)))
+        for column in ("seeds", "folders")
+        if column in public
+    }
+    return public.assign(**lists).to_csv(index=False)
+
+
+def main(arguments: list[str]) -> int:
+    """Remake and print the tables of a folder."""
+    parser = argparse.ArgumentParser("python -m experiments.tables.writing", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--errors",
+        choices=["none", "std", "se"],
+        default="std",
+        help="behind a score: its standard deviation over the seeds (the default), "
+        "the standard error of a task, or nothing",
+    )
+    parser.add_argument(
+        "--delta", action="store_true", help="the average's difference to the dense model's"
+    )
+    asked = parser.parse_args(arguments)
+    try:
+        runs = runs_below(asked.folder)
+    except CameraError as error:
+        print(error, file=sys.stderr)
+        return 1
+    page = paper_page(runs, errors=asked.errors, delta=asked.delta)
+    write(runs, asked.folder, page)
+    print_page(page)
+    return 0

@@ -1,0 +1,88 @@
+"""Magnitude: weight norms rank micro-experts, without any text."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import camera
+from baselines.micro_experts.magnitude import Magnitude
+from camera.runtime.errors import CameraError
+from camera.streaming.streamer import Streamer
+from tests.helpers.oracles import basis, ffn_of, shared_of, zero_lowest
+
+
+def rows_of(ffn):
+    """gate and up rows of every micro-expert, [N, H] each."""
+    gates, ups = [], []
+    mlp = shared_of(ffn) if hasattr(ffn, "experts") else ffn
+    if mlp is not None:
+        gates.append(mlp.gate_proj.weight)
+        ups.append(mlp.up_proj.weight)
+    if hasattr(ffn, "experts"):
+        for gate_up in ffn.experts.gate_up_proj:
+            gate, up = gate_up.chunk(2)
+            gates.append(gate)
+            ups.append(up)
+    return torch.cat(gates).double().detach(), torch.cat(ups).double().detach()
+
+
+def score(streamer, index, **settings):
+    streamer.load_layer(index)
+    method, ffn = Magnitude(sparsity=0.4, **settings), streamer.feed_forward(index)
+    seen = method.observer(index, ffn).result()
+    return method.scores(index, seen, sum(ffn.widths))
+
+
+@pytest.mark.parametrize("norm", ["product", "sum"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "deepseek", "llama"])
+def test_scores_are_norms_of_the_three_vectors(family, norm, checkpoints):
+    folder = checkpoints(family)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    found = score(Streamer(folder), 2, norm=norm)
+    gate, up = rows_of(ffn_of(model.model.layers[2]))
+    down = basis(ffn_of(model.model.layers[2]))
+    norms = [w.norm(dim=1) for w in (gate, up, down)]
+    want = norms[0] * norms[1] * norms[2] if norm == "product" else torch.stack(norms).norm(dim=0)
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=0)
+
+
+def test_the_product_ignores_rescaling_that_keeps_the_function(checkpoints):
+    streamer = Streamer(checkpoints("qwen3_moe"))
+    before = score(streamer, 0)
+    experts = streamer.feed_forward(0).module.experts
+    experts.gate_up_proj.data[3, 24 + 5] *= 4.0  # up row of micro-expert 5 of expert 3
+    experts.down_proj.data[3, :, 5] /= 4.0
+    ffn, method = streamer.feed_forward(0), Magnitude(sparsity=0.4)
+    after = method.scores(0, method.observer(0, ffn).result(), len(before))
+    torch.testing.assert_close(after, before, rtol=1e-6, atol=0)
+    other = Magnitude(sparsity=0.4, norm="sum")
+    changed = other.scores(0, other.observer(0, ffn).result(), len(before))
+    assert not torch.allclose(changed[3 * 24 + 5], score(streamer, 0, norm="sum")[3 * 24 + 5])
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek", "granitemoe", "llama"])
+def test_it_removes_the_smallest_of_every_layer_without_calibration(family, checkpoints, tmp_path):
+    folder, out = checkpoints(family), tmp_path / "out"
+    method = Magnitude(sparsity=0.4)
+    result = camera.compress(folder, method, out, device="cpu", progress=False)
+    assert 0.38 < result.sparsity["moe"] <= 0.4
+    masked, pruned = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, out))
+    for index in Streamer(folder).budget.layers:
+        ffn = ffn_of(masked.model.layers[index])
+        gate, up = rows_of(ffn)
+        norm_N = gate.norm(dim=1) * up.norm(dim=1) * basis(ffn).norm(dim=1)
+        zero_lowest(ffn, norm_N, int(len(norm_N) * 0.4))
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        want = masked(ids).logits
+        torch.testing.assert_close(pruned(ids).logits, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [(dict(norm="max"), r"method\.norm=max"), (dict(rank_scope="all"), "rank_scope=all is none")],
+)
+def test_what_it_does_not_know_is_refused(settings, told, checkpoints, tmp_path):
+    method = Magnitude(sparsity=0.4, **settings)
+    with pytest.raises(CameraError, match=told):
+        camera.compress(checkpoints("qwen3_moe"), method, tmp_path / "out", device="cpu")

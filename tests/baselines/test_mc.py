@@ -1,0 +1,168 @@
+"""Mixture Compressor: the reference's losses and allocations, brute force, and the whole method.
+
+Shapes: E experts, B bit widths.
+"""
+
+import itertools
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import camera
+from baselines.quantization.mc import LEVELS, FactorObserver, MixtureCompressor
+from baselines.quantization.mc_allocation import Allocations, expert_costs, reachable
+from camera.calibration.hessians import HessianObserver
+from camera.moe.capture import observe
+from camera.moe.families import Family
+from camera.moe.feed_forward import FeedForward
+from camera.quantization.gptq import GPTQ
+from tests.helpers.golden import golden_case
+
+# --- the integer program ---
+
+
+def test_allocations_equal_the_reference(golden):
+    case, tensors = golden_case(golden, "mc_allocation")
+    for problem in case["hyper"]["problems"]:
+        factors = [tensors[f"{problem['prefix']}_{name}"] for name in ("count", "weight", "eps")]
+        want, prices = (tensors[f"{problem['prefix']}_{name}"] for name in ("bits", "cost"))
+        for layer in range(problem["layers"]):
+            cost_EB = expert_costs(*(factor[layer] for factor in factors))
+            table = Allocations(cost_EB, LEVELS, 3 * problem["E"])
+            for row, budget in enumerate(problem["budgets"]):
+                bits_E = table.within(budget)
+                assert torch.equal(bits_E, want[row, layer])
+                price = cost_EB[torch.arange(len(bits_E)), bits_E - 1].sum()
+                torch.testing.assert_close(price, prices[row, layer], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("experts", [1, 2, 5])
+def test_allocations_equal_brute_force(experts):
+    torch.manual_seed(experts)
+    for _ in range(5):
+        cost_EB = torch.rand(experts, 3, dtype=torch.float64)  # not even falling in the bits
+        needed = [3, 2][:experts]
+        least, most = reachable(experts, LEVELS, needed)
+        table = Allocations(cost_EB, LEVELS, most)
+        for budget in range(least, most + 1):
+            bits_E = table.within(budget).tolist()
+            plans = [
+                plan
+                for plan in itertools.product(LEVELS, repeat=experts)
+                if sum(plan) <= budget and set(needed) <= set(plan)
+            ]
+
+            def price(plan, cost_EB=cost_EB):
+                return sum(float(cost_EB[e, b - 1]) for e, b in enumerate(plan))
+
+            assert tuple(bits_E) in plans
+            assert price(bits_E) == pytest.approx(min(map(price, plans)), abs=1e-12)
+        with pytest.raises(camera.CameraError, match="too few"):
+            table.within(least - 1)
+
+
+def test_exponents():
+    count, weight = torch.tensor([1, 3]), torch.tensor([1.0, 1.0])
+    loss = torch.tensor([[4.0], [9.0]])
+    cost = expert_costs(count, weight, loss, alpha=2, beta=1, loss_exponent=0.5)
+    want = 1000 * torch.tensor([[0.25**2 * 0.5 * 2], [0.75**2 * 0.5 * 3]])
+    torch.testing.assert_close(cost, want.double())
+
+
+# --- what rounding one expert costs ---
+
+
+class Experts(nn.Module):
+    has_gate = is_concatenated = True
+
+    def __init__(self, gate_up, down):
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Parameter(gate_up), nn.Parameter(down)
+        self.act_fn = nn.SiLU()
+
+    def _apply_gate(self, gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        return self.act_fn(gate) * up
+
+
+class Block(nn.Module):
+    """Softmax over all experts, the best two, renormalised: the golden case's routing."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.router = tensors["router_weight"]
+        self.experts = Experts(tensors["gate_up_proj"], tensors["down_proj"])
+
+    def forward(self, x):
+        weights, index = (x @ self.router.T).softmax(-1).topk(2)
+        return self.experts(x, index, weights / weights.sum(-1, keepdim=True))
+
+
+def test_losses_equal_the_reference(golden):
+    case, tensors = golden_case(golden, "mc_quant_loss")
+    layer = nn.Module()
+    layer.mlp = Block(tensors)
+    ffn = FeedForward(layer, Family(), "layer")
+    solver = GPTQ(group_size=case["hyper"]["groupsize"])
+    observer = FactorObserver(ffn, solver, HessianObserver(ffn))
+    with torch.no_grad():
+        for x_BLH in tensors["X"]:
+            observe(ffn, x_BLH.flatten(0, 1), observer)
+    seen = observer.result()
+    torch.testing.assert_close(seen.loss_EB, tensors["eps"], rtol=1e-5, atol=0)
+    assert torch.equal(seen.count_E, tensors["act_count"].long())
+    # one norm over all tokens: between the largest batch's and the sum of all
+    assert (seen.loss2_EB.sqrt() < seen.loss_EB).all()
+    for bits, expert in itertools.product(LEVELS, (0, 1)):
+        for name in ("gate_up", "down"):
+            weight = tensors[f"{name}_proj"][expert]
+            want = tensors[f"q{bits}_{name}_e{expert}"]
+            got = solver.solve(weight[None], bits=bits).weight[0]
+            assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+# --- the method ---
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
+def test_whole_method(family, checkpoints, data_folder, calibration, tmp_path):
+    target = 3.2
+    result = camera.compress(
+        checkpoints(family),
+        MixtureCompressor(bits=target, group_size=32),
+        tmp_path / "mc",
+        calibration=calibration,
+        data=str(data_folder),
+        progress=False,
+    )
+    config = json.loads((tmp_path / "mc" / "config.json").read_text())
+    modules = config["quantization_config"]["modules"]
+    for path, spec in modules.items():
+        if spec["form"] == "packed_mlp":
+            assert spec["gate_up"]["bits"] == [4]
+            continue
+        bits, counts = spec["gate_up"]["bits"], spec["gate_up"]["counts"]
+        widths = spec["widths"]
+        for e, width in enumerate(widths):  # a whole expert has one width of bits
+            assert sorted(row[e] for row in counts) == [0] * (len(bits) - 1) + [width], path
+        assert {3, 2} <= set(bits)
+    report = json.loads((tmp_path / "mc" / "camera.json").read_text())["layers"]
+    for layer in report.values():
+        assert 0.9 * target < layer["bits"]["stored"] <= target
+    assert result.bits["stored"] <= target
+    logits = camera.checkpoint.loading.load_model(tmp_path / "mc")(torch.arange(3, 40)[None]).logits
+    assert logits.isfinite().all()
+
+
+def test_refusals(checkpoints, tmp_path):
+    for family, settings, why in (
+        ("llama", {}, "method=gptq"),
+        ("qwen2_moe", dict(bits=1.0), "between"),
+        ("qwen2_moe", dict(loss_of="some"), "loss_of"),
+        ("qwen2_moe", dict(shared_bits=9), "shared_bits"),
+        ("qwen2_moe", dict(at_least_one=[4]), "at_least_one"),
+    ):
+        with pytest.raises(camera.CameraError, match=why):
+            camera.compress(checkpoints(family), MixtureCompressor(**settings), tmp_path / "out")

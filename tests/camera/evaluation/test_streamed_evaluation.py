@@ -1,0 +1,289 @@
+"""A model evaluated layer by layer scores what the same model scores in memory."""
+
+import errno
+import gc
+import os
+
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from tests.camera.evaluation.test_tasks import ROWS, write
+from transformers import AutoModelForCausalLM
+
+import camera
+from camera.checkpoint.loading import load_model, load_tokenizer
+from camera.evaluation import placement
+from camera.evaluation.perplexity import perplexity
+from camera.evaluation.placement import free_memory, should_stream, weight_bytes
+from camera.evaluation.streamed import StreamedEvaluation
+from camera.evaluation.suite import Measures, Parts, evaluate_streamed
+from camera.evaluation.tasks.definitions import quiet
+from camera.evaluation.tasks.evaluate import evaluate_tasks, read_tasks
+from camera.evaluation.tasks.streamed_model import StreamedLM
+from camera.runtime.errors import CameraError
+from camera.runtime.mapped import HiddenStates
+from camera.streaming.streamer import Streamer
+from tests.camera.evaluation.test_packed_lm import requests
+from tests.helpers.models import build_tokenizer, write_layout
+
+STREAMED = ("qwen2_moe", "deepseek", "deepseek_v3", "granitemoe", "phimoe", "llama")
+TASKS = ["arc_easy", "boolq", "winogrande"]
+LONG = [(("", ""), list(range(3, 143)), [5, 6]), (("", ""), [9], list(range(3, 40)))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_out_of_the_collectors_way():
+    gc.freeze()  # every freed layer is a collection, and each would walk all imported modules
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def folder_of(checkpoints, tmp_path_factory):
+    """folder_of(family, compressed): a checkpoint as it is, or cut to ragged experts."""
+    made = {}
+
+    def folder(family, compressed):
+        if not compressed:
+            return checkpoints(family)
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp("ragged") / family
+            settings = dict(method="random", sparsity=0.4, progress=False)
+            camera.compress(checkpoints(family), out=made[family], **settings)
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = write_layout(tmp_path_factory.mktemp("texts") / "data")
+    for task in TASKS:
+        write(folder, task, ROWS[task])
+    return folder
+
+
+def whole(folder, asked, **options):
+    """lm-eval's own answers, by the whole model."""
+    wrap = dict(tokenizer=build_tokenizer(), softmax_dtype="float32", batch_size=4, **options)
+    lm = HFLM(pretrained=load_model(folder, "cpu"), **wrap)
+    return lm._loglikelihood_tokens(asked, disable_tqdm=True)
+
+
+def streamed(checkpoint, asked, longest=128, **options):
+    evaluation = StreamedEvaluation(Streamer(checkpoint), **options)
+    evaluation.add([(context, answer) for _, context, answer in asked], longest)
+    evaluation.run(progress=False)
+    return evaluation.answers
+
+
+def assert_same(got, expected):
+    for (score, greedy), (expected_score, expected_greedy) in zip(got, expected, strict=True):
+        assert score == pytest.approx(expected_score, abs=1e-4)
+        assert greedy == expected_greedy
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["dense", "ragged"])
+@pytest.mark.parametrize("family", STREAMED)
+def test_likelihoods_are_lm_evals_of_the_whole_model(folder_of, family, compressed):
+    folder, asked = folder_of(family, compressed), requests() + LONG
+    expected = whole(folder, asked, max_length=100)
+    assert_same(streamed(folder, asked, longest=100), expected)
+
+
+def test_greedy_answers_are_told_apart(folder_of):
+    folder, context = folder_of("llama", False), list(range(3, 20))
+    model, likely = load_model(folder, "cpu"), list(range(3, 20))
+    with torch.no_grad():
+        for _ in range(3):
+            likely.append(model(torch.tensor([likely])).logits[0, -1].argmax().item())
+    answer = likely[-3:]
+    wrong = [*answer[:2], (answer[2] + 1) % 256]
+    asked = [(("", ""), context, answer), (("", ""), context, wrong)]
+    assert [greedy for _, greedy in streamed(folder, asked)] == [True, False]
+
+
+def test_batches_and_the_disk_change_nothing(folder_of, tmp_path):
+    folder, asked = folder_of("qwen2_moe", False), requests(seed=3) + LONG
+    expected = streamed(folder, asked)
+    assert_same(streamed(folder, asked, batch_tokens=1), expected)
+    assert streamed(folder, asked, ram=0, folder=tmp_path / "hidden") == expected
+    assert list((tmp_path / "hidden").iterdir()) == []
+
+
+def test_attention_that_looks_back_only_so_far_is_left_its_limit(checkpoints):
+    folder = checkpoints("mixtral", sliding_window=8)
+    asked = requests()
+    expected = whole(folder, asked)
+    unlimited = whole(checkpoints("mixtral"), asked)
+    assert max(abs(a - b) for (a, _), (b, _) in zip(expected, unlimited, strict=True)) > 1e-2
+    assert_same(streamed(folder, asked), expected)
+
+
+def test_a_context_is_read_once_and_a_single_layer_is_in_memory(folder_of, monkeypatch):
+    most, loads, load = [0], [], Streamer.load_layer
+
+    def count(streamer, index):
+        loads.append(index)
+        load(streamer, index)
+        held = [layer for layer in streamer.layers if not next(layer.parameters()).is_meta]
+        most.append(len(held))
+        assert streamer.base.embed_tokens.weight.is_meta
+
+    monkeypatch.setattr(Streamer, "load_layer", count)
+    context = list(range(3, 63))
+    evaluation = StreamedEvaluation(Streamer(folder_of("llama", False)))
+    evaluation.add([(context, [7 + i, 8, 9]) for i in range(4)])
+    evaluation.run(progress=False)
+    assert evaluation.tokens == 60 + 4 * 2
+    assert loads == [0, 1, 2] and max(most) == 1
+    assert all(parameter.is_meta for parameter in evaluation.streamer.model.parameters())
+
+
+@pytest.mark.parametrize(("family", "compressed"), [("qwen2_moe", True), ("granitemoe", False)])
+def test_texts_and_tasks_of_one_pass_score_as_in_memory(
+    folder_of, data, family, compressed, monkeypatch
+):
+    folder, loads, load = folder_of(family, compressed), [], Streamer.load_layer
+    monkeypatch.setattr(Streamer, "load_layer", lambda s, i: (loads.append(i), load(s, i)))
+    measures = Measures(
+        data, corpora=["wikitext2", "c4"], tasks=TASKS, length=64, stride=40, blocks=12, limit=3
+    )
+    got = evaluate_streamed(folder, measures, device="cpu", progress=False)
+    assert loads == [0, 1, 2]
+
+    model, tokenizer = load_model(folder, "cpu"), load_tokenizer(folder)
+    options = dict(data=data, length=64, stride=40, limit=12, progress=False)
+    for corpus in ("wikitext2", "c4"):
+        expected = perplexity(model, tokenizer, corpus=corpus, **options)
+        assert_parts_equal(got["perplexity"][corpus], expected)
+    expected = evaluate_tasks(model, tokenizer, TASKS, data=data, limit=3, progress=False)
+    assert list(got["tasks"]) == TASKS
+    for task in TASKS:
+        assert_parts_equal(got["tasks"][task], expected[task])
+
+
+def assert_parts_equal(got, expected):
+    assert got.pop("peak_memory_bytes") > 0 and got["seconds"] > 0
+    assert got.keys() == expected.keys()
+    for key in got.keys() - {"seconds"}:
+        if isinstance(expected[key], float):
+            assert got[key] == pytest.approx(expected[key], rel=1e-5), key
+        else:
+            assert got[key] == expected[key], key
+
+
+def test_the_wrapper_alone_answers_lm_eval_in_one_pass(folder_of, data, monkeypatch):
+    folder, runs, run = folder_of("llama", False), [], StreamedEvaluation.run
+    monkeypatch.setattr(StreamedEvaluation, "run", lambda s, **k: (runs.append(1), run(s, **k)))
+    tokenizer = load_tokenizer(folder)
+    with quiet():
+        (task,) = read_tasks(["arc_easy"], data=data)
+        lm = StreamedLM(StreamedEvaluation(Streamer(folder)), tokenizer, progress=False)
+        got = task.score(lm)
+        with pytest.raises(CameraError, match="only tasks of multiple choice"):
+            lm.generate_until([])
+    expected = evaluate_tasks(load_model(folder, "cpu"), tokenizer, ["arc_easy"], data=data)
+    assert got["acc"] == expected["arc_easy"]["acc"] and len(runs) == 1
+    assert got["acc_norm"] == expected["arc_easy"]["acc_norm"]
+
+
+def test_it_rides_along_with_whoever_reads_and_changes_the_layers(checkpoints, data, tmp_path):
+    folder = checkpoints("llama")
+    streamer, tokenizer = Streamer(folder), load_tokenizer(folder)
+    evaluation = StreamedEvaluation(streamer)
+    parts = Parts(evaluation, tokenizer, Measures(data, corpora=["wikitext2"], tasks=TASKS))
+    evaluation.begin()
+    for index in range(len(streamer.layers)):
+        halve(streamer.load_layer(index))
+        evaluation.layer(index)
+        streamer.free(streamer.layers[index])
+    evaluation.finish()
+    got = parts.results()
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for layer in model.model.layers:
+        halve(layer)
+    expected = perplexity(model, tokenizer, corpus="wikitext2", data=data, progress=False)
+    assert got["perplexity"]["wikitext2"]["nll_per_token"] == pytest.approx(
+        expected["nll_per_token"], rel=1e-5
+    )
+    tasks = evaluate_tasks(model, tokenizer, TASKS, data=data, progress=False)
+    assert [got["tasks"][t]["acc"] for t in TASKS] == [tasks[t]["acc"] for t in TASKS]
+
+
+@torch.no_grad()
+def halve(layer):
+    layer.mlp.down_proj.weight.mul_(0.5)
+
+
+def test_the_streamer_goes_on_as_if_nothing_rode_along(checkpoints):
+    streamer = Streamer(checkpoints("granitemoe"))
+    evaluation = StreamedEvaluation(streamer)
+    evaluation.add([([5, 6, 7], [8, 9])])
+    evaluation.run(progress=False)
+    first = evaluation.answers[0]
+    evaluation.add([([5, 6, 7], [8, 9])])
+    evaluation.run(progress=False)
+    assert evaluation.answers == [first, first]
+    streamer.load_rest()
+    tied = "lm_head.weight"
+    expected = AutoModelForCausalLM.from_pretrained(streamer.folder).state_dict()
+    for name, tensor in streamer.model.state_dict().items():
+        if ".layers." not in name and name != tied:
+            assert torch.equal(tensor, expected[name])
+
+
+def test_numbers_that_are_not_finite_are_refused(checkpoints, data, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoints("qwen2_moe"))
+    with torch.no_grad():
+        model.lm_head.weight.fill_(1e38)
+    model.save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(CameraError, match="block at token 0 are not finite"):
+        evaluate_streamed(tmp_path, Measures(data, corpora=["wikitext2"], blocks=1), progress=False)
+    with pytest.raises(CameraError, match="boolq gives log-probabilities that are NaN"):
+        evaluate_streamed(tmp_path, Measures(data, tasks=["boolq"]), progress=False)
+
+
+def test_requests_without_context_or_answer_are_refused(folder_of):
+    evaluation = StreamedEvaluation(Streamer(folder_of("llama", False)))
+    for context, answer, longest in (([], [3], None), ([3], [], None), ([3], [3] * 9, 4)):
+        with pytest.raises(CameraError, match="it takes a context and an answer"):
+            evaluation.add([(context, answer)], longest)
+
+
+def test_hidden_states_on_disk_are_kept_and_a_full_disk_is_refused(tmp_path, monkeypatch):
+    rows_BLH = torch.randn(2, 300, 40).bfloat16()
+    for ram in (0, 10**9):
+        table = HiddenStates(700, 40, torch.bfloat16, ram, tmp_path)
+        assert table.on_disk == (ram == 0)
+        table.write(100, rows_BLH)
+        assert torch.equal(table.read(100, 600), rows_BLH.flatten(0, 1))
+        table.write(0, rows_BLH[0] * 2)
+        assert torch.equal(table.read(0, 300), rows_BLH[0] * 2)
+        assert torch.equal(table.read(300, 400), rows_BLH.flatten(0, 1)[200:])
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CameraError, match=r"no room for 0.1 GB.*No space left"):
+        HiddenStates(10**6, 40, torch.bfloat16, 0, tmp_path)
+
+
+def test_a_model_is_streamed_if_it_does_not_fit(checkpoints, monkeypatch):
+    folder = checkpoints("llama")
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
+    assert weight_bytes(folder, "cpu") == 4 * parameters
+    assert weight_bytes(folder, "cpu", "bfloat16") == 2 * parameters
+    assert free_memory("cpu") > 0
+    for free, expected in ((4.9 * parameters, False), (4.7 * parameters, True)):
+        monkeypatch.setattr(placement, "free_memory", lambda device, free=free: free)
+        assert should_stream(folder, "cpu") is expected
+        assert should_stream(folder, "cpu", mode="always")
+        assert not should_stream(folder, "cpu", mode="never")
+    with pytest.raises(
+        CameraError, match=r"evaluation.stream=maybe is none of auto, always, never"
+    ):
+        should_stream(folder, mode="maybe")

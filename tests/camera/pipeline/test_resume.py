@@ -1,0 +1,215 @@
+"""A run that was killed goes on at the right layer and ends in the same bytes."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import camera
+import camera.checkpoint.shards
+import camera.pipeline.resume
+from camera.pipeline.resume import Progress
+from camera.runtime.errors import CameraError
+
+LAYERS = 5
+CALLS = (
+    "camera.checkpoint.shards.write_tensors",
+    "camera.calibration.statistics.save_file",
+    "camera.pipeline.resume.write_tensors",
+    "camera.pipeline.resume.write_json",
+)
+
+
+class Killed(BaseException):
+    """As good as kill -9: nothing of the library handles it."""
+
+
+@pytest.fixture
+def compress(checkpoints, data_folder, calibration, tmp_path):
+    source = checkpoints("qwen2_moe", num_hidden_layers=LAYERS)
+
+    def go(name="out", **options):
+        settings = dict(
+            sparsity=0.3,
+            calibration=calibration,
+            data=str(data_folder),
+            device="cpu",
+            progress=False,
+        )
+        return camera.compress(source, "camera_p", tmp_path / name, **{**settings, **options})
+
+    return go
+
+
+def shards(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("model*"))}
+
+
+def interrupt(monkeypatch, at, after):
+    """Kill at the `at`-th file that is written, before or after the writing itself."""
+    count = [0]
+
+    def wrap(target):
+        module, name = target.rpartition(".")[::2]
+        original = getattr(sys.modules[module], name)
+
+        def wrapped(*args, **kwargs):
+            count[0] += 1
+            if count[0] == at and not after:
+                raise Killed
+            original(*args, **kwargs)
+            if count[0] == at:
+                raise Killed
+
+        monkeypatch.setattr(target, wrapped)
+
+    for target in CALLS:
+        wrap(target)
+    return count
+
+
+@pytest.fixture
+def uninterrupted(compress, tmp_path):
+    compress("whole")
+    return shards(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before writing", "after writing"])
+@pytest.mark.parametrize("at", [1, 4, 8, 9, 10, 16])
+def test_killed_at_any_file_it_goes_on_to_the_same_bytes(
+    at, after, compress, uninterrupted, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        interrupt(patch, at, after)
+        with pytest.raises(Killed):
+            compress()
+    assert not (tmp_path / "out").exists()
+    loaded = []
+    original = camera.streaming.streamer.Streamer.load_layer
+    monkeypatch.setattr(
+        camera.streaming.streamer.Streamer,
+        "load_layer",
+        lambda s, i: loaded.append(i) or original(s, i),
+    )
+    compress()
+    assert shards(tmp_path / "out") == uninterrupted
+    written_per_layer = 4  # shard, statistics, hidden states, state
+    finished = (at if after else at - 1) // written_per_layer
+    assert loaded == list(range(finished, LAYERS))
+
+
+def test_a_dense_pass_goes_on_too(compress, tmp_path, monkeypatch):
+    compress("whole", propagate="dense", statistics=tmp_path / "a")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 8, after=True)
+        with pytest.raises(Killed):
+            compress(propagate="dense", statistics=tmp_path / "b")
+    compress(propagate="dense", statistics=tmp_path / "b")
+    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+    (one,), (other,) = ((tmp_path / n).glob("*.safetensors") for n in "ab")
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("target", ["layer", "dense"])
+def test_a_compensated_run_goes_on_too(target, compress, tmp_path, monkeypatch):
+    options = dict(compensate="layer", target=target)
+    compress("whole", **options)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 9, after=True)
+        with pytest.raises(Killed):
+            compress(**options)
+    compress(**options)
+    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+
+
+KILLED_FOR_REAL = """
+    import os, signal, sys, camera, camera.pipeline.resume
+    source, out, data = sys.argv[1:]
+    original, written = camera.pipeline.resume.write_json, []
+    def write_json(*args):
+        original(*args)
+        written.append(1)
+        if len(written) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    camera.pipeline.resume.write_json = write_json
+    camera.compress(source, "camera_p", out, sparsity=0.3, data=data, device="cpu",
+                    calibration=camera.Calibration(samples=6, length=48), progress=False)
+"""
+
+
+def test_kill_minus_nine(compress, checkpoints, data_folder, uninterrupted, tmp_path):
+    source = checkpoints("qwen2_moe", num_hidden_layers=LAYERS)
+    command = [sys.executable, "-c", textwrap.dedent(KILLED_FOR_REAL)]
+    done = subprocess.run([*command, source, tmp_path / "out", data_folder], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    compress()
+    assert shards(tmp_path / "out") == uninterrupted
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_truncated_shard_starts_the_work_anew(
+    compress, uninterrupted, tmp_path, monkeypatch, caplog
+):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 12, after=True)
+        with pytest.raises(Killed):
+            compress()
+    last = sorted((tmp_path / ".out.partial").glob("model-*"))[-1]
+    last.write_bytes(last.read_bytes()[:-10])
+    compress()
+    assert "starting anew" in caplog.text
+    assert shards(tmp_path / "out") == uninterrupted
+
+
+def test_work_of_other_settings_is_refused_with_the_difference(compress, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 9, after=True)
+        with pytest.raises(Killed):
+            compress(alpha=0.9)
+    with pytest.raises(CameraError, match=r"alpha: 0\.9 there, 0\.5 here\): delete it"):
+        compress(alpha=0.5)
+    compress(alpha=0.9)
+    assert (tmp_path / "out" / "camera.json").exists()
+
+
+def test_work_of_another_version_or_device_is_dropped_with_a_warning(
+    compress, uninterrupted, tmp_path, monkeypatch, caplog
+):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 9, after=True)
+        patch.setattr("camera.pipeline.passes.dense.code_version", lambda *_: "older")
+        with pytest.raises(Killed):
+            compress()
+    compress()
+    assert "starting anew (code: older there" in caplog.text
+    assert shards(tmp_path / "out") == uninterrupted
+
+
+def test_a_full_disk_can_be_mended_and_gone_on_from(compress, uninterrupted, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, 6, after=True)
+        with pytest.raises(Killed):
+            compress()
+    with monkeypatch.context() as patch:
+        patch.setattr("camera.pipeline.resume.write_tensors", full)
+        with pytest.raises(CameraError, match="run the same command again"):
+            compress()
+    compress()
+    assert shards(tmp_path / "out") == uninterrupted
+
+
+def test_only_the_newest_hidden_states_are_kept(compress, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 13, after=True)
+        with pytest.raises(Killed):
+            compress()
+    assert len(list((tmp_path / ".out.partial" / "progress").glob("hidden-*"))) == 1
+
+
+def test_progress_of_nothing_restores_nothing(tmp_path):
+    assert not Progress(tmp_path / "a" / "progress", {}).restore()

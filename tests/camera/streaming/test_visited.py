@@ -1,0 +1,215 @@
+"""Experts read one by one from disk are measured and cut as those of a layer in memory."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import baselines.experts.reap  # noqa: F401 (these register methods)
+import camera
+from camera.calibration.statistics import Statistics
+from camera.checkpoint.shards import ShardReader, read_places
+from camera.method import Outcome
+from camera.moe.feed_forward import FeedForward
+from camera.runtime.errors import CameraError
+from camera.streaming.disk_experts import VisitedExperts, is_expert, places_of
+from camera.streaming.settings import Memory
+from camera.streaming.streamer import Streamer
+from tests.helpers.models import MOE_FAMILIES, build_tokenizer
+
+LAYOUTS = ("as published", "fused")
+
+
+@pytest.fixture(scope="module")
+def source(checkpoints, tmp_path_factory):
+    """source(family, layout): a checkpoint of two layers, experts apart or all in one tensor."""
+    made = {}
+
+    def folder(family, layout):
+        published = checkpoints(family, num_hidden_layers=2)
+        if layout == "as published":
+            return published
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp("fused") / family
+            model = AutoModelForCausalLM.from_pretrained(published)
+            model.save_pretrained(made[family], save_original_format=False)
+            build_tokenizer().save_pretrained(made[family])
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cut(source, data_folder, tmp_path_factory):
+    """cut(family, layout, experts, propagate): folder and report of a compressed model."""
+    made = {}
+
+    def go(family, layout, experts, propagate="compressed", method="camera_p", **settings):
+        key = (family, layout, experts, propagate, method)
+        if key not in made:
+            out = tmp_path_factory.mktemp("cut") / "out"
+            settings = settings or {"sparsity": 0.3}
+            result = camera.compress(
+                source(family, layout),
+                method,
+                out,
+                calibration=camera.Calibration(samples=4, length=32),
+                propagate=propagate,
+                memory=Memory(experts=experts, phi="recompute"),
+                data=str(data_folder),
+                device="cpu",
+                progress=False,
+                **settings,
+            )
+            made[key] = out, result
+        return made[key]
+
+    return go
+
+
+def tensors(folder):
+    return {k: v for path in sorted(folder.glob("model-*")) for k, v in load_file(path).items()}
+
+
+def assert_same(visited, whole):
+    (folder, result), (other, expected) = visited, whole
+    assert result.widths == expected.widths
+    mine, theirs = tensors(folder), tensors(other)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize(
+    ("layout", "propagate"), [("as published", "compressed"), ("fused", "dense")]
+)
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_visited_experts_lose_what_they_lose_in_memory(family, layout, propagate, cut):
+    visited = cut(family, layout, "visit", propagate)
+    whole = cut(family, "as published", "layer", propagate)
+    assert_same(visited, whole)
+    mine, theirs = (
+        Statistics.load(folder / "statistics.safetensors") for folder, _ in (visited, whole)
+    )
+    for (_, seen), (_, expected) in zip(mine, theirs, strict=True):
+        assert torch.equal(seen.tokens_E, expected.tokens_E)
+        torch.testing.assert_close(seen.energy(0.9), expected.energy(0.9), rtol=1e-4, atol=1e-9)
+
+
+def test_a_visited_expert_s_tokens_count_as_much(cut):
+    options = dict(method="camera_plus", score="relative", rank_scope="layer", compensate="none")
+    options["sparsity"] = 0.3
+    visited = cut("qwen2_moe", "fused", "visit", "compressed", **options)
+    assert_same(visited, cut("qwen2_moe", "as published", "layer", "compressed", **options))
+
+
+@pytest.mark.parametrize("propagate", ["compressed", "dense"])
+@pytest.mark.parametrize("method", ["camera_q", "gptq"])
+def test_quantisers_visit_too(method, propagate, cut):
+    options = dict(propagate=propagate, method=method, bits=3.0)
+    visited = cut("qwen2_moe", "as published", "visit", **options)
+    whole = cut("qwen2_moe", "as published", "layer", **options)
+    mine, theirs = tensors(visited[0]), tensors(whole[0])
+    assert mine.keys() == theirs.keys()
+    differing = sum((mine[name] != theirs[name]).sum().item() for name in mine)
+    assert differing <= 0.01 * sum(tensor.numel() for tensor in mine.values())
+
+
+def test_whole_experts_are_dropped_from_the_disk_too(cut):
+    options = dict(method="reap", sparsity=0.25)
+    visited = cut("qwen2_moe", "as published", "visit", **options)
+    assert_same(visited, cut("qwen2_moe", "as published", "layer", **options))
+
+
+def test_a_method_that_leaves_the_experts_on_disk_is_refused(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("baselines.micro_experts.random.Random.compress", lambda *_: Outcome({}))
+    asked = dict(sparsity=0.3, memory=Memory(experts="visit"), device="cpu", progress=False)
+    with pytest.raises(CameraError, match=r"layer 0.*on disk: set memory\.experts=layer"):
+        camera.compress(source("olmoe", "fused"), "random", tmp_path / "out", **asked)
+
+
+def test_what_visiting_saves_is_not_read_with_the_layer(source, monkeypatch):
+    streamer = Streamer(source("qwen3_moe", "as published"))
+    streamer.visit = True
+    read = []
+    original = ShardReader.read
+    monkeypatch.setattr(
+        ShardReader,
+        "read",
+        lambda self, wanted: original(self, lambda key: wanted(key) and not read.append(key)),
+    )
+    layer = streamer.load_layer(0)
+    assert read and not any(is_expert(key) for key in read)
+    assert isinstance(layer.mlp.experts, VisitedExperts)
+    assert not any("experts" in name for name, _ in layer.named_parameters())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_a_visited_expert_has_its_own_weights(family, layout, source):
+    folder = source(family, layout)
+    streamer = Streamer(folder)
+    streamer.visit = True
+    streamer.load_layer(1)
+    visited = streamer.feed_forward(1).groups[-1]
+    layer = AutoModelForCausalLM.from_pretrained(folder).model.layers[1]
+    whole = FeedForward(layer, streamer.family, "layer").groups[-1]
+    for expert in (len(whole.widths) - 1, 0, 1):
+        assert torch.equal(visited.down(expert), whole.down(expert))
+        for mine, theirs in zip(visited.gate_up(expert), whole.gate_up(expert), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_only_one_expert_is_held(source):
+    streamer = Streamer(source("olmoe", "as published"))
+    streamer.visit = True
+    group = streamer.load_layer(0) and streamer.feed_forward(0).groups[0]
+    first = group.down(0)
+    assert group.down(0) is first  # read once for gate, up and down
+    last = group.down(1)
+    held = [entry for entry in group.module._last if isinstance(entry, torch.Tensor)]
+    assert any(tensor is last for tensor in held)
+    assert not any(tensor is first for tensor in held)
+
+
+def test_a_visited_expert_with_nan_is_refused_by_name(source, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(source("qwen3_moe", "as published"), folder)
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    for shard in folder.glob("*.safetensors"):
+        found = load_file(shard)
+        if name in found:
+            found[name][0, 0] = float("nan")
+            save_file(found, shard, metadata={"format": "pt"})
+    streamer = Streamer(folder)
+    streamer.visit = True
+    streamer.load_layer(1)
+    group = streamer.feed_forward(1).groups[0]
+    group.down(2)
+    with pytest.raises(CameraError, match=r"layers\.1\.mlp\.experts.*NaN or inf"):
+        group.down(3)
+
+
+def test_places_of_an_expert_are_a_part_of_the_file(source):
+    for layout in LAYOUTS:
+        reader = ShardReader(source("qwen3_moe", layout))
+        places = {
+            key: place
+            for key, place in reader.places.items()
+            if ".layers.0." in key and is_expert(key)
+        }
+        one = places_of(places, 3)
+        assert sum(p.bytes for p in one.values()) == sum(p.bytes for p in places.values()) // 8
+        got = read_places(one)
+        whole = AutoModelForCausalLM.from_pretrained(source("qwen3_moe", layout))
+        down = next(tensor for key, tensor in got.items() if "down_proj" in key)
+        expected = whole.model.layers[0].mlp.experts.down_proj[3]
+        assert torch.equal(down.view_as(expected), expected)
+
+
+def test_compressed_and_dense_models_have_nothing_to_visit(checkpoints, cut, tmp_path):
+    ragged, _ = cut("mixtral", "as published", "layer")
+    asked = Memory(experts="visit")
+    for folder in (ragged, checkpoints("llama")):
+        assert not Streamer(folder).prepare(asked, 10, True, tmp_path).visit

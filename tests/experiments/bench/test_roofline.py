@@ -1,0 +1,201 @@
+"""Costs counted from a config are those of a real run, and of the models that are published."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+
+import camera
+from camera.calibration.statistics import Statistics
+from camera.checkpoint.formats import ragged
+from camera.compensation.least_squares import Block, fit
+from camera.compensation.settings import Refit
+from camera.pipeline.report import STATISTICS
+from camera.runtime.errors import CameraError
+from camera.streaming.settings import Memory
+from experiments.bench import roofline
+from experiments.bench.support.architectures import ARCHITECTURES
+from experiments.bench.support.costs import Device, LayerCost, RunCost, fit_flops, run_cost
+
+SAMPLES, LENGTH, SPARSITY = 8, 64, 0.4
+
+
+def product_flops(_, left, right, **__):
+    """FLOPs of a product that is added in place, by its factors' shapes: torch doesn't count it."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+IN_PLACE = {torch.ops.aten.addmm_: product_flops}
+
+
+@pytest.fixture(scope="module")
+def real_run(checkpoints, data_folder, tmp_path_factory):
+    """real_run(family, phi): FLOPs of a run, and the share that stays of what its tokens visit."""
+
+    def run(family: str, phi: str) -> tuple[int, float]:
+        out = tmp_path_factory.mktemp(family) / "out"
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            result = camera.compress(
+                checkpoints(family),
+                "camera_p",
+                out,
+                sparsity=SPARSITY,
+                calibration=camera.Calibration(source="wikitext2", samples=SAMPLES, length=LENGTH),
+                data=str(data_folder),
+                memory=Memory(phi=phi),
+                device="cpu",
+                progress=False,
+            )
+        visited = stayed = 0
+        for layer in Statistics.load(out / STATISTICS).layers.values():
+            kept = [width for path in layer.groups for width in result.widths[path]]
+            visited += layer.tokens_E @ torch.tensor(layer.widths)
+            stayed += layer.tokens_E @ torch.tensor(kept)
+        return counter.get_total_flops(), float(stayed / visited)
+
+    return run
+
+
+@pytest.mark.parametrize("phi", ["keep", "recompute"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "deepseek", "deepseek_v2", "llama"])
+def test_flops_are_those_of_a_real_run(family, phi, checkpoints, real_run, monkeypatch):
+    # layers as small as these would run all experts at once: more FLOPs in less time
+    monkeypatch.setattr(ragged, "LOOP_STEP", 0)
+    measured, still_used = real_run(family, phi)
+    options = {"sparsity": SPARSITY, "keep_phi": phi == "keep", "dtype": torch.float32}
+    config = AutoConfig.from_pretrained(checkpoints(family))
+    exact = run_cost(config, SAMPLES * LENGTH, LENGTH, still_used=still_used, **options)
+    assert exact.total("flops") == pytest.approx(measured, rel=0.01)
+    if phi == "keep":  # without knowing which experts were cut
+        assert run_cost(config, SAMPLES * LENGTH, LENGTH, **options).total(
+            "flops"
+        ) == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("deepseek_moe_16b", 16.4),
+        ("deepseek_v2_lite", 15.7),
+        ("granite_3_1b_a400m", 1.33),
+        ("mixtral_8x7b", 46.7),
+        ("olmoe_1b_7b", 6.92),
+        ("phi35_moe", 41.9),
+        ("qwen2_57b_a14b", 57.4),
+        ("qwen3_30b_a3b", 30.5),
+    ],
+)
+def test_published_models_have_the_parameters_they_are_named_after(name, billions):
+    known = dict(ARCHITECTURES[name])
+    config = AutoConfig.for_model(known.pop("model_type"), **known)
+    cost = run_cost(config, 4096, 2048, sparsity=0.2)
+    assert cost.parameters / 1e9 == pytest.approx(billions, rel=0.01)
+    assert cost.total("bytes_read") + cost.bytes_rest == pytest.approx(2e9 * billions, rel=0.01)
+
+
+def test_what_is_removed_is_not_written_nor_computed():
+    config = roofline.config_of("qwen3_30b_a3b")
+    dense, half = (run_cost(config, 4096, 2048, sparsity=s) for s in (0.0, 0.5))
+    pool = 48 * 128 * 3 * 2048 * 768
+    removed = dense.total("bytes_written") - half.total("bytes_written")
+    assert removed == pytest.approx(2 * pool / 2, rel=1e-6)
+    assert half.total("down") == dense.total("down") / 2
+    assert half.total("gate_up") == dense.total("gate_up")
+    assert dense.total("everywhere") == dense.total("gate_up") * 128 / 8
+
+
+def test_time_is_that_of_what_binds():
+    layer = LayerCost(
+        attention=10, router=10, gate_up=40, down=40, everywhere=0,
+        bytes_read=30, bytes_written=20, bytes_moved=60,
+    )  # fmt: skip
+    cost = RunCost([layer] * 4, bytes_rest=5, parameters=1)
+    assert cost.seconds(Device(1.0, 1e9, 1e9, 1.0), 0.5) == pytest.approx(4 * 100 / 0.5)
+    assert cost.seconds(Device(1e9, 1.0, 1e9, 1.0), 0.5) == pytest.approx(4 * 60 / 0.5)
+    # read and write go on beside the computing; the first read, the last write and the rest do not
+    assert cost.seconds(Device(1e9, 1e9, 1.0, 1.0), 0.5) == pytest.approx(4 * 50 + 30 + 20 + 10)
+
+
+def test_flops_of_a_refit_are_those_counted(checkpoints):
+    config = AutoConfig.from_pretrained(checkpoints("qwen3_moe"))
+    layers, experts, top_k = (
+        config.num_hidden_layers,
+        config.num_experts,
+        config.num_experts_per_tok,
+    )
+    hidden, width, kept = config.hidden_size, config.moe_intermediate_size, 5
+    tokens, sweeps, held_out = 4 * experts, 1, 0.25
+    generator = torch.Generator().manual_seed(0)
+    each = tokens * top_k // experts
+    blocks = [
+        Block(
+            torch.arange(each) * tokens // each,
+            torch.randn(each, kept, generator=generator),
+            torch.randn(kept, hidden, generator=generator),
+        )
+        for _ in range(experts)
+    ]
+    residual_TH = torch.zeros(tokens, hidden)
+    for block in blocks:
+        residual_TH[block.tokens_N] += block.phi_NW @ block.old_WH
+    how = Refit(ridges=(100.0,), sweeps=sweeps, held_out=held_out)
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+        found = fit(blocks, residual_TH, round(tokens * (1 - held_out)), how)
+    assert (found.ridge, found.sweeps) == (100.0, sweeps)
+    # the counter sees no solving, nor what was before the fit
+    solving = experts * (2 * kept**3 / 3 + 2 * sweeps * 2 * kept**2 * hidden)
+    lost = 2 * tokens * top_k * (width - kept) * hidden
+    unseen = solving + lost
+    options = {"ridges": 1, "sweeps": sweeps, "held_out": held_out}
+    counted = fit_flops(config, tokens, sparsity=1 - kept / width, **options)
+    assert counted == pytest.approx(layers * (counter.get_total_flops() + unseen), rel=0.01)
+
+
+def test_refitting_attention_is_one_fit_of_all_its_heads(checkpoints):
+    config = AutoConfig.from_pretrained(checkpoints("deepseek_v2"))
+    options = dict(sparsity=0.4, ridges=1, sweeps=3, held_out=0.25)
+    tokens, hidden, layers = 4096, config.hidden_size, config.num_hidden_layers
+    heads = config.num_attention_heads * config.v_head_dim
+    fitted = tokens * 3 // 4
+    block = Block(None, torch.randn(tokens, heads), torch.randn(heads, hidden))
+    residual_TH = block.phi_NW @ block.old_WH
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+        found = fit([block], residual_TH, fitted, Refit(ridges=[100.0], held_out=0.25))
+    assert found.ridge == 100.0
+    without, counted = (fit_flops(config, tokens, attention=a, **options) for a in (False, True))
+    solving = 2 * (heads**3 / 3 + 2 * heads**2 * hidden)
+    expected = layers * (counter.get_total_flops() + solving)
+    assert counted - without == pytest.approx(expected, rel=0.01)
+
+
+def test_the_bench_compares_with_the_dense_way(capsys):
+    parser = argparse.ArgumentParser()
+    roofline.arguments(parser)
+    args = parser.parse_args(["--model", "qwen3_30b_a3b", "--device", "a100_40gb"])
+    found = roofline.run(args)
+    json.dumps(found)
+    assert found["times_fewer"] > 4
+    spent = found["devices"]["a100_40gb"]
+    assert spent["compute_minutes"] < spent["minutes"] < spent["dense_way_compute_minutes"]
+    rate = 0.4 * 19.5e12
+    assert spent["compensation_minutes"] == pytest.approx(
+        found["compensation_tflops"] * 1e12 / rate / 60, abs=0.01
+    )
+
+
+def test_a_model_can_be_a_folder_or_a_file(checkpoints):
+    folder = checkpoints("olmoe")
+    for path in (folder, folder / "config.json"):
+        assert roofline.config_of(str(path)).model_type == "olmoe"
+    assert roofline.config_of("tiny_moe").num_experts == 32
+
+
+def test_unknown_models_and_devices_are_refused():
+    with pytest.raises(CameraError, match="--model nothing is neither"):
+        roofline.config_of("nothing")
+    with pytest.raises(CameraError, match="--device tpu is none of a100_40gb, h100, cpu"):
+        roofline.device_of("tpu", 1e9)

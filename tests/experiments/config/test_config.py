@@ -1,0 +1,197 @@
+"""Every shipped config composes and every model runs; what is wrong is refused, choices named."""
+
+import itertools
+import json
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import OmegaConf
+
+from camera.runtime.errors import CameraError
+from experiments.config.constructor import build, choice, typed_settings
+from experiments.config.schema import CONF
+from experiments.config.settings import Settings, check
+from experiments.runs.run import run
+from tests.helpers.composing import choices, command, config_of, settings_of, tiny
+
+GROUPS = ("model", "method", "calibration", "evaluation", "tracker", "experiment")
+EVERY_CHOICE = [(group, name) for group in GROUPS for name in choices(group)]
+
+FAMILY_OF = {  # which tiny random model stands in for a choice of conf/model
+    "deepseek_moe_16b": "deepseek",
+    "deepseek_v2_lite": "deepseek_v2",
+    "granite_3_1b_a400m": "granitemoe",
+    "mixtral_8x7b": "mixtral",
+    "olmoe_1b_7b": "olmoe",
+    "phi35_moe": "phimoe",
+    "qwen2_57b_a14b": "qwen2_moe",
+    "qwen3_30b_a3b": "qwen3_moe",
+    "smollm2_135m": "llama",
+    "tiny_moe": "qwen2_moe",
+}
+
+
+@pytest.mark.parametrize(("group", "name"), EVERY_CHOICE)
+def test_every_choice_composes_and_resolves(group, name):
+    settings = settings_of(f"{group}={name}")
+    assert settings.model["name"] and settings.data
+    for part in (settings.method, settings.calibration, settings.tracker):
+        build(part)
+
+
+@pytest.mark.parametrize(
+    ("method", "evaluation"), list(itertools.product(choices("method"), choices("evaluation")))
+)
+def test_groups_combine(method, evaluation):
+    settings = settings_of(f"method={method}", f"evaluation={evaluation}", "model=mixtral_8x7b")
+    assert settings.method_name == method
+    assert settings.data == "hub"
+
+
+def test_every_model_of_the_table_of_contents_is_a_hub_id_or_the_embedded_one():
+    for name in choices("model"):
+        model = settings_of(f"model={name}").model
+        assert model["name"] == name
+        assert model["path"] == "embedded" or model["path"].count("/") == 1
+
+
+@pytest.mark.parametrize("name", choices("model"))
+def test_every_model_runs(name, checkpoints, data_folder, tmp_path):
+    overrides = tiny(checkpoints(FAMILY_OF[name]), data_folder, tmp_path)
+    folder = run(settings_of(f"model={name}", *overrides, "method=camera_p", "evaluation=none"))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["model"] in (name, checkpoints(FAMILY_OF[name]).name)
+    assert metrics["sparsity"]["moe"] == pytest.approx(0.2, abs=0.02)
+
+
+def test_launchers_and_presets_compose_with_hydras_own_config():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", ["experiment=main"], return_hydra_config=True)
+        assert config.hydra.mode.name == "MULTIRUN"
+        assert config.hydra.sweeper.grids.main[1].sparsity == [0.2, 0.4, 0.6]
+        for launcher in ("slurm", "ray"):  # extras: they compose where they aren't installed
+            config = compose("config", [f"hydra/launcher={launcher}"], return_hydra_config=True)
+            assert "hydra_plugins" in config.hydra.launcher._target_
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+        config = compose("config", ["hydra/launcher=parallel"], return_hydra_config=True)
+        assert config.hydra.launcher.n_jobs == 2
+
+
+@pytest.mark.parametrize(
+    ("launcher", "plugin", "types"),
+    [
+        ("slurm", "hydra_plugins.hydra_submitit_launcher.config", "SlurmQueueConf"),
+        ("ray", "hydra_plugins.hydra_ray_launcher._config", "RayLauncherConf"),
+    ],
+)
+def test_launchers_say_only_what_their_plugin_knows(launcher, plugin, types):
+    known = getattr(pytest.importorskip(plugin), types)
+    said = OmegaConf.load(CONF / "hydra" / "launcher" / f"{launcher}.yaml")
+    OmegaConf.merge(OmegaConf.structured(known), said)
+
+
+def test_another_model_is_named_after_its_path_and_reads_the_hub():
+    for path, name in (("allenai/OLMoE-1B", "OLMoE-1B"), ("/models/my-moe/", "my-moe")):
+        settings = settings_of(f"model.path={path}")
+        assert (settings.model["name"], settings.data) == (name, "hub")
+    assert settings_of("model=olmoe_1b_7b", "model.path=/copy").model["name"] == "olmoe_1b_7b"
+    assert settings_of("model.path=/m", "data=/texts").data == "/texts"
+    assert settings_of().data == "embedded"
+
+
+def test_scalars_reach_the_method():
+    settings = settings_of("sparsity=0.4", "sparsity_of=routed", "alpha=0.5")
+    assert settings.method["sparsity"] == 0.4
+    assert settings.method["sparsity_of"] == "routed"
+    assert settings.method["alpha"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("sparsty=0.2", "sparsty"),
+        ("method.aplha=0.2", "aplha"),
+        ("evaluation.limt=3", "limt"),
+        ("sparsity=much", "Float"),
+        ("seed=0.5", "Integer"),
+        ("force=maybe", "bool"),
+        ("method.width_multiple=wide", "Integer"),
+        ("calibration.samples=many", "Integer"),
+        ("sparsity_of=all", "moe, model, routed"),
+        ("retry=all", "none, failed"),
+        ("propagate=both", "compressed, dense"),
+        ("dtype=int8", "auto, float32, bfloat16, float16"),
+        ("tracker.mode=loud", "offline, online"),
+        ("evaluation.perplexity=[ptb]", "wikitext2, c4"),
+        ("method=prune_all", "camera_p"),
+        ("model=gpt", "tiny_moe"),
+    ],
+)
+def test_wrong_keys_types_and_values_are_refused_while_composing(override, told):
+    with pytest.raises((HydraException, MissingConfigException)) as refusal:
+        config_of(override)
+    assert told in f"{refusal.value} {refusal.value.__cause__}"
+
+
+def test_an_added_key_is_refused_with_the_nearest_one():
+    with pytest.raises(CameraError, match=r"sparsty .* did you mean sparsity"):
+        Settings.of(config_of("+sparsty=0.2"))
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("sparsity=0", "sparsity=0.0"),
+        ("sparsity=1.5", "sparsity=1.5"),
+        ("alpha=-0.1", "alpha=-0.1"),
+        ("seed=-1", "seed=-1"),
+        ("evaluation.batch_size=0", "evaluation.batch_size=0"),
+        ("evaluation.perplexity_batch_size=0", "evaluation.perplexity_batch_size=0"),
+        ("evaluation.blocks=0", "evaluation.blocks=0"),
+        ("calibration.samples=0", "calibration.samples=0"),
+        ("calibration.source=news", "wikitext2"),
+        ("evaluation.tasks=[boolq]", "tasks/boolq.jsonl.gz"),
+        ("device=tpu", "device=tpu"),
+        ("data=/nowhere", "data=/nowhere"),
+        ("model.path=/nowhere", "model.path=/nowhere"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_before_any_weight(
+    override, told, checkpoints, data_folder, tmp_path
+):
+    overrides = tiny(checkpoints("qwen2_moe"), data_folder, tmp_path)
+    check(settings_of(*overrides))
+    with pytest.raises(CameraError, match=r"^[^\n]*$") as refusal:
+        check(settings_of(*overrides, override))
+    assert told in str(refusal.value)
+
+
+def test_dense_has_no_sparsity_to_be_wrong(checkpoints, data_folder, tmp_path):
+    overrides = tiny(checkpoints("qwen2_moe"), data_folder, tmp_path)
+    check(settings_of(*overrides, "method=dense", "sparsity=1.5"))
+
+
+class Example:
+    def __init__(self, mode: str, width: int = 8, names: list[str] | None = None, scale: float = 1):
+        self.mode = mode
+
+
+def test_a_constructor_is_a_schema():
+    types = typed_settings(f"{__name__}.Example").__annotations__
+    assert types["width"] is int
+    assert types["names"] == list[str] | None
+    assert typed_settings("camera.missing.Method") == {}
+    assert choice("a", "b") is choice("a", "b")
+
+
+def test_the_command_names_the_valid_keys(capsys):
+    assert command("method.aplha=1") == 1
+    printed = "".join(capsys.readouterr())
+    assert "Valid keys here: alpha, " in printed and "min_width" in printed
+    assert "Traceback" not in printed
+
+
+def test_ambiguous_sweeps_are_refused_by_hydra():
+    with pytest.raises(ConfigCompositionException):
+        config_of("sparsity=0.2,0.4")

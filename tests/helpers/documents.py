@@ -1,0 +1,33 @@
+"""The pages that a user reads, and the code that stands in them."""
+
+import re
+from pathlib import Path
+
+from experiments.config.schema import CONF
+
+ROOT = CONF.parent
+README = ROOT / "README.md"
+PAGES = {path.name: path for path in sorted((ROOT / "docs").glob("*.md"))}
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def page(name: str) -> str:
+    return text_of(PAGES[name])
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    """Fenced code in one of these languages."""
+    return [code for language, code in FENCED.findall(text) if language in languages]
+
+
+def without_blocks(text: str) -> str:
+    return FENCED.sub("", text)
+
+
+def spans(text: str) -> list[str]:
+    """Inline code."""
+    return re.findall(r"`([^`\n]+)`", without_blocks(text))
