@@ -1,26 +1,33 @@
-"""The uncompressed model."""
+"""The uncompressed model: the first row of every table."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from camera.calibration.statistics import LayerStatistics
-from camera.method import Method, Outcome
-from camera.moe.budget import Budget
-from camera.moe.feed_forward import FeedForward
+from camera.method import Applied, LayerPlan, Method, Pass, Propagate
+
+if TYPE_CHECKING:
+    from camera.calibration.statistics import LayerStatistics
+    from camera.moe.budget import Budget
+    from camera.moe.feed_forward import FeedForward
 
 
-@dataclass
+@dataclass(frozen=True)
 class Dense(Method):
-    """Nothing is compressed: the first row of every table."""
+    """Nothing is compressed."""
 
     name: ClassVar[str] = "dense"
-    calibrates: ClassVar[bool] = False
     compresses: ClassVar[bool] = False
+    reads_text: ClassVar[bool] = False
 
     def check(self, budget: Budget) -> None:
         """Any model will do."""
 
-    def compress(
-        self, index: int, ffn: FeedForward, seen: LayerStatistics | None, budget: Budget
-    ) -> Outcome:
-        return Outcome({})
+    def passes(self, budget: Budget, propagate: Propagate) -> tuple[Pass, ...]:
+        return ()
+
+    def apply(
+        self, index: int, ffn: FeedForward, plan: LayerPlan, seen: LayerStatistics | None
+    ) -> Applied:
+        return Applied()

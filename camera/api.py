@@ -1,31 +1,20 @@
-"""From a model and a method to a smaller checkpoint: the entry point of every method."""
+"""What a user calls: compress a model, apply a plan, describe a model."""
 
-import logging
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from camera.calibration.settings import Calibration
-from camera.calibration.tokens import calibration_tokens
-from camera.checkpoint.loading import load_tokenizer, resolve_device
-from camera.checkpoint.source import resolve_model
-from camera.compensation.experts import fit_bytes
-from camera.evaluation.suite import Measures, Passenger
-from camera.method import METHODS, Method
-from camera.pipeline.compression import Job
-from camera.pipeline.passes.dense import Measurement
-from camera.pipeline.publish import finish
-from camera.pipeline.result import CompressionResult, versions
-from camera.runtime import distributed
+from camera.method import METHODS, Method, Plan, Propagate
 from camera.runtime.errors import CameraError
-from camera.runtime.files import require_space
-from camera.runtime.peak_memory import PeakMemory
-from camera.runtime.progress import gigabytes
-from camera.streaming.settings import Memory
-from camera.streaming.skeleton import Skeleton
-from camera.streaming.streamer import Streamer
 
-log = logging.getLogger("camera")
-PROPAGATE = ("compressed", "dense")
+if TYPE_CHECKING:
+    from camera.calibration.settings import Calibration
+    from camera.evaluation.suite import EvaluationRequest
+    from camera.pipeline.result import CompressionResult
+    from camera.streaming.settings import MemoryChoices
 
 
 def compress(
@@ -34,14 +23,14 @@ def compress(
     out: str | Path,
     *,
     calibration: Calibration | None = None,
-    propagate: str = "compressed",
+    propagate: Propagate = "compressed",
     data: str = "hub",
     seed: int = 1234,
     device: str = "auto",
     dtype: str = "auto",
     statistics: str | Path | None = None,
-    memory: Memory | None = None,
-    measures: Measures | None = None,
+    memory: MemoryChoices | None = None,
+    measures: EvaluationRequest | None = None,
     trust_remote_code: bool = False,
     name: str | None = None,
     progress: bool = True,
@@ -50,88 +39,144 @@ def compress(
     """Compress a model, one layer in memory at a time, into the folder `out`.
 
     `method` is a method or the name of one, which then takes `settings` (`sparsity=0.4`, ...).
-    With `propagate="compressed"` each layer is measured on what the compressed layers before it
-    put out; with `"dense"` on the original model's activations, in one pass that is kept in the
+    With `propagate="compressed"` each layer is measured on the output of the compressed layers
+    before it; with `"dense"` on the original model's activations, in one pass that is kept in the
     folder `statistics` and serves every other alpha and sparsity (methods that rank all layers
-    together or need gradients always do that). `memory` says what is kept in it. `measures` are
-    taken on the way, while a layer is in memory, and stand in evaluation.json (not where a killed
-    run goes on). `name` is what model card and report call the base model (default: its hub id, or
-    the name of its folder). `progress` shows a bar, or where there is no terminal a line a minute
-    in the log (logger `camera`, level INFO). Raises CameraError for what a user can mend; `out`
-    appears only when it is complete.
+    together or need gradients always do that). `memory` says what is kept in RAM. `measures` are
+    evaluated on the way, while a layer is in memory, and stand in evaluation.json (not where a
+    killed run goes on). `name` is what model card and report call the base model (default: its hub
+    id, or the name of its folder). `progress` shows a bar, or where there is no terminal a line a
+    minute in the log (logger `camera`, level INFO). Raises CameraError for what a user can mend;
+    `out` appears only when it is complete.
     """
-    method, out = as_method(method, settings), Path(out)
-    if propagate not in PROPAGATE:
-        raise CameraError(f"propagate={propagate} is none of {', '.join(PROPAGATE)}.")
+    method = as_method(method, settings)
+    options = dict(calibration=calibration, propagate=propagate, data=data, seed=seed)
+    options |= dict(device=device, dtype=dtype, statistics=statistics, memory=memory, name=name)
+    options |= dict(measures=measures, trust_remote_code=trust_remote_code, progress=progress)
+    return _run(model, method, out, None, **options)
+
+
+def apply(
+    model: str | Path,
+    plan: Plan | str | Path,
+    out: str | Path,
+    *,
+    calibration: Calibration | None = None,
+    propagate: Propagate = "compressed",
+    data: str = "hub",
+    seed: int = 1234,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory: MemoryChoices | None = None,
+    trust_remote_code: bool = False,
+    name: str | None = None,
+    progress: bool = True,
+) -> CompressionResult:
+    """Apply a plan that was made before (plan.safetensors, or the checkpoint beside it).
+
+    Nothing is decided anew: text is read only where applying needs it (Hessians, a refit). The
+    other arguments are those of `compress`. Raises CameraError where plan and model don't fit.
+    """
+    plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+    method = as_method(plan.method, plan.settings)
+    options = dict(calibration=calibration, propagate=propagate, data=data, seed=seed)
+    options |= dict(device=device, dtype=dtype, statistics=None, memory=memory, name=name)
+    options |= dict(measures=None, trust_remote_code=trust_remote_code, progress=progress)
+    return _run(model, method, out, plan, **options)
+
+
+def _run(
+    model: str | Path,
+    method: Method,
+    out: str | Path,
+    plan: Plan | None,
+    *,
+    calibration: Calibration | None,
+    propagate: Propagate,
+    data: str,
+    seed: int,
+    device: str,
+    dtype: str,
+    statistics: str | Path | None,
+    memory: MemoryChoices | None,
+    measures: EvaluationRequest | None,
+    trust_remote_code: bool,
+    name: str | None,
+    progress: bool,
+) -> CompressionResult:
+    from camera.calibration.settings import Calibration
+    from camera.calibration.tokens import calibration_tokens
+    from camera.checkpoint.loading import load_tokenizer, resolve_device
+    from camera.checkpoint.source import resolve_model
+    from camera.pipeline.compression import declared_passes, run
+    from camera.pipeline.context import CompressionRequest, LayerListener
+    from camera.runtime import distributed
+    from camera.streaming.settings import MemoryChoices
+    from camera.streaming.skeleton import MetaModel
+
+    out = Path(out)
+    if propagate not in get_args(Propagate):
+        choices = ", ".join(get_args(Propagate))
+        raise CameraError(f"propagate={propagate} is none of {choices}.")
     if out.exists():
         raise CameraError(f"{out} exists already: delete it or choose another folder.")
     if not method.compresses:
         raise CameraError(f"method {method.name} leaves the model as it is: nothing to do.")
     folder = resolve_model(str(model), code=trust_remote_code)
-    streamer = Streamer(folder, resolve_device(device), dtype, trust_remote_code)
-    method.check(streamer.budget)
+    meta = MetaModel(folder, resolve_device(device), dtype, trust_remote_code)
+    method.check(meta.budget)
+    _check_plan(plan, meta)
     name = name or (Path(model).absolute().name if Path(model).is_dir() else str(model))
-
-    job = Job(name, streamer, method, out, show_progress=progress)
-    if method.reads_text:
+    request = CompressionRequest(name, method, out, propagate, plan=plan)
+    tokens = None
+    if any(step.reads_text for step in declared_passes(request, meta.budget)):
         tokens = calibration_tokens(
             load_tokenizer(folder, trust_remote_code),
             calibration or Calibration(),
             data=data,
             seed=seed,
-            max_length=getattr(streamer.config, "max_position_embeddings", None),
+            max_length=getattr(meta.config, "max_position_embeddings", None),
         )
-        job.calibration = Measurement(name, streamer, method, tokens, job.each_layer)
+    listeners: Sequence[LayerListener] = ()
     if measures is not None and distributed.rank() == 0:
-        job.passenger = Passenger(streamer, load_tokenizer(folder, trust_remote_code), measures)
-    budget = streamer.budget
-    holds = method.holds(budget)
-    if method.compensation:
-        tables, dense = (job.tokens, budget.hidden), method.compensation.target == "dense"
-        holds += max(
-            fit_bytes(*tables, pool.widths, streamer.dtype.itemsize, dense)
-            for pool in budget.layers.values()
-        )
-    job.needs = streamer.prepare(
-        memory or Memory(),
-        job.tokens,
-        method.slices,
-        out.parent,
-        holds=holds,
-        backward=method.backward,
-        asks_head=method.asks_head,
+        from camera.evaluation.suite import EvaluationDuringCompression
+
+        tokenizer = load_tokenizer(folder, trust_remote_code)
+        listeners = (EvaluationDuringCompression(meta, tokenizer, measures),)
+    request = CompressionRequest(
+        name,
+        method,
+        out,
+        propagate,
+        tokens,
+        Path(statistics) if statistics else None,
+        plan,
+        listeners,
+        progress,
     )
-    log.info("%s: this takes %s", out.name, job.needs)
-    if method.compensation and not job.needs.keep_phi:
+    return run(request, meta, memory or MemoryChoices())
+
+
+def _check_plan(plan: Plan | None, model: Any) -> None:
+    if plan is None:
+        return
+    missing = sorted(set(model.budget.layers) - set(plan.layers))
+    if missing:
         raise CameraError(
-            f"compensate={method.compensation.scope} needs the {gigabytes(job.needs.phi)} that a "
-            "layer's micro-experts put out: set memory.phi=keep and memory.experts=layer, or "
-            "calibrate on fewer tokens."
+            f"the plan of method {plan.method} says nothing of layer {missing[0]}: it was made for "
+            "another model."
         )
-    require_space(out.parent, job.bytes_to_come())
-    with PeakMemory(streamer.device) as job.memory:
-        tokens_pass = None
-        if method.calibrates:
-            once = method.one_shot or propagate == "dense"
-            if once and (method.one_shot or method.storable):
-                job.measure_once(Path(statistics) if statistics else None)
-            if not once or not method.storable:
-                tokens_pass = propagate
-        elif method.one_shot:
-            job.weigh()
-        if method.compensation:
-            tokens_pass = "compressed"
-        job.compress_layers(tokens_pass)
-        result = finish(job)
-    log.info("%s: this took %s", out.name, gigabytes(job.memory.added))
-    return result
 
 
 def describe(model: str | Path, trust_remote_code: bool = False) -> CompressionResult:
     """What `compress` would report of the original model: its counts, with nothing removed."""
+    from camera.checkpoint.source import resolve_model
+    from camera.pipeline.result import CompressionResult, versions
+    from camera.streaming.skeleton import MetaModel
+
     folder = resolve_model(str(model), code=trust_remote_code)
-    skeleton = Skeleton(folder, trust_remote_code=trust_remote_code)
-    dense, size = skeleton.budget.dense, skeleton.reader.bytes
+    meta = MetaModel(folder, trust_remote_code=trust_remote_code)
+    dense, size = meta.budget.dense, meta.reader.bytes
     return CompressionResult(
         method="dense",
         model=str(model),
@@ -141,6 +186,7 @@ def describe(model: str | Path, trust_remote_code: bool = False) -> CompressionR
         bytes={"dense": size, "compressed": size},
         seconds={"calibrate": 0.0, "compress": 0.0},
         versions=versions(),
+        native=True,
     )
 
 
@@ -153,9 +199,9 @@ def as_method(method: Method | str, settings: dict[str, Any]) -> Method:
                 "this one has its own."
             )
         return method
-    if method not in METHODS:
-        raise CameraError(f"method={method} is none of {', '.join(sorted(METHODS))}.")
+    cls = METHODS[method]
     try:
-        return METHODS[method](**settings)
+        return cls(**settings)
     except TypeError as error:
-        raise CameraError(f"method {method}: {error}.") from error
+        known = ", ".join(inspect.signature(cls).parameters) or "none"
+        raise CameraError(f"method {method}: {error}; its settings are {known}.") from error

@@ -1,114 +1,253 @@
-"""What a compression method is: calibrate -> plan -> apply, one layer at a time.
+"""The contract between a compression method and the pipeline: passes, plans, what changes.
 
-`compress` drives any `Method`; a new one is a class here or in `baselines/` and one YAML.
+A method is a frozen set of settings. It declares the passes over the model that it needs, makes a
+plan of what was seen, and applies the plan to one layer at a time. The pipeline streams, resumes,
+writes and counts.
 """
 
+from __future__ import annotations
+
+import json
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from camera.calibration.scores.energy import EnergyObserver
-from camera.calibration.statistics import LayerStatistics
-from camera.calibration.trials import LayerCuts, Trials
-from camera.compensation.settings import Refit
-from camera.moe.budget import Budget
-from camera.moe.feed_forward import FeedForward
-from camera.moe.pool import Kept
+from camera.runtime.errors import CameraError
+from camera.runtime.registry import Registry
 
-METHODS: dict[str, type["Method"]] = {}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from camera.calibration.observers import ObserverSpec
+    from camera.calibration.statistics import LayerStatistics
+    from camera.calibration.trials import TrialMasks
+    from camera.compensation.settings import CompensationSettings
+    from camera.moe.budget import Budget
+    from camera.moe.feed_forward import FeedForward
+    from camera.moe.pool import KeptRows, LayerShape
+
+METHODS = Registry(
+    "method",
+    "method",
+    packages=("camera.pruning", "camera.quantization", "baselines"),
+    entry_points="camera.methods",
+)
+PLANS = Registry(
+    "kind of plan", "plan.kind", packages=("camera.pruning", "camera.quantization", "baselines")
+)
+
+Propagate = Literal["compressed", "dense"]
+RankScope = Literal["layer", "global", "measured"]
+Spec = dict[str, Any]
 
 
-@dataclass
-class Outcome:
-    """What a method did to one layer.
+class PassKind(StrEnum):
+    """The ways over a model; COMPRESSED is always the last one."""
 
-    `modules` says by path what form now stands there, for config.json; `kept`, where the layer was
-    only sliced, which micro-experts stayed; `report` is JSON-able and stands in camera.json.
+    WEIGHTS = "weights"  # layers one by one, no tokens
+    DENSE = "dense"  # tokens through the dense model
+    BACKWARD = "backward"  # ... and back
+    TRIAL = "trial"  # the dense model with one layer pruned at a time
+    COMPRESSED = "compressed"  # each layer observed, planned, compressed, written
+
+
+Seen = Mapping[PassKind, Mapping[int, "LayerStatistics"]]
+"""Statistics by pass and layer."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One way over the model.
+
+    `observer` looks at every layer of the pool; `trials` makes the masks of a TRIAL pass from what
+    was seen; of the COMPRESSED pass `feed` says whose output the next layer gets, and `tokens`
+    whether text passes through at all.
     """
 
-    modules: dict[str, dict[str, Any]]
-    kept: Kept | None = None
-    report: dict[str, Any] = field(default_factory=dict)
-
-
-class Method(ABC):
-    """A way to choose what of each layer stays; subclasses are dataclasses of their settings."""
-
-    name: ClassVar[str]
-    calibrates: ClassVar[bool]  # whether its plan needs calibration tokens
-    compresses: ClassVar[bool] = True
-    slices: ClassVar[bool] = False  # only removes micro-experts: phi of the others stays true
-    native: ClassVar[bool] = False  # writes a plain checkpoint of the model's own type
-    backward: ClassVar[bool] = False  # its statistics need gradients
-    storable: ClassVar[bool] = True  # its statistics are small enough to keep for all layers
-    cuts: dict[int, LayerCuts]  # what its `trials` cost, if it has any: set before `prepare`
-
-    def __init_subclass__(cls, **kwargs: Any):
-        super().__init_subclass__(**kwargs)
-        if "name" in cls.__dict__:
-            METHODS[cls.name] = cls
-
-    def settings(self) -> dict[str, Any]:
-        """The settings that change what the method does, for hashes and reports."""
-        return asdict(self) if is_dataclass(self) else {}
-
-    @property
-    def one_shot(self) -> bool:
-        """Whether all layers are measured, on the dense model, before the first is compressed."""
-        return self.backward
-
-    @property
-    def asks_head(self) -> bool:
-        """Whether it looks at what the whole model puts out, next-token probabilities."""
-        return self.backward
-
-    @property
-    def compensation(self) -> Refit | None:
-        """How the output weights of a cut layer are refitted to what it put out; None: not at all.
-
-        For methods that slice, in a pass in which each layer is fed by the compressed ones.
-        """
-        return None
+    kind: PassKind
+    observer: ObserverSpec | None = None
+    trials: Callable[[Seen, Budget], TrialMasks] | None = None
+    feed: Propagate = "compressed"
+    tokens: bool = True
 
     @property
     def reads_text(self) -> bool:
-        """Whether calibration tokens are needed at all."""
-        return self.calibrates or self.compensation is not None
+        """Whether calibration tokens are needed."""
+        if self.kind == PassKind.COMPRESSED:
+            return self.tokens
+        return self.kind != PassKind.WEIGHTS
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What changed in one layer: specs by module path for config.json, rows that stayed where the
+    layer was only sliced, a JSON-able report for camera.json."""
+
+    modules: dict[str, Spec] = field(default_factory=dict)
+    kept: KeptRows | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+class LayerPlan(ABC):
+    """What was decided for one layer; subclasses with a `kind` are known by it."""
+
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "kind" in cls.__dict__:
+            PLANS.register(cls.kind, cls)
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """The rest, JSON-able."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> LayerPlan:
+        """The inverse of `tensors` and `facts`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method decided for a model: by layer, and what all layers share.
+
+    `scores` are those of the dense model, fp64 [N], where layers are ranked by it that are planned
+    on the way.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    shared: dict[str, Any] = field(default_factory=dict)
+    layers: dict[int, LayerPlan] = field(default_factory=dict)
+    scores: dict[int, Tensor] = field(default_factory=dict)
+
+    def with_layer(self, index: int, layer: LayerPlan) -> Plan:
+        """The plan with the decision of one more layer."""
+        return replace(self, layers={**self.layers, index: layer})
+
+    def save(self, path: Path) -> None:
+        """Write all to one safetensors file."""
+        from safetensors.torch import save_file
+
+        tensors = {
+            f"{index}.{name}": tensor.detach().cpu().contiguous()
+            for index, layer in sorted(self.layers.items())
+            for name, tensor in layer.tensors().items()
+        }
+        tensors |= {f"scores.{index}": score_N for index, score_N in sorted(self.scores.items())}
+        layers = {
+            str(index): {"kind": layer.kind, "facts": layer.facts()}
+            for index, layer in sorted(self.layers.items())
+        }
+        header = {"method": self.method, "settings": self.settings, "shared": self.shared}
+        # one entry only: safetensors writes several in any order, and files are compared by bytes
+        save_file(tensors, path, metadata={"camera": json.dumps(header | {"layers": layers})})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a file of `save`, or the plan.safetensors of a checkpoint's folder.
+
+        CameraError if it is missing or broken.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        path = path / "plan.safetensors" if path.is_dir() else path
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads(file.metadata()["camera"])
+                tensors: dict[str, dict[str, Tensor]] = {i: {} for i in header["layers"]}
+                tensors["scores"] = {}
+                for key in file.keys():  # noqa: SIM118 (a file is no dict)
+                    index, _, name = key.partition(".")
+                    tensors[index][name] = file.get_tensor(key)
+            layers = {
+                int(index): PLANS[entry["kind"]].of(tensors[index], entry["facts"])
+                for index, entry in header["layers"].items()
+            }
+            scores = {int(index): score_N for index, score_N in tensors["scores"].items()}
+            return cls(header["method"], header["settings"], header["shared"], layers, scores)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CameraError(f"plan {path} can't be read ({error}): make it again.") from error
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A set of settings that says what to look at, what stays, and how a layer changes."""
+
+    name: ClassVar[str]
+    compresses: ClassVar[bool] = True
+    slices: ClassVar[bool] = False  # only removes micro-experts: phi of the others stays valid
+    native: ClassVar[bool] = False  # writes a checkpoint of the base model's type
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            METHODS.register(cls.name, cls)
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that change what the method does, for hashes and reports."""
+        return asdict(self)
+
+    @property
+    def compensation(self) -> CompensationSettings | None:
+        """How output weights of a pruned layer are refitted; None: not at all."""
+        return None
+
+    @property
+    @abstractmethod
+    def reads_text(self) -> bool:
+        """Whether any pass needs calibration tokens."""
 
     @abstractmethod
     def check(self, budget: Budget) -> None:
         """Refuse what can't be done with this model, before any weight is read."""
 
-    def statistics_key(self) -> dict[str, Any]:
-        """What decides the statistics besides model and tokens: runs that agree share them."""
-        return {"kind": "energy"}
+    @abstractmethod
+    def passes(self, budget: Budget, propagate: Propagate) -> tuple[Pass, ...]:
+        """The passes over the model, in order; the last one is COMPRESSED."""
 
-    def observer(self, index: int, ffn: FeedForward) -> Any:
-        """What looks at layer `index` in a calibration pass; its `result` is what is seen."""
-        return EnergyObserver(ffn)
+    def passes_of_plan(self, budget: Budget, propagate: Propagate) -> tuple[Pass, ...]:
+        """The passes that applying a finished plan still takes."""
+        last = self.passes(budget, propagate)[-1]
+        return (replace(last, observer=None, tokens=self.compensation is not None),)
 
-    def holds(self, budget: Budget) -> int:
-        """Bytes that what is seen of a layer, and working on it, take beside the layer."""
-        return 0
+    def plan(self, seen: Seen, budget: Budget) -> Plan:
+        """What needs all layers at once; layers that it leaves open are planned one by one."""
+        return Plan(self.name, self.settings())
 
-    def trials(self, statistics: dict[int, LayerStatistics], budget: Budget) -> Trials:
-        """Cuts whose cost is to be measured before `prepare`, by what was seen; none by default."""
-        return {}
-
-    def prepare(  # noqa: B027 (most methods have nothing to do here)
-        self, statistics: dict[int, LayerStatistics], budget: Budget
-    ) -> None:
-        """Plan what needs all layers at once; called before the first `compress` if one_shot."""
-
-    def enter(self, index: int, ffn: FeedForward) -> dict[str, dict[str, Any]]:
-        """Change what layer `index` has outside its pool, before it is run; the forms by path."""
-        return {}
+    def plan_layer(
+        self,
+        index: int,
+        ffn: FeedForward,
+        seen: LayerStatistics | None,
+        budget: Budget,
+        plan: Plan,
+    ) -> LayerPlan:
+        """The plan of a layer that `plan` left open, from what was seen of it."""
+        raise NotImplementedError
 
     @abstractmethod
-    def compress(
-        self, index: int, ffn: FeedForward, seen: LayerStatistics | None, budget: Budget
-    ) -> Outcome:
-        """Plan layer `index` by what was seen of it, and change its modules in place."""
+    def apply(
+        self, index: int, ffn: FeedForward, plan: LayerPlan, seen: LayerStatistics | None
+    ) -> Applied:
+        """Change the modules of a loaded layer in place, as planned."""
+
+    def prepare_layer(self, index: int, ffn: FeedForward) -> dict[str, Spec]:
+        """Change modules outside the pool before the layer runs; specs by module path."""
+        return {}
+
+    def apply_bytes(self, layer: LayerShape) -> int:
+        """Bytes of workspace that planning and applying take beside the layer, at most."""
+        return 0
 
     def native_config(self, config: Any, budget: Budget) -> dict[str, Any]:
         """The keys of config.json that a native checkpoint changes."""

@@ -1,26 +1,34 @@
-"""Methods that remove whole routed experts, the same number in every layer.
+"""Methods that remove whole routed experts, the same number in every layer, and their statistics.
 
 Their result is a plain checkpoint of the model's own type with fewer experts. Shapes: E routed
 experts of a layer, N tokens of one expert, H hidden, W width of one expert.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from math import ceil, floor
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
-from baselines.experts.subset_search import keep_best
+from camera.calibration.observers import LayerObserver, ObserverSpec
 from camera.calibration.statistics import LayerStatistics
-from camera.method import Method, Outcome
-from camera.moe.budget import SPARSITY_OF, Budget
-from camera.moe.feed_forward import FeedForward
-from camera.moe.routing import Routing, routing_of
-from camera.pruning.whole_experts import drop_experts, smaller_config
+from camera.method import Applied, LayerPlan, Method, Pass, PassKind, Plan, Propagate
+from camera.moe.budget import Sparsity, SparsityOf
+from camera.moe.pool import PoolIndex, sum_dtype
 from camera.runtime.errors import CameraError
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-@dataclass
+    from camera.moe.budget import Budget
+    from camera.moe.capture import ExpertCall
+    from camera.moe.feed_forward import FeedForward
+    from camera.moe.routing import Routing
+    from camera.pruning.plan import KeptExperts
+
+
+@dataclass(frozen=True)
 class ExpertPruning(Method):
     """Removes r whole routed experts of every layer, with their rows of the router.
 
@@ -31,27 +39,22 @@ class ExpertPruning(Method):
     """
 
     native: ClassVar[bool] = True
+    reads_text: ClassVar[bool] = True
 
     sparsity: float
-    sparsity_of: Literal["moe", "model", "routed"] = "moe"
+    sparsity_of: SparsityOf = "moe"
 
     def check(self, budget: Budget) -> None:
-        self.dropped(budget)
+        self.removed(budget)
 
-    def dropped(self, budget: Budget) -> int:
+    def removed(self, budget: Budget) -> int:
         """r of every layer; CameraError, naming the nearest possible sparsity, if there is none."""
-        if not 0 < self.sparsity < 1:
-            raise CameraError(f"sparsity={self.sparsity} must lie between 0 and 1, both excluded.")
-        if self.sparsity_of not in SPARSITY_OF:
-            raise CameraError(
-                f"sparsity_of={self.sparsity_of} is none of {', '.join(SPARSITY_OF)}."
-            )
+        whole = Sparsity(self.sparsity, self.sparsity_of).whole(budget)
         routing = self.routing(budget)
         layers = len(budget.layers)
         one = budget.dense.routed // routing.experts + layers * routing.row * (
             self.sparsity_of == "model"
         )
-        whole = getattr(budget.dense, self.sparsity_of)
         step = one * routing.groups / whole  # the share that the fewest experts possible make up
         steps, most = floor(self.sparsity / step + 1e-9), routing.most // routing.groups
         if 1 <= steps <= most:
@@ -92,15 +95,29 @@ class ExpertPruning(Method):
             )
         return found.pop()
 
-    def drop(self, ffn: FeedForward, keep_E: torch.Tensor, **facts: Any) -> Outcome:
-        """Remove what `keep_E` lacks; `facts` go into the report with the experts dropped."""
-        drop_experts(ffn, keep_E.nonzero().flatten().tolist())
-        gone = (~keep_E).nonzero().flatten().tolist()
-        return Outcome(modules={}, report={"dropped": gone, **facts})
+    def passes(self, budget: Budget, propagate: Propagate) -> tuple[Pass, ...]:
+        spec = self.observer()
+        if propagate == "dense":
+            return (Pass(PassKind.DENSE, spec), Pass(PassKind.COMPRESSED, tokens=False))
+        return (Pass(PassKind.COMPRESSED, spec),)
+
+    def observer(self) -> ObserverSpec:
+        """What the method looks at in every layer."""
+        raise NotImplementedError
+
+    def apply(
+        self, index: int, ffn: FeedForward, plan: KeptExperts, seen: LayerStatistics | None
+    ) -> Applied:
+        from camera.pruning.whole_experts import remove_experts
+
+        remove_experts(ffn, plan.keep_E.nonzero().flatten().tolist())
+        return Applied(report={"dropped": plan.removed, **plan.report})
 
     def native_config(self, config: Any, budget: Budget) -> dict[str, Any]:
+        from camera.pruning.whole_experts import smaller_config
+
         experts = self.routing(budget).experts
-        return smaller_config(config, experts - self.dropped(budget))
+        return smaller_config(config, experts - self.removed(budget))
 
 
 @dataclass
@@ -121,59 +138,74 @@ class ExpertUse(LayerStatistics):
     norm_E: torch.Tensor
     gated_norm_E: torch.Tensor
 
-    def routed_tokens(self) -> torch.Tensor:
+    def routed_tokens(self) -> Tensor:
         """tokens_E of the routed experts alone."""
         return self.tokens_E[-len(self.gate_E) :]
 
 
-class UseObserver:
-    """Gathers `ExpertUse`; `softmax` takes g from all logits instead of the model's weights."""
+@dataclass(frozen=True)
+class UseSpec(ObserverSpec):
+    """Use of experts; `softmax` takes g from all logits instead of the model's weights."""
+
+    statistics: ClassVar[type[ExpertUse]] = ExpertUse
+
+    softmax: bool = False
+
+    def build(self, index: int, ffn: FeedForward) -> UseObserver:
+        return UseObserver(ffn, self.softmax)
+
+
+class UseObserver(LayerObserver):
+    """Gathers `ExpertUse`."""
 
     def __init__(self, ffn: FeedForward, softmax: bool = False):
-        self.ffn, self.softmax = ffn, softmax
-        self._tokens = {group.path: [0] * len(group.widths) for group in ffn.groups}
-        experts = next(len(group.widths) for group in ffn.groups if group.routed)
-        device = next(ffn.module.parameters()).device
-        double = torch.float32 if device.type == "mps" else torch.float64
-        self._sums_3E = torch.zeros(3, experts, dtype=double, device=device)
+        import torch
 
-    def __call__(self, group, expert: int, x_NH, h_NW, a_N) -> None:
-        self._tokens[group.path][expert] += len(x_NH)
+        self.ffn, self.softmax, self._index = ffn, softmax, PoolIndex(ffn)
+        self._tokens = [0] * self._index.experts
+        device = next(ffn.module.parameters()).device
+        experts = len(ffn.routed.widths)
+        self._sums_3E = torch.zeros(3, experts, dtype=sum_dtype(device), device=device)
+
+    def __call__(self, call: ExpertCall) -> None:
+        import torch
+
+        group, x_NH, a_N = call.group, call.x_NH, call.a_N
+        self._tokens[self._index.expert(group.path, call.expert)] += len(x_NH)
         if not group.routed:
             return
         if self.softmax:
             logits_NE = getattr(self.ffn.module, self.ffn.family.router)(x_NH)[0]
-            a_N = logits_NE.float().softmax(-1)[:, expert]
-        norm_N = group.project(expert, h_NW.to(x_NH.dtype)).float().norm(dim=-1)
+            a_N = logits_NE.float().softmax(-1)[:, call.expert]
+        norm_N = group.project(call.expert, call.h_NW.to(x_NH.dtype)).float().norm(dim=-1)
         found = torch.stack((a_N.float(), norm_N, a_N.float() * norm_N))
-        self._sums_3E[:, expert] += found.to(self._sums_3E.dtype).sum(1)
+        self._sums_3E[:, call.expert] += found.to(self._sums_3E.dtype).sum(1)
 
     def result(self) -> ExpertUse:
         """The statistics gathered so far, on the CPU."""
-        tokens = [n for counts in self._tokens.values() for n in counts]
-        groups = {group.path: list(group.widths) for group in self.ffn.groups}
-        return ExpertUse(groups, torch.tensor(tokens), *self._sums_3E.cpu().double())
+        import torch
+
+        tokens_E = torch.tensor(self._tokens)
+        return ExpertUse(self._index.groups, tokens_E, *self._sums_3E.cpu().double())
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScoredExperts(ExpertPruning):
     """Removes the lowest-scored experts of every layer; of equals the first goes."""
 
-    calibrates: ClassVar[bool] = True
-
-    def score(self, seen: ExpertUse) -> torch.Tensor:
+    def expert_scores(self, seen: ExpertUse) -> Tensor:
         """The score [E] of a layer's routed experts."""
         raise NotImplementedError
 
-    def statistics_key(self) -> dict[str, Any]:
-        return {"kind": ExpertUse.kind}
+    def observer(self) -> UseSpec:
+        return UseSpec()
 
-    def observer(self, index: int, ffn: FeedForward) -> UseObserver:
-        return UseObserver(ffn)
+    def plan_layer(
+        self, index: int, ffn: FeedForward, seen: ExpertUse, budget: Budget, plan: Plan
+    ) -> LayerPlan:
+        from baselines.experts.subset_search import keep_best
+        from camera.pruning.plan import KeptExperts
 
-    def compress(
-        self, index: int, ffn: FeedForward, seen: LayerStatistics | None, budget: Budget
-    ) -> Outcome:
-        score_E, routing = self.score(seen), routing_of(ffn)
-        keep_E = keep_best(score_E, self.dropped(budget), routing.groups)
-        return self.drop(ffn, keep_E, score=score_E.tolist())
+        score_E, groups = self.expert_scores(seen), self.routing(budget).groups
+        keep_E = keep_best(score_E, self.removed(budget), groups)
+        return KeptExperts(keep_E, {"score": score_E.tolist()})

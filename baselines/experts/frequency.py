@@ -1,25 +1,28 @@
-"""Frequency: the experts that fewest tokens are routed to go.
+"""Frequency: removes the experts selected by the fewest tokens.
 
 Shapes: E routed experts.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from baselines.experts.base import ExpertUse, ScoredExperts
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-@dataclass
+
+@dataclass(frozen=True)
 class Frequency(ScoredExperts):
     """Removes the least-used experts: the score is the number of tokens routed to the expert.
 
-    Counted on the dense model with propagate=dense, on what the pruned layers before put out with
+    Counted on the dense model with propagate=dense, on the output of the pruned layers before with
     propagate=compressed, the framework's default for all methods.
     """
 
     name: ClassVar[str] = "frequency"
 
-    def score(self, seen: ExpertUse) -> torch.Tensor:
+    def expert_scores(self, seen: ExpertUse) -> Tensor:
         return seen.routed_tokens().double()

@@ -1,40 +1,44 @@
-"""NAEE: the set of experts whose loss changes a layer's output least goes.
+"""NAEE: removes the subset of experts that changes the layer's output least.
 
 Shapes: T tokens of the sample, H hidden, E routed experts, N tokens of one expert.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from baselines.experts.base import ExpertPruning
-from baselines.experts.rerouting import Rerouter
-from baselines.experts.subset_search import OutputError, resolve, search
+from camera.calibration.observers import LayerObserver, ObserverSpec
 from camera.calibration.statistics import LayerStatistics
-from camera.method import Outcome
-from camera.moe.budget import Budget
-from camera.moe.feed_forward import ExpertGroup, FeedForward
-from camera.moe.routing import routing_of
+from camera.method import LayerPlan, Pass, PassKind, Plan, Propagate
+from camera.moe.pool import LayerShape, PoolIndex, layer_seed
 from camera.runtime.errors import CameraError
+
+if TYPE_CHECKING:
+    import torch
+
+    from camera.moe.budget import Budget
+    from camera.moe.capture import ExpertCall
+    from camera.moe.feed_forward import ExpertGroup, FeedForward
 
 CHUNK_BYTES = 2**28  # of the outputs of all experts that are held at once
 
 
-@dataclass
+@dataclass(frozen=True)
 class NAEE(ExpertPruning):
-    """Not All Experts are Equal: searches the r experts of a layer to drop.
+    """Not All Experts are Equal: searches the r experts of a layer to remove.
 
     J(D) = ||Z - Z_D||_F over a sample of tokens, Z the routed output with all experts, Z_D the one
-    that the model's own router gives when the experts D are gone (renormalised or not, in groups or
-    not, as the model does). Source: NAEE (ACL 2024), equations and code; the search beyond
-    enumeration is this framework's.
+    that the model's own router gives without the experts D (renormalised or not, in groups or not,
+    as the model does). Source: NAEE (ACL 2024), equations and code; the search beyond enumeration
+    is this framework's.
 
     `search` is enumerate | greedy | random | independent | auto (enumerate where there are at most
-    `limit` sets, else greedy). `tokens` are sampled per layer (0: all), each of which costs the
-    output of every expert once and 4 * E^2 bytes for the time of the search. `norm_tokens` splits
-    them into blocks with one norm each, added up: the reference's J has blocks of one batch,
-    8 x 2048 tokens (null: one norm).
+    `max_subsets` sets, else greedy). `sample_tokens` are sampled per layer (0: all), each of which
+    costs the output of every expert once and 4 * E^2 bytes for the time of the search.
+    `norm_tokens` splits them into blocks with one norm each, added up: the reference's J has blocks
+    of one batch, 8 x 2048 tokens (null: one norm).
 
     With the framework's propagate=dense, layers are searched independently on the original model's
     activations: the reference's `layerwise` mode, its default. With propagate=compressed (the
@@ -45,60 +49,66 @@ class NAEE(ExpertPruning):
     """
 
     name: ClassVar[str] = "naee"
-    calibrates: ClassVar[bool] = True
-    storable: ClassVar[bool] = False
 
     search: Literal["auto", "enumerate", "greedy", "random", "independent"] = "auto"
-    limit: int = 5000
-    tokens: int = 4096
+    max_subsets: int = 5000
+    sample_tokens: int = 4096
     norm_tokens: int | None = None
     seed: int = 1234
 
     def check(self, budget: Budget) -> None:
-        if self.limit < 1 or self.tokens < 0 or (self.norm_tokens or 1) < 1:
+        from baselines.experts.subset_search import resolve
+
+        if self.max_subsets < 1 or self.sample_tokens < 0 or (self.norm_tokens or 1) < 1:
             raise CameraError(
-                f"limit={self.limit} and norm_tokens={self.norm_tokens} must be at least 1, "
-                f"tokens={self.tokens} at least 0 (all)."
+                f"max_subsets={self.max_subsets} and norm_tokens={self.norm_tokens} must be at "
+                f"least 1, sample_tokens={self.sample_tokens} at least 0 (all)."
             )
-        drop, routing = self.dropped(budget), self.routing(budget)
-        resolve(self.search, routing.experts, drop, routing.groups, self.limit)
+        count, routing = self.removed(budget), self.routing(budget)
+        resolve(self.search, routing.experts, count, routing.groups, self.max_subsets)
 
-    def statistics_key(self) -> dict:
-        return {"kind": ExpertOutputs.kind, "tokens": self.tokens, "seed": self.seed}
+    def observer(self) -> OutputSpec:
+        return OutputSpec(self.sample_tokens, self.seed)
 
-    def observer(self, index: int, ffn: FeedForward) -> "OutputObserver":
-        return OutputObserver(ffn, self.tokens, self.seed * 100_003 + index)
+    def passes(self, budget: Budget, propagate: Propagate) -> tuple[Pass, ...]:
+        # a layer's Grams are too large to keep for all layers
+        return (Pass(PassKind.COMPRESSED, self.observer(), feed=propagate),)
 
-    def compress(
-        self, index: int, ffn: FeedForward, seen: LayerStatistics | None, budget: Budget
-    ) -> Outcome:
-        routing, drop = routing_of(ffn), self.dropped(budget)
+    def plan_layer(
+        self, index: int, ffn: FeedForward, seen: ExpertOutputs, budget: Budget, plan: Plan
+    ) -> LayerPlan:
+        import torch
+
+        from baselines.experts.rerouting import Rerouter
+        from baselines.experts.subset_search import OutputError, search
+        from camera.pruning.plan import KeptExperts
+
+        routing = self.routing(budget)
         error = OutputError(seen.gram_TEE, Rerouter(ffn, seen.x_TH), self.norm_tokens)
         found = search(
             error,
             routing.experts,
-            drop,
+            self.removed(budget),
             groups=routing.groups,
             how=self.search,
-            limit=self.limit,
-            seed=self.seed * 100_003 + index,
+            limit=self.max_subsets,
+            seed=layer_seed(self.seed, index),
         )
         keep_E = torch.ones(routing.experts, dtype=torch.bool)
         keep_E[found.drop] = False
-        return self.drop(
-            ffn,
-            keep_E,
-            search=found.search,
-            evaluations=found.evaluations,
-            error=found.error,
-            relative_error=found.error / max(error.of_nothing(), 1e-30),
-            tokens=len(seen.x_TH),
-        )
+        report = {
+            "search": found.search,
+            "evaluations": found.evaluations,
+            "error": found.error,
+            "relative_error": found.error / max(error.of_nothing(), 1e-30),
+            "tokens": len(seen.x_TH),
+        }
+        return KeptExperts(keep_E, report)
 
 
 @dataclass
 class ExpertOutputs(LayerStatistics):
-    """What every routed expert of a layer puts out for a sample of tokens, routed to it or not.
+    """Outputs of every routed expert of a layer for a sample of tokens, routed to it or not.
 
     x_TH are the sampled inputs of the FFN, gram_TEE[t] the inner products of all experts' outputs
     for token t (fp32, on the layer's device); tokens_E counts tokens routed, over the whole pool.
@@ -110,24 +120,53 @@ class ExpertOutputs(LayerStatistics):
     x_TH: torch.Tensor
     gram_TEE: torch.Tensor
 
-    def stored(self) -> "ExpertOutputs":
+    def stored(self) -> ExpertOutputs:
         nothing = self.gram_TEE.new_zeros(0, *self.gram_TEE.shape[1:]).cpu()
         return ExpertOutputs(self.groups, self.tokens_E, self.x_TH[:0].cpu(), nothing)
 
 
-class OutputObserver:
+@dataclass(frozen=True)
+class OutputSpec(ObserverSpec):
+    """Outputs of all experts on `tokens` sampled tokens (0: all)."""
+
+    statistics: ClassVar[type[ExpertOutputs]] = ExpertOutputs
+
+    tokens: int
+    seed: int
+
+    def nbytes(self, layer: LayerShape) -> int:
+        """T (4 E^2 + H), and the outputs of one chunk of tokens."""
+        experts = sum(layer.pool.routed)
+        tokens = min(self.tokens or layer.tokens, layer.tokens)
+        sample = 2 * layer.hidden * layer.itemsize + 4 * experts**2
+        return tokens * sample + CHUNK_BYTES
+
+    def build(self, index: int, ffn: FeedForward) -> OutputObserver:
+        return OutputObserver(ffn, self.tokens, layer_seed(self.seed, index))
+
+
+class OutputObserver(LayerObserver):
     """Samples tokens of a layer's input, seeded; at the end runs every expert on them, once."""
 
     def __init__(self, ffn: FeedForward, tokens: int, seed: int):
-        self.ffn, self.tokens = ffn, tokens
+        import torch
+
+        self.ffn, self.tokens, self._index = ffn, tokens, PoolIndex(ffn)
         self._generator = torch.Generator().manual_seed(seed)
         self._x: list[torch.Tensor] = []
         self._key_T = torch.zeros(0)
-        self._tokens = {group.path: [0] * len(group.widths) for group in ffn.groups}
+        self._tokens = [0] * self._index.experts
 
-    def begin(self, x_TH: torch.Tensor, mask_T: torch.Tensor | None = None) -> None:
+    def ffn_input(
+        self,
+        batch: int,
+        x_TH: torch.Tensor,
+        hidden_TH: torch.Tensor | None,
+        mask_T: torch.Tensor | None,
+    ) -> None:
         """Take a batch's tokens into the sample: those of the smallest random keys stay."""
-        x_TH = x_TH.reshape(-1, x_TH.shape[-1])
+        import torch
+
         if mask_T is not None:
             x_TH = x_TH[mask_T]
         key_T = torch.cat((self._key_T, torch.rand(len(x_TH), generator=self._generator)))
@@ -138,29 +177,24 @@ class OutputObserver:
         self._x.append(x_TH)
         self._key_T = key_T
 
-    def __call__(
-        self,
-        group: ExpertGroup,
-        expert: int,
-        x_NH: torch.Tensor,
-        h_NW: torch.Tensor,
-        a_N: torch.Tensor | None,
-    ) -> None:
-        self._tokens[group.path][expert] += len(x_NH)
+    def __call__(self, call: ExpertCall) -> None:
+        self._tokens[self._index.expert(call.group.path, call.expert)] += len(call.x_NH)
 
     def result(self) -> ExpertOutputs:
         """Run all routed experts on the sample."""
-        group = next(group for group in self.ffn.groups if group.routed)
-        x_TH = torch.cat(self._x)
+        import torch
+
+        group, x_TH = self.ffn.routed, torch.cat(self._x)
         step = max(1, CHUNK_BYTES // (4 * x_TH.shape[1] * len(group.widths)))
         grams = [_gram(group, x_NH) for x_NH in x_TH.split(step)]
-        tokens = [n for counts in self._tokens.values() for n in counts]
-        groups = {group.path: list(group.widths) for group in self.ffn.groups}
-        return ExpertOutputs(groups, torch.tensor(tokens), x_TH, torch.cat(grams))
+        tokens_E = torch.tensor(self._tokens)
+        return ExpertOutputs(self._index.groups, tokens_E, x_TH, torch.cat(grams))
 
 
 def _gram(group: ExpertGroup, x_NH: torch.Tensor) -> torch.Tensor:
     """Inner products [N, E, E] of what all experts put out for each token, in fp32."""
+    import torch
+
     out_NEH = x_NH.new_empty(len(x_NH), len(group.widths), x_NH.shape[1], dtype=torch.float32)
     for expert in range(len(group.widths)):
         h_NW = group.activations(expert, x_NH).to(x_NH.dtype)

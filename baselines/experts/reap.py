@@ -1,58 +1,57 @@
-"""REAP: the experts whose weighted output is smallest go.
+"""REAP: removes the experts of lowest router-weighted activation.
 
 Shapes: E routed experts.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
-import torch
-
-from baselines.experts.base import ExpertUse, ScoredExperts, UseObserver
-from camera.moe.budget import Budget
-from camera.moe.feed_forward import FeedForward
+from baselines.experts.base import ExpertUse, ScoredExperts, UseSpec
 from camera.runtime.errors import CameraError
 
-SCORES = ("reap", "weighted_ean_sum", "ean_sum", "ean_mean", "weighted_frequency")
-GATES = ("model", "softmax")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from camera.moe.budget import Budget
+
+ReapScore = Literal["reap", "weighted_ean_sum", "ean_sum", "ean_mean", "weighted_frequency"]
+RoutingWeights = Literal["model", "softmax"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reap(ScoredExperts):
     """Router-weighted expert activation pruning.
 
     S_e = mean over the tokens routed to e of g_e(x) * ||f_e(x)||_2, f_e the expert's output before
     its routing weight g_e; 0 for an expert no token reached. Source: REAP (ICLR 2026).
 
-    `gate` model takes g as the model applies it; softmax is the reference's for a config without
-    norm_topk_prob (Mixtral): the softmax over all logits, not renormalised. Other `score`s of the
-    same pass: weighted_ean_sum = sum of g * ||f||, ean_sum and ean_mean = sum and mean of ||f||,
-    weighted_frequency = sum of g.
+    `routing_weights` model takes g as the model applies it; softmax is the reference's for a config
+    without norm_topk_prob (Mixtral): the softmax over all logits, not renormalised. Other `score`s
+    of the same pass: weighted_ean_sum = sum of g * ||f||, ean_sum and ean_mean = sum and mean of
+    ||f||, weighted_frequency = sum of g.
 
     The reference is one-shot: that is the framework's propagate=dense. With propagate=compressed,
-    its default for all methods, a layer is scored on what the pruned layers before it put out.
+    its default for all methods, a layer is scored on the output of the pruned layers before it.
     """
 
     name: ClassVar[str] = "reap"
 
-    score_by: Literal["reap", "weighted_ean_sum", "ean_sum", "ean_mean", "weighted_frequency"] = (
-        "reap"
-    )
-    gate: Literal["model", "softmax"] = "model"
+    score: ReapScore = "reap"
+    routing_weights: RoutingWeights = "model"
 
     def check(self, budget: Budget) -> None:
-        for key, options in (("score_by", SCORES), ("gate", GATES)):
-            if getattr(self, key) not in options:
-                raise CameraError(f"{key}={getattr(self, key)} is none of {', '.join(options)}.")
+        for key, options in (("score", ReapScore), ("routing_weights", RoutingWeights)):
+            value, choices = getattr(self, key), get_args(options)
+            if value not in choices:
+                raise CameraError(f"{key}={value} is none of {', '.join(choices)}.")
         super().check(budget)
 
-    def statistics_key(self) -> dict[str, Any]:
-        return super().statistics_key() | ({"gate": "softmax"} if self.gate == "softmax" else {})
+    def observer(self) -> UseSpec:
+        return UseSpec(softmax=self.routing_weights == "softmax")
 
-    def observer(self, index: int, ffn: FeedForward) -> UseObserver:
-        return UseObserver(ffn, softmax=self.gate == "softmax")
-
-    def score(self, seen: ExpertUse) -> torch.Tensor:
+    def expert_scores(self, seen: ExpertUse) -> Tensor:
         sums = {
             "reap": seen.gated_norm_E,
             "weighted_ean_sum": seen.gated_norm_E,
@@ -60,6 +59,6 @@ class Reap(ScoredExperts):
             "ean_mean": seen.norm_E,
             "weighted_frequency": seen.gate_E,
         }
-        mean = self.score_by in ("reap", "ean_mean")
+        mean = self.score in ("reap", "ean_mean")
         tokens_E = seen.routed_tokens().clamp(min=1) if mean else 1
-        return sums[self.score_by] / tokens_E
+        return sums[self.score] / tokens_E

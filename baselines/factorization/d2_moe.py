@@ -1,29 +1,48 @@
 """D2-MoE: a layer's routed experts as one merged base and low-rank deltas."""
 
+from __future__ import annotations
+
 from bisect import bisect_left
 from dataclasses import dataclass
 from math import floor
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-import torch
-
-from baselines.factorization.layer_factors import (
-    DeltaObserver,
-    Factoring,
-    FisherObserver,
-    LayerDelta,
-    routed_group,
-)
-from camera.checkpoint.formats.delta import DeltaExperts
-from camera.method import Method, Outcome
-from camera.moe.budget import SPARSITY_OF, Budget, to_remove
-from camera.moe.feed_forward import FeedForward
+from camera.method import Applied, LayerPlan, Method, Pass, PassKind, Plan, Propagate
+from camera.moe.budget import Sparsity, SparsityOf, to_remove
 from camera.runtime.errors import CameraError
 
-MERGES = ("fisher_freq", "fisher", "freq", "mean")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from baselines.factorization.delta import DeltaSpec, DeltaStatistics
+    from camera.calibration.statistics import LayerStatistics
+    from camera.moe.budget import Budget
+    from camera.moe.feed_forward import FeedForward
+
+Merge = Literal["fisher_freq", "fisher", "freq", "mean"]
 
 
-@dataclass
+@dataclass(frozen=True)
+class LayerFactors(LayerPlan):
+    """The tensors of `DeltaExperts`, and a report of how near they come."""
+
+    kind: ClassVar[str] = "factors"
+
+    factors: dict[str, Tensor]
+    report: dict[str, Any]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.factors
+
+    def facts(self) -> dict[str, Any]:
+        return {"report": self.report}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> LayerFactors:
+        return cls(tensors, facts["report"])
+
+
+@dataclass(frozen=True)
 class D2Moe(Method):
     """D2-MoE: W_e = W_base + A_e B_e, the base a weighted mean, the deltas cut to one rank.
 
@@ -35,37 +54,23 @@ class D2Moe(Method):
     """
 
     name: ClassVar[str] = "d2_moe"
-    calibrates: ClassVar[bool] = True
+    reads_text: ClassVar[bool] = True
 
     sparsity: float
-    sparsity_of: Literal["moe", "model", "routed"] = "moe"
-    merge: Literal["fisher_freq", "fisher", "freq", "mean"] = "fisher_freq"
+    sparsity_of: SparsityOf = "moe"
+    merge: Merge = "fisher_freq"
     pp_ratio: float = 0.0
     damping: float = 1e-6
 
-    @property
-    def backward(self) -> bool:
-        """Whether the base's weights need gradients."""
-        return self.merge.startswith("fisher")
-
-    @property
-    def one_shot(self) -> bool:
-        return True
-
     def check(self, budget: Budget) -> None:
-        if not 0 < self.sparsity < 1:
-            raise CameraError(f"sparsity={self.sparsity} must lie between 0 and 1, both excluded.")
-        for key, value, known in (
-            ("sparsity_of", self.sparsity_of, SPARSITY_OF),
-            ("merge", self.merge, MERGES),
-        ):
-            if value not in known:
-                raise CameraError(f"{key}={value} is none of {', '.join(known)}.")
+        Sparsity(self.sparsity, self.sparsity_of)  # refuses
+        if self.merge not in get_args(Merge):
+            raise CameraError(f"merge={self.merge} is none of {', '.join(get_args(Merge))}.")
         if not 0 <= self.pp_ratio < 1:
             raise CameraError(f"pp_ratio={self.pp_ratio} must be at least 0 and below 1.")
         if self.damping < 0:
             raise CameraError(f"damping={self.damping} must not be negative.")
-        self._rank = self.rank(budget)
+        self.rank(budget)
 
     def rank(self, budget: Budget) -> int:
         """The smallest rank that removes no more than the parameters asked for, by bisection.
@@ -74,7 +79,7 @@ class D2Moe(Method):
         CameraError if even rank 1 keeps too much, naming the largest sparsity.
         """
         hidden, shapes = self._shapes(budget)
-        whole = getattr(budget.dense, self.sparsity_of)
+        whole = Sparsity(self.sparsity, self.sparsity_of).whole(budget)
         asked = self.sparsity * whole + 0.5  # half a parameter: floats
 
         def removed(rank: int) -> int:
@@ -90,44 +95,58 @@ class D2Moe(Method):
         ranks = range(1, min(hidden, *(width for _, width in shapes)))
         return 1 + bisect_left(ranks, True, key=lambda rank: removed(rank) <= asked)
 
-    def statistics_key(self) -> dict[str, Any]:
-        return {"kind": LayerDelta.kind, **self.settings()}
+    def observer(self, budget: Budget) -> DeltaSpec:
+        """Sums of a layer, with gradients where they weigh the base."""
+        from baselines.factorization.delta import DeltaSpec, FisherDeltaSpec
+        from baselines.factorization.layer_factors import Factoring
 
-    def observer(self, index: int, ffn: FeedForward) -> DeltaObserver:
-        width = routed_group(ffn).widths[0]
-        how = Factoring(
-            by_counts=self.merge in ("fisher_freq", "freq"),
-            base_width=self._base_width(width),
-            rank=self._rank,
-            damping=self.damping,
-        )
-        observer = FisherObserver if self.backward else DeltaObserver
-        return observer(ffn, how)
+        how = Factoring(self.merge, self.pp_ratio, self.rank(budget), self.damping)
+        return FisherDeltaSpec(how) if self.merge.startswith("fisher") else DeltaSpec(how)
 
-    def compress(self, index: int, ffn: FeedForward, seen: LayerDelta, budget: Budget) -> Outcome:
-        group = routed_group(ffn)
-        down = group.down(0)
+    def passes(self, budget: Budget, propagate: Propagate) -> tuple[Pass, ...]:
+        spec = self.observer(budget)
+        kind = PassKind.BACKWARD if spec.reads == "gradients" else PassKind.DENSE
+        return (Pass(kind, spec), Pass(PassKind.COMPRESSED, tokens=False))
+
+    def plan_layer(
+        self, index: int, ffn: FeedForward, seen: DeltaStatistics, budget: Budget, plan: Plan
+    ) -> LayerFactors:
+        errors = zip(("gate", "up", "down"), seen.error_P.tolist(), strict=True)
+        unreached = sum(path == ffn.routed.path for path, _ in seen.unreached())
+        report = {
+            "rank": seen.down_left.shape[2],
+            "base_width": seen.down_proj.shape[1],
+            "output_error": dict(errors),
+            "experts_without_tokens": unreached,
+        }
+        return LayerFactors(seen.factors(), report)
+
+    def apply(
+        self, index: int, ffn: FeedForward, plan: LayerFactors, seen: LayerStatistics | None
+    ) -> Applied:
+        from camera.checkpoint.formats.delta import DeltaExperts
+
+        group = ffn.routed
+        down, factors = group.down(0), plan.factors
         hidden, width = down.shape
-        base_width, rank = seen.down_proj.shape[1], seen.down_left.shape[2]
+        base_width, rank = factors["down_proj"].shape[1], factors["down_left"].shape[2]
         sizes = hidden, width, len(group.widths), base_width, rank
         module = DeltaExperts(*sizes, group.act_fn, "meta", down.dtype)
-        factors = {n: t.to(down.device, down.dtype) for n, t in seen.factors().items()}
-        module.load_state_dict(factors, assign=True)
-        setattr(ffn.module, ffn.family.experts, module.requires_grad_(False))
-        report = {
-            "rank": rank,
-            "base_width": base_width,
-            "output_error": dict(zip(("gate", "up", "down"), seen.error_P.tolist(), strict=True)),
-            "experts_without_tokens": sum(path == group.path for path, _ in seen.unreached()),
-        }
-        return Outcome({group.path: module.spec()}, report=report)
+        tensors = {n: t.to(down.device, down.dtype) for n, t in factors.items()}
+        module.load_state_dict(tensors, assign=True)
+        ffn.replace(group, module.requires_grad_(False))
+        return Applied({group.path: module.spec()}, report=plan.report)
 
     def _base_width(self, width: int) -> int:
         return width - to_remove(width, self.pp_ratio)
 
     def _size(self, hidden: int, experts: int, width: int, rank: int) -> int:
+        from torch import nn
+
+        from camera.checkpoint.formats.delta import DeltaExperts
+
         sizes = hidden, width, experts, self._base_width(width), rank
-        module = DeltaExperts(*sizes, torch.nn.Identity(), "meta")
+        module = DeltaExperts(*sizes, nn.Identity(), "meta")
         return sum(parameter.numel() for parameter in module.parameters())
 
     def _shapes(self, budget: Budget) -> tuple[int, list[tuple[int, int]]]:

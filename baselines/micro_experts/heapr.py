@@ -1,37 +1,42 @@
-"""HEAPr: micro-experts ranked across layers by a second-order estimate of the loss they'd cost."""
+"""HEAPr: pruning by a second-order estimate of the loss increase, ranked over all layers."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from camera.calibration.scores.base import Score, Scored
-from camera.moe.budget import Budget
-from camera.pruning.micro_experts import MicroExpertPruning, RankScope
+from camera.method import RankScope
+from camera.pruning.micro_experts import MicroExpertPruning
 from camera.runtime.errors import CameraError
 
+if TYPE_CHECKING:
+    from camera.calibration.scores.base import Score
+    from camera.moe.budget import Budget
 
-@dataclass
-class HEAPr(Scored, MicroExpertPruning):
-    """HEAPr: one shot, from one forward and one backward pass; the lowest of all layers go.
 
-    `term` product is the method's own score, mean(h^2) * mean((dloss/dh)^2), and joint the term
-    that it factorises, mean((h * dloss/dh)^2). `normalize` routed takes means over an expert's own
-    tokens, all sums over the calibration set. The reference prunes routed experts only:
-    `sparsity_of` routed with `rank_scope` global; otherwise shared experts are ranked along.
-    Source: HEAPr (ICLR 2026); its experts without a token go first, as here.
+@dataclass(frozen=True)
+class HEAPr(MicroExpertPruning):
+    """HEAPr: one forward and one backward pass; the lowest of all layers are pruned.
+
+    `score` product is the method's own, mean(h^2) * mean((dloss/dh)^2), and fisher the term that it
+    factorises, mean((h * dloss/dh)^2). `normalize` routed takes means over an expert's own tokens,
+    all sums over the calibration set. The reference prunes routed experts only: `sparsity_of`
+    routed with `rank_scope` global; otherwise shared experts are ranked along. Source: HEAPr (ICLR
+    2026); experts without a token are pruned first, as there.
     """
 
     name: ClassVar[str] = "heapr"
-    calibrates: ClassVar[bool] = True
 
     rank_scope: RankScope = "global"
-    term: Literal["product", "joint"] = "product"
+    score: Literal["product", "fisher"] = "product"
     normalize: Literal["routed", "all"] = "routed"
 
     def check(self, budget: Budget) -> None:
-        if self.term not in ("product", "joint"):
-            raise CameraError(f"method.term={self.term} is none of product, joint.")
+        if self.score not in ("product", "fisher"):
+            raise CameraError(f"method.score={self.score} is none of product, fisher.")
         super().check(budget)
 
-    @property
     def ranked_by(self) -> Score:
-        return Score("fisher" if self.term == "joint" else "product", normalize=self.normalize)
+        from camera.calibration.scores.base import score_of
+
+        return score_of(self)

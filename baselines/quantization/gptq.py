@@ -1,23 +1,24 @@
-"""GPTQ and round-to-nearest: the same bits for every weight of every expert."""
+"""GPTQ: the same bits for every weight of every expert."""
+
+from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
-from camera.checkpoint.formats.packed.footprint import MOST_BITS
-from camera.moe.budget import Budget
-from camera.moe.feed_forward import FeedForward
+from camera.method import Plan, Seen
 from camera.quantization.base import Quantization, footprints
-from camera.quantization.bit_plan import ExpertBits, solve_group_size
 from camera.runtime.errors import CameraError
 
-CLOSE = 0.05  # uniform bits and a group size can't meet every target; further below is refused
+if TYPE_CHECKING:
+    from camera.calibration.statistics import LayerStatistics
+    from camera.moe.budget import Budget
+    from camera.moe.feed_forward import FeedForward
+    from camera.quantization.bit_plan import LayerBits
 
 
-@dataclass
+@dataclass(frozen=True)
 class Gptq(Quantization):
     """Every weight of the pool gets the same whole number of bits, solved by GPTQ.
 
@@ -29,21 +30,23 @@ class Gptq(Quantization):
     """
 
     name: ClassVar[str] = "gptq"
+    # uniform bits and a group size can't meet every target
+    tolerance: ClassVar[float] = 0.05
 
     bits: float | None = 2.25
 
-    def __post_init__(self) -> None:
-        self._solved: tuple[int, int | None] | None = None  # one for all layers
-
     def check(self, budget: Budget) -> None:
         super().check(budget)
-        self._solved = self.solve(budget)
+        self.solve(budget)
 
     def reachable(self, budget: Budget) -> tuple[float, float]:
         return 0.0, float("inf")  # `solve` knows better
 
     def solve(self, budget: Budget) -> tuple[int, int | None]:
         """Bits and group size for the target; CameraError, naming the next best, if none fits."""
+        from camera.checkpoint.formats.packed.codes import MAX_BITS
+        from camera.quantization.bit_plan import solve_group_size
+
         if self.bits is None:
             raise CameraError(f"method {self.name} needs a target: set bits.")
         pools = Counter(footprints(budget, None, self.sym, self.scattered).values())
@@ -55,14 +58,14 @@ class Gptq(Quantization):
             return sum(p.uniform(bits) * p.weights * layers for p, layers in sized.items())
 
         near = []
-        for bits in range(MOST_BITS, 0, -1):
+        for bits in range(MAX_BITS, 0, -1):
             size = None if self.group_size == -1 else self.group_size
             if self.group_size is None:
                 size = solve_group_size(partial(stored, bits), weights, self.bits, longest)
             near.append(stored(bits, size) / max(weights, 1))
             if near[-1] <= self.bits * (1 + 1e-9):
                 break
-        if self.bits * (1 - CLOSE) <= near[-1] <= self.bits * (1 + 1e-9):
+        if self.bits * (1 - self.tolerance) <= near[-1] <= self.bits * (1 + 1e-9):
             return bits, size
         raise CameraError(
             f"bits={self.bits} can't be met by the same bits everywhere: the nearest that this "
@@ -70,8 +73,22 @@ class Gptq(Quantization):
             "scales included; set bits or group_size."
         )
 
-    def plan(
-        self, index: int, ffn: FeedForward, seen: Any, budget: Budget
-    ) -> tuple[list[ExpertBits], int | None]:
-        bits, size = self._solved or self.solve(budget)
-        return [ExpertBits.matched(torch.full((width,), bits)) for width in ffn.widths], size
+    def plan(self, seen: Seen, budget: Budget) -> Plan:
+        bits, size = self.solve(budget)
+        return replace(super().plan(seen, budget), shared={"bits": bits, "group_size": size})
+
+    def plan_layer(
+        self,
+        index: int,
+        ffn: FeedForward,
+        seen: LayerStatistics | None,
+        budget: Budget,
+        plan: Plan,
+    ) -> LayerBits:
+        import torch
+
+        from camera.quantization.bit_plan import ExpertBits, LayerBits
+
+        bits = plan.shared["bits"]
+        experts = [ExpertBits.matched(torch.full((width,), bits)) for width in ffn.widths]
+        return LayerBits(experts, plan.shared["group_size"])

@@ -1,4 +1,6 @@
-"""Round-to-nearest: what any quantiser must beat."""
+"""Round-to-nearest, the control of quantisation."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -6,7 +8,7 @@ from typing import ClassVar
 from baselines.quantization.gptq import Gptq
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rtn(Gptq):
     """The same bits everywhere, each weight rounded to the nearest level; needs no calibration."""
 

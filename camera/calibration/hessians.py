@@ -1,4 +1,4 @@
-"""What quantisation needs of a layer, gathered in one pass: energies and Hessians.
+"""Energies and Hessians of a layer, what quantisation needs, gathered in one pass.
 
 Shapes: E experts of the pool, N tokens of one expert (micro-experts of the pool, where a tensor is
 named so), H hidden, W width of one expert, F = sum of W^2 over the experts (their Hessians, one
@@ -7,17 +7,22 @@ after the other), P inputs kept of all experts.
 A Hessian is the plain sum of x x^T over tokens, so shares of the calibration add up.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
 
-from camera.calibration.scores.energy import EnergyObserver, LayerEnergy
-from camera.moe.feed_forward import ExpertGroup, FeedForward
+from camera.calibration.observers import LayerObserver, ObserverSpec
+from camera.calibration.scores.energy import EnergyObserver, EnergyStatistics
+from camera.moe.capture import ExpertCall
+from camera.moe.feed_forward import FeedForward
+from camera.moe.pool import LayerShape, PoolIndex
 
 
 @dataclass
-class LayerHessians(LayerEnergy):
+class HessianStatistics(EnergyStatistics):
     """Energies of a layer's pool, and of each expert the Hessians of its matrices, in fp32.
 
     input_EHH = sum x x^T over the expert's tokens: the inputs of gate and up, which share it.
@@ -27,7 +32,7 @@ class LayerHessians(LayerEnergy):
     """
 
     kind: ClassVar[str] = "hessians"
-    reduced: ClassVar[dict[str, str]] = LayerEnergy.reduced | {
+    reduced: ClassVar[dict[str, str]] = EnergyStatistics.reduced | {
         "input_EHH": "sum",
         "hidden_F": "sum",
         "input_max2_EH": "max",
@@ -53,35 +58,54 @@ class LayerHessians(LayerEnergy):
         sum2_EH = self.input_EHH.diagonal(0, 1, 2).double()
         return (1 - alpha) * sum2_EH + alpha * self.input_max2_EH.double()
 
-    def stored(self) -> LayerEnergy:
+    def stored(self) -> EnergyStatistics:
         """The energies alone: Hessians are as large as the layer and serve only once."""
-        return LayerEnergy(**{f.name: getattr(self, f.name) for f in fields(LayerEnergy)})
+        names = (f.name for f in fields(EnergyStatistics))
+        return EnergyStatistics(**{name: getattr(self, name) for name in names})
 
 
-def hessian_bytes(hidden: int, widths: list[int]) -> int:
-    """What a HessianObserver of experts of these widths holds: 4 sum(H^2 + W^2)."""
-    return 4 * sum(hidden**2 + width**2 for width in widths)
+@dataclass(frozen=True)
+class HessianSpec(ObserverSpec):
+    """Energies and Hessians; `weighted` and `keep` are `HessianObserver`'s."""
+
+    statistics: ClassVar[type[HessianStatistics]] = HessianStatistics
+
+    weighted: bool = False
+    keep: int = 0
+
+    def nbytes(self, layer: LayerShape) -> int:
+        """4 sum(H^2 + W^2), and the inputs that are kept."""
+        widths = layer.pool.widths
+        hessians = 4 * sum(layer.hidden**2 + width**2 for width in widths)
+        return hessians + len(widths) * self.keep * layer.hidden * layer.itemsize
+
+    def single_process(self) -> str | None:
+        if not self.keep:
+            return None
+        return (
+            "true_sequential runs experts again on inputs that one process keeps (set "
+            "true_sequential=false)"
+        )
+
+    def build(self, index: int, ffn: FeedForward) -> HessianObserver:
+        return HessianObserver(ffn, weighted=self.weighted, keep=self.keep)
 
 
-class HessianObserver:
-    """Gathers a layer's energies and Hessians from any number of `camera.moe.capture.observe` passes.
+class HessianObserver(LayerObserver):
+    """Gathers a layer's energies and Hessians.
 
     `weighted` counts a token by its squared routing weight (its share in the layer's squared output
     error), else every token that reached the expert counts 1, as in GPTQ. `keep` inputs of each
-    expert are kept, in the model's precision, for whoever must run it again. Memory:
+    expert are kept, in the model's precision, for an expert that is run again. Memory:
     4 E (H^2 + W^2) bytes, on the layer's device until `result`.
     """
 
     def __init__(self, ffn: FeedForward, *, weighted: bool = False, keep: int = 0):
-        self._energy = EnergyObserver(ffn)
+        self._energy, self._index = EnergyObserver(ffn), PoolIndex(ffn)
         self._weighted, self._keep = weighted, keep
-        self._expert: dict[tuple[str, int], int] = {}
         down = ffn.groups[0].down(0)
         hidden, device = down.shape[0], down.device
-        for group in ffn.groups:
-            for expert in range(len(group.widths)):
-                self._expert[group.path, expert] = len(self._expert)
-        experts, squares = len(self._expert), [width**2 for width in ffn.widths]
+        experts, squares = self._index.experts, [width**2 for width in ffn.widths]
         self._hidden_F = torch.zeros(sum(squares), device=device)
         parts = zip(self._hidden_F.split(squares), ffn.widths, strict=True)
         self._hidden = [H_WW.view(width, width) for H_WW, width in parts]
@@ -91,19 +115,17 @@ class HessianObserver:
         self._kept_count = [0] * experts
         self._dtype = down.dtype
 
-    def __call__(
-        self,
-        group: ExpertGroup,
-        expert: int,
-        x_NH: torch.Tensor,
-        h_NW: torch.Tensor,
-        a_N: torch.Tensor | None,
-    ) -> None:
-        self._energy(group, expert, x_NH, h_NW, a_N)
-        e = self._expert[group.path, expert]
-        room = self._keep - self._kept_count[e]
-        if room > 0:
-            self._kept[e].append(x_NH[:room].cpu())
+    def __call__(self, call: ExpertCall) -> None:
+        self._energy(call)
+        e, x_NH, h_NW, a_N = (
+            self._index.expert(call.group.path, call.expert),
+            call.x_NH,
+            call.h_NW,
+            call.a_N,
+        )
+        left = self._keep - self._kept_count[e]
+        if left > 0:
+            self._kept[e].append(x_NH[:left].cpu())
             self._kept_count[e] += len(self._kept[e][-1])
         x_NH, h_NW = x_NH.float(), h_NW.float()
         self._max2_EH[e] = torch.maximum(self._max2_EH[e], x_NH.square().amax(0))
@@ -112,13 +134,14 @@ class HessianObserver:
         self._input_EHH[e].addmm_(x_NH.T, x_NH)
         self._hidden[e].addmm_(h_NW.T, h_NW)
 
-    def result(self) -> LayerHessians:
+    def result(self) -> HessianStatistics:
         """The statistics gathered so far; Hessians stay where the layer is."""
         energy = self._energy.result()
         kept = [x_NH for parts in self._kept for x_NH in parts]
         empty = torch.zeros(0, self._input_EHH.shape[1], dtype=self._dtype)
-        return LayerHessians(
-            **{f.name: getattr(energy, f.name) for f in fields(LayerEnergy)},
+        return HessianStatistics(
+            groups=energy.groups,
+            **energy.tensors(),
             input_EHH=self._input_EHH,
             hidden_F=self._hidden_F,
             input_max2_EH=self._max2_EH.cpu(),

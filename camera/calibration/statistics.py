@@ -1,37 +1,40 @@
-"""What calibration knows of a model's layers, as files: the base of every method's statistics."""
+"""Statistics of layers and their files."""
+
+from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import distributed
-
-from camera.runtime.distributed import OPERATIONS, world
 from camera.runtime.errors import CameraError
+from camera.runtime.registry import Registry
 
-KINDS: dict[str, type["LayerStatistics"]] = {}
+if TYPE_CHECKING:
+    import torch
+
+KINDS = Registry(
+    "kind of statistics", "statistics.kind", packages=("camera.calibration", "baselines")
+)
 
 
 @dataclass
 class LayerStatistics:
-    """What calibration knows of one layer's pool; every field that a subclass adds is a tensor.
+    """Statistics of one layer's pool; every field that a subclass adds is a tensor.
 
     A field `tokens_E`, where there is one, counts the tokens that each expert of the pool saw.
     """
 
     kind: ClassVar[str]
-    travels: ClassVar[bool] = True  # with the checkpoint they led to
-    reduced: ClassVar[dict[str, str]] = {}  # field -> how shares of the tokens combine: sum or max
+    travels: ClassVar[bool] = True  # copied into the checkpoint they led to
+    # how shares of the tokens combine, by field; None: they don't add up over processes
+    reduced: ClassVar[Mapping[str, Literal["sum", "max"]] | None] = None
     groups: dict[str, list[int]]  # module path -> width of each of its experts, in pool order
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        KINDS[cls.kind] = cls
+        KINDS.register(cls.kind, cls)
 
     @property
     def widths(self) -> list[int]:
@@ -50,24 +53,40 @@ class LayerStatistics:
         """All tensors by the name of their field."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "groups"}
 
-    def stored(self) -> "LayerStatistics":
-        """What is worth keeping in files once the layer is compressed."""
+    def all_reduced(self) -> Self:
+        """Statistics of all ranks' tokens together, by the rule of each field."""
+        from camera.runtime.distributed import all_combined, world
+
+        if world() > 1:
+            for name, how in sorted((self.reduced or {}).items()):
+                setattr(self, name, all_combined(getattr(self, name), how))
         return self
+
+    def stored(self) -> LayerStatistics:
+        """What is kept in files once the layer is compressed."""
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
 
 class Statistics:
     """The statistics of a whole model, layer by layer, with what they were measured on."""
 
-    def __init__(self, layers: dict[int, LayerStatistics], about: dict):
+    def __init__(self, layers: dict[int, LayerStatistics], about: dict[str, Any]):
         self.layers, self.about = layers, about
 
     @property
     def travels(self) -> bool:
-        """Whether they are small and telling enough to stand beside the checkpoint."""
+        """Whether the statistics are copied into the checkpoint."""
         return all(layer.travels for layer in self.layers.values())
 
     def save(self, path: Path) -> None:
         """Write all to one safetensors file, `about` in its header."""
+        from safetensors.torch import save_file
+
         tensors = {
             f"{i}.{name}": tensor.contiguous()
             for i, layer in self.layers.items()
@@ -82,8 +101,10 @@ class Statistics:
         save_file(tensors, path, metadata={"camera": json.dumps(header)})
 
     @classmethod
-    def load(cls, path: Path) -> "Statistics":
+    def load(cls, path: Path) -> Statistics:
         """Read a file of `save`; CameraError if it is missing or broken."""
+        from safetensors import SafetensorError, safe_open
+
         try:
             with safe_open(path, "pt") as file:
                 header = json.loads(file.metadata()["camera"])
@@ -97,28 +118,10 @@ class Statistics:
                     for i, tensors in found.items()
                 }
                 return cls(layers, header["about"])
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, CameraError) as error:
             raise CameraError(
                 f"statistics file {path} can't be read ({error}): delete it and run again."
             ) from error
 
     def __iter__(self) -> Iterator[tuple[int, LayerStatistics]]:
         return iter(sorted(self.layers.items()))
-
-
-def add_up(seen: LayerStatistics) -> LayerStatistics:
-    """What all ranks saw together of a layer, by the rule of each field.
-
-    Raises CameraError for statistics that name no rule (LayerStatistics.reduced).
-    """
-    if world() > 1:
-        if not seen.reduced:
-            raise CameraError(
-                f"what this method sees of a layer ({seen.kind}) can't be added up over processes: "
-                "start it without torchrun."
-            )
-        for name, how in sorted(seen.reduced.items()):
-            tensor = getattr(seen, name).contiguous()
-            distributed.all_reduce(tensor, OPERATIONS[how])
-            setattr(seen, name, tensor)
-    return seen

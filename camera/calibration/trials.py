@@ -1,31 +1,28 @@
-"""What cutting a layer costs the whole model, layer by layer and cut by cut, without gradients.
+"""Costs of trial pruning, as statistics.
 
-One pass through the dense model, a layer in memory at a time, carries a few texts through it many
-times over: as they are and, from every layer on, once for each trial cut of that layer, in which
-micro-experts are silenced. At the end the divergence of the next-token probabilities is what the
-cut costs:
-
-    D = sum over tokens of KL(dense || cut)
-
-Measured before any refit; layers are compared with each other, where that matters little.
-
-Shapes: T tokens, H hidden, N micro-experts of a layer's pool, C trial cuts.
+Shapes: T tokens, N micro-experts of a layer's pool, C trials.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from camera.calibration.statistics import LayerStatistics
 
-TRIALS = (0.25, 0.5, 0.75, 0.9, 1.0)  # shares of what a layer may lose
+if TYPE_CHECKING:
+    import torch
+
+TRIAL_FRACTIONS = (0.25, 0.5, 0.75, 0.9, 1.0)  # shares of what a layer may lose
 TOKENS = 1024  # of the calibration text, over all processes
+
+TrialMasks = dict[int, list["torch.Tensor"]]
+"""By layer: which micro-experts stay, bool [N]; each trial removes what the one before it did."""
 
 
 @dataclass
-class LayerCuts(LayerStatistics):
-    """What trial cuts of one layer cost: nats, summed over the tokens they were tried on."""
+class TrialStatistics(LayerStatistics):
+    """Costs of the trials of one layer: nats, summed over the tokens they were tried on."""
 
     kind: ClassVar[str] = "cuts"
     reduced: ClassVar[dict[str, str]] = {"removed_C": "max", "cost_C": "sum"}
@@ -33,16 +30,12 @@ class LayerCuts(LayerStatistics):
     cost_C: torch.Tensor  # fp64
 
 
-Trials = dict[int, list[torch.Tensor]]
-"""By layer: which micro-experts stay, bool [N], each cut removing what the one before it did."""
-
-
-def trial_tokens(ids_NL: torch.Tensor, processes: int) -> torch.Tensor:
-    """The calibration tokens that a process tries cuts on: whole samples if they are shorter."""
+def trial_sample(ids_NL: torch.Tensor, processes: int) -> torch.Tensor:
+    """The calibration samples used for trial pruning on this rank."""
     most = -(-TOKENS // processes)
     return ids_NL[: max(1, most // ids_NL.shape[1]), :most]
 
 
 def trial_bytes(layers: int, hidden: int) -> int:
-    """What the hidden states of all trials take, in fp32."""
-    return 4 * TOKENS * hidden * layers * len(TRIALS)
+    """Bytes of the hidden states of all trials, in fp32."""
+    return 4 * TOKENS * hidden * layers * len(TRIAL_FRACTIONS)

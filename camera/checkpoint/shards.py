@@ -11,10 +11,10 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from camera.runtime.buffers import room
+from camera.runtime.buffers import allocate
 from camera.runtime.errors import CameraError
 from camera.runtime.files import replace_durably
-from camera.runtime.mapped import let_go
+from camera.runtime.mapped import release_pages
 
 log = logging.getLogger("camera")
 INDEX = "model.safetensors.index.json"
@@ -141,7 +141,7 @@ def _places(path: Path) -> dict[str, Place]:
 
 
 def _read(file: BinaryIO, place: Place) -> torch.Tensor:
-    raw = room(place.bytes)
+    raw = allocate(place.bytes)
     file.seek(place.start)
     view, done = memoryview(raw.numpy()), 0
     while done < place.bytes:  # one read gives 2 GB at most
@@ -247,4 +247,4 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         for key in order:
             whole = tensors[key].detach().cpu().contiguous().reshape(-1)
             file.write(whole.view(torch.uint8).numpy().data)
-            let_go(tensors[key])
+            release_pages(tensors[key])

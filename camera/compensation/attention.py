@@ -1,10 +1,11 @@
-"""Before a cut layer's experts run: refit the output weights of its attention to the dense model.
+"""Refit of attention's output projection to the dense model's hidden states.
 
-What the cut layers before put out wrong stands in the hidden states; attention's output weights,
-which are not cut, can take back a part of it. The same least squares as in `camera.compensation.least_squares`, with the
-attention heads as one expert and the hidden states of the dense model after attention as the aim.
+Errors of the pruned layers before stand in the hidden states; attention's output weights, which are
+not pruned, can take back a part of them. The least squares are those of
+`camera.compensation.least_squares`, with the attention heads as one expert and the hidden states of
+the dense model after attention as the target.
 
-Shapes: T calibration tokens, H hidden, A what the heads put out together.
+Shapes: T calibration tokens, H hidden, A width of all heads together.
 """
 
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 from torch import nn
 
 from camera.compensation.experts import inverse_norms
-from camera.compensation.least_squares import Block, fit, fit_report
-from camera.compensation.settings import Refit
+from camera.compensation.least_squares import ExpertRegression, coordinate_descent, fit_report
+from camera.compensation.settings import CompensationSettings
 
 
 @torch.no_grad()
@@ -24,15 +25,15 @@ def refit_attention(
     missing_TH: torch.Tensor,
     aim_TH: torch.Tensor,
     fitted: int,
-    how: Refit,
+    how: CompensationSettings,
 ) -> dict[str, Any]:
     """Change the weights of `output`, which reads `heads_TA`, so that it also puts out what is
     missing of `aim_TH`, the dense model's hidden states; a report. Tokens from `fitted` on are held
     out; a bias stays as it is.
     """
-    scale_T1 = inverse_norms(aim_TH) if how.errors == "relative" else None
+    scale_T1 = inverse_norms(aim_TH) if how.token_weights == "relative" else None
     missing_TH = missing_TH.float() if scale_T1 is None else missing_TH.float() * scale_T1
-    block = Block(None, heads_TA, output.weight.T, scale_T1)
-    found = fit([block], missing_TH, fitted, how)
+    block = ExpertRegression(None, heads_TA, output.weight.T, scale_T1)
+    found = coordinate_descent([block], missing_TH, fitted, how)
     output.weight.copy_(block.weight_WH.T)
     return fit_report([found])

@@ -1,4 +1,4 @@
-"""After a layer is cut: refit the output weights of what stayed to the output that it had.
+"""Refit of the remaining output weights to the unpruned layer's output.
 
 Shapes: T calibration tokens, H hidden, N tokens of one expert, W its kept width, R removed.
 """
@@ -7,13 +7,19 @@ from typing import Any
 
 import torch
 
-from camera.compensation.least_squares import PIECE, Block, Fit, fit, fit_report
-from camera.compensation.settings import Refit
-from camera.moe.capture import Output, Trace
+from camera.compensation.least_squares import (
+    PIECE,
+    ExpertRegression,
+    FitReport,
+    coordinate_descent,
+    fit_report,
+)
+from camera.compensation.settings import CompensationSettings
+from camera.moe.capture import ExpertPhi, OutputSum
 from camera.moe.feed_forward import FeedForward
-from camera.moe.pool import Kept
+from camera.moe.pool import KeptRows
 from camera.runtime import distributed
-from camera.runtime.buffers import give_back
+from camera.runtime.buffers import trim_heap
 
 Weights = dict[tuple[str, int], torch.Tensor]
 """By module path and expert: down_HW before the layer was cut."""
@@ -21,7 +27,7 @@ Weights = dict[tuple[str, int], torch.Tensor]
 Seen = dict[tuple[str, int], tuple[torch.Tensor | None, torch.Tensor]]
 """By module path and expert: tokens of the layer (None for all) and phi."""
 
-TINY = 1e-3  # of the mean norm: hidden states of nothing don't count for everything
+TINY = 1e-3  # lower bound of a token's norm, relative to the mean
 
 
 def output_weights(ffn: FeedForward) -> Weights:
@@ -49,24 +55,24 @@ def fit_bytes(
 @torch.no_grad()
 def compensate(
     ffn: FeedForward,
-    traces: list[Trace],
-    kept: Kept,
+    phi: list[tuple[int, list[ExpertPhi]]],
+    kept: KeptRows,
     before: Weights,
     fitted: int,
-    how: Refit,
+    how: CompensationSettings,
     target_TH: torch.Tensor | None = None,
     stream_TH: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Refit the cut layer `ffn` in place: its output y_TH on all tokens, and what the fit did.
+    """CompensationSettings the cut layer `ffn` in place: its output y_TH on all tokens, and what the fit did.
 
-    `traces` hold the phi of the whole layer, batch after batch, and are emptied; tokens from
+    `phi` holds tokens and calls of every batch of the unpruned layer; the calls are emptied; tokens from
     `fitted` on are held out. What the layer is to put out is `target_TH`, else what it did. With
     `stream_TH`, the hidden states that its output is added to, errors count relative to the sum.
     Both, fp32, are used up.
     """
-    tokens = sum(trace.tokens for trace in traces)
-    seen = _by_expert(traces)
-    give_back()  # the batches' pieces
+    tokens = sum(count for count, _ in phi)
+    seen = _by_expert(phi)
+    trim_heap()  # the batches' pieces
     first = next(iter(before.values()))
     scale_T1 = None
     if stream_TH is not None:
@@ -75,8 +81,8 @@ def compensate(
         residual_TH = torch.zeros(tokens, len(first), device=first.device)
     else:
         residual_TH = target_TH if scale_T1 is None else target_TH.mul_(scale_T1)
-    blocks: dict[tuple[str, int], Block] = {}
-    fits: list[Fit] = []
+    blocks: dict[tuple[str, int], ExpertRegression] = {}
+    fits: list[FitReport] = []
     for place, down_HW in before.items():
         tokens_N, phi_NF = seen.pop(place) if place in seen else _no_tokens(down_HW)
         stays = torch.zeros(down_HW.shape[1], dtype=torch.bool)
@@ -84,9 +90,11 @@ def compensate(
         stays = stays.to(down_HW.device)
         everywhere = scale_T1 is None or tokens_N is None
         scale_N1 = scale_T1 if everywhere else scale_T1[tokens_N]
-        block = Block(tokens_N, phi_NF[:, stays], down_HW[:, stays].T, scale_N1)
+        block = ExpertRegression(tokens_N, phi_NF[:, stays], down_HW[:, stays].T, scale_N1)
         if target_TH is None:
-            gone_NH = Block(tokens_N, phi_NF[:, ~stays], down_HW[:, ~stays].T, scale_N1).output()
+            gone_NH = ExpertRegression(
+                tokens_N, phi_NF[:, ~stays], down_HW[:, ~stays].T, scale_N1
+            ).output()
         else:
             gone_NH = block.output().neg_()
         del phi_NF
@@ -97,10 +105,10 @@ def compensate(
             residual_TH += gone_NH
         else:
             residual_TH.index_copy_(0, tokens_N, residual_TH.index_select(0, tokens_N) + gone_NH)
-    give_back()  # what was cut
+    trim_heap()  # what was cut
     if how.scope == "layer":
-        fits.append(fit(list(blocks.values()), residual_TH, fitted, how))
-    output = Output(first.new_zeros(1, tokens, len(first)))
+        fits.append(coordinate_descent(list(blocks.values()), residual_TH, fitted, how))
+    output = OutputSum(first.new_zeros(1, tokens, len(first)))
     for group in ffn.groups:
         for expert in range(len(group.widths)):
             block = blocks[group.path, expert]
@@ -114,7 +122,7 @@ def inverse_norms(h_TH: torch.Tensor) -> torch.Tensor:
     """mean |h| / |h_t| of hidden states, fp32 [T, 1]: what each token's error counts."""
     norm_T1 = torch.linalg.vector_norm(h_TH.float(), dim=1, keepdim=True)
     sum_and_tokens = torch.stack([norm_T1.sum(), torch.tensor(len(norm_T1)).to(norm_T1)])
-    mean = torch.div(*distributed.total(sum_and_tokens))
+    mean = torch.div(*distributed.all_sum(sum_and_tokens))
     return mean / norm_T1.clamp(min=TINY * mean)
 
 
@@ -123,7 +131,7 @@ def _after(
 ) -> torch.Tensor:
     """The hidden states after the uncut layer, in the place of those before it."""
     for place, (tokens_N, phi_NF) in seen.items():
-        y_NH = Block(tokens_N, phi_NF, before[place].T).output().mul_(residual_scale)
+        y_NH = ExpertRegression(tokens_N, phi_NF, before[place].T).output().mul_(residual_scale)
         if tokens_N is None:
             stream_TH += y_NH
         else:
@@ -131,20 +139,20 @@ def _after(
     return stream_TH
 
 
-def _by_expert(traces: list[Trace]) -> Seen:
+def _by_expert(phi: list[tuple[int, list[ExpertPhi]]]) -> Seen:
     """Tokens, counted over all batches (None for all), and phi of every expert that was reached."""
     parts: dict[tuple[str, int], list[tuple[torch.Tensor | None, torch.Tensor]]] = {}
     start = 0
-    for trace in traces:
-        for path, expert, tokens_N, phi_NF in trace.seen:
-            shifted_N = None if tokens_N is None else tokens_N + start
-            parts.setdefault((path, expert), []).append((shifted_N, phi_NF))
-        start += trace.tokens
-        trace.seen.clear()
+    for tokens, calls in phi:
+        for call in calls:
+            shifted_N = None if call.tokens_N is None else call.tokens_N + start
+            parts.setdefault((call.path, call.expert), []).append((shifted_N, call.phi_NW))
+        start += tokens
+        calls.clear()
     found = {}
-    for place in list(parts):  # each expert's parts are let go as soon as they are joined
-        tokens, phi = zip(*parts.pop(place), strict=True)
-        found[place] = (None if tokens[0] is None else torch.cat(tokens), torch.cat(phi))
+    for place in list(parts):  # each expert's parts are freed as soon as they are joined
+        places, tables = zip(*parts.pop(place), strict=True)
+        found[place] = (None if places[0] is None else torch.cat(places), torch.cat(tables))
     return found
 
 

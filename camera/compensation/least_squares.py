@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from camera.compensation.settings import Refit
+from camera.compensation.settings import CompensationSettings
 from camera.runtime import distributed
 
 ENOUGH = 1e-3  # a sweep, or a smaller ridge, that improves by less than this share is the last
@@ -30,20 +30,20 @@ PIECE = 4096  # tokens whose phi stands in fp32 at a time
 
 
 @dataclass(frozen=True)
-class Fit:
+class FitReport:
     """What a fit did: squared norms of what was removed and of what of it is missing afterwards, on
     all tokens and (`_out`) on those held out, before these were fitted to; the ridge chosen (0: the
     old weights are best) and the sweeps it took."""
 
     removed: float
-    missing: float
+    residual: float
     removed_out: float
-    missing_out: float
+    residual_out: float
     ridge: float
     sweeps: int
 
 
-class Block:
+class ExpertRegression:
     """One expert of the descent: `phi_NW` on its tokens (None for all), `weight_WH` to fit.
 
     `scale_N1` is the root of what each token counts, as it is in the residual.
@@ -76,7 +76,7 @@ class Block:
         gram_WW = self.old_WH.new_zeros(width, width)
         for _, phi_PW in self._pieces(self._fitted):
             gram_WW.addmm_(phi_PW.T, phi_PW)
-        self._gram_WW = distributed.total(gram_WW)
+        self._gram_WW = distributed.all_sum(gram_WW)
 
     @property
     def energy_W(self) -> torch.Tensor:
@@ -86,14 +86,14 @@ class Block:
     @property
     def penalty(self) -> float:
         """What the change of the weights counts."""
-        return (self._stiffness_W1 * (self.weight_WH - self.old_WH).square()).sum().item()
+        return (self._ridge_W1 * (self.weight_WH - self.old_WH).square()).sum().item()
 
-    def factorise(self, stiffness: float) -> None:
-        """Prepare steps; w_i is held back by stiffness * |w_i - w_i^old|^2 / |w_i^old|^2."""
+    def factorise(self, ridge: float) -> None:
+        """Prepare steps; w_i is held back by ridge * |w_i - w_i^old|^2 / |w_i^old|^2."""
         norm2_W = self.old_WH.square().sum(1)
         floor = TINY * norm2_W.mean()  # a micro-expert that did nothing is held by a finite force
-        self._stiffness_W1 = (stiffness / norm2_W.clamp(min=floor))[:, None]
-        left_WW = self._gram_WW + torch.diag(self._stiffness_W1[:, 0])
+        self._ridge_W1 = (ridge / norm2_W.clamp(min=floor))[:, None]
+        left_WW = self._gram_WW + torch.diag(self._ridge_W1[:, 0])
         # scaled to a diagonal of ones: norms differ by many powers of ten
         self._scale_W1 = left_WW.diagonal().sqrt()[:, None]
         self._factor_WW = torch.linalg.cholesky(left_WW / self._scale_W1 / self._scale_W1.T)
@@ -109,18 +109,18 @@ class Block:
         pull_WH = torch.zeros_like(self.old_WH)
         for rows, phi_PW in self._pieces(self._fitted):
             pull_WH.addmm_(phi_PW.T, residual_NH[rows])
-        pull_WH = distributed.total(pull_WH)
-        pull_WH -= self._stiffness_W1 * (self.weight_WH - self.old_WH)
+        pull_WH = distributed.all_sum(pull_WH)
+        pull_WH -= self._ridge_W1 * (self.weight_WH - self.old_WH)
         change_WH = torch.cholesky_solve(pull_WH / self._scale_W1, self._factor_WW)
         change_WH /= self._scale_W1
         self._change(residual_TH, residual_NH, change_WH)
 
-    def alone(self, residual_NH: torch.Tensor, fitted: int, how: Refit) -> Fit:
-        """Fit this expert by itself, to a residual of its own tokens."""
+    def alone(self, residual_NH: torch.Tensor, fitted: int, how: CompensationSettings) -> FitReport:
+        """FitReport this expert by itself, to a residual of its own tokens."""
         if self.tokens_N is not None:
             fitted = int(torch.searchsorted(self.tokens_N, fitted))
-        own = Block(None, self.phi_NW, self.old_WH, self.scale_N1)
-        found = fit([own], residual_NH, fitted, how)
+        own = ExpertRegression(None, self.phi_NW, self.old_WH, self.scale_N1)
+        found = coordinate_descent([own], residual_NH, fitted, how)
         self.weight_WH = own.weight_WH
         return found
 
@@ -147,15 +147,20 @@ class Block:
             residual_TH.index_copy_(0, self.tokens_N, residual_NH)
 
 
-def fit(blocks: list[Block], residual_TH: torch.Tensor, fitted: int, how: Refit) -> Fit:
-    """Fit the blocks' weights so that little of `residual_TH` is left (fp32, changed in place).
+def coordinate_descent(
+    blocks: list[ExpertRegression],
+    residual_TH: torch.Tensor,
+    fitted: int,
+    how: CompensationSettings,
+) -> FitReport:
+    """FitReport the blocks' weights so that little of `residual_TH` is left (fp32, changed in place).
 
     The ridge is that after which the held-out tokens, those from `fitted` on, are closest; with it
     all tokens are then fitted. Where no ridge helps, weights and residual are left as they were.
     """
     blocks = [block for block in blocks if block.weight_WH.numel()]
     removed, removed_out = _errors(residual_TH, fitted)
-    left = Fit(removed + removed_out, removed + removed_out, removed_out, removed_out, 0.0, 0)
+    left = FitReport(removed + removed_out, removed + removed_out, removed_out, removed_out, 0.0, 0)
     if not blocks or not removed:
         return left
     judge = 1 if removed_out else 0  # without held-out tokens the fitted ones decide
@@ -175,14 +180,14 @@ def fit(blocks: list[Block], residual_TH: torch.Tensor, fitted: int, how: Refit)
         for block in blocks:
             block.fit_to(len(residual_TH))
     missing, sweeps = _descend(blocks, residual_TH, len(residual_TH), chosen, how.sweeps, 0)
-    return replace(left, missing=missing, missing_out=best * judge, ridge=chosen, sweeps=sweeps)
+    return replace(left, residual=missing, residual_out=best * judge, ridge=chosen, sweeps=sweeps)
 
 
-def fit_report(fits: list[Fit]) -> dict[str, Any]:
+def fit_report(fits: list[FitReport]) -> dict[str, Any]:
     """Share of the removed squared output that is still missing, on all tokens and held-out ones
     (before these were fitted to), and the ridges that were chosen."""
-    removed, missing = sum(f.removed for f in fits), sum(f.missing for f in fits)
-    removed_out, missing_out = sum(f.removed_out for f in fits), sum(f.missing_out for f in fits)
+    removed, missing = sum(f.removed for f in fits), sum(f.residual for f in fits)
+    removed_out, missing_out = sum(f.removed_out for f in fits), sum(f.residual_out for f in fits)
     return {
         "missing": missing / removed if removed else 0.0,
         "missing_held_out": missing_out / removed_out if removed_out else None,
@@ -192,7 +197,12 @@ def fit_report(fits: list[Fit]) -> dict[str, Any]:
 
 
 def _descend(
-    blocks: list[Block], residual_TH: torch.Tensor, fitted: int, ridge: float, most: int, judge: int
+    blocks: list[ExpertRegression],
+    residual_TH: torch.Tensor,
+    fitted: int,
+    ridge: float,
+    most: int,
+    judge: int,
 ) -> tuple[float, int]:
     """Sweep over the blocks as long as the tokens judged by get closer or, if these are the ones
     fitted to, what is minimised gets smaller; their error, and the sweeps."""
@@ -214,7 +224,7 @@ def _descend(
     return error, sweeps
 
 
-def _mean_energy(blocks: list[Block]) -> float:
+def _mean_energy(blocks: list[ExpertRegression]) -> float:
     energy_N = torch.cat([block.energy_W for block in blocks])
     return energy_N.double().mean().item()
 
@@ -223,5 +233,5 @@ def _errors(residual_TH: torch.Tensor, fitted: int) -> tuple[float, float]:
     """Squared norm of what is left on the tokens fitted to, and on those held out."""
     parts = (residual_TH[:fitted], residual_TH[fitted:])
     norms = torch.stack([torch.linalg.vector_norm(part) for part in parts])
-    first, second = distributed.total(norms.double().square()).tolist()
+    first, second = distributed.all_sum(norms.double().square()).tolist()
     return first, second

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from camera.evaluation.passages import Block, Passage, at_least_one, read_passage
-from camera.runtime.progress import shown
-from camera.streaming.lm_head import tokens_at_once
+from camera.runtime.progress import progress_bar
+from camera.streaming.lm_head import tokens_per_chunk
 
 
 def perplexity(
@@ -73,7 +73,7 @@ def _total_nll(model, passage: Passage, batch_size: int, progress: bool) -> floa
     total, blocks, ids_S = 0.0, passage.blocks, passage.ids_S
     with (
         _evaluating(model) as device,
-        shown(passage.title, len(blocks), "blocks", show=progress) as advance,
+        progress_bar(passage.title, len(blocks), "blocks", show=progress) as advance,
     ):
         for batch in _batches(blocks, batch_size):
             ids_BL = torch.stack([ids_S[block.begin : block.end] for block in batch]).to(device)
@@ -100,7 +100,7 @@ def _batches(blocks: list[Block], batch_size: int) -> Iterator[list[Block]]:
 def _scored_nll(logits_BLV: Tensor, ids_BL: Tensor, scored: list[int]) -> float:
     """Σ -log p over the last `scored` tokens of each row, in fp32 by chunks of positions."""
     B, L, V = logits_BLV.shape
-    chunk = max(1, tokens_at_once(V, tables=2) // B)
+    chunk = max(1, tokens_per_chunk(V, tables=2) // B)
     counts_B = torch.tensor(scored, device=ids_BL.device)
     first_B1 = (L - counts_B).unsqueeze(1)
     total = torch.zeros((), dtype=torch.float64)

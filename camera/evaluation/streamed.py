@@ -8,23 +8,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
 
 from camera.evaluation.shared_context import MASKABLE, Pack, Rows, packs_of, reach, rows_of
-from camera.moe.capture import swapped, unwrap
+from camera.moe.capture import replaced_submodule, unwrap
 from camera.runtime.errors import CameraError
-from camera.runtime.mapped import HiddenStates
+from camera.runtime.mapped import MappedTable
 from camera.runtime.peak_memory import PeakMemory
 from camera.runtime.progress import each_layer
-from camera.streaming.lm_head import loaded_head, tokens_at_once
-from camera.streaming.streamer import Streamer
-
-BATCH_TOKENS = 8192
-RAM_SHARE = 0.3  # of the free memory that hidden states may take before they go to disk
+from camera.streaming.lm_head import lm_head_loaded, tokens_per_chunk
+from camera.streaming.memory import BATCH_TOKENS, HIDDEN_SHARE
+from camera.streaming.recorder import ArgumentRecorder
+from camera.streaming.skeleton import MetaModel
 
 Request = tuple[list[int], list[int]]
 """(context, answer): tokens that are only seen, and those whose likelihood is asked."""
@@ -56,22 +54,22 @@ class StreamedEvaluation:
 
     def __init__(
         self,
-        streamer: Streamer,
+        model: MetaModel,
         *,
         batch_tokens: int = BATCH_TOKENS,
         ram: int | None = None,
         folder: Path | None = None,
     ):
-        self.streamer, self.batch_tokens = streamer, batch_tokens
+        self.model, self.batch_tokens = model, batch_tokens
         self.ram, self.folder = ram, folder
         self.answers: list[tuple[float, bool] | None] = []
         self.sizes: list[int] = []  # tokens of each request
-        self.memory = PeakMemory(streamer.device)
+        self.memory = PeakMemory(model.device)
         self.seconds, self.tokens = 0.0, 0  # spent and read by the last pass
         self._asked: list[_Asked] = []
         self._under_way: list[_Asked] = []
         self._batches: list[_Batch] = []
-        self._hidden: HiddenStates | None = None
+        self._hidden: MappedTable | None = None
 
     def add(self, requests: Sequence[Request], longest: int | None = None) -> range:
         """Enter requests; the numbers under which `answers` will hold (log p, is it greedy).
@@ -98,43 +96,43 @@ class StreamedEvaluation:
         """Read the model once and answer what was added since the last time."""
         if not self._asked:
             return
-        streamer, started = self.streamer, perf_counter()
-        with PeakMemory(streamer.device) as self.memory:
+        model, started = self.model, perf_counter()
+        with PeakMemory(model.device) as self.memory:
             self.begin()
-            for i in each_layer(0, len(streamer.layers), "evaluate", self.memory, progress):
-                streamer.load_layer(i)
+            for i in each_layer(0, len(model.layers), "evaluate", self.memory, progress):
+                model.load_layer(i)
                 self.layer(i)
-                streamer.free(streamer.layers[i])
+                model.free_layer(i)
             self.finish()
         self.seconds = perf_counter() - started
 
     @torch.no_grad()
     def begin(self) -> None:
         """Embed all tokens; what is added from here on waits for the next pass."""
-        started, streamer = perf_counter(), self.streamer
+        started, meta = perf_counter(), self.model
         self._under_way, self._asked = self._asked, []
         self._batches = list(self._plan())
-        self._stand_ins = nn.ModuleList(_StandIn(layer) for layer in streamer.layers)
+        self._recorders = nn.ModuleList(ArgumentRecorder(layer) for layer in meta.layers)
         size = 0
         for batch in self._batches:
             batch.first, size = size, size + batch.ids_BL.numel()
-        ram = RAM_SHARE * psutil.virtual_memory().available if self.ram is None else self.ram
-        self._hidden = HiddenStates(
-            size, streamer.config.get_text_config().hidden_size, streamer.dtype, ram, self.folder
+        ram = HIDDEN_SHARE * psutil.virtual_memory().available if self.ram is None else self.ram
+        self._hidden = MappedTable(
+            size, meta.config.get_text_config().hidden_size, meta.dtype, ram, self.folder
         )
         self.tokens, self.seconds = size, 0.0
-        streamer.load_rest("embed_tokens")
+        meta.load_rest("embed_tokens")
         for batch in self._batches:
-            ids_BL = batch.ids_BL.to(streamer.device)
+            ids_BL = batch.ids_BL.to(meta.device)
             hidden_BLH, _ = self._arguments(batch, 0, input_ids=ids_BL)
             self._hidden.write(batch.first, hidden_BLH)
-        streamer.free(streamer.base.embed_tokens)
+        meta.free(meta.base.embed_tokens)
         self.seconds += perf_counter() - started
 
     @torch.no_grad()
     def layer(self, index: int) -> None:
         """Take all tokens through a loaded layer."""
-        started, layer = perf_counter(), self.streamer.layers[index]
+        started, layer = perf_counter(), self.model.layers[index]
         for batch in self._batches:
             hidden_BLH = self._read(batch)
             _, kwargs = self._arguments(batch, index, inputs_embeds=hidden_BLH)
@@ -146,8 +144,8 @@ class StreamedEvaluation:
         """Final norm and head on the positions that predict something: fills `answers`."""
         started, size = perf_counter(), len(self.answers)
         sums, misses = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.long)
-        with loaded_head(self.streamer) as vocabulary:
-            chunk = tokens_at_once(vocabulary, tables=2)
+        with lm_head_loaded(self.model) as vocabulary:
+            chunk = tokens_per_chunk(vocabulary, tables=2)
             for batch in self._batches:
                 hidden_TH = self._read(batch).flatten(0, 1)
                 for begin in range(0, len(batch.wanted_P), chunk):
@@ -167,7 +165,7 @@ class StreamedEvaluation:
 
     def _plan(self) -> Iterator[_Batch]:
         """Rows of like length together; contexts that stand alone need no mask of their own."""
-        model = self.streamer.model
+        model = self.model.model
         numbers = [number for number, _, _ in self._under_way]
         requests = [(context, answer) for _, context, answer in self._under_way]
         longest = max(len(context) + len(answer) for context, answer in requests)
@@ -196,49 +194,35 @@ class StreamedEvaluation:
 
     def _read(self, batch: _Batch) -> Tensor:
         hidden_TH = self._hidden.read(batch.first, batch.ids_BL.numel())
-        return hidden_TH.view(*batch.ids_BL.shape, -1).to(self.streamer.device)
+        return hidden_TH.view(*batch.ids_BL.shape, -1).to(self.model.device)
 
     def _arguments(self, batch: _Batch, index: int, **inputs: Tensor) -> tuple[Tensor, dict]:
         """What the model's own forward passes to a layer: hidden states (right for the first layer
         only) and the rest (masks, rotary positions)."""
-        base, device, rows = self.streamer.base, self.streamer.device, batch.rows
+        base, device, rows = self.model.base, self.model.device, batch.rows
         if rows is not None:
-            inputs["attention_mask"] = rows.mask(self.streamer.dtype, device)
+            inputs["attention_mask"] = rows.mask(self.model.dtype, device)
             inputs["position_ids"] = rows.position_BL.to(device)
-        with swapped(base, "layers", self._stand_ins), swapped(base, "norm", nn.Identity()):
+        with (
+            replaced_submodule(base, "layers", self._recorders),
+            replaced_submodule(base, "norm", nn.Identity()),
+        ):
             base(**inputs, use_cache=False)
-        call = self._stand_ins[index].call
-        for stand_in in self._stand_ins:
-            stand_in.call = None
+        call = self._recorders[index].call
+        for recorder in self._recorders:
+            recorder.call = None
         return call
 
     def _logits(self, hidden_CH: Tensor) -> Tensor:
         """The model's own way from its last layer's output to logits_CV."""
-        model, base = self.streamer.model, self.streamer.base
-        last = nn.ModuleList([_StandIn(self.streamer.layers[0], hidden_CH[:, None])])
+        model, base = self.model.model, self.model.base
+        last = nn.ModuleList([ArgumentRecorder(self.model.layers[0], hidden_CH[:, None])])
         options = {"use_cache": False}
         if hasattr(model.config, "output_router_logits"):
             options["output_router_logits"] = False  # there is no router to ask
-        with swapped(base, "layers", last):
+        with replaced_submodule(base, "layers", last):
             unused = torch.zeros_like(hidden_CH[:, None])
             return model(inputs_embeds=unused, **options).logits[:, 0]
-
-
-class _StandIn(nn.Module):
-    """In the place of a decoder layer: keeps the arguments of its last call, and gives back its
-    input or the `output` it was made with."""
-
-    def __init__(self, layer: nn.Module, output: Tensor | None = None):
-        super().__init__()
-        self.call: tuple[Tensor, dict[str, Any]] | None = None
-        self.output = output
-        for name, value in vars(layer).items():  # plain facts a model may ask a layer for
-            if isinstance(value, (str, int, float)) and not name.startswith("_"):
-                setattr(self, name, value)
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.call = (hidden_states, kwargs)
-        return hidden_states if self.output is None else self.output
 
 
 def _columns(pack: Pack) -> int:

@@ -1,4 +1,4 @@
-"""Perplexity and tasks together: what a model that doesn't fit in memory is asked in one pass."""
+"""Perplexity and tasks of a streamed model in one pass."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,11 +11,11 @@ from camera.evaluation.passages import Passage, read_passage
 from camera.evaluation.streamed import StreamedEvaluation
 from camera.evaluation.tasks.definitions import quiet
 from camera.evaluation.tasks.evaluate import Task, read_tasks
-from camera.streaming.streamer import Streamer
+from camera.streaming.skeleton import MetaModel
 
 
 @dataclass(frozen=True)
-class Measures:
+class EvaluationRequest:
     """What is to be measured: corpora for perplexity, lm-eval tasks, and how much of each.
 
     The fields mean what the arguments of `perplexity` and `evaluate_tasks` do; `blocks` is the
@@ -38,14 +38,14 @@ class Measures:
         return found | {"corpora": list(self.corpora), "tasks": list(self.tasks)}
 
 
-class Parts:
+class EvaluationSuite:
     """The parts of an evaluation: asked when made, and told when the evaluation is through.
 
     Raises CameraError for what `perplexity` and `evaluate_tasks` refuse.
     """
 
-    def __init__(self, evaluation: StreamedEvaluation, tokenizer, measures: Measures):
-        self.evaluation, model = evaluation, evaluation.streamer.model
+    def __init__(self, evaluation: StreamedEvaluation, tokenizer, measures: EvaluationRequest):
+        self.evaluation, model = evaluation, evaluation.model.model
         self._passages: list[tuple[Passage, range]] = []
         self._tasks: list[Task] = []
         for corpus in measures.corpora:
@@ -91,26 +91,26 @@ class Parts:
         return self.evaluation.seconds * sum(sizes[n] for n in numbers) / sum(sizes)
 
 
-class Passenger:
-    """An evaluation that rides along while a model is compressed: its weights are read only once.
+class EvaluationDuringCompression:
+    """Evaluation during compression: each compressed layer is evaluated while it is loaded.
 
     It sees each layer as it is once compressed, in the precision it is computed in.
     """
 
-    def __init__(self, streamer: Streamer, tokenizer, measures: Measures):
-        self.measures, self._evaluation = measures, StreamedEvaluation(streamer)
-        self._parts = Parts(self._evaluation, tokenizer, measures)
+    def __init__(self, model: MetaModel, tokenizer, measures: EvaluationRequest):
+        self.measures, self._evaluation = measures, StreamedEvaluation(model)
+        self._parts = EvaluationSuite(self._evaluation, tokenizer, measures)
 
     def begin(self) -> None:
-        """Get on before the first layer."""
+        """Embed the evaluation tokens."""
         self._evaluation.begin()
 
     def layer(self, index: int) -> None:
-        """Pass through a compressed layer while it is in memory."""
+        """Run a compressed layer that is in memory."""
         self._evaluation.layer(index)
 
     def results(self, peak_memory_bytes: int) -> dict[str, Any]:
-        """After the last layer: what was asked and, as `Parts.results`, what came out."""
+        """After the last layer: what was asked and, as `EvaluationSuite.results`, what came out."""
         self._evaluation.finish()
         found = self._parts.results()
         for part in (*found["perplexity"].values(), *found["tasks"].values()):
@@ -120,7 +120,7 @@ class Passenger:
 
 def evaluate_streamed(
     model: str | Path,
-    measures: Measures,
+    measures: EvaluationRequest,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -130,13 +130,13 @@ def evaluate_streamed(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Measure a model, compressed or not, in one read of its weights, a layer in memory at a time.
 
-    Returns what `Parts.results` does, with `peak_memory_bytes` in each part; `options` are
+    Returns what `EvaluationSuite.results` does, with `peak_memory_bytes` in each part; `options` are
     StreamedEvaluation's. Raises CameraError for what a user can mend.
     """
     folder = resolve_model(str(model), code=trust_remote_code)
-    streamer = Streamer(folder, resolve_device(device), dtype, trust_remote_code)
-    evaluation = StreamedEvaluation(streamer, **options)
-    parts = Parts(evaluation, load_tokenizer(folder, trust_remote_code), measures)
+    meta = MetaModel(folder, resolve_device(device), dtype, trust_remote_code)
+    evaluation = StreamedEvaluation(meta, **options)
+    parts = EvaluationSuite(evaluation, load_tokenizer(folder, trust_remote_code), measures)
     evaluation.run(progress=progress)
     found = parts.results()
     for part in (*found["perplexity"].values(), *found["tasks"].values()):

@@ -5,19 +5,41 @@ methods work on (routed and shared experts; in a model without experts its dense
 the routed experts alone.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import floor
+from typing import TYPE_CHECKING, Literal, get_args
 
-from torch import nn
-
-from camera.moe.families import Family
-from camera.moe.feed_forward import FeedForward
 from camera.moe.pool import LayerPool
-from camera.moe.routing import routing_of
 from camera.runtime.errors import CameraError
 
-SPARSITY_OF = ("moe", "model", "routed")
+if TYPE_CHECKING:
+    from torch import nn
+
+    from camera.moe.families import Family
+
+SparsityOf = Literal["moe", "model", "routed"]
+SPARSITY_OF = get_args(SparsityOf)
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """A share of parameters to remove, in (0, 1), and of what; CameraError for other values."""
+
+    value: float
+    of: SparsityOf = "moe"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.value < 1:
+            raise CameraError(f"sparsity={self.value} must lie between 0 and 1, both excluded.")
+        if self.of not in SPARSITY_OF:
+            raise CameraError(f"sparsity_of={self.of} is none of {', '.join(SPARSITY_OF)}.")
+
+    def whole(self, budget: Budget) -> int:
+        """Parameters of the denominator."""
+        return getattr(budget.dense, self.of)
 
 
 @dataclass(frozen=True)
@@ -29,7 +51,7 @@ class Count:
     routed: int
     bytes: int
 
-    def sparsity(self, compressed: "Count") -> dict[str, float | None]:
+    def sparsity(self, compressed: Count) -> dict[str, float | None]:
         """Realised share removed under each denominator (None where the model has no such part)."""
         pairs = {name: (getattr(self, name), getattr(compressed, name)) for name in SPARSITY_OF}
         return {name: 1 - after / full if full else None for name, (full, after) in pairs.items()}
@@ -57,11 +79,7 @@ class Budget:
         ratio = sparsity * parameters(sparsity_of) / prunable parameters, the same in every layer.
         Raises CameraError, naming the largest possible value, if a layer can't give that much.
         """
-        if not 0 < sparsity < 1:
-            raise CameraError(f"sparsity={sparsity} must lie between 0 and 1, both excluded.")
-        if sparsity_of not in SPARSITY_OF:
-            raise CameraError(f"sparsity_of={sparsity_of} is none of {', '.join(SPARSITY_OF)}.")
-        prunable, whole = self.prunable(sparsity_of), getattr(self.dense, sparsity_of)
+        whole, prunable = Sparsity(sparsity, sparsity_of).whole(self), self.prunable(sparsity_of)
         if not prunable:
             what = "routed experts" if sparsity_of == "routed" else "feed-forward layers"
             raise CameraError(
@@ -90,6 +108,9 @@ def to_remove(micro_experts: int, ratio: float) -> int:
 
 def budget_of(model: nn.Module, layers: Iterable[nn.Module], family: Family, root: str) -> Budget:
     """Count a model (on any device, meta too); `root` is the path of its list of layers."""
+    from camera.moe.feed_forward import FeedForward
+    from camera.moe.routing import routing_of
+
     pools: dict[int, LayerPool] = {}
     views = [FeedForward(layer, family, f"{root}.{i}") for i, layer in enumerate(layers)]
     has_experts = any(view.is_moe for view in views)

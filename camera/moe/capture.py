@@ -1,14 +1,17 @@
-"""Run a layer's feed-forward part once and see what each expert of its pool does.
+"""One forward pass of a layer's FFN, with each expert's activations passed to an observer.
 
-The layer's own router decides; its experts are replaced, for the length of the call, by taps that
+The layer's own router decides; its experts are replaced, for the length of the call, by stubs that
 compute only the tokens routed to them. Nothing of the routing is computed here.
 
 Shapes: B samples, L tokens of a sample, T = B * L tokens, H hidden, K experts per token, N tokens
 of one expert, W width of one expert.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,22 +19,40 @@ import torch
 from torch import nn
 
 from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert, RoutedExperts
-from camera.moe.pool import Kept
+from camera.moe.observer import Observer
+from camera.moe.pool import KeptRows
 from camera.moe.routing import routed_slots
-
-Observer = Callable[[ExpertGroup, int, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
-"""observer(group, expert, x_NH, h_NW, a_N): the tokens one expert saw, its activations (fp32) and
-routing weights (None for 1); the micro-expert outputs are phi_NW = a_N * h_NW."""
 
 Sink = Callable[[ExpertGroup, int, torch.Tensor | None, torch.Tensor], None]
 """sink(group, expert, tokens_N, phi_NW): phi in the model's precision; None for all tokens."""
 
+RoutedCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""call(x_TH, index_TK, weight_TK) -> y_TH: what native routed experts are called with."""
 
-def unobserved(*_: object) -> None:
-    """The observer that looks at nothing."""
+
+@dataclass(frozen=True, slots=True)
+class ExpertCall:
+    """One expert on the tokens of one batch; padding left out.
+
+    tokens_N are positions in the batch (None: all of them), x_NH inputs in the model's precision,
+    h_NW activations (fp32) before the routing weight a_N (None for 1).
+    """
+
+    group: ExpertGroup
+    expert: int
+    batch: int
+    tokens_N: torch.Tensor | None
+    x_NH: torch.Tensor
+    h_NW: torch.Tensor
+    a_N: torch.Tensor | None
+
+    @property
+    def phi_NW(self) -> torch.Tensor:
+        """Micro-expert outputs phi = a * h."""
+        return self.h_NW if self.a_N is None else self.h_NW * self.a_N[:, None]
 
 
-class Output:
+class OutputSum:
     """A sink that adds the FFN's output up: y_TH = sum_i phi_i * w_i^down over the whole pool."""
 
     def __init__(self, x_BLH: torch.Tensor):
@@ -48,123 +69,126 @@ class Output:
             self.y_TH.index_copy_(0, tokens_N, self.y_TH.index_select(0, tokens_N) + out)
 
 
-class Trace:
-    """A sink that keeps phi, so that a layer cut afterwards needs only `down_proj` to finish."""
+@dataclass
+class ExpertPhi:
+    """phi of one expert on the tokens of one batch (None: all of them)."""
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
-        self.seen: list[tuple[str, int, torch.Tensor | None, torch.Tensor]] = []
+    path: str
+    expert: int
+    tokens_N: torch.Tensor | None
+    phi_NW: torch.Tensor
+
+
+class PhiRecord:
+    """A sink that keeps phi, so that a layer pruned afterwards needs only `down_proj` to finish."""
+
+    def __init__(self) -> None:
+        self.calls: list[ExpertPhi] = []
 
     def __call__(
         self, group: ExpertGroup, expert: int, tokens_N: torch.Tensor | None, phi_NW: torch.Tensor
     ) -> None:
-        self.seen.append((group.path, expert, tokens_N, phi_NW))
-
-    def finish(self, ffn: FeedForward, kept: Kept, output: Output) -> torch.Tensor:
-        """y_TH of the cut layer `ffn`, of whose micro-experts `kept` stayed."""
-        groups = {group.path: group for group in ffn.groups}
-        for path, expert, tokens_N, phi_NW in self.seen:
-            rows = kept[path][expert].to(phi_NW.device)
-            output(groups[path], expert, tokens_N, phi_NW.index_select(1, rows))
-        return output.y_TH
+        self.calls.append(ExpertPhi(group.path, expert, tokens_N, phi_NW))
 
 
-def observe(
+def project_phi(
+    ffn: FeedForward, calls: list[ExpertPhi], kept: KeptRows, output: OutputSum
+) -> torch.Tensor:
+    """y_TH of the pruned layer `ffn` from the phi of the whole one; `kept` micro-experts stayed."""
+    groups = {group.path: group for group in ffn.groups}
+    for call in calls:
+        rows = kept[call.path][call.expert].to(call.phi_NW.device)
+        phi_NW = call.phi_NW.index_select(1, rows)
+        output(groups[call.path], call.expert, call.tokens_N, phi_NW)
+    return output.y_TH
+
+
+def run_ffn(
     ffn: FeedForward,
     x_BLH: torch.Tensor,
-    observer: Observer,
+    observer: Observer | Callable[[ExpertCall], None] | None = None,
+    *,
     mask_T: torch.Tensor | None = None,
     sink: Sink | None = None,
-    record: Callable[..., torch.Tensor] | None = None,
-    counts_T: torch.Tensor | None = None,
+    batch: int = 0,
+    routed: RoutedCall | None = None,
 ) -> None:
     """Call `observer`, and `sink` if given, for every expert that x reaches.
 
-    Where routed experts are to be looked at later, `record` stands for them: it is called with
-    mask_T, counts_T, sink, x_TH, index_TK, weight_TK. With `counts_T` the observer sees routing
-    weights times that: phi as much as the token counts.
-    Tokens where `mask_T` is False (padding) are routed as the model would, and reach the sink, but
-    the observer never sees them.
+    Where routed experts are evaluated later, `routed` stands for them. Tokens where `mask_T` is
+    False (padding) are routed as the model would, and reach the sink; the observer never sees them.
     """
     if not ffn.is_moe:
-        _mlp(ffn.groups[0], observer, mask_T, counts_T, sink, x_BLH)
+        _mlp(ffn.groups[0], observer, mask_T, sink, batch, x_BLH)
         return
-    with ExitStack() as taps:
+    with ExitStack() as stubs:
         for group in ffn.groups:
             shared = isinstance(group, MlpExpert)
             name = ffn.family.shared if shared else ffn.family.experts
-            function = partial(_mlp if shared else _routed, group, observer, mask_T, counts_T, sink)
-            if record is not None and not shared:
-                function = partial(record, mask_T, counts_T, sink)
-            taps.enter_context(swapped(ffn.module, name, Tap(function)))
+            function = partial(_mlp if shared else _routed, group, observer, mask_T, sink, batch)
+            if routed is not None and not shared:
+                function = routed
+            stubs.enter_context(replaced_submodule(ffn.module, name, ModuleStub(function)))
         ffn.module(x_BLH)
 
 
-class Tap(nn.Module):
-    """A module that calls a function: stands in for a part of a layer while the layer runs."""
-
-    def __init__(self, function: Callable[..., torch.Tensor]):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args, **kwargs):
-        return self.function(*args, **kwargs)
+def run_expert(
+    group: RoutedExperts,
+    expert: int,
+    observer: Observer | Callable[[ExpertCall], None] | None,
+    sink: Sink | None,
+    batch: int,
+    tokens_N: torch.Tensor,
+    x_NH: torch.Tensor,
+    a_N: torch.Tensor,
+    shown_N: torch.Tensor | None,
+) -> None:
+    """Compute one routed expert on its tokens of a batch; `shown_N` is False for padding."""
+    a_N, h_NW = a_N.float(), group.activations(expert, x_NH)
+    if sink is not None:
+        sink(group, expert, tokens_N, (h_NW * a_N[:, None]).to(x_NH.dtype))
+    if observer is None:
+        return
+    if shown_N is not None:
+        tokens_N, x_NH, h_NW, a_N = (t[shown_N] for t in (tokens_N, x_NH, h_NW, a_N))
+    if len(a_N):
+        observer(ExpertCall(group, expert, batch, tokens_N, x_NH, h_NW, a_N))
 
 
 def _routed(
     group: RoutedExperts,
-    observer: Observer,
+    observer: Observer | None,
     mask_T: torch.Tensor | None,
-    counts_T: torch.Tensor | None,
     sink: Sink | None,
+    batch: int,
     x_TH: torch.Tensor,
     index_TK: torch.Tensor,
     weight_TK: torch.Tensor,
 ) -> torch.Tensor:
     top_k, weight = index_TK.shape[-1], weight_TK.reshape(-1)
     for expert, slots in routed_slots(index_TK, len(group.widths)):
-        if sink is None and mask_T is not None:
+        shown_N = None
+        if mask_T is not None and sink is None:
             slots = slots[mask_T[slots // top_k]]
+        elif mask_T is not None:
+            shown_N = mask_T[slots // top_k]
         tokens_N = slots // top_k
-        shown_N = mask_T[tokens_N] if mask_T is not None else None
         x_NH, a_N = x_TH.index_select(0, tokens_N), weight.index_select(0, slots)
-        counts_N = None if counts_T is None else counts_T[tokens_N]
-        one_expert(group, expert, observer, shown_N, counts_N, sink, tokens_N, x_NH, a_N)
+        run_expert(group, expert, observer, sink, batch, tokens_N, x_NH, a_N, shown_N)
     return torch.zeros_like(x_TH)
-
-
-def one_expert(
-    group: RoutedExperts,
-    expert: int,
-    observer: Observer,
-    shown_N: torch.Tensor | None,
-    counts_N: torch.Tensor | None,
-    sink: Sink | None,
-    tokens_N: torch.Tensor,
-    x_NH: torch.Tensor,
-    a_N: torch.Tensor,
-) -> None:
-    """Compute one expert on its tokens and show them; `shown_N` is False for padding."""
-    a_N, h_NW = a_N.float(), group.activations(expert, x_NH)
-    if sink is not None:
-        sink(group, expert, tokens_N, (h_NW * a_N[:, None]).to(x_NH.dtype))
-    if counts_N is not None:
-        a_N = a_N * counts_N
-    if sink is not None and shown_N is not None:
-        x_NH, h_NW, a_N = x_NH[shown_N], h_NW[shown_N], a_N[shown_N]
-    if len(a_N):
-        observer(group, expert, x_NH, h_NW, a_N)
 
 
 def _mlp(
     group: MlpExpert,
-    observer: Observer,
+    observer: Observer | None,
     mask_T: torch.Tensor | None,
-    counts_T: torch.Tensor | None,
     sink: Sink | None,
+    batch: int,
     x: torch.Tensor,
 ) -> torch.Tensor:
-    x_NH = x.reshape(-1, x.shape[-1])
+    x_NH, tokens_N = x.reshape(-1, x.shape[-1]), None
+    if mask_T is not None:
+        tokens_N = mask_T.nonzero().squeeze(1)
     if sink is None and mask_T is not None:
         x_NH = x_NH[mask_T]
     h_NW, a_N = group.activations(0, x_NH), group.scale(x_NH)
@@ -174,15 +198,24 @@ def _mlp(
         if mask_T is not None:
             x_NH, h_NW = x_NH[mask_T], h_NW[mask_T]
             a_N = None if a_N is None else a_N[mask_T]
-    if counts_T is not None:
-        counts_N = counts_T if mask_T is None else counts_T[mask_T]
-        a_N = counts_N if a_N is None else a_N * counts_N
-    observer(group, 0, x_NH, h_NW, a_N)
+    if observer is not None:
+        observer(ExpertCall(group, 0, batch, tokens_N, x_NH, h_NW, a_N))
     return torch.zeros_like(x)
 
 
+class ModuleStub(nn.Module):
+    """A module that calls a function; stands in for a part of a layer while the layer runs."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.function(*args, **kwargs)
+
+
 @contextmanager
-def swapped(parent: nn.Module, name: str, stand_in: nn.Module) -> Iterator[None]:
+def replaced_submodule(parent: nn.Module, name: str, stand_in: nn.Module) -> Iterator[None]:
     """Put `stand_in` in the place of a submodule for the length of a block."""
     original = getattr(parent, name)
     setattr(parent, name, stand_in)

@@ -162,6 +162,11 @@ class FeedForward:
             setattr(self.module, name, module)
 
     @property
+    def routed(self) -> RoutedExperts | None:
+        """The routed experts of the layer; None where it has none."""
+        return next((group for group in self.groups if group.routed), None)
+
+    @property
     def widths(self) -> list[int]:
         """Width of every expert of the pool, in pool order."""
         return [width for group in self.groups for width in group.widths]

@@ -1,6 +1,6 @@
-"""One decoder layer backwards: the gradient of its input, and what each of its experts did.
+"""One decoder layer backwards: the gradient of its input, and the gradients of each expert.
 
-The layer runs again from its stored input, its experts replaced by taps whose activations are part
+The layer runs again from its stored input, its experts replaced by stubs whose activations are part
 of the graph; nothing of the routing is computed here, so routing weights carry gradients as in the
 model. Weights stay frozen: only activation gradients exist.
 
@@ -8,37 +8,28 @@ Shapes: B samples, L tokens of a sample, T = B * L tokens, H hidden, K experts p
 S = T * K slots, N tokens of one expert, W width of one expert.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from camera.calibration.statistics import LayerStatistics
-from camera.moe.capture import Tap, swapped, unwrap
+from camera.moe.capture import ExpertCall, ModuleStub, replaced_submodule, unwrap
 from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
 from camera.moe.routing import routed_slots
 
 
-@dataclass
-class ExpertGradients:
-    """What one expert did in one batch, and the gradients of the loss there; no padding.
+@dataclass(frozen=True)
+class GradientCall(ExpertCall):
+    """One expert on the tokens of one batch, and the gradients of the loss there; no padding.
 
-    `tokens_N` are positions in the batch, ascending; x_NH in the model's precision, h_NW
-    (activations before the routing weight), a_N (routing weight, None for 1) and dh_NW = dloss/dh
-    (which contains a already) in fp32.
+    `tokens_N` are ascending; dh_NW = dloss/dh, fp32, contains the routing weight already.
     """
 
-    group: ExpertGroup
-    expert: int
-    tokens_N: torch.Tensor
-    x_NH: torch.Tensor
-    h_NW: torch.Tensor
-    a_N: torch.Tensor | None
     dh_NW: torch.Tensor
     _doutput_TH: torch.Tensor  # dloss / d what the group's module returned
     _length: int  # tokens of a sample
@@ -85,12 +76,8 @@ class ExpertGradients:
             yield dgate.T @ x, dup.T @ x, dy.T @ h
 
 
-class GradientObserver(Protocol):
-    """What a backward method looks at a layer with: called once per batch and expert reached."""
-
-    def __call__(self, seen: ExpertGradients) -> None: ...
-
-    def result(self) -> LayerStatistics: ...
+GradientObserver = Callable[[GradientCall], None]
+"""Called once for every batch and expert that tokens reach."""
 
 
 def backpropagate(
@@ -101,30 +88,34 @@ def backpropagate(
     dout_BLH: torch.Tensor,
     observer: GradientObserver | None = None,
     mask_T: torch.Tensor | None = None,
+    batch: int = 0,
 ) -> torch.Tensor:
     """dloss/d(input of the layer) from dloss/d(its output), showing `observer` every expert.
 
     Tokens where `mask_T` is False (padding) carry gradients as in the model, and stay unseen.
     """
-    taps = [_MlpTap(g) if isinstance(g, MlpExpert) else _RoutedTap(g) for g in ffn.groups]
+    stubs = [_MlpStub(g) if isinstance(g, MlpExpert) else _RoutedStub(g) for g in ffn.groups]
     with torch.enable_grad(), ExitStack() as swaps:
         input_BLH = hidden_BLH.detach().requires_grad_()
-        for tap in taps if observer is not None else []:
-            swaps.enter_context(swapped(*_place(layer, ffn, tap.group), Tap(tap)))
+        for stub in stubs if observer is not None else []:
+            swaps.enter_context(
+                replaced_submodule(*_place(layer, ffn, stub.group), ModuleStub(stub))
+            )
         out_BLH = unwrap(layer(input_BLH, **kwargs))
-    calls = [call for tap in taps for call in tap.calls]
-    outputs = [tap.output for tap in taps if tap.calls]
+    calls = [call for stub in stubs for call in stub.calls]
+    outputs = [stub.output for stub in stubs if stub.calls]
     wanted = [input_BLH, *outputs, *(call.h_NW for call in calls)]
     dinput_BLH, *rest = torch.autograd.grad(out_BLH, wanted, dout_BLH)
     del out_BLH
     doutputs, dhs = rest[: len(outputs)], iter(rest[len(outputs) :])
-    for tap, doutput in zip((tap for tap in taps if tap.calls), doutputs, strict=True):
-        for call in tap.calls:
-            seen = call.with_gradients(next(dhs), doutput.flatten(0, -2), hidden_BLH.shape[1])
+    for stub, doutput in zip((stub for stub in stubs if stub.calls), doutputs, strict=True):
+        for part in stub.calls:
+            doutput_TH = doutput.flatten(0, -2)
+            call = part.with_gradients(batch, next(dhs), doutput_TH, hidden_BLH.shape[1])
             if mask_T is not None:
-                seen = _unpadded(seen, mask_T)
-            if len(seen.tokens_N):
-                observer(seen)
+                call = _unpadded(call, mask_T)
+            if len(call.tokens_N):
+                observer(call)
     return dinput_BLH
 
 
@@ -134,12 +125,11 @@ def _place(layer: nn.Module, ffn: FeedForward, group: ExpertGroup) -> tuple[nn.M
     return ffn.module, ffn.family.experts if group.routed else ffn.family.shared
 
 
-def _unpadded(seen: ExpertGradients, mask_T: torch.Tensor) -> ExpertGradients:
-    shown_N = mask_T[seen.tokens_N]
-    for name in ("tokens_N", "x_NH", "h_NW", "a_N", "dh_NW"):
-        value = getattr(seen, name)
-        setattr(seen, name, None if value is None else value[shown_N])
-    return seen
+def _unpadded(call: GradientCall, mask_T: torch.Tensor) -> GradientCall:
+    shown_N = mask_T[call.tokens_N]
+    names = ("tokens_N", "x_NH", "h_NW", "a_N", "dh_NW")
+    parts = {name: getattr(call, name) for name in names}
+    return replace(call, **{k: None if v is None else v[shown_N] for k, v in parts.items()})
 
 
 @dataclass
@@ -154,16 +144,15 @@ class _Call:
     a_N: torch.Tensor | None
 
     def with_gradients(
-        self, dh_NW: torch.Tensor, doutput_TH: torch.Tensor, length: int
-    ) -> ExpertGradients:
+        self, batch: int, dh_NW: torch.Tensor, doutput_TH: torch.Tensor, length: int
+    ) -> GradientCall:
         a_N = None if self.a_N is None else self.a_N.detach()
         x_NH, h_NW = self.x_NH.detach(), self.h_NW.detach()
-        return ExpertGradients(
-            self.group, self.expert, self.tokens_N, x_NH, h_NW, a_N, dh_NW, doutput_TH, length
-        )
+        place = (self.group, self.expert, batch, self.tokens_N)
+        return GradientCall(*place, x_NH, h_NW, a_N, dh_NW, doutput_TH, length)
 
 
-class _RoutedTap:
+class _RoutedStub:
     """Computes routed experts with their activations in the graph."""
 
     def __init__(self, group: ExpertGroup):
@@ -194,7 +183,7 @@ class _RoutedTap:
         return self.output
 
 
-class _MlpTap:
+class _MlpStub:
     """Computes a shared expert, or a dense FFN, with its activations in the graph."""
 
     def __init__(self, group: MlpExpert):

@@ -1,32 +1,36 @@
-"""The estimate of peak memory over all passes of a run."""
+"""The estimate of peak memory over all passes of a run.
 
+Shapes: T calibration tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
 
-from camera.runtime.progress import gigabytes
+from camera.calibration.trials import trial_bytes
+from camera.compensation.experts import fit_bytes
+from camera.method import Method, Pass, PassKind
+from camera.moe.pool import LayerShape
+from camera.runtime.progress import format_bytes
 from camera.streaming.lm_head import HEAD_LOGITS, HEAD_TABLES
 from camera.streaming.memory import (
     BACKWARD_TOKENS,
     BATCH_TOKENS,
     HIDDEN_HELD,
     HIDDEN_SHARE,
-    _active_width,
-    _parameters,
-    _total,
+    active_width,
+    parameters_of,
+    total_memory,
 )
-from camera.streaming.settings import Memory
-from camera.streaming.skeleton import Skeleton
+from camera.streaming.settings import MemoryChoices
+from camera.streaming.skeleton import MetaModel
 
 PHI_LIMIT = 8 * 2**30  # bytes of phi of one layer that `phi=auto` keeps
-
-
-LAYERS_HELD = 3  # one computed, one read ahead or converted, one cut or written behind
-
-
+LAYERS_HELD = 3  # one computed, one prefetched or converted, one pruned or being written
 OUTSIDE_HELD = 1.5  # embeddings and head, and the one of them that is converted
-
-
 # What computing a batch takes, in tables of its hidden states: its attention, or its experts' few
 # tokens each; and, per expert of a token, when a whole FFN runs on it.
 BATCH_TABLES = 8
@@ -35,8 +39,8 @@ GRAPH_TABLES = 12  # of a layer's graph, of hidden states and of phi each
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What a run takes, in bytes, and what that decides."""
+class MemoryEstimate:
+    """Bytes of each part of a run, and the choices derived from them."""
 
     layer: int  # the largest, as it is computed
     experts: int  # of the largest layer, routed
@@ -44,88 +48,104 @@ class Needs:
     hidden: int  # one table of hidden states
     phi: int  # of the widest layer
     working: int  # what computing one batch takes
-    holds: int  # what the method has beside the layer: what it saw, and its work
-    logits: int  # what the head puts out at a time, where the method asks it
+    method: int  # statistics and workspace of the method, beside the layer
+    logits: int  # at a time, where a pass computes them
     keep_phi: bool
     hidden_on_disk: bool
-    visit: bool
+    experts_on_disk: bool
 
     @property
     def peak(self) -> int:
         """What the run adds to the process at most.
 
-        c1 * largest layer + c2 * hidden states + phi + what a batch or the method's work takes;
-        where experts are visited, those that stay count once.
+        c1 * largest layer + c2 * hidden states + phi + what a batch or the method takes; experts
+        that stay on disk count once.
         """
         layers = LAYERS_HELD * self.layer
-        if self.visit:
+        if self.experts_on_disk:
             layers += self.experts - LAYERS_HELD * self.experts
         tokens = 0 if self.hidden_on_disk else HIDDEN_HELD * self.hidden
-        tokens += max(self.working, self.holds) + self.phi * self.keep_phi
+        tokens += max(self.working, self.method) + self.phi * self.keep_phi
         head = self.logits + HIDDEN_HELD * self.hidden if self.logits else 0
         return max(layers + tokens, int(OUTSIDE_HELD * self.outside) + head)
 
     def __str__(self) -> str:
-        visited = ", its experts visited one by one" if self.visit else ""
+        experts = ", its experts on disk" if self.experts_on_disk else ""
         place = "on disk" if self.hidden_on_disk else "in memory"
-        phi = "kept" if self.keep_phi else "computed again"
-        work = f", the method's work {gigabytes(self.holds)}" if self.holds else ""
+        phi = "kept" if self.keep_phi else "recomputed"
+        work = f", the method {format_bytes(self.method)}" if self.method else ""
         return (
-            f"about {gigabytes(self.peak)} beside the process itself (largest layer "
-            f"{gigabytes(self.layer)}{visited}, hidden states {gigabytes(self.hidden)} {place}, "
-            f"phi {gigabytes(self.phi)} {phi}, a batch {gigabytes(self.working)}{work})"
+            f"about {format_bytes(self.peak)} beside the process itself (largest layer "
+            f"{format_bytes(self.layer)}{experts}, hidden states {format_bytes(self.hidden)} "
+            f"{place}, phi {format_bytes(self.phi)} {phi}, a batch "
+            f"{format_bytes(self.working)}{work})"
+        )
+
+    @classmethod
+    def of(
+        cls,
+        model: MetaModel,
+        method: Method,
+        passes: Sequence[Pass],
+        memory: MemoryChoices,
+        tokens: int,
+    ) -> MemoryEstimate:
+        """The estimate of these passes over so many calibration tokens.
+
+        What changes rounding (phi, experts) is decided by sizes alone, never by what is free now.
+        """
+        size, config = model.dtype.itemsize, model.config
+        layers = [parameters_of(layer) * size for layer in model.layers]
+        routed = [model.feed_forward(i).routed for i in range(len(layers))]
+        experts = [group.module_size * size if group else 0 for group in routed]
+        hidden, width = tokens * config.hidden_size * size, active_width(model)
+        phi = int(tokens * width * size)
+        on_disk = memory.experts == "disk"
+        if memory.experts == "auto":
+            on_disk = LAYERS_HELD * max(layers) > total_memory(model.device)
+        on_disk = on_disk and max(experts) > 0 and not model.compressed
+        keep_phi = memory.phi == "keep" or (memory.phi == "auto" and phi <= PHI_LIMIT)
+        keep_phi = keep_phi and method.slices and not on_disk and tokens > 0
+        hidden_on_disk = memory.hidden == "disk"
+        if memory.hidden == "auto":
+            free = psutil.virtual_memory().available
+            hidden_on_disk = HIDDEN_HELD * hidden > HIDDEN_SHARE * free
+        top_k = getattr(config, "num_experts_per_tok", 1) if max(experts) else 1
+        tables = BATCH_TABLES if keep_phi else BATCH_TABLES + SLOT_TABLES * top_k
+        working = min(tokens, BATCH_TOKENS) * config.hidden_size * size * tables
+        kinds = {step.kind for step in passes}
+        if PassKind.BACKWARD in kinds:
+            graph = GRAPH_TABLES * (config.hidden_size + width) * size
+            working = max(working, int(min(tokens, BACKWARD_TOKENS) * graph))
+        asks_head = bool(kinds & {PassKind.BACKWARD, PassKind.TRIAL})
+        return cls(
+            layer=max(layers),
+            experts=max(experts),
+            outside=parameters_of(model.model) * size - sum(layers),
+            hidden=hidden,
+            phi=phi,
+            working=working,
+            method=max((_method_bytes(step, model, method, tokens) for step in passes), default=0),
+            logits=4 * min(HEAD_LOGITS, HEAD_TABLES * tokens * config.vocab_size) * asks_head,
+            keep_phi=keep_phi,
+            hidden_on_disk=hidden_on_disk,
+            experts_on_disk=on_disk,
         )
 
 
-def needs(
-    skeleton: Skeleton,
-    memory: Memory,
-    tokens: int,
-    slices: bool,
-    holds: int = 0,
-    backward: bool = False,
-    asks_head: bool = False,
-) -> Needs:
-    """What a run over so many calibration tokens takes. Of the method: `slices` says that it only
-    cuts layers, `holds` the bytes it has beside one (Method.holds), `backward` that it needs
-    gradients, `asks_head` that it looks at next-token probabilities.
-
-    What changes rounding (phi, experts) is decided by sizes alone, never by what is free now.
-    """
-    size, config = skeleton.dtype.itemsize, skeleton.config
-    layers = [_parameters(layer) * size for layer in skeleton.layers]
-    experts = [
-        sum(group.module_size for group in skeleton.feed_forward(i).groups if group.routed) * size
-        for i in range(len(layers))
-    ]
-    hidden = tokens * config.hidden_size * size
-    width = _active_width(skeleton)
-    phi = int(tokens * width * size)
-    visit = memory.experts == "visit"
-    if memory.experts == "auto":
-        visit = LAYERS_HELD * max(layers) > _total(skeleton.device)
-    visit = visit and max(experts) > 0 and not skeleton.compressed
-    keep_phi = memory.phi == "keep" or (memory.phi == "auto" and phi <= PHI_LIMIT)
-    keep_phi = keep_phi and slices and not visit and tokens > 0
-    on_disk = memory.hidden == "disk"
-    if memory.hidden == "auto":
-        on_disk = HIDDEN_HELD * hidden > HIDDEN_SHARE * psutil.virtual_memory().available
-    top_k = getattr(config, "num_experts_per_tok", 1) if max(experts) else 1
-    tables = BATCH_TABLES if keep_phi else BATCH_TABLES + SLOT_TABLES * top_k
-    working = min(tokens, BATCH_TOKENS) * config.hidden_size * size * tables
-    if backward:
-        graph = GRAPH_TABLES * (config.hidden_size + width) * size
-        working = max(working, int(min(tokens, BACKWARD_TOKENS) * graph))
-    return Needs(
-        layer=max(layers),
-        experts=max(experts),
-        outside=_parameters(skeleton.model) * size - sum(layers),
-        hidden=hidden,
-        phi=phi,
-        working=working,
-        holds=holds,
-        logits=4 * min(HEAD_LOGITS, HEAD_TABLES * tokens * config.vocab_size) * asks_head,
-        keep_phi=keep_phi,
-        hidden_on_disk=on_disk,
-        visit=visit,
-    )
+def _method_bytes(step: Pass, model: MetaModel, method: Method, tokens: int) -> int:
+    """Statistics and workspace of a pass beside the layer, of the layer that takes the most."""
+    hidden, size, most = model.budget.hidden, model.dtype.itemsize, 0
+    if step.kind == PassKind.TRIAL:
+        most = trial_bytes(len(model.budget.layers), hidden)
+    top_k = getattr(model.config, "num_experts_per_tok", 1)
+    for pool in model.budget.layers.values():
+        layer = LayerShape(pool, hidden, top_k, tokens, size)
+        found = step.observer.nbytes(layer) if step.observer is not None else 0
+        if step.kind == PassKind.COMPRESSED:
+            found += method.apply_bytes(layer)
+            if method.compensation is not None:
+                dense = method.compensation.target == "dense"
+                found += fit_bytes(tokens, hidden, pool.widths, size, dense)
+        most = max(most, found)
+    return most

@@ -30,17 +30,30 @@ tags:
 | weight files | {before:.1f} MB before, {after:.1f} MB after |
 | calibration | {calibration} |
 
-Its experts have unequal widths, so it needs the package `camera-moe` to load:
+{loading}
+`camera.json` holds every number of the run that made this model.
+"""
+
+
+NATIVE = """It is a native checkpoint of its model type:
 
 ```python
-import camera  # registers the format
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+"""
+
+OWN_FORMAT = """Its modules have formats of their own, so it needs the package `camera-moe` to load:
+
+```python
+import camera  # registers the formats
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 
-`python -m camera export FROM TO` writes a checkpoint of uniform width for programs that know only
-native ones. `camera.json` holds every number of the run that made this model.
+`python -m camera export FROM TO` writes a native checkpoint, for programs that know only these.
 """
 
 
@@ -63,6 +76,7 @@ def model_card(result: CompressionResult) -> str:
         before=result.bytes["dense"] / 1e6,
         after=result.bytes["compressed"] / 1e6,
         calibration=calibration,
+        loading=NATIVE if result.native else OWN_FORMAT,
         **{key: _percent(sparsity[key]) for key in ("moe", "model", "routed")},
     )
 

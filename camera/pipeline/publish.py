@@ -1,4 +1,6 @@
-"""The end of a job: what stands outside the layers, config, reports, and the folder shown whole."""
+"""The end of a compression: what stands outside the layers, config, reports; the folder appears."""
+
+from __future__ import annotations
 
 import json
 import os
@@ -6,64 +8,70 @@ import shutil
 from typing import Any
 
 from camera.checkpoint.config import CameraConfig
+from camera.checkpoint.shards import ShardWriter
 from camera.checkpoint.source import copy_companions
-from camera.pipeline.compression import Job
+from camera.pipeline.context import PassContext
 from camera.pipeline.model_card import model_card
-from camera.pipeline.report import STATISTICS, report
+from camera.pipeline.passes.compressed import CompressedPass
+from camera.pipeline.report import report
 from camera.pipeline.result import CompressionResult
+from camera.pipeline.resume import PassProgress
 from camera.runtime import distributed
-from camera.runtime.files import write_json
+from camera.runtime.files import CheckpointFiles, write_json
+from camera.streaming.skeleton import tied_names
 
-REPORT, EVALUATION = "camera.json", "evaluation.json"
 
-
-def finish(job: Job) -> CompressionResult:
-    """Write what is outside the layers, config and reports; then show the folder, complete."""
+def publish(
+    context: PassContext, done: CompressedPass, progress: PassProgress, writer: ShardWriter
+) -> CompressionResult:
+    """Write what is outside the layers, config, plan and reports; then the folder appears, whole."""
+    request = context.request
     distributed.barrier()  # no process writes to the folder any more
     if distributed.rank() > 0:
         distributed.barrier()
-        return CompressionResult(**json.loads((job.out / REPORT).read_text()))
-    if job.passenger is not None:
-        results = job.passenger.results(job.memory.bytes)
-        write_json(job.partial / EVALUATION, results)
-    with job.timed("compress"):
-        _write_rest(job)
-        _write_config(job)
-        copy_companions(job.streamer.folder, job.partial)
-        if job.statistics is not None and job.statistics.travels:
-            job.statistics.save(job.partial / STATISTICS)
-    result = report(job)
-    (job.partial / "README.md").write_text(model_card(result))
-    write_json(job.partial / REPORT, result.to_dict())
-    job.progress.finish()
-    os.replace(job.partial, job.out)
-    shutil.rmtree(job.seen, ignore_errors=True)
+        stored = json.loads((request.out / CheckpointFiles.REPORT).read_text())
+        return CompressionResult(**stored)
+    partial = request.partial
+    for listener in done.listeners:
+        write_json(partial / CheckpointFiles.EVALUATION, listener.results(context.memory.bytes))
+    with context.state.timed("compress"):
+        _write_rest(context, done, writer)
+        _write_config(context)
+        copy_companions(context.streamer.model.folder, partial)
+        done.plan.save(partial / CheckpointFiles.PLAN)
+        if done.statistics is not None and done.statistics.travels:
+            done.statistics.save(partial / CheckpointFiles.STATISTICS)
+    result = report(context, done.statistics, writer)
+    (partial / "README.md").write_text(model_card(result))
+    write_json(partial / CheckpointFiles.REPORT, result.to_dict())
+    progress.finish()
+    os.replace(partial, request.out)
+    shutil.rmtree(request.private_statistics, ignore_errors=True)
     distributed.barrier()
     return result
 
 
-def _write_rest(job: Job) -> None:
-    streamer = job.streamer
-    streamer.load_rest()
-    tied = set(getattr(streamer.model, "all_tied_weights_keys", None) or {})
-    rest = streamer.take_out(streamer.model)
-    job.add(len(streamer.layers), {n: t for n, t in rest.items() if n not in tied})
-    job.writer.close()
+def _write_rest(context: PassContext, done: CompressedPass, writer: ShardWriter) -> None:
+    model = context.streamer.model
+    model.load_rest()
+    tied = tied_names(model.model)
+    rest = model.take_out(model.model)
+    done.add(len(model.layers), {n: t for n, t in rest.items() if n not in tied})
+    writer.close()
 
 
-def _write_config(job: Job) -> None:
-    streamer, method = job.streamer, job.method
-    config, model = streamer.config, streamer.model
+def _write_config(context: PassContext) -> None:
+    model, method = context.streamer.model, context.method
+    config = model.config
     if method.native:
-        for key, value in method.native_config(config, streamer.budget).items():
+        for key, value in method.native_config(config, context.budget).items():
             setattr(config, key, value)
     else:
-        stored = streamer.compressed
-        before = {} if stored is None else stored.modules
+        before = {} if model.compressed is None else model.compressed.modules
         made_by: dict[str, Any] = {"method": method.name, **method.settings()}
-        config.quantization_config = CameraConfig(before | job.modules, made_by)
-    config.architectures = [type(model).__name__]
-    config.dtype = streamer.stored_dtype
-    if type(model).__module__.startswith(("transformers.", "camera.")):
+        config.quantization_config = CameraConfig(before | context.state.modules, made_by)
+    config.architectures = [type(model.model).__name__]
+    config.dtype = model.stored_dtype
+    if type(model.model).__module__.startswith(("transformers.", "camera.")):
         vars(config).pop("auto_map", None)  # no code of the source's is needed any more
-    config.save_pretrained(job.partial)
+    config.save_pretrained(context.request.partial)

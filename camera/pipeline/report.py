@@ -1,55 +1,62 @@
-"""From a finished job to what it reports: counts from the written tensors, coverage, warnings."""
+"""The result of a finished run: counts from the written tensors, coverage, warnings."""
+
+from __future__ import annotations
 
 import logging
 from typing import Any
 
+from camera.calibration.statistics import Statistics
+from camera.checkpoint.shards import ShardWriter
 from camera.checkpoint.sizes import bits, count
-from camera.pipeline.compression import Job
+from camera.pipeline.context import PassContext
 from camera.pipeline.result import CompressionResult, versions
+from camera.runtime.files import CheckpointFiles
 
-STATISTICS = "statistics.safetensors"
 log = logging.getLogger("camera")
 
 
-def report(job: Job) -> CompressionResult:
-    """The facts of a job whose tensors are all written."""
-    streamer, dense = job.streamer, job.streamer.budget.dense
-    sizes, forms = job.writer.sizes, job.modules
-    compressed = count(sizes, {path: path in job.routed for path in job.widths}, forms)
-    coverage = _coverage(job)
+def report(
+    context: PassContext, statistics: Statistics | None, writer: ShardWriter
+) -> CompressionResult:
+    """The facts of a run whose tensors are all written."""
+    request, state, budget = context.request, context.state, context.budget
+    sizes, method = writer.sizes, request.method
+    compressed = count(sizes, {path: path in state.routed for path in state.widths}, state.modules)
+    coverage = _coverage(context, statistics)
     _warn_of_unreached(coverage.get("unreached", []))
     return CompressionResult(
-        method=job.method.name,
-        model=job.model,
-        settings=job.method.settings(),
+        method=method.name,
+        model=request.model,
+        settings=method.settings(),
         sparsity={
-            "asked": getattr(job.method, "sparsity", None),
-            "of": getattr(job.method, "sparsity_of", None),
-            **dense.sparsity(compressed),
+            "asked": getattr(method, "sparsity", None),
+            "of": getattr(method, "sparsity_of", None),
+            **budget.dense.sparsity(compressed),
         },
-        bits=bits(sizes, forms, compressed, streamer.budget.weights),
-        bytes={"dense": streamer.reader.bytes, "compressed": job.writer.bytes},
-        seconds={name: round(spent, 3) for name, spent in job.seconds.items()},
-        peak_memory_bytes=job.memory.bytes,
-        expected_memory_bytes=job.memory.before + job.needs.peak,
+        bits=bits(sizes, state.modules, compressed, budget.weights),
+        bytes={"dense": context.streamer.model.reader.bytes, "compressed": writer.bytes},
+        seconds={name: round(spent, 3) for name, spent in state.seconds.items()},
+        peak_memory_bytes=context.memory.bytes,
+        expected_memory_bytes=context.memory.before + context.estimate.peak,
         coverage=coverage,
-        widths=job.widths,
-        full_widths=job.full_widths,
-        calibration=job.calibration.tokens.describe() if job.calibration else None,
-        statistics=STATISTICS if job.statistics and job.statistics.travels else None,
-        layers=job.layer_reports,
+        widths=state.widths,
+        full_widths=state.full_widths,
+        calibration=request.tokens.describe() if request.tokens else None,
+        statistics=CheckpointFiles.STATISTICS if statistics and statistics.travels else None,
+        layers=state.layer_reports,
         versions=versions(),
-        checkpoint=str(job.out),
+        checkpoint=str(request.out),
+        native=method.native,
     )
 
 
-def _coverage(job: Job) -> dict[str, Any]:
-    experts = sum(len(pool.widths) for pool in job.streamer.budget.layers.values())
+def _coverage(context: PassContext, statistics: Statistics | None) -> dict[str, Any]:
+    experts = sum(len(pool.widths) for pool in context.budget.layers.values())
     found: dict[str, Any] = {"experts": experts}
-    if job.statistics is not None:
+    if statistics is not None:
         unreached = [
             [index, path, expert]
-            for index, layer in job.statistics
+            for index, layer in statistics
             for path, expert in layer.unreached()
         ]
         found |= {"reached": experts - len(unreached), "unreached": unreached}

@@ -26,6 +26,7 @@ class CompressionResult:
     statistics: str | None = None  # file name inside the checkpoint
     versions: dict[str, str] = field(default_factory=dict)
     checkpoint: str | None = None
+    native: bool = False  # loads in transformers without this package
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""

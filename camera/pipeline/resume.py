@@ -1,4 +1,4 @@
-"""What a killed run leaves behind so that the next one goes on at the right layer.
+"""Progress of an unfinished pass, for resuming.
 
 A folder holds, after every finished layer: the state (JSON), the hidden states that the next layer
 needs, the statistics gathered so far. The state file is replaced last: what it names is complete,
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from camera.calibration.statistics import LayerStatistics, Statistics
 from camera.checkpoint.shards import write_tensors
+from camera.method import LayerPlan, Plan
 from camera.runtime import distributed
 from camera.runtime.errors import CameraError
 from camera.runtime.files import write_json
@@ -27,7 +28,7 @@ from camera.runtime.files import write_json
 log = logging.getLogger("camera")
 
 
-class Progress:
+class PassProgress:
     """The state of an unfinished pass over the layers, in a folder of its own."""
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]):
@@ -35,6 +36,7 @@ class Progress:
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.done = 0  # layers
         self.measured: list[int] = []  # layers whose statistics are kept
+        self.planned: list[int] = []  # layers whose plans are kept
         self.state: dict[str, Any] = {}
         self._rank = f"-{distributed.rank()}" if distributed.rank() else ""
 
@@ -49,11 +51,12 @@ class Progress:
             found = json.loads(self._state_file.read_text())
             if self._differs(found["fingerprint"]):
                 found = {"done": 0}
-        self.done = distributed.least(found["done"])
+        self.done = distributed.all_min(found["done"])
         if not self.done:
             self.clear()
             return False
         self.state, self.measured = found["state"], found["measured"]
+        self.planned = found["planned"]
         log.info("%s: going on at layer %d.", self.folder.parent.name, self.done)
         return True
 
@@ -63,18 +66,23 @@ class Progress:
         state: dict[str, Any],
         hidden: list[torch.Tensor],
         seen: LayerStatistics | None = None,
+        plan: Plan | None = None,
     ) -> None:
-        """Record that `done` layers are finished; `hidden` are the inputs of the next one."""
+        """Record that `done` layers are finished; `hidden` are the inputs of the next one, `seen`
+        and `plan` the statistics and the plan of the last one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             if seen is not None and distributed.rank() == 0:
                 Statistics({done - 1: seen}, {}).save(self._statistics_file(done - 1))
                 self.measured.append(done - 1)
+            if plan is not None and distributed.rank() == 0:
+                plan.save(self._plan_file(done - 1))
+                self.planned.append(done - 1)
             if hidden:
                 tensors = {str(i): hidden_BLH for i, hidden_BLH in enumerate(hidden)}
                 write_tensors(tensors, self._hidden_file(done))
             content = {"fingerprint": self.fingerprint, "done": done, "state": state}
-            content["measured"] = self.measured
+            content |= {"measured": self.measured, "planned": self.planned}
             write_json(self._state_file, content)
         except (OSError, SafetensorError) as error:
             raise CameraError(
@@ -101,12 +109,22 @@ class Progress:
             for i, layer in Statistics.load(file).layers.items()
         }
 
+    def plans(self) -> dict[int, LayerPlan]:
+        """The plans of the layers that are done, as far as they were made on the way."""
+        files = [self._plan_file(i) for i in range(self.done)]
+        return {
+            i: layer
+            for file in files
+            if file.exists()
+            for i, layer in Plan.load(file).layers.items()
+        }
+
     def clear(self) -> None:
         """Forget everything: the folder that holds this one goes."""
         if distributed.rank() == 0:
             shutil.rmtree(self.folder.parent, ignore_errors=True)
         distributed.barrier()
-        self.done, self.state, self.measured = 0, {}, []
+        self.done, self.state, self.measured, self.planned = 0, {}, [], []
 
     def finish(self) -> None:
         """The work is complete: forget the progress, the state first so that none looks whole."""
@@ -139,6 +157,9 @@ class Progress:
 
     def _statistics_file(self, index: int) -> Path:
         return self.folder / f"statistics-{index:05d}.safetensors"
+
+    def _plan_file(self, index: int) -> Path:
+        return self.folder / f"plan-{index:05d}.safetensors"
 
 
 def code_version(*more: Path) -> str:

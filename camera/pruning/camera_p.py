@@ -1,24 +1,29 @@
 """Camera-P: prunes micro-experts of lowest decoding-time energy."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-from camera.calibration.scores.base import Score, Scored
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
 from camera.pruning.micro_experts import MicroExpertPruning
 
+if TYPE_CHECKING:
+    from camera.calibration.scores.base import Score
 
-@dataclass
-class CameraP(Scored, MicroExpertPruning):
-    """Camera-P: the micro-experts of lowest decoding-time energy go, in all three matrices at once.
+
+@dataclass(frozen=True)
+class CameraP(MicroExpertPruning):
+    """Camera-P prunes the micro-experts of lowest decoding-time energy: rows of gate and up,
+    columns of down.
 
     Source: CAMERA (AAAI 2026); `alpha` weighs the L-infinity term of the energy.
     """
 
     name: ClassVar[str] = "camera_p"
-    calibrates: ClassVar[bool] = True
 
     alpha: float = 0.9
 
-    @property
     def ranked_by(self) -> Score:
-        return Score("energy", self.alpha)
+        from camera.calibration.scores.energy import EnergyScore
+
+        return EnergyScore(self.alpha)

@@ -1,75 +1,88 @@
-"""Camera-P, and the plans it must be compared with: random and nothing at all.
+"""Pruning of micro-experts by a score: the base of Camera-P, Camera-Plus and their controls.
 
 Shapes: N micro-experts of a layer's pool (shared expert first, then routed experts).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from __future__ import annotations
 
-import torch
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
-from camera.calibration.statistics import LayerStatistics
-from camera.calibration.trials import TRIALS, Trials, trial_bytes
-from camera.compensation.settings import Errors, Refit, Scope, Target
-from camera.method import Method, Outcome
-from camera.moe.budget import Budget, to_remove
-from camera.moe.feed_forward import FeedForward
-from camera.moe.pool import kept_rows
-from camera.pruning.allocation import allocate
-from camera.pruning.ranking import below_floor, keep_highest
-from camera.pruning.slicing import slice_layer
+from camera.compensation.settings import CompensationSettings, Scope, Target, TokenWeights
+from camera.method import (
+    Applied,
+    LayerPlan,
+    Method,
+    Pass,
+    PassKind,
+    Plan,
+    Propagate,
+    RankScope,
+    Seen,
+)
+from camera.moe.budget import SparsityOf, to_remove
 from camera.runtime.errors import CameraError
 
-RankScope = Literal["layer", "global", "measured"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from camera.calibration.scores.base import Score
+    from camera.calibration.statistics import LayerStatistics
+    from camera.calibration.trials import TrialMasks
+    from camera.moe.budget import Budget
+    from camera.moe.feed_forward import FeedForward
+    from camera.pruning.plan import KeptMicroExperts
 
 
-@dataclass
+@dataclass(frozen=True)
 class MicroExpertPruning(Method):
     """Removes the n = int(N * ratio) lowest-scored micro-experts, of every layer's pool or of all.
 
     The ratio is solved from `sparsity` of `sparsity_of` (moe | model | routed; with `routed` the
     shared experts are left alone). `rank_scope` layer gives every layer the same ratio, global
-    ranks all layers together, by scores of the dense model, measured takes from each layer what
-    trial cuts, by the same scores, were found to cost the model least (`camera.calibration.trials`).
-    `width_multiple` rounds each expert's kept width for kernels, `min_width` keeps every expert at
-    least that wide, `layer_floor` every layer's pool. `compensate` refits the output weights of
-    what stays: see `camera.compensation.least_squares`.
+    ranks all layers together, by scores of the dense model, measured sets each layer's count by
+    trial pruning (`camera.calibration.trials`). `width_multiple` rounds each expert's kept width
+    for kernels, `min_width` keeps every expert at least that wide, `layer_floor` every layer's
+    pool. `compensate` and what follows it: see `camera.compensation.settings`.
     """
 
     slices: ClassVar[bool] = True
 
     sparsity: float
-    sparsity_of: Literal["moe", "model", "routed"] = "moe"
+    sparsity_of: SparsityOf = "moe"
     rank_scope: RankScope = "layer"
     width_multiple: int = 1
     min_width: int = 0
     layer_floor: float = 0.0
     compensate: Literal["none", Scope] = "none"
     target: Target = "layer"
-    errors: Errors = "relative"
-    ridges: Sequence[float] = Refit.ridges
-    sweeps: int = Refit.sweeps
-    held_out: float = Refit.held_out
+    token_weights: TokenWeights = "relative"
+    ridges: Sequence[float] = CompensationSettings.ridges
+    sweeps: int = CompensationSettings.sweeps
+    held_out: float = CompensationSettings.held_out
 
-    def __post_init__(self) -> None:
-        self._plans: dict[int, torch.Tensor] = {}
-
-    @property
-    def one_shot(self) -> bool:
-        return self.backward or self.rank_scope != "layer"
+    @abstractmethod
+    def ranked_by(self) -> Score:
+        """The score that ranks micro-experts; CameraError for settings that it can't have."""
 
     @property
-    def asks_head(self) -> bool:
-        return self.backward or self.rank_scope == "measured"
-
-    @property
-    def compensation(self) -> Refit | None:
+    def compensation(self) -> CompensationSettings | None:
         if self.compensate == "none":
             return None
-        return Refit(
-            self.compensate, self.target, self.errors, self.ridges, self.sweeps, self.held_out
+        return CompensationSettings(
+            self.compensate,
+            self.target,
+            self.token_weights,
+            self.ridges,
+            self.sweeps,
+            self.held_out,
         )
+
+    @property
+    def reads_text(self) -> bool:
+        return True
 
     def check(self, budget: Budget) -> None:
         if self.width_multiple < 1 or self.min_width < 0:
@@ -81,11 +94,13 @@ class MicroExpertPruning(Method):
             raise CameraError(
                 f"rank_scope={self.rank_scope} is none of {', '.join(get_args(RankScope))}."
             )
-        if self.rank_scope == "measured" and not self.calibrates:
+        spec = self.ranked_by().observer()
+        if self.rank_scope == "measured" and (spec is None or spec.reads == "weights"):
             raise CameraError(
-                f"rank_scope=measured tries cuts on calibration text, which method {self.name} "
-                "doesn't read: use rank_scope=global or layer."
+                f"rank_scope=measured prunes on trial over calibration text, which method "
+                f"{self.name} doesn't read: use rank_scope=global or layer."
             )
+        self.compensation  # noqa: B018 (refuses its own settings)
         ratio = self._ratio(budget)
         if not 0 <= self.layer_floor <= 1 - ratio:
             raise CameraError(
@@ -93,61 +108,103 @@ class MicroExpertPruning(Method):
                 "micro-experts that stay."
             )
 
-    def holds(self, budget: Budget) -> int:
-        if self.rank_scope != "measured":
-            return 0
-        return trial_bytes(len(budget.layers), budget.hidden)
+    def passes(self, budget: Budget, propagate: Propagate) -> tuple[Pass, ...]:
+        spec, refits = self.ranked_by().observer(), self.compensate != "none"
+        last = Pass(PassKind.COMPRESSED, tokens=refits)
+        if spec is None:
+            return (last,)
+        if spec.reads == "weights":
+            if self.rank_scope == "layer":
+                return (replace(last, observer=spec),)
+            return (Pass(PassKind.WEIGHTS, spec), last)
+        if spec.reads == "activations" and self.rank_scope == "layer" and propagate == "compressed":
+            return (replace(last, observer=spec, tokens=True),)
+        first = PassKind.BACKWARD if spec.reads == "gradients" else PassKind.DENSE
+        if self.rank_scope == "measured":
+            return (Pass(first, spec), Pass(PassKind.TRIAL, trials=self.trials), last)
+        return (Pass(first, spec), last)
 
-    def scores(self, index: int, seen: LayerStatistics | None, micro_experts: int) -> torch.Tensor:
-        """Of a layer's micro-experts, fp64 [N]: the lowest go."""
-        raise NotImplementedError
+    def trials(self, seen: Seen, budget: Budget) -> TrialMasks:
+        """Masks of the trials of every layer, by what was seen."""
+        from camera.calibration.trials import TRIAL_FRACTIONS
 
-    def trials(self, statistics: dict[int, LayerStatistics], budget: Budget) -> Trials:
-        if self.rank_scope != "measured":
-            return {}
-        found = {}
+        statistics, found = _scored(seen), {}
         for i in budget.layers:
-            counts = [to_remove(self._prunable(budget, [i]), share) for share in TRIALS]
-            found[i] = [self.plan(statistics, budget, [i], count)[i] for count in counts]
+            counts = [to_remove(self._prunable(budget, [i]), share) for share in TRIAL_FRACTIONS]
+            found[i] = [self.masks(statistics, budget, [i], count)[i] for count in counts]
         return found
 
-    def prepare(self, statistics: dict[int, LayerStatistics], budget: Budget) -> None:
+    def plan(self, seen: Seen, budget: Budget) -> Plan:
+        plan, layers = super().plan(seen, budget), list(budget.layers)
         if self.rank_scope == "global":
-            self._plans = self.plan(statistics, budget, list(budget.layers))
+            masks = self.masks(_scored(seen), budget, layers)
         elif self.rank_scope == "measured":
-            layers = list(budget.layers)
-            gone = allocate(
-                [self.cuts[i].removed_C.tolist() for i in layers],
-                [self.cuts[i].cost_C.tolist() for i in layers],
-                to_remove(self._prunable(budget, layers), self._ratio(budget)),
-                self.width_multiple,
-            )
-            for i, number in zip(layers, gone, strict=True):
-                self._plans |= self.plan(statistics, budget, [i], number)
+            masks = self._measured(seen, budget, layers)
+        else:
+            return plan
+        return replace(plan, layers={i: _kept(masks[i], budget, i) for i in layers})
 
-    def compress(
-        self, index: int, ffn: FeedForward, seen: LayerStatistics | None, budget: Budget
-    ) -> Outcome:
-        keep_N = self._plans.get(index)
-        if keep_N is None:
-            keep_N = self.plan({index: seen}, budget, [index])[index]
-        kept = kept_rows(ffn, keep_N)
-        return Outcome(slice_layer(ffn, kept), kept)
+    def _measured(self, seen: Seen, budget: Budget, layers: list[int]) -> dict[int, Tensor]:
+        from camera.pruning.allocation import allocate
 
-    def plan(
+        trials, masks = seen[PassKind.TRIAL], {}
+        counts = allocate(
+            [trials[i].removed_C.tolist() for i in layers],
+            [trials[i].cost_C.tolist() for i in layers],
+            to_remove(self._prunable(budget, layers), self._ratio(budget)),
+            self.width_multiple,
+        )
+        for i, count in zip(layers, counts, strict=True):
+            masks |= self.masks(_scored(seen), budget, [i], count)
+        return masks
+
+    def plan_layer(
         self,
-        statistics: dict[int, LayerStatistics],
+        index: int,
+        ffn: FeedForward,
+        seen: LayerStatistics | None,
+        budget: Budget,
+        plan: Plan,
+    ) -> LayerPlan:
+        statistics = {} if seen is None else {index: seen}
+        return _kept(self.masks(statistics, budget, [index])[index], budget, index)
+
+    def apply(
+        self, index: int, ffn: FeedForward, plan: LayerPlan, seen: LayerStatistics | None
+    ) -> Applied:
+        from camera.moe.pool import rows_of_mask
+        from camera.pruning.slicing import slice_layer
+
+        if plan.widths != ffn.widths:
+            raise CameraError(
+                f"the plan of layer {index} was made for experts of other widths: apply it to the "
+                "model that it was made for."
+            )
+        kept = rows_of_mask(ffn, plan.keep_N)
+        return Applied(slice_layer(ffn, kept), kept)
+
+    def masks(
+        self,
+        statistics: Mapping[int, LayerStatistics],
         budget: Budget,
         layers: list[int],
         remove: int | None = None,
-    ) -> dict[int, torch.Tensor]:
+    ) -> dict[int, Tensor]:
         """bool [N] of each of these layers, ranked together: which micro-experts stay.
 
-        So many go as `remove` says, by default the asked sparsity of them.
+        So many are removed as `remove` says, by default the asked sparsity of them.
         """
+        import torch
+
+        from camera.pruning.ranking import below_floor, keep_highest
+
+        score = self.ranked_by()
         pools = [budget.layers[i] for i in layers]
-        sizes = [sum(pool.widths) for pool in pools]
-        scores = [self.scores(i, statistics.get(i), n) for i, n in zip(layers, sizes, strict=True)]
+        sizes = [pool.micro_experts for pool in pools]
+        scores = [
+            score.of_layer(i, statistics.get(i), size)
+            for i, size in zip(layers, sizes, strict=True)
+        ]
         widths = [width for pool in pools for width in pool.widths]
         candidates_N = None
         if self.sparsity_of == "routed":
@@ -181,3 +238,14 @@ class MicroExpertPruning(Method):
         return budget.pool_ratio(
             self.sparsity, self.sparsity_of, self.min_width, self.width_multiple
         )
+
+
+def _scored(seen: Seen) -> Mapping[int, LayerStatistics]:
+    """What the score reads: the statistics of the pass before trials."""
+    return next((seen[kind] for kind in seen if kind != PassKind.TRIAL), {})
+
+
+def _kept(keep_N: Tensor, budget: Budget, index: int) -> KeptMicroExperts:
+    from camera.pruning.plan import KeptMicroExperts
+
+    return KeptMicroExperts(keep_N, list(budget.layers[index].widths))

@@ -11,11 +11,11 @@ from camera.checkpoint.formats.format import Form
 from camera.checkpoint.formats.narrow import narrow_mlp
 from camera.checkpoint.formats.ragged import RaggedExperts
 from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
-from camera.moe.pool import Kept
+from camera.moe.pool import KeptRows
 from camera.runtime.errors import CameraError
 
 
-def slice_layer(ffn: FeedForward, kept: Kept) -> dict[str, dict[str, Any]]:
+def slice_layer(ffn: FeedForward, kept: KeptRows) -> dict[str, dict[str, Any]]:
     """Keep only these micro-experts: rows of gate and up and columns of down go together.
 
     Routed experts become `RaggedExperts`; a dense FFN or shared expert keeps its linear layers,

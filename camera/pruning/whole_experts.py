@@ -13,11 +13,11 @@ from torch import nn
 from camera.moe.expert_module import ExpertModule
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
-from camera.moe.routing import PER_EXPERT, Routing, routing_of
+from camera.moe.routing import PER_EXPERT, Routing, routed_experts, router_of, routing_of
 from camera.runtime.errors import CameraError
 
 
-def drop_experts(ffn: FeedForward, keep: Sequence[int]) -> None:
+def remove_experts(ffn: FeedForward, keep: Sequence[int]) -> None:
     """Keep only these routed experts of a loaded native layer, and their rows of the router.
 
     The layer is then what `from_pretrained` builds with the smaller count in config.json; order and

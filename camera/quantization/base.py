@@ -1,54 +1,47 @@
-"""What every quantising method shares: settings, the target, Hessians, the solver, the report.
+"""Base class of quantising methods: settings, the target, Hessians, the solver, the report.
 
-A method says which bits (`plan`); everything else is here and in camera/quantization/layer.py.
+A method plans bits (`plan_layer`); the rest is here and in camera/quantization/layer.py.
 """
+
+from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-
-from camera.calibration.hessians import HessianObserver, LayerHessians, hessian_bytes
-from camera.calibration.statistics import LayerStatistics
-from camera.checkpoint.formats.packed.footprint import Footprint
-from camera.checkpoint.formats.packed.spec import (
-    spec_bytes,
-    spec_code_bits,
-)
-from camera.compensation.settings import Refit
-from camera.method import Method, Outcome
-from camera.moe.budget import Budget
-from camera.moe.feed_forward import FeedForward
-from camera.quantization.bit_plan import ExpertBits
-from camera.quantization.gptq import GPTQ
-from camera.quantization.grids import CLIPS
-from camera.quantization.layer import SOLVE_BYTES, solve_layer, solving_bytes
-from camera.quantization.outside_experts import round_outside
-from camera.runtime import distributed
+from camera.method import Applied, LayerPlan, Method, Pass, PassKind, Propagate, Spec
 from camera.runtime.errors import CameraError
 
+if TYPE_CHECKING:
+    from camera.calibration.observers import ObserverSpec
+    from camera.calibration.statistics import LayerStatistics
+    from camera.checkpoint.formats.packed.footprint import Footprint
+    from camera.moe.budget import Budget
+    from camera.moe.feed_forward import FeedForward
+    from camera.moe.pool import LayerShape
+    from camera.quantization.bit_plan import LayerBits
+    from camera.quantization.gptq import GPTQ
+
 GROUP_SIZE = 128
-CLOSE = 0.01  # share of the target by which a plan may stay below it
 
 
-@dataclass
+@dataclass(frozen=True)
 class Quantization(Method):
     """Quantises all experts of a layer's pool by one solver; subclasses plan the bits.
 
     bits: the target, stored bits per weight on average over the quantised weights, scales and zeros
-    included (null: whatever the other settings give). group_size: inputs that share a scale, -1 for
-    the whole row, null to have it chosen. sym: no zeros. clip: range search (none, gptq, mc).
-    act_order, static_groups, percdamp, fallback, min_tokens: see camera.quantization.gptq.GPTQ.
+    included (null: given by the other settings). group_size: inputs that share a scale, -1 for the
+    whole row, null to have it chosen. sym: no zeros. clip: range search (none, gptq, mc).
+    act_order, static_groups, damping, fallback, min_tokens: see camera.quantization.gptq.GPTQ.
     weighted_hessian counts a token by its squared routing weight. true_sequential takes down's
     Hessian from the quantised gate and up, on the first `sequential_tokens` inputs of an expert;
-    compensate expert refits down to these before it is quantised (see `camera.compensation.least_squares`).
-    attn_bits, router_bits: round attention and router to nearest before the layer is run (null:
-    left alone).
+    compensate expert refits down to these before it is quantised (see
+    `camera.compensation.settings`). attn_bits, router_bits: round attention and router to nearest
+    before the layer is run (null: left alone).
     """
 
+    tolerance: ClassVar[float] = 0.01  # share of the target by which a plan may stay below it
     calibrates: ClassVar[bool] = True
-    storable: ClassVar[bool] = False
 
     bits: float | None = None
     group_size: int | None = None
@@ -56,7 +49,7 @@ class Quantization(Method):
     clip: Literal["none", "gptq", "mc"] = "none"
     act_order: bool = False
     static_groups: bool = False
-    percdamp: float = 0.01
+    damping: float = 0.01
     fallback: Literal["rtn", "mean_hessian"] = "rtn"
     min_tokens: int = 1
     weighted_hessian: bool = False
@@ -66,17 +59,28 @@ class Quantization(Method):
     attn_bits: int | None = None
     router_bits: int | None = None
 
-    @abstractmethod
-    def plan(
-        self, index: int, ffn: FeedForward, seen: Any, budget: Budget
-    ) -> tuple[list[ExpertBits], int | None]:
-        """The bits of every expert of a layer's pool, and the group size (None: whole rows)."""
+    @property
+    def reads_text(self) -> bool:
+        return self.calibrates
 
+    @abstractmethod
+    def plan_layer(
+        self,
+        index: int,
+        ffn: FeedForward,
+        seen: LayerStatistics | None,
+        budget: Budget,
+        plan: object,
+    ) -> LayerBits:
+        """The bits of every expert of a layer's pool, and the group size."""
+
+    @abstractmethod
     def reachable(self, budget: Budget) -> tuple[float, float]:
         """The least and the most stored bits that the settings can give this model."""
-        raise NotImplementedError
 
     def check(self, budget: Budget) -> None:
+        from camera.quantization.grids import CLIPS
+
         if self.clip not in CLIPS:
             raise CameraError(f"clip={self.clip} is none of {', '.join(CLIPS)}.")
         if self.group_size is not None and self.group_size != -1 and self.group_size < 1:
@@ -100,21 +104,41 @@ class Quantization(Method):
         if self.bits is None:
             return
         least, most = self.reachable(budget)
-        if not least <= self.bits * (1 + 1e-9) or self.bits > most * (1 + CLOSE):
+        if not least <= self.bits * (1 + 1e-9) or self.bits > most * (1 + self.tolerance):
             raise CameraError(
                 f"bits={self.bits} can't be met: with these settings this model can store between "
                 f"{least:.4g} and {most:.4g} bits per weight, scales included; change bits, "
                 "group_bits or group_size."
             )
 
+    def passes(self, budget: Budget, propagate: Propagate) -> tuple[Pass, ...]:
+        if not self.calibrates:
+            return (Pass(PassKind.COMPRESSED, tokens=False),)
+        return (Pass(PassKind.COMPRESSED, self.observer(), feed=propagate),)
+
+    def passes_of_plan(self, budget: Budget, propagate: Propagate) -> tuple[Pass, ...]:
+        return self.passes(budget, propagate)[-1:]  # Hessians are needed again
+
+    def observer(self) -> ObserverSpec:
+        """What quantisation needs of a layer: Hessians."""
+        from camera.calibration.hessians import HessianSpec
+
+        keep = self.sequential_tokens if self.true_sequential else 0
+        return HessianSpec(weighted=self.weighted_hessian, keep=keep)
+
     def solver(self, group_size: int | None) -> GPTQ:
         """The solver with this method's settings; scales are what 16 bits can store."""
+        import torch
+
+        from camera.quantization.gptq import GPTQ
+        from camera.quantization.grids import CLIPS
+
         return GPTQ(
             group_size=group_size,
             sym=self.sym,
             act_order=self.act_order,
             static_groups=self.static_groups,
-            percdamp=self.percdamp,
+            percdamp=self.damping,
             fallback=self.fallback,
             min_tokens=self.min_tokens,
             clip=CLIPS[self.clip],
@@ -126,59 +150,55 @@ class Quantization(Method):
         """Whether the columns of a scale group aren't neighbours, so that orders are stored."""
         return self.act_order and not self.static_groups
 
-    def holds(self, budget: Budget) -> int:
-        hidden, most = budget.hidden, 0
-        for pool in budget.layers.values():
-            solving = len(pool.widths) * solving_bytes(hidden, max(pool.widths))
-            seen = hessian_bytes(hidden, pool.widths) if self.calibrates else 0
-            most = max(most, seen + 5 * min(solving, SOLVE_BYTES) // 4)  # a quarter packs codes
-        return most
+    def resolved_group_size(self, default: int | None = GROUP_SIZE) -> int | None:
+        """Inputs that share a scale: `default` for null, None for -1, the whole row."""
+        return {None: default, -1: None}.get(self.group_size, self.group_size)
 
-    def observer(self, index: int, ffn: FeedForward) -> Any:
-        if self.true_sequential and distributed.world() > 1:
-            raise CameraError(
-                "true_sequential runs experts again on inputs that one process keeps: start it "
-                "without torchrun, or set true_sequential=false."
-            )
-        keep = self.sequential_tokens if self.true_sequential else 0
-        return HessianObserver(ffn, weighted=self.weighted_hessian, keep=keep)
+    def apply_bytes(self, layer: LayerShape) -> int:
+        from camera.quantization.layer import SOLVE_BYTES, solving_bytes
 
-    def compress(
-        self, index: int, ffn: FeedForward, seen: LayerStatistics | None, budget: Budget
-    ) -> Outcome:
-        bits, group_size = self.plan(index, ffn, seen, budget)
-        solver, weights = self.solver(group_size), 3 * hidden_size(ffn) * sum(ffn.widths)
-        hessians = seen if isinstance(seen, LayerHessians) else None
-        how = Refit("expert") if self.compensate == "expert" else None
+        widths = layer.pool.widths
+        solving = len(widths) * solving_bytes(layer.hidden, max(widths))
+        return 5 * min(solving, SOLVE_BYTES) // 4  # a quarter packs codes
+
+    def apply(
+        self, index: int, ffn: FeedForward, plan: LayerPlan, seen: LayerStatistics | None
+    ) -> Applied:
+        from camera.calibration.hessians import HessianStatistics
+        from camera.checkpoint.formats.packed.spec import spec_bytes, spec_code_bits
+        from camera.compensation.settings import CompensationSettings
+        from camera.quantization.layer import solve_layer
+
+        weights = 3 * hidden_size(ffn) * sum(ffn.widths)
+        refit = CompensationSettings("expert") if self.compensate == "expert" else None
         forms, found = solve_layer(
-            ffn, bits, solver, hessians, true_sequential=self.true_sequential, compensation=how
+            ffn,
+            plan.experts,
+            self.solver(plan.group_size),
+            seen if isinstance(seen, HessianStatistics) else None,
+            true_sequential=self.true_sequential,
+            compensation=refit,
         )
-        specs, plan = forms.values(), iter(bits)
+        specs, means = forms.values(), iter(plan.mean_bits)
         # of gate, up and down, which are equally large; what is removed counts as 0
-        mean_bits = {
-            group.path: [mean_of(next(plan)) for _ in group.widths] for group in ffn.groups
-        }
+        mean_bits = {group.path: [next(means) for _ in group.widths] for group in ffn.groups}
         report = {
             "bits": {  # of the weights that were there, the removed ones included
                 "target": self.bits,
                 "stored": 8 * sum(map(spec_bytes, specs)) / weights if weights else 0.0,
                 "raw": sum(map(spec_code_bits, specs)) / weights if weights else 0.0,
             },
-            "group_size": group_size,
+            "group_size": plan.group_size,
             "mean_bits": mean_bits,
             "experts": found,
         }
-        return Outcome(forms, report=report)
+        return Applied(forms, report=report)
 
-    def enter(self, index: int, ffn: FeedForward) -> dict[str, dict[str, Any]]:
-        size = {None: GROUP_SIZE, -1: None}.get(self.group_size, self.group_size)
-        return round_outside(ffn, self.solver(size), self.attn_bits, self.router_bits)
+    def prepare_layer(self, index: int, ffn: FeedForward) -> dict[str, Spec]:
+        from camera.quantization.outside_experts import round_outside
 
-
-def mean_of(expert: ExpertBits) -> float:
-    """Bits per weight of one expert, without scales; 0 for one without micro-experts."""
-    parts = [part.double().mean().item() for part in (expert.gate, expert.up, expert.down)]
-    return sum(parts) / 3 if len(expert.down) else 0.0
+        solver = self.solver(self.resolved_group_size())
+        return round_outside(ffn, solver, self.attn_bits, self.router_bits)
 
 
 def hidden_size(ffn: FeedForward) -> int:
@@ -189,7 +209,9 @@ def hidden_size(ffn: FeedForward) -> int:
 def footprints(
     budget: Budget, group_size: int | None, sym: bool, scattered: bool = False
 ) -> dict[int, Footprint]:
-    """What every layer's pool takes, before any weight is read."""
+    """Stored bits of every layer's pool, before any weight is read."""
+    from camera.checkpoint.formats.packed.footprint import Footprint
+
     return {
         index: Footprint(budget.hidden, tuple(pool.widths), group_size, sym, scattered)
         for index, pool in budget.layers.items()

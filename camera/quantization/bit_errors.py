@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from camera.calibration.hessians import LayerHessians
+from camera.calibration.hessians import HessianStatistics
 from camera.moe.feed_forward import FeedForward
 from camera.quantization.gptq import GPTQ
 
@@ -15,7 +15,7 @@ TRIED = 8  # experts of a layer, those of the most tokens
 
 
 def bit_errors(
-    ffn: FeedForward, seen: LayerHessians, solver: GPTQ, levels: Sequence[int]
+    ffn: FeedForward, seen: HessianStatistics, solver: GPTQ, levels: Sequence[int]
 ) -> dict[int, float]:
     """The share of a micro-expert's energy that is lost at each number of bits (0 bits: all).
 

@@ -4,17 +4,21 @@ Shapes: N micro-experts of a pool (of a layer, or of several layers one after th
 of the pool, B bit widths in descending order ("levels"), C columns of a matrix.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from math import floor
+from typing import Any, ClassVar
 
 import torch
 
 from camera.checkpoint.formats.packed.footprint import Footprint
+from camera.method import LayerPlan
 from camera.runtime.errors import CameraError
 
-SCOPES = ("layer", "expert", "model")
+SCOPES = ("layer", "expert", "global")
 GROUP_STEP = 8  # group sizes that are solved for are multiples of it
 NEAR, PROBES = 0.005, 32  # how far below a budget a plan may stay before more are tried, how many
 
@@ -25,7 +29,7 @@ Stored = Callable[[torch.Tensor, Sequence[int]], float]
 def ranking(score_N: torch.Tensor, widths: Sequence[int], scope: str) -> torch.Tensor:
     """The order in which micro-experts get bits, best first; of equals the first goes first.
 
-    layer (and model, for a pool of several layers): by score over the whole pool. expert: by rank
+    layer (and global, for a pool of several layers): by score over the whole pool. expert: by rank
     within its expert, (rank + 1/2) / width, so that any prefix takes the same share of each.
     """
     if scope != "expert":
@@ -37,7 +41,7 @@ def ranking(score_N: torch.Tensor, widths: Sequence[int], scope: str) -> torch.T
     return torch.argsort(place_N, stable=True)
 
 
-def assign(
+def bits_of_ranking(
     order_N: torch.Tensor,
     widths: Sequence[int],
     levels: Sequence[int],
@@ -67,13 +71,13 @@ def _levels_at(rank: torch.Tensor, levels: Sequence[int], cuts: Sequence[int]) -
     return torch.tensor(list(levels))[below]
 
 
-def cuts_of(ratios: Sequence[float], micro_experts: int) -> list[int]:
+def boundaries_of(ratios: Sequence[float], micro_experts: int) -> list[int]:
     """Where the groups of these shares end in a ranking, those below rounded down as Camera-P's."""
     below = accumulate(reversed(ratios[1:]))
     return [micro_experts - floor(share * micro_experts + 1e-9) for share in below][::-1]
 
 
-def share_path(
+def share_corners(
     levels: Sequence[int], micro_experts: int, low_share: float
 ) -> list[tuple[int, ...]]:
     """Corners of the way from all-lowest to all-highest on which shares are solved.
@@ -92,7 +96,7 @@ def share_path(
     raise CameraError("group_bits of more than three groups need their shares: set ratios too.")
 
 
-def solve_cuts(
+def solve_boundaries(
     corners: Sequence[tuple[int, ...]], stored: Callable[[tuple[int, ...]], float], budget: float
 ) -> tuple[int, ...]:
     """The furthest point of a way whose plan takes at most `budget` bits.
@@ -153,12 +157,12 @@ def solve_shares(
     """The plan of groups whose stored average comes closest to `bits` from below, and its cuts.
 
     `low_share` of the micro-experts get the lowest bits; the share of the highest is solved, and
-    where no share of it does, the others give way (`share_path`).
+    where no share of it does, the others give way (`share_corners`).
     """
     at = _stored_at(order_N, footprint, levels, align, stored)
-    corners = share_path(levels, len(order_N), low_share)
-    cuts = solve_cuts(corners, at, _budget(footprint, bits))
-    return assign(order_N, footprint.widths, levels, cuts, align), cuts
+    corners = share_corners(levels, len(order_N), low_share)
+    cuts = solve_boundaries(corners, at, _budget(footprint, bits))
+    return bits_of_ranking(order_N, footprint.widths, levels, cuts, align), cuts
 
 
 def solve_optimal(
@@ -194,7 +198,7 @@ def solve_optimal(
     top = float(score_N.max()) if len(score_N) else 0.0
     loose, tight = 0.0, max(top, torch.finfo(torch.float64).tiny)
     if at(cuts(loose)) <= budget:
-        return assign(order_N, footprint.widths, levels, cuts(loose), align), cuts(loose)
+        return bits_of_ranking(order_N, footprint.widths, levels, cuts(loose), align), cuts(loose)
     while at(cuts(tight)) > budget and tight < 1e300:
         tight *= 4
     for _ in range(100):
@@ -204,8 +208,8 @@ def solve_optimal(
             break
     # micro-experts of equal score change together: go as far between both plans as fits
     whole = (len(score_N),) * (len(levels) - 1)  # beyond, where scales come in steps
-    found = solve_cuts([cuts(tight), cuts(loose), whole], at, budget)
-    return assign(order_N, footprint.widths, levels, found, align), found
+    found = solve_boundaries([cuts(tight), cuts(loose), whole], at, budget)
+    return bits_of_ranking(order_N, footprint.widths, levels, found, align), found
 
 
 def solve_group_size(
@@ -230,7 +234,7 @@ def _stored_at(
     stored: Stored | None,
 ) -> Callable[[tuple[int, ...]], float]:
     def at(cuts: tuple[int, ...]) -> float:
-        bits_N = assign(order_N, footprint.widths, levels, cuts, align)
+        bits_N = bits_of_ranking(order_N, footprint.widths, levels, cuts, align)
         return footprint.stored(bits_N) if stored is None else stored(bits_N, cuts)
 
     return at
@@ -252,7 +256,7 @@ class ExpertBits:
     priority: torch.Tensor | None = None
 
     @classmethod
-    def matched(cls, bits_W: torch.Tensor, priority_W: torch.Tensor | None = None) -> "ExpertBits":
+    def matched(cls, bits_W: torch.Tensor, priority_W: torch.Tensor | None = None) -> ExpertBits:
         """The same bits in gate, up and down of a micro-expert."""
         return cls("rows", bits_W, bits_W, bits_W, priority_W)
 
@@ -264,7 +268,13 @@ class ExpertBits:
         order = first[falling(self.down[first])]
         return order[self.down[order] > 0]
 
-    def folded(self) -> "ExpertBits":
+    @property
+    def mean(self) -> float:
+        """Bits per weight, without scales; 0 for an expert without micro-experts."""
+        parts = [part.double().mean().item() for part in (self.gate, self.up, self.down)]
+        return sum(parts) / 3 if len(self.down) else 0.0
+
+    def folded(self) -> ExpertBits:
         """The same after the micro-experts were put in that order."""
         order = self.order()
         rows = order if self.axis == "rows" else slice(None)
@@ -274,3 +284,50 @@ class ExpertBits:
 def falling(bits: torch.Tensor) -> torch.Tensor:
     """The order that makes bits descend and moves nothing else."""
     return torch.argsort(bits, descending=True, stable=True)
+
+
+@dataclass(frozen=True)
+class LayerBits(LayerPlan):
+    """Bits of every expert of a layer's pool, in pool order, and the group size (None: whole
+    rows)."""
+
+    kind: ClassVar[str] = "bits"
+
+    experts: list[ExpertBits]
+    group_size: int | None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        parts = {"gate": [], "up": [], "down": [], "priority": []}
+        for expert in self.experts:
+            for name, found in parts.items():
+                if (part := getattr(expert, name)) is not None:
+                    found.append(part)
+        return {name: torch.cat(found) for name, found in parts.items() if found}
+
+    def facts(self) -> dict[str, Any]:
+        sizes = [[len(e.gate), len(e.down), e.priority is not None] for e in self.experts]
+        return {"group_size": self.group_size, "axis": self.experts[0].axis, "sizes": sizes}
+
+    @classmethod
+    def of(cls, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> LayerBits:
+        across = [across for across, _, _ in facts["sizes"]]
+        down = [width for _, width, _ in facts["sizes"]]
+        ranked = [width for _, width, has in facts["sizes"] if has]
+        priorities = iter(tensors["priority"].split(ranked) if ranked else ())
+        parts = zip(
+            tensors["gate"].split(across),
+            tensors["up"].split(across),
+            tensors["down"].split(down),
+            facts["sizes"],
+            strict=True,
+        )
+        experts = [
+            ExpertBits(facts["axis"], gate, up, bits, next(priorities) if has else None)
+            for gate, up, bits, (_, _, has) in parts
+        ]
+        return cls(experts, facts["group_size"])
+
+    @property
+    def mean_bits(self) -> list[float]:
+        """Bits per weight of every expert, without scales."""
+        return [expert.mean for expert in self.experts]

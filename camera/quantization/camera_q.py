@@ -1,51 +1,43 @@
-"""Camera-Q, and its ablation Camera-Q-dagger: bits by micro-expert energy, over the one solver.
+"""Camera-Q: bits by micro-expert energy, the same in all three matrices.
 
 Shapes: N micro-experts of a layer's pool (shared expert first, then routed experts), E experts of
 the pool, H hidden, W width of one expert.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-
-from camera.calibration.hessians import LayerHessians
-from camera.calibration.scores.base import Name, Score, Scored
-from camera.calibration.scores.energy import LayerEnergy
-from camera.calibration.statistics import LayerStatistics
-from camera.checkpoint.formats.packed.footprint import MOST_BITS, Footprint
-from camera.moe.budget import Budget
-from camera.moe.feed_forward import FeedForward
-from camera.quantization.base import CLOSE, GROUP_SIZE, Quantization, footprints, hidden_size
-from camera.quantization.bit_errors import bit_errors
-from camera.quantization.bit_plan import (
-    SCOPES,
-    ExpertBits,
-    assign,
-    cuts_of,
-    ranking,
-    share_path,
-    solve_group_size,
-    solve_optimal,
-    solve_shares,
-)
+from camera.method import Pass, PassKind, Plan, Propagate, Seen
+from camera.quantization.base import Quantization, footprints, hidden_size
 from camera.runtime.errors import CameraError
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-@dataclass
-class CameraQ(Scored, Quantization):
+    from camera.calibration.hessians import HessianStatistics
+    from camera.calibration.scores.base import Score
+    from camera.checkpoint.formats.packed.footprint import Footprint
+    from camera.moe.budget import Budget
+    from camera.moe.feed_forward import FeedForward
+    from camera.quantization.bit_plan import LayerBits
+
+
+@dataclass(frozen=True)
+class CameraQ(Quantization):
     """Micro-experts of high energy get more bits, the same in gate, up and down.
 
-    The pool, ranked by energy, is cut into groups of `group_bits` (0: removed; null: 3, 2, 1 as in
-    the paper, 4, 3, 2 and so on where shares are solved and the target allows more than 2 bits to
-    all). Their shares are those that minimise the predicted error sum_i E_i * error(b_i) within the
-    target `bits`, by errors measured in each layer; or `low_share` of the pool gets the fewest bits
-    and the share of the most is solved; or they are `ratios`, and without a group_size that is
-    solved instead. rank_scope: rank within a layer, each expert, or the whole model (by scores of
-    the dense model). score: energy, or another one of `camera.calibration.scores.base`, of the dense model. align:
-    boundaries in an expert are multiples.
+    The pool, ranked by energy, is divided into groups of `group_bits` (0: pruned; null: 3, 2, 1 as
+    in the paper, 4, 3, 2 and so on where shares are solved and the target allows more than 2 bits
+    to all). Their shares are those that minimise the predicted error sum_i E_i * error(b_i) within
+    the target `bits`, by errors measured in each layer; or `low_share` of the pool gets the fewest
+    bits and the share of the most is solved; or they are `ratios`, and without a group_size that is
+    solved instead. rank_scope: rank within a layer, each expert, or the whole model (global, by
+    scores of the dense model). score: energy, or another name of `camera.calibration.scores`, of
+    the dense model. align: boundaries in an expert are multiples.
 
     Source: CAMERA (AAAI 2026), whose shares and group size aren't published.
     """
@@ -57,47 +49,46 @@ class CameraQ(Scored, Quantization):
     group_bits: list[int] | None = None
     ratios: list[float] | None = None
     low_share: float | None = None
-    rank_scope: Literal["layer", "expert", "model"] = "layer"
+    rank_scope: Literal["layer", "expert", "global"] = "layer"
     align: int = 1
-    score: Name = "energy"
+    score: str = "energy"
     normalize: Literal["routed", "all"] = "routed"
 
-    def __post_init__(self) -> None:
-        self._scores: dict[int, torch.Tensor] | None = None  # of the dense model
-        self._plans: dict[int, torch.Tensor] | None = None
-        self._middle = 2  # of three groups
-
-    @property
-    def one_shot(self) -> bool:
-        return self.rank_scope == "model" or self.score != "energy"
-
-    @property
     def ranked_by(self) -> Score:
-        return Score(self.score, self.alpha, self.normalize)
+        """The score that ranks micro-experts."""
+        from camera.calibration.scores.base import score_of
+
+        return score_of(self)
 
     @property
-    def levels(self) -> list[int]:
-        """Bits of the groups, the most first; those that follow the target are known by `check`."""
+    def of_dense_model(self) -> bool:
+        """Whether micro-experts are ranked by the dense model, before the first layer."""
+        return self.rank_scope == "global" or self.score != "energy"
+
+    def levels(self, budget: Budget) -> list[int]:
+        """Bits of the groups, the most first; unless given, around the bits that the target allows
+        all. None is pruned unasked."""
         if self.group_bits is not None:
             return list(self.group_bits)
-        return [self._middle + 1, self._middle, self._middle - 1]
+        middle = 2
+        if self.bits is not None and self.ratios is None:
+            from camera.checkpoint.formats.packed.codes import MAX_BITS
 
-    def _follow(self, budget: Budget) -> None:
-        """Put the groups around the bits that the target allows all; none is removed unasked."""
-        if self.bits is None or self.ratios is not None:
-            return
-        pools = list(footprints(budget, self._group_size(), self.sym).values())
-        weights = max(sum(pool.weights for pool in pools), 1)
+            pools = self._pools(budget)
+            weights = max(sum(pool.weights for pool in pools), 1)
 
-        def distance(bits: int) -> float:
-            stored = sum(pool.uniform(bits) * pool.weights for pool in pools)
-            return abs(stored / weights - self.bits)
+            def distance(bits: int) -> float:
+                stored = sum(pool.uniform(bits) * pool.weights for pool in pools)
+                return abs(stored / weights - self.bits)
 
-        self._middle = min(range(2, MOST_BITS), key=distance)
+            middle = min(range(2, MAX_BITS), key=distance)
+        return [middle + 1, middle, middle - 1]
 
     def check(self, budget: Budget) -> None:
-        self._follow(budget)
-        levels = self.levels
+        from camera.quantization.bit_plan import SCOPES
+
+        self.ranked_by()  # refuses its own settings
+        levels = self.levels(budget)
         if levels != sorted(set(levels) & set(range(9)), reverse=True) or not any(levels):
             raise CameraError(
                 f"group_bits={levels} must be different bits from 8 to 0, the most first."
@@ -111,20 +102,25 @@ class CameraQ(Scored, Quantization):
         self._check_shares(levels)
         super().check(budget)
         if self.ratios is not None:
-            for pool in footprints(budget, self._group_size(), self.sym).values():
-                self.allocate(torch.zeros(pool.micro_experts), pool)  # refuses what isn't met
+            import torch
+
+            for pool in footprints(budget, self.resolved_group_size(), self.sym).values():
+                # refuses what isn't met
+                self.allocate(torch.zeros(pool.micro_experts), pool, levels)
 
     def _check_shares(self, levels: Sequence[int]) -> None:
+        from camera.quantization.bit_plan import share_corners
+
         if self.act_order and not self.static_groups:
             raise CameraError("act_order tears column segments apart: set static_groups=true too.")
         if self.ratios is None:
             if self.bits is None and len(levels) > 1:
                 raise CameraError("bits=null leaves the shares open: set ratios.")
             if self.low_share is not None:
-                share_path(levels, 0, self.low_share)  # refuses more groups than can be solved
-            elif self.rank_scope == "model" and len(levels) > 1:
+                share_corners(levels, 0, self.low_share)  # refuses more groups than can be solved
+            elif self.rank_scope == "global" and len(levels) > 1:
                 raise CameraError(
-                    "errors are measured layer by layer: with rank_scope=model set low_share or "
+                    "errors are measured layer by layer: with rank_scope=global set low_share or "
                     "ratios."
                 )
         elif len(self.ratios) != len(levels) or min(self.ratios) < 0:
@@ -135,108 +131,164 @@ class CameraQ(Scored, Quantization):
             raise CameraError(f"ratios={list(self.ratios)} must add up to 1.")
 
     def reachable(self, budget: Budget) -> tuple[float, float]:
+        import torch
+
         if self.ratios is not None:
             return 0.0, float("inf")  # the group size decides
-        pools = list(footprints(budget, self._group_size(), self.sym).values())
+        pools, ends, levels = self._pools(budget), [], self.levels(budget)
         weights = sum(pool.weights for pool in pools)
-        ends = []
-        levels = self.levels
         for bits in (min(levels), max(levels)):
             stored = 0.0
             for pool in pools:
                 size, steps = pool.micro_experts, len(levels) - 1
-                cuts = [size if bits == levels[0] else 0] * steps
-                stored += self.stored(pool, torch.full((size,), bits), cuts)
+                boundaries = [size if bits == levels[0] else 0] * steps
+                stored += self.stored(pool, torch.full((size,), bits), boundaries, levels)
             ends.append(stored / max(weights, 1))
         return tuple(ends)
 
-    def observer(self, index: int, ffn: FeedForward) -> Any:
-        if self.one_shot and self._scores is None:
-            return super().observer(index, ffn)
-        return Quantization.observer(self, index, ffn)
+    def passes(self, budget: Budget, propagate: Propagate) -> tuple[Pass, ...]:
+        last = super().passes(budget, propagate)
+        if not self.of_dense_model:
+            return last
+        spec = self.ranked_by().observer()
+        kinds = {"gradients": PassKind.BACKWARD, "weights": PassKind.WEIGHTS}
+        return (Pass(kinds.get(spec.reads, PassKind.DENSE), spec), *last)
 
-    def prepare(self, statistics: dict[int, LayerStatistics], budget: Budget) -> None:
-        self._scores = {index: self.ranked_by.of(seen) for index, seen in statistics.items()}
-        if self.rank_scope != "model":
-            return
-        pools = footprints(budget, self._group_size(), self.sym)
+    def plan(self, seen: Seen, budget: Budget) -> Plan:
+        plan = super().plan(seen, budget)
+        levels = self.levels(budget)
+        plan = replace(plan, shared={"levels": levels})
+        if not self.of_dense_model:
+            return plan
+        statistics, score = next(iter(seen.values())), self.ranked_by()
+        scores = {
+            index: score.of_layer(index, statistics[index], pool.micro_experts)
+            for index, pool in budget.layers.items()
+        }
+        if self.rank_scope != "global":
+            return replace(plan, scores=scores)
+        return replace(plan, layers=self._global(scores, budget, levels))
+
+    def _global(
+        self, scores: dict[int, Tensor], budget: Budget, levels: Sequence[int]
+    ) -> dict[int, LayerBits]:
+        import torch
+
+        from camera.checkpoint.formats.packed.footprint import Footprint
+
+        pools = footprints(budget, self.resolved_group_size(), self.sym)
         widths = [width for pool in pools.values() for width in pool.widths]
         hidden = next(iter(pools.values())).hidden
-        whole = Footprint(hidden, tuple(widths), self._group_size(), self.sym)
-        scores_N = torch.cat([self._scores[index] for index in pools])
-        bits_N, _, self._model_group_size = self.allocate(scores_N, whole)
-        sizes = [pool.micro_experts for pool in pools.values()]
-        self._plans = dict(zip(pools, bits_N.split(sizes), strict=True))
+        whole = Footprint(hidden, tuple(widths), self.resolved_group_size(), self.sym)
+        scores_N = torch.cat([scores[index] for index in pools])
+        bits_N, _, group_size = self.allocate(scores_N, whole, levels)
+        parts = bits_N.split([pool.micro_experts for pool in pools.values()])
+        return {
+            index: _matched(part_N, scores[index], list(pool.widths), group_size)
+            for (index, pool), part_N in zip(pools.items(), parts, strict=True)
+        }
 
-    def plan(
-        self, index: int, ffn: FeedForward, seen: LayerEnergy, budget: Budget
-    ) -> tuple[list[ExpertBits], int | None]:
-        energy_N, widths = self._importance(index, seen), ffn.widths
-        if self._plans is not None:
-            bits_N, group_size = self._plans[index], self._model_group_size
-        else:
-            pool = Footprint(hidden_size(ffn), tuple(widths), self._group_size(), self.sym)
-            errors = self._errors(ffn, seen, pool)
-            bits_N, _, group_size = self.allocate(energy_N, pool, errors)
-        parts = zip(bits_N.split(widths), energy_N.split(widths), strict=True)
-        return [ExpertBits.matched(bits_W, energy_W) for bits_W, energy_W in parts], group_size
+    def plan_layer(
+        self, index: int, ffn: FeedForward, seen: HessianStatistics, budget: Budget, plan: Plan
+    ) -> LayerBits:
+        energy_N, pool = self.importance(index, seen, plan), self.pool_of(ffn)
+        levels = plan.shared["levels"]
+        errors = self.errors(ffn, seen, pool, levels)
+        bits_N, _, group_size = self.allocate(energy_N, pool, levels, errors)
+        return _matched(bits_N, energy_N, ffn.widths, group_size)
 
-    def _errors(
-        self, ffn: FeedForward, seen: LayerHessians, pool: Footprint
+    def pool_of(self, ffn: FeedForward) -> Footprint:
+        """Stored bits of a layer's pool."""
+        from camera.checkpoint.formats.packed.footprint import Footprint
+
+        shape = hidden_size(ffn), tuple(ffn.widths)
+        return Footprint(*shape, self.resolved_group_size(), self.sym)
+
+    def errors(
+        self,
+        ffn: FeedForward,
+        seen: HessianStatistics,
+        pool: Footprint,
+        levels: Sequence[int],
     ) -> dict[int, float] | None:
-        """What is lost at each number of bits, where shares are solved by it."""
-        if self.ratios is not None or self.low_share is not None or len(self.levels) == 1:
-            return None
-        return bit_errors(ffn, seen, self.solver(pool.group_size), self.levels)
+        """Energy lost at each bit width, where shares are solved by it."""
+        from camera.quantization.bit_errors import bit_errors
 
-    def _importance(self, index: int, seen: LayerEnergy) -> torch.Tensor:
-        return self.ranked_by.of(seen) if self._scores is None else self._scores[index]
+        if self.ratios is not None or self.low_share is not None or len(levels) == 1:
+            return None
+        return bit_errors(ffn, seen, self.solver(pool.group_size), levels)
+
+    def importance(self, index: int, seen: HessianStatistics, plan: Plan) -> Tensor:
+        """Scores of a layer's micro-experts, fp64 [N]: of the dense model, where the plan has them,
+        else of what was seen."""
+        if index in plan.scores:
+            return plan.scores[index]
+        return self.ranked_by().values(seen)
 
     def allocate(
-        self, energy_N: torch.Tensor, pool: Footprint, errors: dict[int, float] | None = None
-    ) -> tuple[torch.Tensor, tuple[int, ...], int | None]:
-        """Bits of every micro-expert of a pool, where the ranking is cut (shares), group size."""
+        self,
+        energy_N: Tensor,
+        pool: Footprint,
+        levels: Sequence[int],
+        errors: dict[int, float] | None = None,
+    ) -> tuple[Tensor, tuple[int, ...], int | None]:
+        """Bits of every micro-expert of a pool, boundaries in the ranking, group size."""
+        import torch
+
+        from camera.quantization.bit_plan import (
+            bits_of_ranking,
+            boundaries_of,
+            ranking,
+            solve_optimal,
+            solve_shares,
+        )
+
         order_N = ranking(energy_N, pool.widths, self.rank_scope)
-        levels, align = self.levels, self.align
-        stored = partial(self.stored, pool)
+
+        def stored(bits_N: Tensor, boundaries: Sequence[int]) -> float:
+            return self.stored(pool, bits_N, boundaries, levels)
+
         if self.ratios is not None:
-            cuts = cuts_of(self.ratios, len(order_N))
-            bits_N = assign(order_N, pool.widths, levels, cuts, align)
-            return bits_N, cuts, self._solved_group_size(bits_N, cuts, pool)
+            boundaries = boundaries_of(self.ratios, len(order_N))
+            bits_N = bits_of_ranking(order_N, pool.widths, levels, boundaries, self.align)
+            return bits_N, boundaries, self._solved_group_size(bits_N, boundaries, pool, levels)
         if self.bits is None:  # one group
             return torch.full_like(order_N, levels[0]), (), pool.group_size
         if errors is not None:
             args = (energy_N, order_N, pool, errors, self.bits)
-            return *solve_optimal(*args, align=align, stored=stored), pool.group_size
-        bits_N, cuts = solve_shares(
-            order_N, pool, levels, self.bits, low_share=self.low_share, align=align, stored=stored
-        )
-        return bits_N, cuts, pool.group_size
+            return *solve_optimal(*args, align=self.align, stored=stored), pool.group_size
+        solve = partial(solve_shares, low_share=self.low_share, align=self.align, stored=stored)
+        bits_N, boundaries = solve(order_N, pool, levels, self.bits)
+        return bits_N, boundaries, pool.group_size
 
-    def stored(self, pool: Footprint, bits_N: torch.Tensor, cuts: Sequence[int]) -> float:
+    def stored(
+        self, pool: Footprint, bits_N: Tensor, boundaries: Sequence[int], levels: Sequence[int]
+    ) -> float:
         """Bits on disk of a plan."""
         return pool.stored(bits_N)
 
-    def _group_size(self) -> int | None:
-        if self.group_size is None:
-            return GROUP_SIZE
-        return None if self.group_size == -1 else self.group_size
+    def _pools(self, budget: Budget) -> list[Footprint]:
+        return list(footprints(budget, self.resolved_group_size(), self.sym).values())
 
-    def _solved_group_size(self, bits_N, cuts, pool: Footprint) -> int | None:
+    def _solved_group_size(
+        self, bits_N: Tensor, boundaries: Sequence[int], pool: Footprint, levels: Sequence[int]
+    ) -> int | None:
+        from camera.quantization.bit_plan import solve_group_size
+
         if self.bits is None:
-            return self._group_size()
+            return self.resolved_group_size()
 
         def stored(size: int | None) -> float:
-            return self.stored(replace(pool, group_size=size), bits_N, cuts)
+            return self.stored(replace(pool, group_size=size), bits_N, boundaries, levels)
 
         if self.group_size is not None:
-            average = stored(self._group_size()) / max(pool.weights, 1)
-            if abs(average / self.bits - 1) > CLOSE:
+            average = stored(self.resolved_group_size()) / max(pool.weights, 1)
+            if abs(average / self.bits - 1) > self.tolerance:
                 raise CameraError(
                     f"ratios={list(self.ratios)} with group_size={self.group_size} store "
                     f"{average:.4g} bits per weight, not bits={self.bits}: set one of them to null."
                 )
-            return self._group_size()
+            return self.resolved_group_size()
         size = solve_group_size(stored, pool.weights, self.bits, max(pool.hidden, *pool.widths))
         if size is None:
             raise CameraError(
@@ -244,3 +296,13 @@ class CameraQ(Scored, Quantization):
                 f"alone stores {stored(None) / pool.weights:.4g} bits per weight."
             )
         return size
+
+
+def _matched(
+    bits_N: Tensor, energy_N: Tensor, widths: Sequence[int], group_size: int | None
+) -> LayerBits:
+    """The same bits in gate, up and down of every micro-expert."""
+    from camera.quantization.bit_plan import ExpertBits, LayerBits
+
+    parts = zip(bits_N.split(list(widths)), energy_N.split(list(widths)), strict=True)
+    return LayerBits([ExpertBits.matched(*part) for part in parts], group_size)

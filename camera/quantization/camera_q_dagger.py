@@ -3,30 +3,35 @@
 Shapes: N micro-experts of a layer's pool, E experts of the pool, H hidden, W width of one expert.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-
-from camera.calibration.hessians import LayerHessians
-from camera.checkpoint.formats.packed.footprint import MOST_BITS, Footprint, index_bits
-from camera.moe.budget import Budget
-from camera.moe.feed_forward import FeedForward
-from camera.quantization.base import hidden_size
-from camera.quantization.bit_plan import ExpertBits, assign, ranking
+from camera.moe.pool import layer_seed
 from camera.quantization.camera_q import CameraQ
 from camera.runtime.errors import CameraError
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-@dataclass
+    from camera.calibration.hessians import HessianStatistics
+    from camera.checkpoint.formats.packed.footprint import Footprint
+    from camera.method import Plan
+    from camera.moe.budget import Budget
+    from camera.moe.feed_forward import FeedForward
+    from camera.quantization.bit_plan import LayerBits
+
+
+@dataclass(frozen=True)
 class CameraQDagger(CameraQ):
-    """Camera-Q without what makes it Camera-Q: the bits of the three matrices don't match.
+    """Camera-Q with unmatched bit widths in the three matrices.
 
-    split channels: each matrix is cut along its own input, gate and up by the energy of their input
-    channels [(1 - alpha) |X_c|_2^2 + alpha |X_c|_inf^2] |W_c|^2, down by micro-expert energy; the
-    shares are Camera-Q's in all three. split shuffle: Camera-Q's numbers of rows and columns of
-    every expert, dealt out at random in each matrix. The orders that are stored count as bits.
+    split channels: each matrix is divided along its own input, gate and up by the energy of their
+    input channels [(1 - alpha) |X_c|_2^2 + alpha |X_c|_inf^2] |W_c|^2, down by micro-expert energy;
+    the shares are Camera-Q's in all three. split shuffle: Camera-Q's numbers of rows and columns of
+    every expert, assigned at random in each matrix. The orders that are stored count as bits.
     """
 
     name: ClassVar[str] = "camera_q_dagger"
@@ -39,51 +44,64 @@ class CameraQDagger(CameraQ):
             raise CameraError(f"split={self.split} is none of channels, shuffle.")
         if 0 in (self.group_bits or ()):
             raise CameraError("camera_q_dagger can't remove micro-experts: take 0 off group_bits.")
-        if self.rank_scope == "model":
+        if self.rank_scope == "global":
             raise CameraError(
                 "camera_q_dagger ranks within a layer or expert: set rank_scope=layer."
             )
         super().check(budget)
 
-    def plan(
-        self, index: int, ffn: FeedForward, seen: LayerHessians, budget: Budget
-    ) -> tuple[list[ExpertBits], int | None]:
+    def plan_layer(
+        self, index: int, ffn: FeedForward, seen: HessianStatistics, budget: Budget, plan: Plan
+    ) -> LayerBits:
         if self.split == "channels":
-            return self._by_channels(index, ffn, seen)
-        matched, group_size = super().plan(index, ffn, seen, budget)
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + index)
+            return self._by_channels(index, ffn, seen, plan)
+        import torch
 
-        def deal(bits: torch.Tensor) -> torch.Tensor:
+        from camera.quantization.bit_plan import ExpertBits, LayerBits
+
+        matched = super().plan_layer(index, ffn, seen, budget, plan)
+        generator = torch.Generator().manual_seed(layer_seed(self.seed, index))
+
+        def shuffled(bits: Tensor) -> Tensor:
             return bits[torch.randperm(len(bits), generator=generator)]
 
-        return [
-            ExpertBits("rows", deal(e.gate), deal(e.up), deal(e.down)) for e in matched
-        ], group_size
+        experts = [
+            ExpertBits("rows", shuffled(e.gate), shuffled(e.up), shuffled(e.down))
+            for e in matched.experts
+        ]
+        return LayerBits(experts, matched.group_size)
 
-    def stored(self, pool: Footprint, bits_N: torch.Tensor, cuts: Sequence[int]) -> float:
+    def stored(
+        self, pool: Footprint, bits_N: Tensor, boundaries: Sequence[int], levels: Sequence[int]
+    ) -> float:
+        import torch
+
+        from camera.checkpoint.formats.packed.codes import MAX_BITS
+        from camera.checkpoint.formats.packed.footprint import index_bits
+
         if self.split == "shuffle":
             index = sum(2 * index_bits(width) for width in pool.widths)
-            return super().stored(pool, bits_N, cuts) + index
-        channels = self._channel_bits(pool.hidden, cuts, len(bits_N))
-        counts_B = torch.bincount(channels, minlength=MOST_BITS + 1)
+            return super().stored(pool, bits_N, boundaries, levels) + index
+        channels = _channel_bits(pool.hidden, boundaries, len(bits_N), levels)
+        counts_B = torch.bincount(channels, minlength=MAX_BITS + 1)
         counts_EB = counts_B.expand(len(pool.widths), -1)
         return pool.stored_by_columns(counts_EB, pool.counts(bits_N))
 
-    def _channel_bits(self, hidden: int, cuts: Sequence[int], micro_experts: int) -> torch.Tensor:
-        """Bits of input channels in falling order: the shares that the cuts give micro-experts."""
-        inside = [round(cut * hidden / max(micro_experts, 1)) for cut in cuts]
-        return assign(torch.arange(hidden), [hidden], self.levels, inside)
-
     def _by_channels(
-        self, index: int, ffn: FeedForward, seen: LayerHessians
-    ) -> tuple[list[ExpertBits], int | None]:
-        energy_N, widths = self._importance(index, seen), ffn.widths
-        pool = Footprint(hidden_size(ffn), tuple(widths), self._group_size(), self.sym)
-        bits_N, cuts, group_size = self.allocate(energy_N, pool, self._errors(ffn, seen, pool))
-        falling_H = self._channel_bits(pool.hidden, cuts, len(bits_N))
-        channel_EH = seen.channel_energy(self.alpha).cpu()
+        self, index: int, ffn: FeedForward, seen: HessianStatistics, plan: Plan
+    ) -> LayerBits:
+        import torch
+
+        from camera.quantization.bit_plan import ExpertBits, LayerBits, ranking
+
+        energy_N, pool = self.importance(index, seen, plan), self.pool_of(ffn)
+        levels = plan.shared["levels"]
+        errors = self.errors(ffn, seen, pool, levels)
+        bits_N, boundaries, group_size = self.allocate(energy_N, pool, levels, errors)
+        falling_H = _channel_bits(pool.hidden, boundaries, len(bits_N), levels)
+        channel_EH, widths = seen.channel_energy(self.alpha).cpu(), ffn.widths
         parts = iter(zip(bits_N.split(widths), energy_N.split(widths), channel_EH, strict=True))
-        plan = []
+        experts = []
         for group in ffn.groups:
             for expert in range(len(group.widths)):
                 bits_W, energy_W, channel_H = next(parts)
@@ -93,5 +111,18 @@ class CameraQDagger(CameraQ):
                     bits_H = torch.empty_like(falling_H)
                     bits_H[ranking(channel_H * norm_H, [pool.hidden], "layer")] = falling_H
                     both.append(bits_H)
-                plan.append(ExpertBits("columns", *both, bits_W, energy_W))
-        return plan, group_size
+                experts.append(ExpertBits("columns", *both, bits_W, energy_W))
+        return LayerBits(experts, group_size)
+
+
+def _channel_bits(
+    hidden: int, boundaries: Sequence[int], micro_experts: int, levels: Sequence[int]
+) -> Tensor:
+    """Bits of input channels in falling order: the shares that the boundaries give
+    micro-experts."""
+    import torch
+
+    from camera.quantization.bit_plan import bits_of_ranking
+
+    inside = [round(cut * hidden / max(micro_experts, 1)) for cut in boundaries]
+    return bits_of_ranking(torch.arange(hidden), [hidden], levels, inside)

@@ -11,14 +11,19 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from camera.calibration.hessians import LayerHessians
+from camera.calibration.hessians import HessianStatistics
 from camera.checkpoint.formats.narrow import PROJECTIONS
 from camera.checkpoint.formats.packed.experts import PackedExperts
 from camera.checkpoint.formats.packed.mlp import PackedMlp
 from camera.checkpoint.formats.packed.segments import Cut, Solved
 from camera.checkpoint.formats.packed.spec import experts_spec, mlp_spec
-from camera.compensation.least_squares import Block, Fit, fit, fit_report
-from camera.compensation.settings import Refit
+from camera.compensation.least_squares import (
+    ExpertRegression,
+    FitReport,
+    coordinate_descent,
+    fit_report,
+)
+from camera.compensation.settings import CompensationSettings
 from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
 from camera.quantization.batch import Ledger, solve_batch
 from camera.quantization.bit_plan import ExpertBits, falling
@@ -36,10 +41,10 @@ def solve_layer(
     ffn: FeedForward,
     plan: list[ExpertBits],
     solver: GPTQ,
-    seen: LayerHessians | None = None,
+    seen: HessianStatistics | None = None,
     *,
     true_sequential: bool = False,
-    compensation: Refit | None = None,
+    compensation: CompensationSettings | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Quantise every expert of a layer's pool (`plan`, in pool order) and put packed modules there.
 
@@ -138,7 +143,7 @@ class _Solving:
     def __init__(self, group, experts, solver, seen, pool, true_sequential, compensation):
         self.group, self.experts, self.seen, self.pool = group, experts, seen, pool
         self.true_sequential, self.compensation = true_sequential, compensation
-        self.fits: list[Fit] = []
+        self.fits: list[FitReport] = []
         # the mean Hessian makes sense for inputs that all experts share, which down's are not
         self.mean = solver.fallback == "mean_hessian"
         self.solver = replace(solver, fallback="rtn")
@@ -275,7 +280,7 @@ class _Solving:
         h_NW = self.group.activations(expert.number, x_NH)
         whole_HW = self.group.down(expert.number).float()
         lost_NH = h_NW @ whole_HW.T - h_NM @ down_HM.float().T
-        block = Block(None, h_NM, down_HM.T)
+        block = ExpertRegression(None, h_NM, down_HM.T)
         fitted = len(x_NH) - round(len(x_NH) * self.compensation.held_out)
-        self.fits.append(fit([block], lost_NH, fitted, self.compensation))
+        self.fits.append(coordinate_descent([block], lost_NH, fitted, self.compensation))
         return block.weight_WH.T.to(down_HM.dtype)

@@ -1,4 +1,4 @@
-"""Memory that goes back to the system once it is free.
+"""Buffers whose memory returns to the operating system when freed.
 
 malloc keeps what was freed below its mmap threshold (glibc: up to 32 MB, and that is most of a
 checkpoint's tensors), for each thread apart: layers that are read in one thread, computed in
@@ -15,7 +15,7 @@ import torch
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
-def room(size: int) -> torch.Tensor:
+def allocate(size: int) -> torch.Tensor:
     """`size` bytes (uint8) of a mapping of their own, pinned where there is CUDA."""
     if torch.cuda.is_available():
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
@@ -24,7 +24,7 @@ def room(size: int) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
 
 
-def give_back() -> None:
-    """Have malloc return to the system what is free."""
+def trim_heap() -> None:
+    """Call glibc's `malloc_trim(0)`."""
     if _TRIM is not None:
         _TRIM(0)

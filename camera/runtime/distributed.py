@@ -47,12 +47,19 @@ def world() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def share(ids_NL: torch.Tensor) -> torch.Tensor:
+def shard_samples(ids_NL: torch.Tensor) -> torch.Tensor:
     """The samples that are this rank's: as many as the others', or one more."""
     return ids_NL.tensor_split(world())[rank()]
 
 
-def total(tensor: torch.Tensor) -> torch.Tensor:
+def all_combined(tensor: torch.Tensor, how: str) -> torch.Tensor:
+    """All ranks' tensors, added up (sum) or element by element the largest (max)."""
+    tensor = tensor.contiguous()
+    distributed.all_reduce(tensor, OPERATIONS[how])
+    return tensor
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of all ranks' tensors."""
     if world() == 1:
         return tensor
@@ -61,7 +68,7 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
     return summed.to(tensor.device)
 
 
-def least(number: int) -> int:
+def all_min(number: int) -> int:
     """The smallest of all ranks' numbers."""
     if world() == 1:
         return number
@@ -76,18 +83,18 @@ def barrier() -> None:
         distributed.barrier()
 
 
-def call() -> None:
-    """Rank 0: have the ranks that `follow` do their part once."""
+def start_workers() -> None:
+    """Rank 0: start one unit of work on all ranks."""
     _tell(1)
 
 
-def release() -> None:
-    """Rank 0: let the ranks that `follow` go."""
+def stop_workers() -> None:
+    """Rank 0: let the other ranks return."""
     _tell(0)
 
 
-def follow(part: Callable[[], object]) -> None:
-    """Other ranks: do a part of the work whenever rank 0 says so, until it is done."""
+def work_for_rank_0(part: Callable[[], object]) -> None:
+    """Other ranks: do a unit of work whenever rank 0 starts one, until it stops them."""
     while _tell(0):
         part()
 

@@ -37,3 +37,17 @@ def write_json(path: Path, content: dict) -> None:
 def content_key(about: dict) -> str:
     """A short name for what a cached file was made from."""
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file or folder grows until it is complete."""
+    return path.with_name(f".{path.name}.partial")
+
+
+class CheckpointFiles:
+    """Names of the files of a checkpoint beside its weights and configuration."""
+
+    REPORT = "camera.json"
+    EVALUATION = "evaluation.json"
+    STATISTICS = "statistics.safetensors"
+    PLAN = "plan.safetensors"

@@ -1,4 +1,4 @@
-"""Hidden states of many tokens, in memory or in a memory-mapped file that goes with the process.
+"""A table of hidden states in RAM or in an unlinked memory-mapped file.
 
 Shapes: T tokens, H hidden.
 """
@@ -18,7 +18,7 @@ from camera.runtime.errors import CameraError
 _MAPS: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
 
 
-class HiddenStates:
+class MappedTable:
     """A table [T, H] that is read and overwritten piece by piece.
 
     On disk if it is larger than `ram` bytes: then no more than the piece in use counts as the
@@ -54,12 +54,11 @@ class HiddenStates:
         """Put rows in the place of those from `first` on."""
         rows_TH = hidden_BLH.reshape(-1, hidden_BLH.shape[-1])
         self._table_TH[first : first + len(rows_TH)] = rows_TH
-        let_go(self._table_TH)
+        release_pages(self._table_TH)
 
 
-def let_go(states: Tensor) -> None:
-    """What was read or written of a table on disk is the process's memory no longer; it is mapped
-    in again when it is needed. Does nothing to other tensors."""
+def release_pages(states: Tensor) -> None:
+    """Release the resident pages of a memory-mapped tensor. Other tensors are unchanged."""
     mapped = _MAPS.get(states.untyped_storage().data_ptr())
     if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)  # the file keeps its pages

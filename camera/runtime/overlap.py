@@ -7,7 +7,7 @@ from time import perf_counter
 import torch
 
 
-class Background:
+class BackgroundWriter:
     """Runs what it is given in a thread; never more than one piece is under way.
 
     An error surfaces at the next call. `seconds_worked` is what the work took, `seconds_waited` the
@@ -41,7 +41,7 @@ class Background:
             finally:
                 self.seconds_waited += perf_counter() - start
 
-    def __enter__(self) -> "Background":
+    def __enter__(self) -> "BackgroundWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -51,10 +51,11 @@ class Background:
             self._thread.shutdown()
 
 
-Read = Callable[[int], dict[str, torch.Tensor]]
+Read = Callable[[int, bool], dict[str, torch.Tensor]]
+"""read(layer, without_experts): the tensors of a layer."""
 
 
-class ReadAhead:
+class LayerPrefetcher:
     """Layers from disk to the device, the next one in a thread (and on CUDA a stream) of its own.
 
     Layers are taken one after the other, up or down. `seconds_read` is what reading took,
@@ -64,43 +65,44 @@ class ReadAhead:
     def __init__(self, read: Read, layers: int, device: torch.device):
         self._read, self._layers, self._device = read, layers, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._coming: tuple[int, Future] | None = None
-        self._last, self._up = -1, True
+        self._coming: tuple[tuple[int, bool], Future] | None = None
+        self._last, self._up = (-1, False), True
         self.seconds_read = self.seconds_waited = 0.0
 
-    def take(self, index: int) -> dict[str, torch.Tensor]:
+    def get(self, index: int, without_experts: bool = False) -> dict[str, torch.Tensor]:
         """The tensors of a layer, waited for if they aren't there yet."""
-        start = perf_counter()
+        start, asked = perf_counter(), (index, without_experts)
         coming, self._coming = self._coming, None
-        if coming is None or coming[0] != index:
+        if coming is None or coming[0] != asked:
             if coming is not None:
                 wait([coming[1]])  # wanted or not: never two at a time
-            coming = self._begin(index)
+            coming = self._begin(asked)
         tensors = coming[1].result()
         if self._stream is not None:
             for tensor in tensors.values():
                 tensor.record_stream(torch.cuda.current_stream(self._device))
-        self._up, self._last = index > self._last, index
+        self._up, self._last = index > self._last[0], asked
         self.seconds_waited += perf_counter() - start
         return tensors
 
     def start_next(self) -> None:
         """Begin to read what follows the layer taken last."""
-        index = self._last + (1 if self._up else -1)
+        last, without_experts = self._last
+        index = last + (1 if self._up else -1)
         if self._coming is None and 0 <= index < self._layers:
-            self._coming = self._begin(index)
+            self._coming = self._begin((index, without_experts))
 
-    def _begin(self, index: int) -> tuple[int, Future]:
+    def _begin(self, asked: tuple[int, bool]) -> tuple[tuple[int, bool], Future]:
         thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         try:
-            return index, thread.submit(self._fetch, index)
+            return asked, thread.submit(self._fetch, *asked)
         finally:
             thread.shutdown(wait=False)  # it ends with the layer
 
-    def _fetch(self, index: int) -> dict[str, torch.Tensor]:
+    def _fetch(self, index: int, without_experts: bool) -> dict[str, torch.Tensor]:
         start = perf_counter()
         try:
-            tensors = self._read(index)
+            tensors = self._read(index, without_experts)
             if self._stream is not None:
                 with torch.cuda.stream(self._stream):
                     tensors = {

@@ -1,4 +1,4 @@
-"""What a long run shows: how far it is, time left, memory; and the peak of memory it took."""
+"""Progress display: bars on a terminal, lines in a log."""
 
 import logging
 import time
@@ -38,14 +38,14 @@ def each_layer(start: int, count: int, title: str, memory: PeakMemory, show: boo
     def held() -> str:
         return f"{memory.now() / 1e9:.2f} GB"
 
-    with shown(title, count, "layers", done=start, show=show, note=held) as advance:
+    with progress_bar(title, count, "layers", done=start, show=show, note=held) as advance:
         for index in range(start, count):
             yield index
             advance(1)
 
 
 @contextmanager
-def shown(
+def progress_bar(
     title: str,
     total: int,
     unit: str,
@@ -111,6 +111,6 @@ def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def gigabytes(size: int) -> str:
+def format_bytes(size: int) -> str:
     """A number of bytes for people."""
     return f"{size / 1e9:.2f} GB"

@@ -1,20 +1,63 @@
-"""Batches of tokens on their way through the layers."""
+"""Stages of a batch on its way through a layer, as values.
+
+LayerInput -attend-> FfnInput -forward-> LayerInput of the next layer; where a layer is pruned in
+between: FfnInput -> FfnPhi -> FfnOutput -> LayerInput.
+
+Shapes: B samples of a batch, L tokens of a sample, H hidden, T = B * L.
+"""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from camera.moe.capture import Output, Trace
+from camera.moe.capture import ExpertPhi
 
 
-@dataclass
-class Batch:
-    """One batch on its way through the layers."""
+@dataclass(frozen=True)
+class Arguments:
+    """What the model itself passes to each layer, and which tokens aren't padding."""
 
-    hidden_BLH: torch.Tensor  # kept on the CPU between layers
-    kwargs: list[dict[str, Any]]  # what the model itself passes to each layer
-    mask_T: torch.Tensor | None  # False where a token is padding
-    ffn_input_BLH: torch.Tensor | None = None
-    trace: Trace | None = None
-    output: Output | None = None
+    kwargs: list[dict[str, Any]]
+    mask_T: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """Hidden states before a layer."""
+
+    arguments: Arguments
+    hidden_BLH: torch.Tensor
+
+
+@dataclass(frozen=True)
+class FfnInput:
+    """A layer after its attention: the FFN's input, and the residual that its output is added
+    to."""
+
+    arguments: Arguments
+    residual_BLH: torch.Tensor
+    x_BLH: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        """T of the batch."""
+        return self.x_BLH[..., 0].numel()
+
+
+@dataclass(frozen=True)
+class FfnPhi:
+    """phi of every expert of a layer, for a layer that is pruned afterwards."""
+
+    at: FfnInput
+    calls: list[ExpertPhi]
+
+
+@dataclass(frozen=True)
+class FfnOutput:
+    """What the FFN puts out, before it is added to the residual."""
+
+    at: FfnInput
+    y_TH: torch.Tensor

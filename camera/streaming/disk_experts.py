@@ -1,4 +1,4 @@
-"""Routed experts that stay on disk and are read one by one, where a layer of them fits no memory.
+"""Routed experts loaded from disk one at a time.
 
 Shapes: W width of one expert, H hidden, T tokens of a batch, K experts per token, N tokens of one
 expert.
@@ -7,25 +7,26 @@ expert.
 import copy
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from camera.checkpoint.shards import Place
-from camera.moe.capture import Observer, Output, Sink, one_expert
+from camera.moe.capture import OutputSum, RoutedCall, Sink, run_expert
 from camera.moe.expert_module import ExpertModule
 from camera.moe.feed_forward import RoutedExperts
+from camera.moe.observer import Observer
 from camera.moe.routing import routed_slots
-from camera.runtime.mapped import let_go
+from camera.runtime.mapped import release_pages
 
 # Keys of experts in checkpoints: one tensor per expert, or all of a layer in one.
 _ONE = re.compile(r"(\.experts\.)(\d+)(\.)")
 _ALL = re.compile(r"\.experts\.(gate_up_proj|down_proj)$|\.(input|output)_linear\.weight$")
 
 
-class VisitedExperts(nn.Module, ExpertModule):
-    """Stands for a layer's native experts; `gate_up` and `down` read from disk, the last one kept.
+class DiskExperts(nn.Module, ExpertModule):
+    """Stands in for a layer's native experts; `gate_up` and `down` read from disk, the last one is kept.
 
     `read(expert)` gives gate_up [2W, H] and down [H, W] of one expert.
     """
@@ -39,19 +40,24 @@ class VisitedExperts(nn.Module, ExpertModule):
         read: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
     ):
         super().__init__()
-        self.native = [native]  # in a list, so that it is no part of the model
+        self._native = [native]  # in a list, so that it is no part of the model
         self.widths, self.act_fn, self._read = widths, native.act_fn, read
         self._last: tuple[int, torch.Tensor, torch.Tensor] | None = None
 
     def gate_up(self, expert: int) -> torch.Tensor:
-        return self._visit(expert)[1]
+        return self._load(expert)[1]
 
     def down(self, expert: int) -> torch.Tensor:
-        return self._visit(expert)[2]
+        return self._load(expert)[2]
+
+    @property
+    def native(self) -> nn.Module:
+        """The native module, without weights."""
+        return self._native[0]
 
     def materialize(self, experts: Sequence[int]) -> nn.Module:
         """The native module with these experts alone, in memory."""
-        native = self.native[0]
+        native = self.native
         shapes = {"gate_up_proj": native.gate_up_proj.shape, "down_proj": native.down_proj.shape}
         like = self.down(experts[0])
         for name, (_, *shape) in shapes.items():
@@ -62,60 +68,76 @@ class VisitedExperts(nn.Module, ExpertModule):
             native.down_proj[place] = self.down(expert)
         return native
 
-    def _visit(self, expert: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+    def _load(self, expert: int) -> tuple[int, torch.Tensor, torch.Tensor]:
         if self._last is None or self._last[0] != expert:
             self._last = None  # before the next one is read
             self._last = expert, *self._read(expert)
         return self._last
 
 
-class Visit:
-    """Routed experts one after the other, each on its tokens of all batches: for experts on disk.
+class DiskExpertsPass:
+    """Deferred evaluation of experts: each expert runs once, on its tokens of all batches.
 
-    `record` stands for the experts while a batch runs; `look` then shows what it would have seen.
+    `recording` stands in for the experts while a batch runs; `run` then evaluates them.
     """
 
     def __init__(self, group: RoutedExperts):
         self._group = group
-        self._batches: list[tuple] = []
+        self._batches: list[_RecordedBatch] = []
 
-    def record(
-        self,
-        mask_T: torch.Tensor | None,
-        counts_T: torch.Tensor | None,
-        sink: Sink | None,
-        x_TH: torch.Tensor,
-        index_TK: torch.Tensor,
-        weight_TK: torch.Tensor,
-    ) -> torch.Tensor:
-        """Keep a batch's routing, on the CPU."""
-        shown, counts = (None if t is None else t.cpu() for t in (mask_T, counts_T))
-        slots = dict(routed_slots(index_TK.cpu(), len(self._group.widths)))
-        self._batches.append((x_TH.cpu(), slots, weight_TK.cpu(), shown, counts, sink))
-        return torch.zeros_like(x_TH)
+    def recording(self, batch: int, mask_T: torch.Tensor | None, sink: Sink | None) -> RoutedCall:
+        """What is called in the experts' place: keeps a batch's routing, on the CPU."""
 
-    def look(self, observer: Observer, device: torch.device) -> None:
-        """Visit every expert once."""
+        def record(
+            x_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
+        ) -> torch.Tensor:
+            slots = dict(routed_slots(index_TK.cpu(), len(self._group.widths)))
+            shown_T = None if mask_T is None else mask_T.cpu()
+            routing = (x_TH.cpu(), slots, weight_TK.cpu(), shown_T)
+            self._batches.append(_RecordedBatch(batch, *routing, sink))
+            return torch.zeros_like(x_TH)
+
+        return record
+
+    def run(self, observer: Observer | None, device: torch.device) -> None:
+        """Load each expert and pass its tokens to the observer and the batches' sinks."""
         for expert in range(len(self._group.widths)):
-            for x_TH, slots, weight_TK, mask_T, counts_T, sink in self._batches:
-                if expert not in slots:
+            for part in self._batches:
+                if expert not in part.slots:
                     continue
-                tokens_N = slots[expert] // weight_TK.shape[-1]
-                shown_N, counts_N = (
-                    None if t is None else t[tokens_N].to(device) for t in (mask_T, counts_T)
+                tokens_N = part.slots[expert] // part.weight_TK.shape[-1]
+                shown_N = None if part.mask_T is None else part.mask_T[tokens_N].to(device)
+                x_NH = part.x_TH[tokens_N].to(device)
+                a_N = part.weight_TK.reshape(-1)[part.slots[expert]].to(device)
+                if part.sink is None and shown_N is not None:
+                    tokens_N = tokens_N[shown_N.to(tokens_N.device)]
+                    x_NH, a_N, shown_N = x_NH[shown_N], a_N[shown_N], None
+                run_expert(
+                    self._group,
+                    expert,
+                    observer,
+                    part.sink,
+                    part.batch,
+                    tokens_N,
+                    x_NH,
+                    a_N,
+                    shown_N,
                 )
-                x_NH = x_TH[tokens_N].to(device)
-                a_N = weight_TK.reshape(-1)[slots[expert]].to(device)
-                if sink is None and shown_N is not None:
-                    x_NH, a_N = x_NH[shown_N], a_N[shown_N]
-                    counts_N = None if counts_N is None else counts_N[shown_N]
-                    shown_N = None
-                one_expert(
-                    self._group, expert, observer, shown_N, counts_N, sink, tokens_N, x_NH, a_N
-                )
-                let_go(x_TH)
-                if isinstance(sink, Output):
-                    let_go(sink.y_TH)
+                release_pages(part.x_TH)
+                if isinstance(part.sink, OutputSum):
+                    release_pages(part.sink.y_TH)
+
+
+@dataclass(frozen=True)
+class _RecordedBatch:
+    """A batch's routing: its inputs, slots by expert, routing weights, padding, and its sink."""
+
+    batch: int
+    x_TH: torch.Tensor
+    slots: dict[int, torch.Tensor]
+    weight_TK: torch.Tensor
+    mask_T: torch.Tensor | None
+    sink: Sink | None
 
 
 def is_expert(key: str) -> bool:
@@ -123,7 +145,7 @@ def is_expert(key: str) -> bool:
     return bool(_ONE.search(key) or _ALL.search(key))
 
 
-def places_of(places: dict[str, Place], expert: int) -> dict[str, Place]:
+def single_expert_places(places: dict[str, Place], expert: int) -> dict[str, Place]:
     """Of a layer's experts, where one lies, under the names of a layer that has only this one."""
     found = {}
     for key, place in places.items():
@@ -137,7 +159,7 @@ def places_of(places: dict[str, Place], expert: int) -> dict[str, Place]:
     return found
 
 
-def only_one(experts: nn.Module) -> nn.Module:
+def single_expert_module(experts: nn.Module) -> nn.Module:
     """A layer's native experts module, on meta, with room for one."""
     one = copy.deepcopy(experts)
     for name, parameter in list(one.named_parameters(recurse=False)):

@@ -1,26 +1,23 @@
-"""What a run keeps in memory, what it keeps on disk, and how much that will take."""
+"""Sizes of layers and batches, and the machine's memory."""
 
 import psutil
 import torch
 from torch import nn
 
-from camera.streaming.skeleton import Skeleton
+from camera.streaming.skeleton import MetaModel
 
 HIDDEN_SHARE = 0.3  # of the memory that is free: more than that of hidden states goes to disk
-
-
 HIDDEN_HELD = 3  # the layer's inputs, its FFN's inputs, and those the last layer is recorded with
-
-
 BATCH_TOKENS = 8192  # that go through a layer together
 BACKWARD_TOKENS = 4096  # that go back through a layer together
 
 
-def _parameters(module: nn.Module) -> int:
+def parameters_of(module: nn.Module) -> int:
+    """Numbers that a module holds."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _active_width(skeleton: Skeleton) -> float:
+def active_width(skeleton: MetaModel) -> float:
     """Micro-experts that a token reaches, in the widest layer."""
     top_k = getattr(skeleton.config, "num_experts_per_tok", 1)
     widest = 0.0
@@ -34,7 +31,8 @@ def _active_width(skeleton: Skeleton) -> float:
     return widest
 
 
-def _total(device: torch.device) -> int:
+def total_memory(device: torch.device) -> int:
+    """Bytes of the device's memory, on a CPU of the system's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().total

@@ -1,33 +1,29 @@
 """Memory choices of a run."""
 
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_type_hints
 
 from camera.runtime.errors import CameraError
 
-CHOICES = {
-    "phi": ("auto", "keep", "recompute"),
-    "hidden": ("auto", "ram", "disk"),
-    "experts": ("auto", "layer", "visit"),
-}
-
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryChoices:
     """Where memory may be saved, each `auto` by size.
 
-    phi: a layer's micro-expert outputs are kept until it is cut, or computed again. hidden: the
-    hidden states between layers are in ram or memory-mapped from disk. experts: the layer's routed
-    experts are loaded together, or visited one by one from the shards.
+    phi: activations of one layer are kept until it is pruned, or recomputed. hidden: hidden states
+    between layers are in RAM or memory-mapped from disk. experts: a layer's routed experts are
+    loaded into RAM together, or stay on disk and are loaded one at a time.
     """
 
     phi: Literal["auto", "keep", "recompute"] = "auto"
     hidden: Literal["auto", "ram", "disk"] = "auto"
-    experts: Literal["auto", "layer", "visit"] = "auto"
+    experts: Literal["auto", "ram", "disk"] = "auto"
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise CameraError(
-                    f"memory.{name}={getattr(self, name)} is none of {', '.join(choices)}."
-                )
+        hints = get_type_hints(type(self))
+        for name in (f.name for f in fields(self)):
+            choices, value = get_args(hints[name]), getattr(self, name)
+            if value not in choices:
+                raise CameraError(f"memory.{name}={value} is none of {', '.join(choices)}.")

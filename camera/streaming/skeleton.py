@@ -1,4 +1,4 @@
-"""A model of which only the parts asked for are in memory: on meta first, filled from shards."""
+"""A model on meta whose layers are loaded from shards and freed."""
 
 import os
 import re
@@ -19,19 +19,24 @@ from camera.checkpoint.config import CameraConfig, CameraQuantizer, build_forms
 from camera.checkpoint.loading import compute_dtype, resolve_dtype
 from camera.checkpoint.shards import ShardReader, read_places
 from camera.moe.budget import Budget, budget_of
-from camera.moe.capture import swapped
+from camera.moe.capture import replaced_submodule
 from camera.moe.families import family_of
 from camera.moe.feed_forward import ExpertGroup, FeedForward
-from camera.runtime.buffers import give_back
+from camera.runtime.buffers import trim_heap
 from camera.runtime.errors import CameraError
-from camera.runtime.overlap import ReadAhead
-from camera.streaming.disk_experts import VisitedExperts, is_expert, only_one, places_of
+from camera.runtime.overlap import LayerPrefetcher
+from camera.streaming.disk_experts import (
+    DiskExperts,
+    is_expert,
+    single_expert_module,
+    single_expert_places,
+)
 
 _IN_A_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
-class Skeleton:
-    """A causal language model on meta, whose layers are read from disk one by one and freed.
+class MetaModel:
+    """A causal language model on meta whose layers are read from disk one by one and freed.
 
     `stored_dtype` is what its tensors are written in, `dtype` what they are computed in.
     """
@@ -47,8 +52,8 @@ class Skeleton:
         self.config = load_config(folder, trust_remote_code)
         self.family = family_of(self.config.model_type)
         self.reader = ShardReader(folder)
-        self.ahead = ReadAhead(self._read_layer, self.config.num_hidden_layers, self.device)
-        self.visit = False  # whether routed experts stay on disk and are read one by one
+        layers = self.config.num_hidden_layers
+        self.prefetcher = LayerPrefetcher(self._read_layer, layers, self.device)
         self.stored_dtype = resolve_dtype(dtype) or self._checkpoint_dtype()
         self.dtype = compute_dtype(dtype, self.stored_dtype, device)
         with torch.device("meta"):
@@ -74,37 +79,38 @@ class Skeleton:
         """The view of a layer that methods work on."""
         return FeedForward(self.layers[index], self.family, f"{self.root}.{index}")
 
-    def load_layer(self, index: int) -> nn.Module:
-        """Read one decoder layer, and begin to read the next one.
+    def load_layer(self, index: int, experts_on_disk: bool = False) -> nn.Module:
+        """Read one decoder layer, and begin to read the next one; with `experts_on_disk` its native
+        routed experts stay there (`camera.streaming.disk_experts`).
 
         CameraError for missing tensors, NaN and inf.
         """
-        prefix, experts = f"{self.root}.{index}.", self._routed(index) if self.visit else None
+        prefix = f"{self.root}.{index}."
+        experts = self.feed_forward(index).routed if experts_on_disk else None
         apart = f"{experts.path}." if experts else ()
         self._load(
-            self.ahead.take(index),
+            self.prefetcher.get(index, experts_on_disk),
             lambda name: name.startswith(prefix) and not (apart and name.startswith(apart)),
         )
-        give_back()
-        self.ahead.start_next()
+        trim_heap()
+        self.prefetcher.start_next()
         if experts is not None:
-            self._visit_experts(index, experts)
+            self._leave_on_disk(index, experts)
         return self.layers[index]
 
-    def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
+    def free_layer(self, index: int) -> None:
+        """Free the memory of a layer that is as it was loaded."""
+        ffn = self.feed_forward(index)
+        if ffn.routed is not None and isinstance(ffn.routed.module, DiskExperts):
+            ffn.replace(ffn.routed, ffn.routed.module.native)
+        self.free(self.layers[index])
+
+    def _read_layer(self, index: int, without_experts: bool) -> dict[str, torch.Tensor]:
         return self.reader.read(
-            lambda key: _layer_of(key) == index and not (self.visit and is_expert(key))
+            lambda key: _layer_of(key) == index and not (without_experts and is_expert(key))
         )
 
-    def _routed(self, index: int) -> ExpertGroup | None:
-        ffn = self.feed_forward(index)
-        group = next((group for group in ffn.groups if group.routed), None)
-        if group is not None and isinstance(group.module, VisitedExperts):  # of an earlier pass
-            ffn.replace(group, group.module.native[0])
-            return self._routed(index)
-        return group
-
-    def _visit_experts(self, index: int, experts: ExpertGroup) -> None:
+    def _leave_on_disk(self, index: int, experts: ExpertGroup) -> None:
         native, ffn = experts.module, self.feed_forward(index)
         places = {
             key: place
@@ -113,17 +119,17 @@ class Skeleton:
         }
 
         def read(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-            one = only_one(native)
-            with swapped(ffn.module, self.family.experts, one):
-                tensors = read_places(places_of(places, expert))
+            one = single_expert_module(native)
+            with replaced_submodule(ffn.module, self.family.experts, one):
+                tensors = read_places(single_expert_places(places, expert))
                 self._load(tensors, lambda name: name.startswith(f"{experts.path}."))
             return one.gate_up_proj.data[0], one.down_proj.data[0]
 
-        ffn.replace(experts, VisitedExperts(native, experts.widths, read))
+        ffn.replace(experts, DiskExperts(native, experts.widths, read))
 
     def load_rest(self, only: str = "") -> None:
         """Read what is outside the layers: embeddings, final norm, head (or those named `only`)."""
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        tied = tied_names(self.model)
         self._load(
             self.reader.read(lambda key: _layer_of(key) is None and only in key),
             lambda name: _layer_of(name) is None and only in name and name not in tied,
@@ -144,13 +150,13 @@ class Skeleton:
             if tensor.is_floating_point() and not any(part in name for part in exempt):
                 tensor = tensor.to(self.stored_dtype)
             found[name] = tensor
-        give_back()
+        trim_heap()
         return found
 
     def free(self, module: nn.Module) -> None:
         """Give a module's memory back."""
         module.to("meta")
-        give_back()
+        trim_heap()
 
     def _load(self, tensors: dict[str, torch.Tensor], due: Callable[[str], bool]) -> None:
         """Move tensors of the checkpoint into the model; those that are `due` must be there."""
@@ -199,6 +205,11 @@ class Skeleton:
         if isinstance(self.config.dtype, torch.dtype):
             return self.config.dtype
         return next(iter(self.reader.places.values())).dtype
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that share another one's memory."""
+    return set(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

@@ -1,242 +1,221 @@
-"""One decoder layer in memory at a time: load, look, compress, propagate, free.
+"""Text through the layers of a model of which one is in memory.
 
 Shapes: B samples of a batch, L tokens of a sample, H hidden, T = B * L.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from camera.compensation.attention import refit_attention
-from camera.compensation.experts import Weights, compensate
-from camera.compensation.settings import Refit
-from camera.moe.capture import Observer, Output, Tap, Trace, observe, swapped, unobserved, unwrap
-from camera.moe.pool import Kept
-from camera.pipeline.estimate import Needs, needs
-from camera.runtime.buffers import give_back
+from camera.moe.capture import (
+    ModuleStub,
+    OutputSum,
+    PhiRecord,
+    project_phi,
+    replaced_submodule,
+    run_ffn,
+    unwrap,
+)
+from camera.moe.observer import Observer
+from camera.moe.pool import KeptRows
+from camera.runtime.buffers import trim_heap
 from camera.runtime.errors import CameraError
-from camera.runtime.mapped import HiddenStates, let_go
-from camera.streaming.batches import Batch
-from camera.streaming.disk_experts import Visit
-from camera.streaming.recorder import Recorder
-from camera.streaming.settings import Memory
-from camera.streaming.skeleton import Skeleton, all_finite
+from camera.runtime.mapped import MappedTable, release_pages
+from camera.streaming.batches import Arguments, FfnInput, FfnOutput, FfnPhi, LayerInput
+from camera.streaming.disk_experts import DiskExpertsPass
+from camera.streaming.recorder import ArgumentRecorder
+from camera.streaming.skeleton import MetaModel, all_finite
 
 
-class Streamer(Skeleton):
-    """Runs text through a model of which never more than one decoder layer is in memory.
+@dataclass(frozen=True)
+class Placement:
+    """Where a run keeps what doesn't fit: routed experts on disk, hidden states in the folder
+    `spill` between layers (None: in RAM)."""
 
-    With a folder `spill`, hidden states wait on disk between the layers.
-    """
-
+    experts_on_disk: bool = False
     spill: Path | None = None
 
-    def prepare(
-        self, memory: Memory, tokens: int, slices: bool, folder: Path, **method: int
-    ) -> Needs:
-        """Decide what stays in memory for a run over so many tokens, and say what that takes.
 
-        `method` is what `camera.pipeline.estimate.needs` asks of it beside `slices`.
-        """
-        found = needs(self, memory, tokens, slices, **method)
-        self.visit = found.visit
-        self.spill = folder if found.hidden_on_disk else None
-        return found
+class LayerStreamer:
+    """Runs batches through a model, layer by layer; stages are values (`camera.streaming.batches`).
+
+    Functions of several batches use their list up, so that no batch is there twice.
+    """
+
+    def __init__(self, model: MetaModel, placement: Placement | None = None):
+        self.model, self.placement = model, placement or Placement()
+
+    def load_layer(self, index: int) -> nn.Module:
+        """Read one decoder layer, and begin to read the next one."""
+        return self.model.load_layer(index, self.placement.experts_on_disk)
 
     @torch.no_grad()
-    def embed(self, batches: Iterable[dict[str, torch.Tensor]]) -> list[Batch]:
+    def embed(self, batches: Iterable[dict[str, torch.Tensor]]) -> list[LayerInput]:
         """Run everything before the first layer; what the model would pass to each layer is kept.
 
         Embeddings, masks and rotary positions come from the model's own forward, run with layers
         that only record their arguments.
         """
-        self.load_rest("embed_tokens")
-        recorders = nn.ModuleList(Recorder(layer) for layer in self.layers)
-        found, seen = [], {}
-        with swapped(self.base, "layers", recorders), swapped(self.base, "norm", nn.Identity()):
+        model = self.model
+        model.load_rest("embed_tokens")
+        recorders = nn.ModuleList(ArgumentRecorder(layer) for layer in model.layers)
+        found, same = [], {}
+        with (
+            replaced_submodule(model.base, "layers", recorders),
+            replaced_submodule(model.base, "norm", nn.Identity()),
+        ):
             for batch in batches:
-                inputs = {key: value.to(self.device) for key, value in batch.items()}
-                self.base(**inputs, use_cache=False)
+                inputs = {key: value.to(model.device) for key, value in batch.items()}
+                model.base(**inputs, use_cache=False)
                 kwargs = [recorder.call[1] for recorder in recorders]
                 mask = batch.get("attention_mask")
                 if mask is None:  # the same for all batches of a shape: keep one copy
-                    kwargs = seen.setdefault(batch["input_ids"].shape, kwargs)
+                    kwargs = same.setdefault(batch["input_ids"].shape, kwargs)
                 else:
                     mask = mask.bool().reshape(-1)
-                found.append(Batch(self._keep(recorders[0].call[0]), kwargs, mask))
-        self.free(self.base.embed_tokens)
+                hidden_BLH = self._keep(recorders[0].call[0])
+                found.append(LayerInput(Arguments(kwargs, mask), hidden_BLH))
+        model.free(model.base.embed_tokens)
         return found
 
     @torch.no_grad()
-    def attend(self, index: int, batches: list[Batch]) -> None:
-        """Run a loaded layer up to its FFN, once: keeps the FFN's input and the residual."""
-        layer = self.layers[index]
-        for batch in batches:
-            seen: list[torch.Tensor] = []
+    def attend(self, index: int, batches: list[LayerInput]) -> list[FfnInput]:
+        """Run a loaded layer up to its FFN: the FFN's inputs and the residuals."""
+        layer, found = self.model.layers[index], []
+        while batches:
+            batch = batches.pop(0)
+            inputs: list[torch.Tensor] = []
 
-            def record(x_BLH: torch.Tensor, seen: list = seen) -> torch.Tensor:
-                seen.append(x_BLH)
+            def record(x_BLH: torch.Tensor, inputs: list = inputs) -> torch.Tensor:
+                inputs.append(x_BLH)
                 return torch.zeros_like(x_BLH)
 
-            with swapped(layer, self.family.ffn, Tap(record)):
-                residual = unwrap(layer(batch.hidden_BLH.to(self.device), **batch.kwargs[index]))
-            batch.hidden_BLH = self._keep(residual)
-            batch.ffn_input_BLH = self._keep(seen[0])
-        give_back()
+            with replaced_submodule(layer, self.model.family.ffn, ModuleStub(record)):
+                hidden_BLH = batch.hidden_BLH.to(self.model.device)
+                residual = unwrap(layer(hidden_BLH, **batch.arguments.kwargs[index]))
+            found.append(FfnInput(batch.arguments, self._keep(residual), self._keep(inputs[0])))
+        trim_heap()
+        return found
 
     @torch.no_grad()
-    def observe(
-        self,
-        index: int,
-        batches: list[Batch],
-        observer: Observer = unobserved,
-        *,
-        propagate: bool = False,
-        trace: bool = False,
-    ) -> None:
-        """Show the observer what each expert sees; and before, of each batch, the FFN's input if it
-        has `begin(x_TH, mask_T)`. If it has `counts(h_TH)`, this says from the hidden states that
-        the FFN's output is added to how much each token's phi counts, [T].
-
-        With `propagate` the layer is finished as it is; with `trace` phi is kept, and `propagate`
-        called later, on the cut layer, needs no more than its `down_proj`.
-        """
-        ffn = self.feed_forward(index)
-        routed = next((group for group in ffn.groups if group.routed), None)
-        visit = Visit(routed) if self.visit and routed is not None else None
-        for batch in batches:
-            mask_T = None if batch.mask_T is None else batch.mask_T.to(self.device)
-            x_BLH = batch.ffn_input_BLH.to(self.device)
-            counts_T = None
-            if hasattr(observer, "counts"):
-                counts_T = observer.counts(batch.hidden_BLH.to(self.device).flatten(0, -2))
-            if hasattr(observer, "begin"):
-                observer.begin(x_BLH.flatten(0, -2), mask_T)
-            sink = None
-            if propagate:
-                sink = batch.output = Output(x_BLH if visit is None else batch.ffn_input_BLH)
-                if visit is not None:  # all batches' at once
-                    sink.y_TH = self._keep(sink.y_TH)
-            elif trace:
-                sink = batch.trace = Trace(x_BLH[..., 0].numel())
-            observe(ffn, x_BLH, observer, mask_T, sink, visit and visit.record, counts_T)
-            let_go(batch.ffn_input_BLH)
-            if propagate and visit is None:
-                self._finish(index, batch, ffn.residual_scale)
-        if visit is not None:
-            visit.look(observer, self.device)
-            for batch in batches if propagate else ():
-                self._finish(index, batch, ffn.residual_scale)
-        give_back()
+    def observe(self, index: int, batches: list[FfnInput], observer: Observer | None) -> None:
+        """Show every expert's activations; nothing else is kept, and the batches stay."""
+        self._run(index, batches, observer, [None] * len(batches))
+        trim_heap()
 
     @torch.no_grad()
-    def propagate(self, index: int, batches: list[Batch], kept: Kept | None = None) -> None:
-        """Finish the layer with the FFN it now has: the next layer's inputs.
-
-        Where phi was kept, `kept` says which of its columns the layer still has; else the FFN runs.
-        """
-        ffn = self.feed_forward(index)
-        for batch in batches:
-            if batch.output is not None:
-                self._finish(index, batch, ffn.residual_scale)
-                continue
-            x_BLH = batch.ffn_input_BLH.to(self.device)
-            if batch.trace is None:
-                y_BLH = ffn.module(x_BLH)
-            else:
-                y_BLH = batch.trace.finish(ffn, kept, Output(x_BLH)).view_as(x_BLH)
-            self._add(index, batch, y_BLH, ffn.residual_scale)
-        give_back()
+    def keep_phi(
+        self, index: int, batches: list[FfnInput], observer: Observer | None
+    ) -> list[FfnPhi]:
+        """Show every expert's activations, and keep phi for a layer that is pruned afterwards."""
+        records = [PhiRecord() for _ in batches]
+        self._run(index, batches, observer, records)
+        trim_heap()
+        return [FfnPhi(at, record.calls) for at, record in zip(batches, records, strict=True)]
 
     @torch.no_grad()
-    def compensate(
-        self,
-        index: int,
-        batches: list[Batch],
-        kept: Kept,
-        before: Weights,
-        how: Refit,
-        dense: list[Batch] | None = None,
-    ) -> dict[str, Any]:
-        """Refit the cut layer's output weights to the output of the layer `before`; a report.
-
-        Phi must have been kept (`trace`). The layer's new output is kept for `propagate`. With
-        `dense`, the dense model's batches after the layer, these are what is aimed at.
-        """
-        ffn = self.feed_forward(index)
-        traces = [batch.trace for batch in batches]
-        shapes = [batch.ffn_input_BLH.shape for batch in batches]
-        fitted = how.fitted(sum(shape[0] for shape in shapes), shapes[0][1])
-        target_TH, stream_TH = None, self._hidden(batches).float()
-        if dense is not None:
-            target_TH = self._hidden(dense).float().sub_(stream_TH).div_(ffn.residual_scale)
-        stream_TH = stream_TH if how.errors == "relative" else None
-        y_TH, report = compensate(ffn, traces, kept, before, fitted, how, target_TH, stream_TH)
-        parts = y_TH.split([trace.tokens for trace in traces])
-        for batch, part_TH in zip(batches, parts, strict=True):
-            batch.trace, batch.output = None, Output(batch.ffn_input_BLH[:0])
-            batch.output.y_TH = part_TH
-        return report
+    def forward(
+        self, index: int, batches: list[FfnInput], observer: Observer | None = None
+    ) -> list[LayerInput]:
+        """Finish the layer expert by expert, and show each one's activations on the way."""
+        found: list[LayerInput] = []
+        if self._on_disk(index):  # all batches' outputs at once
+            outputs = [OutputSum(batch.x_BLH) for batch in batches]
+            for output in outputs:
+                output.y_TH = self._keep(output.y_TH)
+            self._run(index, batches, observer, outputs)
+            for output in outputs:
+                found.append(self.add(index, FfnOutput(batches.pop(0), output.y_TH)))
+        number = 0
+        while batches:
+            batch = batches.pop(0)
+            output = OutputSum(batch.x_BLH.to(self.model.device))
+            self._run(index, [batch], observer, [output], first=number)
+            found.append(self.add(index, FfnOutput(batch, output.y_TH)))
+            number += 1
+        trim_heap()
+        return found
 
     @torch.no_grad()
-    def attend_refitted(
-        self, index: int, batches: list[Batch], dense: list[Batch], how: Refit
-    ) -> dict[str, Any]:
-        """Run a loaded layer up to its FFN, its attention's output weights refitted; a report.
+    def run_layer(self, index: int, batches: list[FfnInput]) -> list[LayerInput]:
+        """Finish the layer by the FFN module that it now has."""
+        module, found = self.model.feed_forward(index).module, []
+        while batches:
+            batch = batches.pop(0)
+            y_BLH = module(batch.x_BLH.to(self.model.device))
+            found.append(self.add(index, FfnOutput(batch, y_BLH.flatten(0, -2))))
+        trim_heap()
+        return found
 
-        `dense` are the dense model's batches after its attention, which are aimed at.
+    @torch.no_grad()
+    def project(self, index: int, batches: list[FfnPhi], kept: KeptRows) -> list[LayerInput]:
+        """Finish a pruned layer from the phi of the whole one."""
+        ffn, found = self.model.feed_forward(index), []
+        while batches:
+            batch = batches.pop(0)
+            output = OutputSum(batch.at.x_BLH.to(self.model.device))
+            y_TH = project_phi(ffn, batch.calls, kept, output)
+            found.append(self.add(index, FfnOutput(batch.at, y_TH)))
+        trim_heap()
+        return found
+
+    @torch.no_grad()
+    def add(self, index: int, output: FfnOutput) -> LayerInput:
+        """Add the FFN's output to the residual: the next layer's input.
+
+        CameraError for NaN and inf.
         """
-        entered = [batch.hidden_BLH for batch in batches]
-        report = self._refit_attention(index, batches, dense, how)
-        if any(report["ridges"]):
-            for batch, hidden_BLH in zip(batches, entered, strict=True):
-                batch.hidden_BLH = hidden_BLH
-            self.attend(index, batches)
-        return report
-
-    def _refit_attention(
-        self, index: int, batches: list[Batch], dense: list[Batch], how: Refit
-    ) -> dict[str, Any]:
-        """Run a layer up to its FFN as it is, then refit its attention; a report."""
-        output, heads = self.layers[index].get_submodule(self.family.attention_output), []
-        hook = output.register_forward_pre_hook(
-            lambda _, inputs: heads.append(inputs[0].flatten(0, 1))
-        )
-        with hook:
-            self.attend(index, batches)
-        aim_TH = self._hidden(dense)
-        scale = self.feed_forward(index).residual_scale
-        missing_TH = self._hidden(batches).float().sub_(aim_TH).div_(-scale)
-        shapes = [batch.hidden_BLH.shape for batch in batches]
-        fitted = how.fitted(sum(shape[0] for shape in shapes), shapes[0][1])
-        return refit_attention(output, torch.cat(heads), missing_TH, aim_TH, fitted, how)
-
-    def _hidden(self, batches: list[Batch]) -> torch.Tensor:
-        """A copy of the hidden states of all batches, [T, H]."""
-        return torch.cat([batch.hidden_BLH.flatten(0, 1) for batch in batches]).to(self.device)
-
-    def _finish(self, index: int, batch: Batch, scale: float) -> None:
-        y_TH, batch.output = batch.output.y_TH.to(self.device), None
-        self._add(index, batch, y_TH.view_as(batch.ffn_input_BLH), scale)
-
-    def _add(self, index: int, batch: Batch, y_BLH: torch.Tensor, scale: float) -> None:
-        out_BLH = batch.hidden_BLH.to(self.device) + y_BLH * scale
-        if not all_finite(out_BLH):
+        device, scale = self.model.device, self.model.feed_forward(index).residual_scale
+        y_BLH = output.y_TH.to(device).view_as(output.at.x_BLH)
+        hidden_BLH = output.at.residual_BLH.to(device) + y_BLH * scale
+        if not all_finite(hidden_BLH):
             raise CameraError(
                 f"activations after layer {index} hold NaN or inf: check the weights, or run with "
                 "dtype=float32."
             )
-        batch.ffn_input_BLH = batch.trace = None
-        batch.hidden_BLH = self._keep(out_BLH)
+        return LayerInput(output.at.arguments, self._keep(hidden_BLH))
 
-    def _keep(self, states_BLH: torch.Tensor) -> torch.Tensor:
-        """Hidden states on their way to the next layer: in the CPU's memory or mapped from disk."""
-        if self.spill is None:
-            return states_BLH.cpu()
-        tokens, hidden = states_BLH[..., 0].numel(), states_BLH.shape[-1]
-        table = HiddenStates(tokens, hidden, states_BLH.dtype, -1, self.spill)
-        table.write(0, states_BLH)
-        return table.read(0, tokens).view_as(states_BLH)
+    def _on_disk(self, index: int) -> bool:
+        return self.placement.experts_on_disk and self.model.feed_forward(index).routed is not None
+
+    def _run(
+        self,
+        index: int,
+        batches: list[FfnInput],
+        observer: Observer | None,
+        sinks: list[Any],
+        first: int = 0,
+    ) -> None:
+        """Run the FFN on every batch, experts on disk after all of them; `first` is the number of
+        the first batch."""
+        ffn, device = self.model.feed_forward(index), self.model.device
+        later = DiskExpertsPass(ffn.routed) if self._on_disk(index) else None
+        for i, (batch, sink) in enumerate(zip(batches, sinks, strict=True), first):
+            mask_T = batch.arguments.mask_T
+            mask_T = None if mask_T is None else mask_T.to(device)
+            x_BLH = batch.x_BLH.to(device)
+            if observer is not None:
+                hidden_TH = None
+                if observer.reads_hidden:
+                    hidden_TH = batch.residual_BLH.to(device).flatten(0, -2)
+                observer.ffn_input(i, x_BLH.flatten(0, -2), hidden_TH, mask_T)
+            routed = None if later is None else later.recording(i, mask_T, sink)
+            run_ffn(ffn, x_BLH, observer, mask_T=mask_T, sink=sink, batch=i, routed=routed)
+            release_pages(batch.x_BLH)
+        if later is not None:
+            later.run(observer, device)
+
+    def _keep(self, states: torch.Tensor) -> torch.Tensor:
+        """Hidden states on their way to the next layer: in RAM or mapped from disk."""
+        if self.placement.spill is None:
+            return states.cpu()
+        tokens, hidden = states[..., 0].numel(), states.shape[-1]
+        table = MappedTable(tokens, hidden, states.dtype, -1, self.placement.spill)
+        table.write(0, states)
+        return table.read(0, tokens).view_as(states)

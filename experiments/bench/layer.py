@@ -16,7 +16,7 @@ from torch import nn
 
 from camera.calibration.scores.energy import EnergyObserver
 from camera.moe.capture import Output, Tap, Trace, observe, swapped
-from camera.moe.pool import kept_rows
+from camera.moe.pool import rows_of_mask
 from camera.pruning.ranking import keep_highest
 from camera.pruning.slicing import slice_layer
 from experiments.bench.energy import every_expert
@@ -91,7 +91,7 @@ def _one_pass(model: nn.Module, x_BLH: torch.Tensor, rotary: dict, args) -> torc
         residual_BLH = layer(x_BLH, **rotary)
     observer, trace = EnergyObserver(ffn), Trace()
     observe(ffn, seen[0], observer, sink=trace)
-    kept = kept_rows(ffn, _plan(observer.result().energy(ALPHA), ffn.widths, args.sparsity))
+    kept = rows_of_mask(ffn, _plan(observer.result().energy(ALPHA), ffn.widths, args.sparsity))
     slice_layer(ffn, kept)
     y_TH = trace.finish(feed_forward(model), kept, Output(seen[0]))
     return residual_BLH + y_TH.view_as(x_BLH)

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> dict:
         "dense_way_tflops": round(dense / 1e12, 3),
         "compensation_tflops": round(fit / 1e12, 3),
         "times_fewer": round(dense / cost.total("flops"), 2),
-        "gigabytes": {
+        "format_bytes": {
             "read": round((cost.total("bytes_read") + cost.bytes_rest) / 1e9, 2),
             "written": round((cost.total("bytes_written") + cost.bytes_rest) / 1e9, 2),
             "moved": round(cost.total("bytes_moved") / 1e9, 1),

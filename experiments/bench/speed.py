@@ -22,7 +22,7 @@ from camera.checkpoint.loading import load_model, load_tokenizer
 from camera.evaluation.speed import measure_speed
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
-from camera.moe.pool import kept_rows
+from camera.moe.pool import rows_of_mask
 from camera.pruning.slicing import slice_layer
 from experiments.bench.support.timing import clock
 from experiments.tiny_moe.layout import ensure_world
@@ -105,7 +105,7 @@ def _wide(folder: Path, device: str):
             # experts lose unequal shares, as they do by energy
             share_E = sparsity + 0.15 * torch.randn(len(ffn.widths), generator=draw)
             share_N = share_E.repeat_interleave(torch.tensor(ffn.widths))
-            slice_layer(ffn, kept_rows(ffn, torch.rand(len(share_N), generator=draw) >= share_N))
+            slice_layer(ffn, rows_of_mask(ffn, torch.rand(len(share_N), generator=draw) >= share_N))
         return model
 
     return dense, config.vocab_size, cut

@@ -22,9 +22,9 @@ import camera
 from camera.checkpoint.native import native_state
 from camera.checkpoint.shards import ShardWriter
 from camera.checkpoint.source import copy_companions
-from camera.runtime.buffers import give_back
+from camera.runtime.buffers import trim_heap
 from camera.runtime.errors import CameraError
-from camera.streaming.settings import Memory
+from camera.streaming.settings import MemoryChoices
 from experiments.bench.support.architectures import ARCHITECTURES
 from experiments.config.settings import EMBEDDED_MODEL
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> dict:
         source = Path(folder) / "model"
         _write_model(args, source)
         _forget(source)
-        give_back()
+        trim_heap()
         return _streamed(args, source, Path(folder))
 
 
@@ -72,7 +72,7 @@ def _streamed(args: argparse.Namespace, source: Path, folder: Path) -> dict:
         folder / "compressed",
         sparsity=args.sparsity,
         calibration=camera.Calibration(str(text), args.samples, args.length),
-        memory=Memory(hidden=args.hidden, experts=args.experts),
+        memory=MemoryChoices(hidden=args.hidden, experts=args.experts),
         device=args.device,
         progress=False,
     )

@@ -45,7 +45,8 @@ def typed_settings(target: str) -> type | dict:
         cls = locate(target)
     except ImportError:
         return {}
-    hints = typing.get_type_hints(cls.__init__)
+    # a dataclass's own hints, as its __init__ knows only the names of the last class's module
+    hints = typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)
     known = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
     factories = {f.name: f.default_factory for f in known}
     fields: list[tuple] = [("_target_", str, field(default=target))]

@@ -70,7 +70,7 @@ class Evaluation:
 
 @dataclass
 class MemoryUse:
-    """What is kept in memory while a model is compressed: see `camera.streaming.settings.Memory`."""
+    """What is kept in memory while a model is compressed: see `camera.streaming.settings.MemoryChoices`."""
 
     phi: choice("auto", "keep", "recompute") = "auto"
     hidden: choice("auto", "ram", "disk") = "auto"

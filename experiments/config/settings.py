@@ -13,10 +13,10 @@ from camera.calibration.corpora import check_corpus, find_corpus
 from camera.calibration.settings import Calibration, check_calibration
 from camera.checkpoint.loading import resolve_device
 from camera.checkpoint.source import resolve_model
-from camera.evaluation.suite import Measures
+from camera.evaluation.suite import EvaluationRequest
 from camera.evaluation.tasks.evaluate import check_tasks
 from camera.runtime.errors import CameraError
-from camera.streaming.settings import Memory
+from camera.streaming.settings import MemoryChoices
 from experiments.config.constructor import build, locate
 from experiments.config.schema import EMBEDDED
 from experiments.tiny_moe.layout import ensure_world
@@ -84,11 +84,11 @@ class Settings:
             return self.data
         return str(ensure_world(Path(self.output) / "data"))
 
-    def measures(self) -> Measures:
+    def measures(self) -> EvaluationRequest:
         """The texts and tasks that are asked for, and how much of each."""
         asked = self.evaluation
         sizes = (asked[key] for key in ("length", "stride", "blocks", "limit"))
-        return Measures(self.texts(), asked["perplexity"], asked["tasks"], *sizes, self.seed)
+        return EvaluationRequest(self.texts(), asked["perplexity"], asked["tasks"], *sizes, self.seed)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values, for the tracker and the run's folder."""
@@ -114,7 +114,7 @@ def check(settings: Settings) -> None:
         value, least = evaluation[key], 2 if key == "length" else 1
         if value is not None and value < least:
             raise CameraError(f"evaluation.{key}={value} must be at least {least}.")
-    Memory(**settings.memory)
+    MemoryChoices(**settings.memory)
     resolve_device(settings.device)
     resolve_model(settings.model_path, weights=False)
     _check_texts(settings)

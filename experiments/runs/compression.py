@@ -11,9 +11,9 @@ import camera
 from camera.calibration.settings import Calibration
 from camera.checkpoint.source import resolve_model
 from camera.evaluation.placement import should_stream
-from camera.evaluation.suite import Measures
+from camera.evaluation.suite import EvaluationRequest
 from camera.runtime import distributed
-from camera.streaming.settings import Memory
+from camera.streaming.settings import MemoryChoices
 from experiments.config.constructor import build
 from experiments.config.settings import Settings, arguments
 from experiments.records.folders import Folders, read_json
@@ -34,7 +34,7 @@ def compression(settings: Settings, folders: Folders) -> dict[str, Any]:
 def compress_once(settings: Settings, folders: Folders) -> None:
     """Make the checkpoint, with whatever other ranks there are, if it isn't there."""
     if not folders.compressed:
-        distributed.call()
+        distributed.start_workers()
         camera_compress(settings, folders)
 
 
@@ -51,7 +51,7 @@ def camera_compress(settings: Settings, folders: Folders) -> None:
         device=settings.device,
         dtype=settings.dtype,
         statistics=folders.statistics,
-        memory=Memory(**settings.memory),
+        memory=MemoryChoices(**settings.memory),
         measures=rides_along(settings),
         trust_remote_code=settings.trust_remote_code,
         name=base_name(settings),
@@ -75,7 +75,7 @@ def checkpoint(settings: Settings, folders: Folders) -> Iterator[str | Path]:
             yield settings.model_path
 
 
-def rides_along(settings: Settings) -> Measures | None:
+def rides_along(settings: Settings) -> EvaluationRequest | None:
     """What is measured while the model is compressed, where even its source doesn't fit."""
     measures, asked = settings.measures(), settings.evaluation
     if asked["stream"] == "never" or not [*measures.corpora, *measures.tasks]:

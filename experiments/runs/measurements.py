@@ -22,7 +22,7 @@ from camera.evaluation.passages import read_passage
 from camera.evaluation.perplexity import perplexity
 from camera.evaluation.placement import should_stream
 from camera.evaluation.speed import measure_speed
-from camera.evaluation.suite import Measures, evaluate_streamed
+from camera.evaluation.suite import EvaluationRequest, evaluate_streamed
 from camera.evaluation.tasks.evaluate import evaluate_tasks
 from camera.pipeline.publish import EVALUATION
 from camera.runtime.files import write_json
@@ -97,7 +97,7 @@ def _write_parts(folders: Folders, found: dict[str, Any]) -> None:
             write_json(folders.part(name), part)
 
 
-def _due(settings: Settings, folders: Folders) -> Measures:
+def _due(settings: Settings, folders: Folders) -> EvaluationRequest:
     asked = settings.measures()
     return replace(
         asked,

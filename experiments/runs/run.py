@@ -47,12 +47,12 @@ def run(
     """
     folders = Folders.of(settings)
     if distributed.rank() > 0:
-        distributed.follow(partial(camera_compress, settings, folders))
+        distributed.work_for_rank_0(partial(camera_compress, settings, folders))
         return folders.run
     try:
         return _run(settings, folders, sweep, since, wait)
     finally:
-        distributed.release()
+        distributed.stop_workers()
 
 
 def _run(

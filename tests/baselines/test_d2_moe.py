@@ -17,7 +17,7 @@ from camera.checkpoint.formats.delta import DeltaExperts
 from camera.moe.budget import Budget, Count
 from camera.moe.pool import LayerPool
 from camera.runtime.errors import CameraError
-from camera.streaming.skeleton import Skeleton
+from camera.streaming.skeleton import MetaModel
 from tests.helpers.models import MOE_FAMILIES
 from tests.helpers.oracles import capture, ffn_of
 
@@ -289,7 +289,7 @@ def test_the_realised_sparsity_is_within_one_rank_and_never_over(
     source = checkpoints("deepseek")
     result = run(source, merge="mean", sparsity=0.3, sparsity_of=sparsity_of)
     layers, experts, sizes = 2, 8, 32 + 24
-    whole = Skeleton(source).budget.dense
+    whole = MetaModel(source).budget.dense
     one_rank = layers * experts * 3 * sizes / getattr(whole, sparsity_of)
     assert 0.3 - one_rank < result.sparsity[sparsity_of] <= 0.3
 

@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import camera
 from baselines.micro_experts.heapr import HEAPr
-from camera.calibration.scores.gradient import LayerSensitivity, SensitivityObserver
+from camera.calibration.scores.gradient import GradientStatistics, SensitivityObserver
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.moe.gradients import ExpertGradients
-from camera.moe.pool import kept_rows
+from camera.moe.pool import rows_of_mask
 from camera.pipeline.passes import backward
 from camera.pipeline.resume import Progress
 from camera.runtime.errors import CameraError
@@ -121,7 +121,7 @@ def test_global_plans_and_pruned_logits_equal_the_reference_s(ratio, qwen3):
     model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
     for i, layer in enumerate(model.model.layers):
         ffn = FeedForward(layer, family_of("qwen3_moe"), f"model.layers.{i}")
-        want = kept_rows(ffn, tensors[f"keep_mask_r{ratio}"][i].flatten())
+        want = rows_of_mask(ffn, tensors[f"keep_mask_r{ratio}"][i].flatten())
         outcome = method.compress(i, ffn, seen[i], budget)
         for path, experts in want.items():
             assert all(map(torch.equal, outcome.kept[path], experts))
@@ -176,7 +176,7 @@ def test_scores_ignore_rescaling_that_keeps_the_function(tmp_path):
 def test_joint_and_product_are_one_where_only_one_token_came():
     """Of a single token the mean of the product is the product of the means."""
     h, dh = torch.rand(6).double(), torch.rand(6).double()
-    seen = LayerSensitivity(
+    seen = GradientStatistics(
         groups={"e": [2, 2, 2]},
         sum2_N=h.square(),
         max2_N=h.square().float(),

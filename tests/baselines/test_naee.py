@@ -27,7 +27,7 @@ from camera.moe.feed_forward import FeedForward
 from camera.moe.routing import routing_of
 from camera.pruning.whole_experts import drop_experts
 from camera.runtime.errors import CameraError
-from camera.streaming.skeleton import Skeleton
+from camera.streaming.skeleton import MetaModel
 from tests.helpers.dropping import (
     ALL,
     CASES,
@@ -162,7 +162,7 @@ def test_padding_is_not_sampled_and_the_sample_is_seeded():
 
 
 def budget_of(folder):
-    return Skeleton(folder).budget
+    return MetaModel(folder).budget
 
 
 @pytest.mark.parametrize("of", ["moe", "model", "routed"])
@@ -175,11 +175,11 @@ def test_the_asked_fraction_is_hit_within_one_expert_a_layer_and_never_exceeded(
     folder = checkpoints(family, **overrides)
     budget, method = budget_of(folder), Frequency(sparsity=asked, sparsity_of=of)
     drop, routing = method.dropped(budget), method.routing(budget)
-    written = method.native_config(Skeleton(folder).config, budget)
+    written = method.native_config(MetaModel(folder).config, budget)
     assert list(written.values()) == [routing.experts - drop]
 
     def parameters(gone):
-        config = Skeleton(folder).config
+        config = MetaModel(folder).config
         setattr(config, next(iter(written)), routing.experts - gone)
         return count(AutoModelForCausalLM.from_config(config))[of]
 

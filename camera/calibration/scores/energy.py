@@ -1,21 +1,28 @@
-"""Micro-expert energy: statistics over calibration tokens, and the formula.
+"""Decoding-time energy of micro-experts: the formula, its statistics, its observer, its score.
 
 Shapes: N micro-experts of a layer's pool (shared expert first, then routed experts 0, 1, ...;
 within an expert by row), W width of one expert, E experts of the pool, T tokens.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from camera.calibration.observers import LayerObserver, ObserverSpec
+from camera.calibration.scores.base import Score
 from camera.calibration.statistics import LayerStatistics
+from camera.moe.capture import ExpertCall
 from camera.moe.feed_forward import ExpertGroup, FeedForward
+from camera.moe.pool import PoolIndex, sum_dtype
+from camera.runtime.errors import CameraError
 
 
 @dataclass
-class LayerEnergy(LayerStatistics):
-    """What calibration knows of one layer's pool; any alpha is served without another pass.
+class EnergyStatistics(LayerStatistics):
+    """What energies of one layer's pool are made of; any alpha is served without another pass.
 
     sum2_N = sum over tokens of phi^2 (fp64), max2_N = max over tokens of phi^2 (fp32),
     basis_N = |w_down|^2 (fp32), tokens_E = tokens each expert saw (int64).
@@ -37,49 +44,31 @@ class LayerEnergy(LayerStatistics):
         return phi_N * self.basis_N.double()
 
 
-class EnergyObserver:
-    """Gathers a layer's energies from any number of `camera.moe.capture.observe` passes."""
+class EnergyObserver(LayerObserver):
+    """Gathers a layer's energies."""
 
     def __init__(self, ffn: FeedForward):
-        self._groups = {group.path: group for group in ffn.groups}
-        self._start: dict[tuple[str, int], int] = {}
-        self._expert: dict[tuple[str, int], int] = {}
-        rows = 0
-        for group in ffn.groups:
-            for expert, width in enumerate(group.widths):
-                self._expert[group.path, expert] = len(self._start)
-                self._start[group.path, expert] = rows
-                rows += width
+        self._groups, self._index = list(ffn.groups), PoolIndex(ffn)
         device = next(ffn.module.parameters()).device
-        double = torch.float32 if device.type == "mps" else torch.float64
-        self._sum2_N = torch.zeros(rows, dtype=double, device=device)
-        self._max2_N = torch.zeros(rows, dtype=torch.float32, device=device)
-        self._tokens = [0] * len(self._start)
+        count = self._index.micro_experts
+        self._sum2_N = torch.zeros(count, dtype=sum_dtype(device), device=device)
+        self._max2_N = torch.zeros(count, dtype=torch.float32, device=device)
+        self._tokens = [0] * self._index.experts
 
-    def __call__(
-        self,
-        group: ExpertGroup,
-        expert: int,
-        x_NH: torch.Tensor,
-        h_NW: torch.Tensor,
-        a_N: torch.Tensor | None,
-    ) -> None:
-        phi_NW = h_NW if a_N is None else h_NW * a_N[:, None]
-        phi2_NW = phi_NW.float().square()
-        start = self._start[group.path, expert]
-        rows = slice(start, start + h_NW.shape[1])
+    def __call__(self, call: ExpertCall) -> None:
+        phi2_NW = call.phi_NW.float().square()
+        rows = self._index.rows(call.group.path, call.expert)
         self._sum2_N[rows] += phi2_NW.sum(0)
         self._max2_N[rows] = torch.maximum(self._max2_N[rows], phi2_NW.amax(0))
-        self._tokens[self._expert[group.path, expert]] += len(h_NW)
+        self._tokens[self._index.expert(call.group.path, call.expert)] += len(call.h_NW)
 
-    def result(self) -> LayerEnergy:
+    def result(self) -> EnergyStatistics:
         """The statistics gathered so far, on the CPU."""
-        basis = [basis_norm(group) for group in self._groups.values()]
-        return LayerEnergy(
-            groups={path: list(group.widths) for path, group in self._groups.items()},
+        return EnergyStatistics(
+            groups=self._index.groups,
             sum2_N=self._sum2_N.cpu().double(),
             max2_N=self._max2_N.cpu(),
-            basis_N=torch.cat(basis).cpu(),
+            basis_N=torch.cat([basis_norm(group) for group in self._groups]).cpu(),
             tokens_E=torch.tensor(self._tokens, dtype=torch.int64),
         )
 
@@ -88,3 +77,32 @@ def basis_norm(group: ExpertGroup) -> torch.Tensor:
     """|w_down|^2 of every micro-expert of a group, fp32, in pool order."""
     experts = range(len(group.widths))
     return torch.cat([group.down(e).detach().float().square().sum(0) for e in experts])
+
+
+@dataclass(frozen=True)
+class EnergySpec(ObserverSpec):
+    """Energies of every alpha."""
+
+    statistics: ClassVar[type[EnergyStatistics]] = EnergyStatistics
+
+    def build(self, index: int, ffn: FeedForward) -> EnergyObserver:
+        return EnergyObserver(ffn)
+
+
+@dataclass(frozen=True)
+class EnergyScore(Score):
+    """Camera's energy; `alpha` weighs the largest activation against their sum of squares."""
+
+    name: ClassVar[str] = "energy"
+
+    alpha: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise CameraError(f"alpha={self.alpha} must lie between 0 and 1.")
+
+    def observer(self) -> ObserverSpec:
+        return EnergySpec()
+
+    def values(self, seen: EnergyStatistics) -> torch.Tensor:
+        return seen.energy(self.alpha)

@@ -1,23 +1,29 @@
-"""How much the loss feels each micro-expert: sums over calibration tokens, and scores from them.
+"""Second moments of activations and their gradients, and the scores HEAPr and Fisher.
 
 Shapes: N micro-experts of a layer's pool (shared expert first, then routed experts 0, 1, ...;
 within an expert by row), E experts of the pool; in tensors of one expert N tokens and W its width.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 
-from camera.calibration.scores.energy import EnergyObserver, LayerEnergy
+from camera.calibration.observers import LayerObserver, ObserverSpec
+from camera.calibration.scores.base import Score
+from camera.calibration.scores.energy import EnergyObserver, EnergyStatistics
 from camera.moe.feed_forward import FeedForward
-from camera.moe.gradients import ExpertGradients
+from camera.moe.gradients import GradientCall
+from camera.moe.pool import PoolIndex, sum_dtype
+from camera.runtime.errors import CameraError
 
 Normalize = Literal["routed", "all"]
 
 
 @dataclass
-class LayerSensitivity(LayerEnergy):
+class GradientStatistics(EnergyStatistics):
     """A layer's energies and second moments of its activations h and of their gradients.
 
     h2_N = sum over tokens of h^2, dh2_N = of (dloss/dh)^2, joint_N = of (h * dloss/dh)^2, all fp64;
@@ -25,7 +31,7 @@ class LayerSensitivity(LayerEnergy):
     """
 
     kind: ClassVar[str] = "sensitivity"
-    reduced: ClassVar[dict[str, str]] = LayerEnergy.reduced | {
+    reduced: ClassVar[dict[str, str]] = EnergyStatistics.reduced | {
         "h2_N": "sum",
         "dh2_N": "sum",
         "joint_N": "sum",
@@ -63,33 +69,73 @@ class LayerSensitivity(LayerEnergy):
         return torch.where(tokens_N > 0, score_N, -1.0)
 
 
-class SensitivityObserver:
-    """Gathers a layer's sensitivities, and energies with them, from one backward pass."""
+class GradientObserver(LayerObserver):
+    """Gathers second moments, and energies with them, from one backward pass."""
 
     def __init__(self, ffn: FeedForward):
-        self._energy = EnergyObserver(ffn)
-        self._rows: dict[tuple[str, int], slice] = {}
-        rows = 0
-        for group in ffn.groups:
-            for expert, width in enumerate(group.widths):
-                self._rows[group.path, expert] = slice(rows, rows + width)
-                rows += width
+        self._energy, self._index = EnergyObserver(ffn), PoolIndex(ffn)
         device = next(ffn.module.parameters()).device
-        double = torch.float32 if device.type == "mps" else torch.float64
-        self._sums_3N = torch.zeros(3, rows, dtype=double, device=device)
+        shape = (3, self._index.micro_experts)
+        self._sums_3N = torch.zeros(*shape, dtype=sum_dtype(device), device=device)
 
-    def __call__(self, seen: ExpertGradients) -> None:
-        self._energy(seen.group, seen.expert, seen.x_NH, seen.h_NW, seen.a_N)
-        rows = self._rows[seen.group.path, seen.expert]
+    def __call__(self, call: GradientCall) -> None:
+        self._energy(call)
+        rows = self._index.rows(call.group.path, call.expert)
         for sum_N, term_NW in zip(
-            self._sums_3N, (seen.h_NW, seen.dh_NW, seen.h_NW * seen.dh_NW), strict=True
+            self._sums_3N, (call.h_NW, call.dh_NW, call.h_NW * call.dh_NW), strict=True
         ):
             sum_N[rows] += term_NW.square().sum(0)
 
-    def result(self) -> LayerSensitivity:
+    def result(self) -> GradientStatistics:
         """The statistics gathered so far, on the CPU."""
         energy = self._energy.result()
         h2_N, dh2_N, joint_N = self._sums_3N.cpu().double()
-        return LayerSensitivity(
+        return GradientStatistics(
             groups=energy.groups, **energy.tensors(), h2_N=h2_N, dh2_N=dh2_N, joint_N=joint_N
         )
+
+
+@dataclass(frozen=True)
+class GradientSpec(ObserverSpec):
+    """Second moments of activations and gradients."""
+
+    statistics: ClassVar[type[GradientStatistics]] = GradientStatistics
+    reads: ClassVar[Literal["gradients"]] = "gradients"
+
+    def build(self, index: int, ffn: FeedForward) -> GradientObserver:
+        return GradientObserver(ffn)
+
+
+@dataclass(frozen=True)
+class GradientScore(Score):
+    """A score of gradients; `normalize` routed takes means over an expert's own tokens, all sums
+    over the calibration set."""
+
+    normalize: Normalize = "routed"
+
+    def __post_init__(self) -> None:
+        if self.normalize not in get_args(Normalize):
+            raise CameraError(f"method.normalize={self.normalize} is none of routed, all.")
+
+    def observer(self) -> ObserverSpec:
+        return GradientSpec()
+
+
+@dataclass(frozen=True)
+class FisherScore(GradientScore):
+    """Sum over tokens of (phi * dloss/dphi)^2, the Fisher information of scaling a micro-expert."""
+
+    name: ClassVar[str] = "fisher"
+
+    def values(self, seen: GradientStatistics) -> torch.Tensor:
+        return seen.joint(self.normalize)
+
+
+@dataclass(frozen=True)
+class ProductScore(GradientScore):
+    """HEAPr's score, which multiplies the means of the two factors."""
+
+    name: ClassVar[str] = "product"
+
+    def values(self, seen: GradientStatistics) -> torch.Tensor:
+        return seen.product(self.normalize)

@@ -1,37 +1,79 @@
-"""Energies as shares of the hidden states that they are added to, which compare across layers.
+"""Energies divided by the norm of the residual stream, comparable across layers.
 
-Shapes: T tokens, H hidden.
+Shapes: T tokens, H hidden, N tokens of one expert.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
-from camera.calibration.scores.energy import EnergyObserver, LayerEnergy
+from camera.calibration.observers import ObserverSpec
+from camera.calibration.scores.energy import EnergyObserver, EnergyScore, EnergyStatistics
+from camera.moe.capture import ExpertCall
+from camera.moe.feed_forward import FeedForward
 
 
 @dataclass
-class LayerShare(LayerEnergy):
+class HiddenShareStatistics(EnergyStatistics):
     """Energies of phi_ti / |h_t|, h_t the hidden states to which the layer's output is added.
 
-    What comes next normalises hidden states, so this is what the loss feels of a micro-expert, in
-    every layer alike. Token by token: a few tokens have states many times as large as all others,
-    and would else be all that counts.
+    The next layer normalises hidden states, so relative energy measures the effect on the loss
+    equally in all layers. The division is by token: a few tokens have states many times as large
+    as all others, and would else dominate the sum.
     """
 
     kind: ClassVar[str] = "relative"
 
 
-class ShareObserver(EnergyObserver):
-    """Gathers a layer's energies, each token's as a share of its hidden state."""
+class HiddenShareObserver(EnergyObserver):
+    """Gathers a layer's energies, each token's divided by the norm of its hidden state."""
 
-    def counts(self, h_TH: torch.Tensor) -> torch.Tensor:
-        """1 / |h_t|, [T]."""
-        norm_T = torch.linalg.vector_norm(h_TH.float(), dim=1)
-        return 1 / norm_T.clamp(min=torch.finfo(torch.float32).tiny)
+    reads_hidden = True
 
-    def result(self) -> LayerShare:
+    def __init__(self, ffn: FeedForward):
+        super().__init__(ffn)
+        self._shares: dict[int, torch.Tensor] = {}  # 1 / |h_t|, [T] of each batch
+
+    def ffn_input(
+        self,
+        batch: int,
+        x_TH: torch.Tensor,
+        hidden_TH: torch.Tensor | None,
+        mask_T: torch.Tensor | None,
+    ) -> None:
+        norm_T = torch.linalg.vector_norm(hidden_TH.float(), dim=1)
+        self._shares[batch] = 1 / norm_T.clamp(min=torch.finfo(torch.float32).tiny)
+
+    def __call__(self, call: ExpertCall) -> None:
+        share_N = self._shares[call.batch]
+        if call.tokens_N is not None:
+            share_N = share_N[call.tokens_N.to(share_N.device)]
+        super().__call__(replace(call, a_N=share_N if call.a_N is None else call.a_N * share_N))
+
+    def result(self) -> HiddenShareStatistics:
         """The statistics gathered so far, on the CPU."""
         energy = super().result()
-        return LayerShare(groups=energy.groups, **energy.tensors())
+        return HiddenShareStatistics(groups=energy.groups, **energy.tensors())
+
+
+@dataclass(frozen=True)
+class HiddenShareSpec(ObserverSpec):
+    """Relative energies of every alpha."""
+
+    statistics: ClassVar[type[HiddenShareStatistics]] = HiddenShareStatistics
+
+    def build(self, index: int, ffn: FeedForward) -> HiddenShareObserver:
+        return HiddenShareObserver(ffn)
+
+
+@dataclass(frozen=True)
+class HiddenShareScore(EnergyScore):
+    """Energy relative to the hidden states it is added to."""
+
+    name: ClassVar[str] = "hidden_share"
+
+    def observer(self) -> ObserverSpec:
+        return HiddenShareSpec()

@@ -1,8 +1,10 @@
-"""What of a micro-expert the others of its expert can't stand in for.
+"""Energy of a micro-expert that the expert's other micro-experts can't reproduce.
 
 Shapes: N micro-experts of a layer's pool, W width of one expert, F = sum of W^2 over the experts
 (their Gram matrices, one after the other).
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -10,14 +12,18 @@ from typing import ClassVar
 
 import torch
 
-from camera.calibration.scores.energy import EnergyObserver, LayerEnergy
-from camera.moe.feed_forward import ExpertGroup, FeedForward
+from camera.calibration.observers import LayerObserver, ObserverSpec
+from camera.calibration.scores.base import Score
+from camera.calibration.scores.energy import EnergyObserver, EnergyStatistics
+from camera.moe.capture import ExpertCall
+from camera.moe.feed_forward import FeedForward
+from camera.moe.pool import LayerShape
 
 RIDGE = 0.1  # of the mean energy: experts with fewer tokens than micro-experts are singular
 
 
 @dataclass
-class LayerResidual(LayerEnergy):
+class ResidualStatistics(EnergyStatistics):
     """Energies of a layer's pool and the residual score of each micro-expert, fp64."""
 
     kind: ClassVar[str] = "residual"
@@ -25,11 +31,11 @@ class LayerResidual(LayerEnergy):
 
 
 @dataclass
-class LayerGrams(LayerEnergy):
+class GramStatistics(EnergyStatistics):
     """Energies of a layer's pool, and gram_F = phi^T phi of each expert in turn, fp32."""
 
     kind: ClassVar[str] = "grams"
-    reduced: ClassVar[dict[str, str]] = LayerEnergy.reduced | {"gram_F": "sum"}
+    reduced: ClassVar[dict[str, str]] = EnergyStatistics.reduced | {"gram_F": "sum"}
     gram_F: torch.Tensor
 
     @cached_property
@@ -46,20 +52,14 @@ class LayerGrams(LayerEnergy):
         shares = [unexplained(gram.view(w, w), basis) for gram, basis, w in parts]
         return self.energy(0.0) * torch.cat(shares)
 
-    def stored(self) -> LayerResidual:
+    def stored(self) -> ResidualStatistics:
         """The scores instead of the matrices, which are as large as the layer."""
-        energy = {f.name: getattr(self, f.name) for f in fields(LayerEnergy)}
-        return LayerResidual(**energy, residual_N=self.residual_N)
+        energy = {f.name: getattr(self, f.name) for f in fields(EnergyStatistics)}
+        return ResidualStatistics(**energy, residual_N=self.residual_N)
 
 
-def gram_bytes(widths: list[int]) -> int:
-    """What the Gram matrices of experts of these widths take: 4 sum(W^2), and one of them solved
-    in fp64."""
-    return 4 * sum(w * w for w in widths) + 24 * max(widths) ** 2
-
-
-class GramObserver:
-    """Gathers a layer's energies and Gram matrices from any number of `observe` passes."""
+class GramObserver(LayerObserver):
+    """Gathers a layer's energies and Gram matrices."""
 
     def __init__(self, ffn: FeedForward):
         self._energy = EnergyObserver(ffn)
@@ -72,23 +72,45 @@ class GramObserver:
             for expert, width in enumerate(group.widths)
         }
 
-    def __call__(
-        self,
-        group: ExpertGroup,
-        expert: int,
-        x_NH: torch.Tensor,
-        h_NW: torch.Tensor,
-        a_N: torch.Tensor | None,
-    ) -> None:
-        self._energy(group, expert, x_NH, h_NW, a_N)
-        phi_NW = h_NW.float() if a_N is None else h_NW.float() * a_N[:, None]
-        self._gram_WW[group.path, expert].addmm_(phi_NW.T, phi_NW)
+    def __call__(self, call: ExpertCall) -> None:
+        self._energy(call)
+        h_NW = call.h_NW.float()
+        phi_NW = h_NW if call.a_N is None else h_NW * call.a_N[:, None]
+        self._gram_WW[call.group.path, call.expert].addmm_(phi_NW.T, phi_NW)
 
-    def result(self) -> LayerGrams:
+    def result(self) -> GramStatistics:
         """The statistics gathered so far, on the CPU."""
         energy = self._energy.result()
         gram_F = self._gram_F.cpu()
-        return LayerGrams(groups=energy.groups, **energy.tensors(), gram_F=gram_F)
+        return GramStatistics(groups=energy.groups, **energy.tensors(), gram_F=gram_F)
+
+
+@dataclass(frozen=True)
+class GramSpec(ObserverSpec):
+    """Gram matrices of every expert's phi."""
+
+    statistics: ClassVar[type[GramStatistics]] = GramStatistics
+
+    def nbytes(self, layer: LayerShape) -> int:
+        """4 sum(W^2), and one of the matrices solved in fp64."""
+        widths = layer.pool.widths
+        return 4 * sum(w * w for w in widths) + 24 * max(widths) ** 2
+
+    def build(self, index: int, ffn: FeedForward) -> GramObserver:
+        return GramObserver(ffn)
+
+
+@dataclass(frozen=True)
+class ResidualScore(Score):
+    """Energy unexplained by the expert's other micro-experts."""
+
+    name: ClassVar[str] = "residual"
+
+    def observer(self) -> ObserverSpec:
+        return GramSpec()
+
+    def values(self, seen: GramStatistics | ResidualStatistics) -> torch.Tensor:
+        return seen.residual_N
 
 
 def unexplained(gram_WW: torch.Tensor, basis_W: torch.Tensor) -> torch.Tensor:

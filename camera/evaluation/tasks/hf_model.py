@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from camera.evaluation.shared_context import MASKABLE, Pack, packs_of, reach, rows_of
-from camera.runtime.progress import shown
+from camera.runtime.progress import progress_bar
 
 
 class PackedLM(HFLM):
@@ -31,7 +31,9 @@ class PackedLM(HFLM):
         packs, alone = self._packs(requests)
         found: dict[int, tuple[float, bool]] = {}
         answers = len(requests) - len(alone)
-        with shown("log-likelihoods", answers, "answers", show=self.show_progress) as advance:
+        with progress_bar(
+            "log-likelihoods", answers, "answers", show=self.show_progress
+        ) as advance:
             for batch in self._batches(packs):
                 scored = self._score(batch)
                 found |= scored

@@ -28,7 +28,7 @@ class StreamedLM(HFLM):
         progress: bool = True,
     ):
         # HFLM wants the model for its config alone, and gives a tokenizer a pad token: so a copy.
-        model, tokenizer = evaluation.streamer.model, copy.deepcopy(tokenizer)
+        model, tokenizer = evaluation.model.model, copy.deepcopy(tokenizer)
         super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length)
         self.evaluation, self.progress = evaluation, progress
         self._numbers: dict[tuple, int] = {}

@@ -11,8 +11,8 @@ Shapes: B samples of a batch, L tokens of a sample, T = B * L tokens, H hidden, 
 N samples of the calibration set.
 """
 
-from collections.abc import Callable
-from functools import partial
+from __future__ import annotations
+
 from pathlib import Path
 
 import torch
@@ -20,68 +20,81 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from camera.calibration.statistics import LayerStatistics, add_up
-from camera.calibration.tokens import CalibrationTokens
-from camera.moe.feed_forward import FeedForward
-from camera.moe.gradients import GradientObserver, backpropagate
-from camera.pipeline.resume import Progress
+from camera.calibration.observers import ObserverSpec
+from camera.calibration.statistics import LayerStatistics, Statistics
+from camera.method import Pass, Seen
+from camera.moe.gradients import backpropagate
+from camera.pipeline.cache import gathered_once
+from camera.pipeline.context import PassContext
+from camera.pipeline.resume import PassProgress
 from camera.runtime import distributed
 from camera.runtime.errors import CameraError
-from camera.runtime.files import replace_durably, require_space
+from camera.runtime.files import partial_of, replace_durably, require_space
 from camera.runtime.progress import EachLayer
-from camera.streaming.batches import Batch
-from camera.streaming.lm_head import loaded_head, logits, tokens_at_once
+from camera.streaming.batches import Arguments, LayerInput
+from camera.streaming.lm_head import lm_head_loaded, logits, tokens_per_chunk
 from camera.streaming.memory import BACKWARD_TOKENS
 from camera.streaming.skeleton import all_finite
-from camera.streaming.streamer import Streamer
-
-MakeObserver = Callable[[int, FeedForward], GradientObserver]
-
-
-def measure(
-    streamer: Streamer,
-    tokens: CalibrationTokens,
-    observer: MakeObserver,
-    each_layer: EachLayer,
-    progress: Progress,
-    folder: Path,
-) -> dict[int, LayerStatistics]:
-    """What observers see of every layer of the pool on the way back through the dense model.
-
-    `folder` holds the layers' inputs, tokens * H * (layers + 1) numbers in the model's precision;
-    `progress`, if restored, goes on where a killed run stopped. Raises CameraError if the disk is
-    too small, for float16, and for gradients that are not finite.
-    """
-    if streamer.dtype == torch.float16:
-        raise CameraError(
-            "gradients vanish in float16: set dtype=bfloat16 or dtype=float32 for this method."
-        )
-    ids_NL = tokens.ids_NL
-    size = max(1, BACKWARD_TOKENS // ids_NL.shape[1])
-    batches = [{"input_ids": ids} for ids in ids_NL.split(size)]
-    return BackwardPass(streamer, batches, folder).run(observer, each_layer, progress)
+from camera.streaming.streamer import LayerStreamer
 
 
 class BackwardPass:
-    """Batches on their way through a streamed model and back."""
+    """Gathers statistics of gradients in one forward and one backward way through the layers.
 
-    def __init__(self, streamer: Streamer, inputs: list[dict[str, torch.Tensor]], folder: Path):
+    The layers' inputs take tokens * H * (layers + 1) numbers on disk, in the model's precision.
+    Raises CameraError if the disk is too small, for float16, and for gradients that are not finite.
+    """
+
+    def __init__(self, context: PassContext):
+        self._context = context
+
+    def run(self, step: Pass, seen: Seen) -> dict[int, LayerStatistics]:
+        """Statistics of every layer of the pool."""
+        context, spec = self._context, step.observer
+
+        def gather(progress: PassProgress, folder: Path) -> Statistics:
+            streamer = context.streamer
+            if streamer.model.dtype == torch.float16:
+                raise CameraError(
+                    "gradients vanish in float16: set dtype=bfloat16 or dtype=float32 for this "
+                    "method."
+                )
+            progress.restore()
+            ids_NL = context.ids_NL
+            size = max(1, BACKWARD_TOKENS // ids_NL.shape[1])
+            inputs = [{"input_ids": ids} for ids in ids_NL.split(size)]
+            way = BackwardWay(streamer, inputs, folder)
+            layers = way.run(spec, context.each_layer, progress)
+            return Statistics(layers, context.about("dense"))
+
+        return gathered_once(context, spec.key(), spec.statistics, type(spec), gather).layers
+
+
+class BackwardWay:
+    """Batches on their way through a streamed model and back.
+
+    `folder` holds the layers' inputs; a restored `progress` goes on where a killed run stopped.
+    """
+
+    def __init__(
+        self, streamer: LayerStreamer, inputs: list[dict[str, torch.Tensor]], folder: Path
+    ):
         self.streamer, self.inputs = streamer, inputs
         self.gradients: list[torch.Tensor] = []  # [B, L, H] per batch, dloss/d(hidden states)
         self._store = _Inputs(folder)
-        self._batches: list[Batch] = []
+        self._batches: list[LayerInput] = []
+        self._arguments: list[Arguments] = []
 
     def run(
-        self, observer: MakeObserver, each_layer: EachLayer, progress: Progress
+        self, spec: ObserverSpec, each_layer: EachLayer, progress: PassProgress
     ) -> dict[int, LayerStatistics]:
         """Forward and back; every layer of the pool is shown to an observer of its own."""
-        layers, pool = len(self.streamer.layers), self.streamer.budget.layers
+        layers, pool = len(self.streamer.model.layers), self.streamer.model.budget.layers
         self.start(progress.done)
         for index in each_layer("forward", min(progress.done, layers)):
             self.forward(index)
             progress.commit(index + 1, {}, [])
-        for batch in self._batches:
-            batch.hidden_BLH = None
+        self._batches = []
         if progress.done > layers:
             self.gradients = progress.hidden()
         else:
@@ -89,8 +102,7 @@ class BackwardPass:
         for step in each_layer("backward", progress.done - layers):
             index, seen = layers - 1 - step, None
             if index >= min(pool):  # nothing below is asked for
-                watch = partial(observer, index) if index in pool else None
-                seen = self.back(index, watch)
+                seen = self.back(index, spec if index in pool else None)
             progress.commit(layers + step + 1, {}, self.gradients, seen)
             # of several processes one may be a layer behind when they are killed
             self._store.drop_from(index if distributed.world() == 1 else index + 2)
@@ -101,34 +113,40 @@ class BackwardPass:
 
     def start(self, done: int = 0) -> None:
         """Embed the batches; with `done` layers, take what an earlier run left of them."""
-        self._batches = self.streamer.embed(self.inputs)
+        layers = len(self.streamer.model.layers)
+        batches = self.streamer.embed(self.inputs)
+        self._arguments = [batch.arguments for batch in batches]
         if done == 0:
-            hidden = [batch.hidden_BLH for batch in self._batches]
+            hidden = [batch.hidden_BLH for batch in batches]
             size = sum(h.numel() * h.element_size() for h in hidden)
-            require_space(self._store.folder, size * (len(self.streamer.layers) + 2))
+            require_space(self._store.folder, size * (layers + 2))
             self._store.put(0, hidden)
-        elif done < len(self.streamer.layers):
-            for i, batch in enumerate(self._batches):
-                batch.hidden_BLH = self._store.get(done, i)
+        elif done < layers:
+            batches = [
+                LayerInput(arguments, self._store.get(done, i))
+                for i, arguments in enumerate(self._arguments)
+            ]
+        self._batches = batches
 
     def forward(self, index: int) -> None:
         """Run one layer over all batches; the next one's inputs go to disk."""
         streamer = self.streamer
         streamer.load_layer(index)
-        streamer.attend(index, self._batches)
-        streamer.observe(index, self._batches, propagate=True)
-        streamer.free(streamer.layers[index])
+        inputs = streamer.attend(index, self._batches)
+        self._batches = streamer.forward(index, inputs)
+        streamer.model.free_layer(index)
         self._store.put(index + 1, [batch.hidden_BLH for batch in self._batches])
 
     def head(self) -> None:
         """Gradients of every sample's loss at the last layer's output."""
-        streamer, last = self.streamer, len(self.streamer.layers)
+        model = self.streamer.model
+        last = len(model.layers)
         self.gradients = []
-        with loaded_head(streamer) as vocabulary:
-            rows = tokens_at_once(vocabulary, tables=6)
-            for i, batch in enumerate(self._batches):
+        with lm_head_loaded(model) as vocabulary:
+            rows = tokens_per_chunk(vocabulary, tables=6)
+            for i, arguments in enumerate(self._arguments):
                 hidden_BLH = self._store.get(last, i)
-                ids_BL, mask_T = self.inputs[i]["input_ids"], batch.mask_T
+                ids_BL, mask_T = self.inputs[i]["input_ids"], arguments.mask_T
                 target_T, weight_T = next_tokens(ids_BL, mask_T)
                 chunks = zip(
                     hidden_BLH.flatten(0, 1).split(rows),
@@ -139,39 +157,43 @@ class BackwardPass:
                 gradient = torch.cat([self._head(*chunk) for chunk in chunks])
                 self.gradients.append(_finite(gradient, "the head").view_as(hidden_BLH))
 
-    def back(
-        self, index: int, observer: Callable[[FeedForward], GradientObserver] | None = None
-    ) -> LayerStatistics | None:
-        """Turn gradients at a layer's output into those at its input; what was seen of its FFN."""
-        streamer, device = self.streamer, self.streamer.device
-        layer = streamer.load_layer(index)
-        ffn = streamer.feed_forward(index)
-        watch = None if observer is None else observer(ffn)
-        for i, batch in enumerate(self._batches):
+    def back(self, index: int, spec: ObserverSpec | None = None) -> LayerStatistics | None:
+        """Turn gradients at a layer's output into those at its input; what `spec` saw of its FFN."""
+        model = self.streamer.model
+        layer, ffn, device = (
+            self.streamer.load_layer(index),
+            model.feed_forward(index),
+            model.device,
+        )
+        observer = None if spec is None else spec.build(index, ffn)
+        for i, arguments in enumerate(self._arguments):
             gradient = backpropagate(
                 layer,
                 ffn,
                 self._store.get(index, i).to(device),
-                batch.kwargs[index],
+                arguments.kwargs[index],
                 self.gradients[i].to(device),
-                watch,
-                None if batch.mask_T is None else batch.mask_T.to(device),
+                observer,
+                None if arguments.mask_T is None else arguments.mask_T.to(device),
+                batch=i,
             )
             self.gradients[i] = _finite(gradient, f"layer {index}").cpu()
-        seen = None if watch is None else add_up(watch.result()).stored()
-        streamer.free(layer)
+        seen = None
+        if spec is not None:
+            seen = spec.finish(observer.result().all_reduced(), ffn).stored()
+        model.free_layer(index)
         return seen
 
     def _head(
         self, hidden_TH: torch.Tensor, target_T: torch.Tensor, weight_T: torch.Tensor
     ) -> torch.Tensor:
         """Gradients of some tokens' hidden states, through the model's own norm and head."""
-        device = self.streamer.device
+        model = self.streamer.model
         with torch.enable_grad():
-            leaf_TH = hidden_TH.to(device).requires_grad_()
-            logits_TV = logits(self.streamer, leaf_TH)
-            nll_T = F.cross_entropy(logits_TV, target_T.to(device), reduction="none")
-            loss = (nll_T * weight_T.to(device)).sum()
+            leaf_TH = hidden_TH.to(model.device).requires_grad_()
+            logits_TV = logits(model, leaf_TH)
+            nll_T = F.cross_entropy(logits_TV, target_T.to(model.device), reduction="none")
+            loss = (nll_T * weight_T.to(model.device)).sum()
         return torch.autograd.grad(loss, leaf_TH)[0].cpu()
 
 
@@ -201,7 +223,7 @@ class _Inputs:
 
     def put(self, index: int, hidden: list[torch.Tensor]) -> None:
         path = self._path(index)
-        partial = path.with_name(f".{path.name}.partial")
+        partial = partial_of(path)
         try:
             save_file({str(i): h.contiguous() for i, h in enumerate(hidden)}, partial)
             replace_durably(partial, path)

@@ -25,7 +25,7 @@ from camera.checkpoint.loading import load_model
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.runtime.errors import CameraError
-from camera.streaming.skeleton import Skeleton
+from camera.streaming.skeleton import MetaModel
 from tests.helpers.models import build_model
 from tests.helpers.packing import solver, stored_bytes
 
@@ -181,7 +181,7 @@ def test_a_packed_model_loads_generates_and_saves_again(family, dtype, tmp_path)
 def test_a_layer_is_read_alone(tmp_path):
     model = pack_model(build_model("qwen2_moe"))
     model.save_pretrained(tmp_path, max_shard_size="20KB")
-    skeleton = Skeleton(tmp_path)
+    skeleton = MetaModel(tmp_path)
     layer, want = skeleton.load_layer(1), model.model.layers[1]
     x_TH = torch.randn(9, 32)
     with torch.no_grad():

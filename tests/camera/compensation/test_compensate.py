@@ -17,7 +17,7 @@ from camera.checkpoint.loading import load_model, load_tokenizer
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.runtime.errors import CameraError
-from camera.streaming.settings import Memory
+from camera.streaming.settings import MemoryChoices
 from tests.helpers.models import FAMILIES
 from tests.helpers.oracles import basis, capture, dense_phi, ffn_of
 
@@ -208,4 +208,4 @@ def test_aiming_at_the_dense_model_ends_closer_to_it(checkpoints, compress, toke
 
 def test_what_can_t_keep_phi_is_refused(checkpoints, compress):
     with pytest.raises(CameraError, match=r"memory.phi=keep"):
-        compress(checkpoints("qwen3_moe"), compensate="layer", memory=Memory(phi="recompute"))
+        compress(checkpoints("qwen3_moe"), compensate="layer", memory=MemoryChoices(phi="recompute"))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import camera
-from camera.evaluation.suite import Measures, evaluate_streamed
+from camera.evaluation.suite import EvaluationRequest, evaluate_streamed
 from experiments.runs.run import run
 from tests.helpers.composing import settings_of, tiny
 
@@ -14,7 +14,7 @@ from tests.helpers.composing import settings_of, tiny
 def test_it_scores_what_the_finished_checkpoint_does(
     family, checkpoints, data_folder, calibration, tmp_path
 ):
-    measures = Measures(data_folder, corpora=["wikitext2", "c4"], blocks=2)
+    measures = EvaluationRequest(data_folder, corpora=["wikitext2", "c4"], blocks=2)
     camera.compress(
         checkpoints(family),
         "camera_p",

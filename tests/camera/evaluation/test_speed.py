@@ -10,7 +10,7 @@ from torch import nn
 from camera.evaluation.speed import measure_speed
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
-from camera.moe.pool import kept_rows
+from camera.moe.pool import rows_of_mask
 from camera.pruning.slicing import slice_layer
 from camera.runtime.errors import CameraError
 from tests.helpers.models import build_model
@@ -156,7 +156,7 @@ def test_a_real_model_against_its_cut_self():
     cut.requires_grad_(False)
     for i, layer in enumerate(cut.model.layers):
         ffn = FeedForward(layer, family_of("qwen2_moe"), f"model.layers.{i}")
-        slice_layer(ffn, kept_rows(ffn, torch.arange(sum(ffn.widths)) % 3 > 0))
+        slice_layer(ffn, rows_of_mask(ffn, torch.arange(sum(ffn.widths)) % 3 > 0))
     found = measure_speed(dense, cut, 256, (1, 2), prompt_length=8, new_tokens=2, repeats=1)
     assert json.loads(json.dumps(found)) == found
     for row in (row for phases in found["batches"].values() for row in phases.values()):

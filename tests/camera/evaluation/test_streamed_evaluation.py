@@ -16,12 +16,12 @@ from camera.evaluation import placement
 from camera.evaluation.perplexity import perplexity
 from camera.evaluation.placement import free_memory, should_stream, weight_bytes
 from camera.evaluation.streamed import StreamedEvaluation
-from camera.evaluation.suite import Measures, Parts, evaluate_streamed
+from camera.evaluation.suite import EvaluationRequest, Parts, evaluate_streamed
 from camera.evaluation.tasks.definitions import quiet
 from camera.evaluation.tasks.evaluate import evaluate_tasks, read_tasks
 from camera.evaluation.tasks.streamed_model import StreamedLM
 from camera.runtime.errors import CameraError
-from camera.runtime.mapped import HiddenStates
+from camera.runtime.mapped import MappedTable
 from camera.streaming.streamer import Streamer
 from tests.camera.evaluation.test_packed_lm import requests
 from tests.helpers.models import build_tokenizer, write_layout
@@ -146,7 +146,7 @@ def test_texts_and_tasks_of_one_pass_score_as_in_memory(
 ):
     folder, loads, load = folder_of(family, compressed), [], Streamer.load_layer
     monkeypatch.setattr(Streamer, "load_layer", lambda s, i: (loads.append(i), load(s, i)))
-    measures = Measures(
+    measures = EvaluationRequest(
         data, corpora=["wikitext2", "c4"], tasks=TASKS, length=64, stride=40, blocks=12, limit=3
     )
     got = evaluate_streamed(folder, measures, device="cpu", progress=False)
@@ -192,7 +192,7 @@ def test_it_rides_along_with_whoever_reads_and_changes_the_layers(checkpoints, d
     folder = checkpoints("llama")
     streamer, tokenizer = Streamer(folder), load_tokenizer(folder)
     evaluation = StreamedEvaluation(streamer)
-    parts = Parts(evaluation, tokenizer, Measures(data, corpora=["wikitext2"], tasks=TASKS))
+    parts = Parts(evaluation, tokenizer, EvaluationRequest(data, corpora=["wikitext2"], tasks=TASKS))
     evaluation.begin()
     for index in range(len(streamer.layers)):
         halve(streamer.load_layer(index))
@@ -241,9 +241,9 @@ def test_numbers_that_are_not_finite_are_refused(checkpoints, data, tmp_path):
     model.save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(CameraError, match="block at token 0 are not finite"):
-        evaluate_streamed(tmp_path, Measures(data, corpora=["wikitext2"], blocks=1), progress=False)
+        evaluate_streamed(tmp_path, EvaluationRequest(data, corpora=["wikitext2"], blocks=1), progress=False)
     with pytest.raises(CameraError, match="boolq gives log-probabilities that are NaN"):
-        evaluate_streamed(tmp_path, Measures(data, tasks=["boolq"]), progress=False)
+        evaluate_streamed(tmp_path, EvaluationRequest(data, tasks=["boolq"]), progress=False)
 
 
 def test_requests_without_context_or_answer_are_refused(folder_of):
@@ -256,7 +256,7 @@ def test_requests_without_context_or_answer_are_refused(folder_of):
 def test_hidden_states_on_disk_are_kept_and_a_full_disk_is_refused(tmp_path, monkeypatch):
     rows_BLH = torch.randn(2, 300, 40).bfloat16()
     for ram in (0, 10**9):
-        table = HiddenStates(700, 40, torch.bfloat16, ram, tmp_path)
+        table = MappedTable(700, 40, torch.bfloat16, ram, tmp_path)
         assert table.on_disk == (ram == 0)
         table.write(100, rows_BLH)
         assert torch.equal(table.read(100, 600), rows_BLH.flatten(0, 1))
@@ -269,7 +269,7 @@ def test_hidden_states_on_disk_are_kept_and_a_full_disk_is_refused(tmp_path, mon
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(CameraError, match=r"no room for 0.1 GB.*No space left"):
-        HiddenStates(10**6, 40, torch.bfloat16, 0, tmp_path)
+        MappedTable(10**6, 40, torch.bfloat16, 0, tmp_path)
 
 
 def test_a_model_is_streamed_if_it_does_not_fit(checkpoints, monkeypatch):

@@ -16,7 +16,7 @@ from camera.checkpoint.loading import load_model
 from camera.method import METHODS
 from camera.pruning.camera_p import CameraP
 from camera.runtime.errors import CameraError
-from camera.streaming.settings import Memory
+from camera.streaming.settings import MemoryChoices
 from tests.helpers import oracles
 from tests.helpers.models import FAMILIES
 
@@ -46,7 +46,7 @@ def test_camera_p_equals_the_plain_path(
     family, phi, run, checkpoints, data_folder, calibration, tmp_path
 ):
     source = checkpoints(family)
-    run(source, alpha=0.9, memory=Memory(phi=phi))
+    run(source, alpha=0.9, memory=MemoryChoices(phi=phi))
     tokenizer = AutoTokenizer.from_pretrained(source)
     ids_NL = calibration_tokens(
         tokenizer, calibration, data=str(data_folder), seed=1234, max_length=128
@@ -85,7 +85,7 @@ def test_the_same_call_writes_the_same_bytes(method, run, checkpoints, tmp_path)
 def test_bf16_models_are_cut_to_the_same_widths_every_time(phi, run, checkpoints, tmp_path):
     source = checkpoints("qwen2_moe", dtype=torch.bfloat16)
     results = [
-        run(source, name=name, memory=Memory(phi=phi), sparsity=0.5, dtype="bfloat16").widths
+        run(source, name=name, memory=MemoryChoices(phi=phi), sparsity=0.5, dtype="bfloat16").widths
         for name in ("a", "b")
     ]
     assert results[0] == results[1]
@@ -331,7 +331,7 @@ def test_refusals_name_the_key_and_the_mend(run, checkpoints, tmp_path, monkeypa
     fails("propagate=sideways is none of compressed, dense", run, source, propagate="sideways")
     fails("leaves the model as it is", run, source, "dense")
     with pytest.raises(CameraError, match=r"memory\.phi=maybe is none of auto, keep, recompute"):
-        Memory(phi="maybe")
+        MemoryChoices(phi="maybe")
     fails("dtype=int4 is none of auto, float32", run, source, dtype="int4")
     fails("device=gpu is no device", run, source, device="gpu")
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)

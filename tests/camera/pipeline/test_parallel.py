@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import camera
-from camera.calibration.scores.energy import LayerEnergy
+from camera.calibration.scores.energy import EnergyStatistics
 from camera.calibration.statistics import LayerStatistics, add_up
 from camera.runtime import distributed
 from camera.runtime.errors import CameraError
@@ -237,12 +237,12 @@ class Summed:
 def energy(seed):
     draw = torch.Generator().manual_seed(seed)
     shares = [torch.rand(6, generator=draw) for _ in range(3)]
-    return LayerEnergy({"experts": [2, 4]}, *shares, torch.randint(9, (2,), generator=draw))
+    return EnergyStatistics({"experts": [2, 4]}, *shares, torch.randint(9, (2,), generator=draw))
 
 
 def test_each_field_is_combined_by_its_rule(monkeypatch):
     mine, other, basis = energy(0), energy(1), energy(0).basis_N
-    fields = sorted(LayerEnergy.reduced)  # the same order in every process
+    fields = sorted(EnergyStatistics.reduced)  # the same order in every process
     Summed(monkeypatch, [getattr(other, field) for field in fields])
     both = add_up(mine)
     assert torch.equal(both.sum2_N, energy(0).sum2_N + energy(1).sum2_N)
@@ -268,7 +268,7 @@ def test_shares_are_all_samples_once_and_even(ranks, monkeypatch):
     shares = []
     for rank in range(ranks):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append(distributed.share(ids_NL))
+        shares.append(distributed.shard_samples(ids_NL))
     assert torch.equal(torch.cat(shares), ids_NL)
     sizes = [len(share) for share in shares]
     assert max(sizes) - min(sizes) <= 1

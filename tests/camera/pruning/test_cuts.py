@@ -17,7 +17,7 @@ from camera.pipeline.passes.trial import measure
 from camera.pruning.allocation import allocate
 from camera.pruning.camera_plus import CameraPlus
 from camera.runtime.errors import CameraError
-from camera.streaming.settings import Memory
+from camera.streaming.settings import MemoryChoices
 from camera.streaming.streamer import Streamer
 from tests.helpers.models import FAMILIES
 
@@ -44,7 +44,7 @@ def trials_of(streamer, shares):
 def test_a_cut_costs_what_the_whole_model_diverges_with_it(family, checkpoints):
     source = checkpoints(family)
     streamer = Streamer(source)
-    streamer.prepare(Memory(), 32, False, source)
+    streamer.prepare(MemoryChoices(), 32, False, source)
     trials = trials_of(streamer, (0.3, 0.8))
     ids_NL = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(1))
     found = measure(streamer, ids_NL, trials, each_layer(streamer))
@@ -71,7 +71,7 @@ def test_a_cut_costs_what_the_whole_model_diverges_with_it(family, checkpoints):
 def test_a_layer_costs_nothing_uncut_and_the_model_is_left_as_it_was(checkpoints):
     source = checkpoints("qwen2_moe")
     streamer = Streamer(source)
-    streamer.prepare(Memory(), 32, False, source)
+    streamer.prepare(MemoryChoices(), 32, False, source)
     ids_NL = torch.randint(0, 256, (2, 16))
     trials = trials_of(streamer, (0.0, 1.0))
     first = measure(streamer, ids_NL, trials, each_layer(streamer))
@@ -171,7 +171,7 @@ def test_trial_cuts_are_refused_where_experts_stay_on_disk(
     checkpoints, calibration, data_folder, tmp_path
 ):
     method = CameraPlus(sparsity=0.4, score="relative", rank_scope="measured", compensate="none")
-    options = dict(calibration=calibration, data=data_folder, memory=Memory(experts="visit"))
+    options = dict(calibration=calibration, data=data_folder, memory=MemoryChoices(experts="visit"))
     with pytest.raises(CameraError, match=r"set memory\.experts=layer"):
         camera.compress(checkpoints("qwen2_moe"), method, tmp_path / "out", **options)
 

@@ -12,11 +12,11 @@ from camera.checkpoint.formats.packed.footprint import Footprint, metadata_bits
 from camera.checkpoint.formats.packed.segments import Cut
 from camera.checkpoint.formats.packed.spec import experts_spec, mlp_spec, spec_bytes
 from camera.quantization.bit_plan import (
-    assign,
-    cuts_of,
+    bits_of_ranking,
+    boundaries_of,
     ranking,
-    share_path,
-    solve_cuts,
+    share_corners,
+    solve_boundaries,
     solve_group_size,
     solve_optimal,
     solve_shares,
@@ -84,14 +84,14 @@ def test_ranking_puts_the_highest_first_and_of_equals_the_first():
 def test_expert_scope_takes_the_same_share_of_every_expert(score_N):
     order_N = ranking(score_N, WIDTHS, "expert")
     for share in (0.125, 0.5):
-        bits_N = assign(order_N, WIDTHS, [3, 1], cuts_of([share, 1 - share], len(order_N)))
+        bits_N = bits_of_ranking(order_N, WIDTHS, [3, 1], boundaries_of([share, 1 - share], len(order_N)))
         for width, row in zip(WIDTHS, counts(bits_N), strict=True):
             assert abs(row[3] - share * width) <= 1
 
 
 def test_cuts_follow_the_ranking(score_N):
     order_N = ranking(score_N, WIDTHS, "layer")
-    bits_N = assign(order_N, WIDTHS, [3, 2, 1], cuts_of([0.125, 0.75, 0.125], len(order_N)))
+    bits_N = bits_of_ranking(order_N, WIDTHS, [3, 2, 1], boundaries_of([0.125, 0.75, 0.125], len(order_N)))
     assert bits_N[order_N].tolist() == sorted(bits_N.tolist(), reverse=True)
     assert torch.bincount(bits_N).tolist() == [0, 140, 840, 140]
 
@@ -99,7 +99,7 @@ def test_cuts_follow_the_ranking(score_N):
 @pytest.mark.parametrize("align", [8, 32])
 def test_aligned_boundaries_are_multiples(score_N, align):
     order_N = ranking(score_N, WIDTHS, "layer")
-    bits_N = assign(order_N, WIDTHS, [3, 2, 1], [300, 800], align)
+    bits_N = bits_of_ranking(order_N, WIDTHS, [3, 2, 1], [300, 800], align)
     for part, score in zip(bits_N.split(WIDTHS), score_N.split(WIDTHS), strict=True):
         high, mid = int((part == 3).sum()), int((part == 2).sum())
         assert high % align == 0 and ((high + mid) % align == 0 or high + mid == len(part))
@@ -118,7 +118,7 @@ def test_shares_meet_the_target(score_N, scope, levels, bits):
     order_N = ranking(score_N, WIDTHS, scope)
     bits_N, cuts = solve_shares(order_N, pool, levels, bits, low_share=0.25)
     assert 0.99 * bits <= pool.average(bits_N) <= bits
-    assert torch.equal(bits_N, assign(order_N, WIDTHS, levels, cuts))
+    assert torch.equal(bits_N, bits_of_ranking(order_N, WIDTHS, levels, cuts))
 
 
 def test_low_share_is_kept_where_the_target_allows(score_N):
@@ -139,7 +139,7 @@ def test_what_cannot_be_met_is_refused(score_N):
     with pytest.raises(CameraError, match="bits"):
         solve_shares(order_N, pool, [3, 2, 1], 1.0, low_share=0.25)
     with pytest.raises(CameraError, match="ratios"):
-        share_path([4, 3, 2, 1], 10, 0.25)
+        share_corners([4, 3, 2, 1], 10, 0.25)
     whole, _ = solve_shares(order_N, pool, [3, 2, 1], 9.0, low_share=0.25)
     assert (whole == 3).all()
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_met_is_refused(score_N):
 def test_solve_cuts_goes_as_far_as_fits():
     corners = [(0, 0), (0, 6), (6, 6), (10, 10)]
     for budget in range(21):
-        cuts = solve_cuts(corners, sum, budget)
+        cuts = solve_boundaries(corners, sum, budget)
         assert sum(cuts) <= budget and list(cuts) == sorted(cuts)
         assert sum(cuts) in (budget, budget - 1)
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import camera
 from camera.runtime.errors import CameraError
-from camera.runtime.overlap import Background, ReadAhead
-from camera.streaming.settings import Memory
-from camera.streaming.skeleton import Skeleton
+from camera.runtime.overlap import Background, LayerPrefetcher
+from camera.streaming.settings import MemoryChoices
+from camera.streaming.skeleton import MetaModel
 
 LAYERS = 5
 CPU = torch.device("cpu")
@@ -57,8 +57,8 @@ def events(monkeypatch):
 
         monkeypatch.setattr(target, name, telling)
 
-    told(Skeleton, "_read_layer", lambda _, index: index, 0.03)
-    told(Skeleton, "load_layer", lambda _, index: index)
+    told(MetaModel, "_read_layer", lambda _, index: index, 0.03)
+    told(MetaModel, "load_layer", lambda _, index: index)
     told(camera.pipeline.compression.Job, "_keep", lambda _, index, *__: index, 0.03)
     told(camera.pipeline.compression.Job, "_compress", lambda _, index, *__: index)
     return found
@@ -88,7 +88,7 @@ def test_never_more_than_one_layer_ahead_and_one_behind(run, events):
 
 def test_overlap_changes_no_byte(run, tmp_path, monkeypatch):
     run("overlapped")
-    monkeypatch.setattr(ReadAhead, "start_next", lambda self: None)
+    monkeypatch.setattr(LayerPrefetcher, "start_next", lambda self: None)
     monkeypatch.setattr(Background, "submit", lambda self, work: work())
     run("in turn")
     assert shards(tmp_path / "overlapped") == shards(tmp_path / "in turn")
@@ -116,22 +116,22 @@ def test_what_is_damaged_in_a_later_layer_stops_the_run_with_its_name(run, sourc
 
 
 def test_a_shard_that_vanishes_while_it_runs_is_a_refusal(run, source, tmp_path, monkeypatch):
-    original = Skeleton._read_layer
+    original = MetaModel._read_layer
 
     def vanish(self, index):
         if index == 2:
             raise CameraError("shard 2 ends early: download it again.")
         return original(self, index)
 
-    monkeypatch.setattr(Skeleton, "_read_layer", vanish)
+    monkeypatch.setattr(MetaModel, "_read_layer", vanish)
     with pytest.raises(CameraError, match="shard 2 ends early"):
         run()
     assert not (tmp_path / "out").exists()
     # what was finished before is there to go on from
-    monkeypatch.setattr(Skeleton, "_read_layer", original)
+    monkeypatch.setattr(MetaModel, "_read_layer", original)
     loaded = []
-    load = Skeleton.load_layer
-    monkeypatch.setattr(Skeleton, "load_layer", lambda s, i: loaded.append(i) or load(s, i))
+    load = MetaModel.load_layer
+    monkeypatch.setattr(MetaModel, "load_layer", lambda s, i: loaded.append(i) or load(s, i))
     run()
     assert loaded == [2, 3, 4]
 
@@ -158,7 +158,7 @@ def test_a_full_disk_for_hidden_states_is_a_refusal(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr("camera.runtime.mapped.os.posix_fallocate", full)
     with pytest.raises(CameraError, match=r"no room for .* of hidden states"):
-        run(memory=Memory(hidden="disk"))
+        run(memory=MemoryChoices(hidden="disk"))
     assert not (tmp_path / "out").exists()
 
 
@@ -168,7 +168,7 @@ def read(index):
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [2, 3, 0, 1], [1, 1, 3]])
 def test_layers_are_what_was_asked_for_in_any_order(order):
-    ahead = ReadAhead(read, 4, CPU)
+    ahead = LayerPrefetcher(read, 4, CPU)
     for index in order:
         assert ahead.take(index)["x"].tolist() == [index, index]
         ahead.start_next()
@@ -177,7 +177,7 @@ def test_layers_are_what_was_asked_for_in_any_order(order):
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]])
 def test_the_next_layer_is_read_while_this_one_is_worked_on(order):
     asked = []
-    ahead = ReadAhead(lambda i: asked.append(i) or time.sleep(0.02) or read(i), 4, CPU)
+    ahead = LayerPrefetcher(lambda i: asked.append(i) or time.sleep(0.02) or read(i), 4, CPU)
     for index in order:
         ahead.take(index)
         ahead.start_next()
@@ -195,7 +195,7 @@ def test_the_error_of_a_layer_surfaces_where_it_is_taken_and_nowhere_else():
             raise CameraError("layer 1 is broken")
         return read(index)
 
-    ahead = ReadAhead(broken, 4, CPU)
+    ahead = LayerPrefetcher(broken, 4, CPU)
     ahead.take(0), ahead.start_next()
     assert ahead.take(2)["x"][0] == 2  # nobody wanted layer 1
     ahead.take(0), ahead.start_next()

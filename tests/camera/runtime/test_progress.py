@@ -9,7 +9,7 @@ from rich.console import Console
 
 from camera.runtime import progress
 from camera.runtime.peak_memory import PeakMemory
-from camera.runtime.progress import each_layer, shown
+from camera.runtime.progress import each_layer, progress_bar
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def lines(monkeypatch, caplog):
 
 def run(clock, seconds, **settings):
     settings = {"total": len(seconds), "unit": "layers"} | settings
-    with shown("compress", **settings) as advance:
+    with progress_bar("compress", **settings) as advance:
         for spent in seconds:
             clock.now += spent
             advance(1)

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 import camera
 from camera.pipeline.estimate import LAYERS_HELD, needs
 from camera.runtime.errors import CameraError
-from camera.runtime.mapped import HiddenStates, let_go
+from camera.runtime.mapped import MappedTable, release_pages
 from camera.streaming import memory
 from camera.streaming.memory import HIDDEN_HELD
-from camera.streaming.settings import Memory
-from camera.streaming.skeleton import Skeleton
+from camera.streaming.settings import MemoryChoices
+from camera.streaming.skeleton import MetaModel
 from tests.helpers.models import build_model, build_tokenizer
 
 # A process of its own compresses tiny models first, so that the libraries' own memory is there, and
@@ -28,8 +28,8 @@ MEASURED = textwrap.dedent("""
     import torch
     import baselines.micro_experts.heapr
     import camera
-    from camera.runtime.buffers import give_back
-    from camera.streaming.settings import Memory
+    from camera.runtime.buffers import trim_heap
+    from camera.streaming.settings import MemoryChoices
     from camera.streaming.streamer import Streamer
 
     torch.set_num_threads(1)
@@ -41,7 +41,7 @@ MEASURED = textwrap.dedent("""
 
     def measured(self, *args, **method):
         needs = prepare(self, *args, **method)
-        give_back()
+        trim_heap()
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the peak starts anew
         found.update(needs=needs, before=status("VmRSS"))
@@ -51,7 +51,7 @@ MEASURED = textwrap.dedent("""
     data, *jobs = sys.argv[1:]
     for job in map(json.loads, jobs):
         result = camera.compress(
-            job["model"], job["method"], job["out"], memory=Memory(**job["memory"]), data=data,
+            job["model"], job["method"], job["out"], memory=MemoryChoices(**job["memory"]), data=data,
             device="cpu", progress=False,
             calibration=camera.Calibration(samples=job["samples"], length=128), **job["settings"],
         )
@@ -173,35 +173,35 @@ def shards(folder):
 @pytest.mark.parametrize("experts", ["layer", "visit"])
 def test_hidden_states_on_disk_change_no_byte(experts, propagate, run, tmp_path):
     for hidden in ("ram", "disk"):
-        run(hidden, Memory(hidden=hidden, experts=experts), propagate=propagate)
+        run(hidden, MemoryChoices(hidden=hidden, experts=experts), propagate=propagate)
     assert shards(tmp_path / "ram") == shards(tmp_path / "disk")
     assert {path.name for path in tmp_path.iterdir()} == {"ram", "disk"}
 
 
 def test_hidden_states_on_disk_are_all_on_disk(run, monkeypatch):
     tables = []
-    original = HiddenStates.__init__
+    original = MappedTable.__init__
 
     def counted(self, *args):
         original(self, *args)
         tables.append(self.on_disk)
 
-    monkeypatch.setattr(HiddenStates, "__init__", counted)
-    run("out", Memory(hidden="disk"))
+    monkeypatch.setattr(MappedTable, "__init__", counted)
+    run("out", MemoryChoices(hidden="disk"))
     assert len(tables) == 1 + 3 * 3 and all(tables)  # embedded, then 3 of each of 3 layers
 
 
 def test_what_is_let_go_of_is_still_there(tmp_path):
-    table = HiddenStates(1000, 64, torch.float32, -1, tmp_path)
+    table = MappedTable(1000, 64, torch.float32, -1, tmp_path)
     rows_TH = torch.randn(1000, 64)
     table.write(0, rows_TH)
     view = table.read(10, 50)
     view[3] = 7.0
-    let_go(view)
+    release_pages(view)
     rows_TH[13] = 7.0
     assert torch.equal(table.read(0, 1000), rows_TH)
     plain = torch.ones(5)
-    let_go(plain)
+    release_pages(plain)
     assert plain.sum() == 5
 
 
@@ -223,7 +223,7 @@ def decide(checkpoints):
     """decide(family, tokens, slices, **memory): what is decided of a tiny model."""
 
     def go(family="qwen2_moe", tokens=TOKENS, slices=True, **choices):
-        return needs(Skeleton(checkpoints(family)), Memory(**choices), tokens, slices)
+        return needs(MetaModel(checkpoints(family)), MemoryChoices(**choices), tokens, slices)
 
     return go
 
@@ -292,11 +292,11 @@ def test_the_peak_counts_only_what_is_in_memory(decide):
 def test_a_choice_that_is_none_is_refused_by_key():
     for key in ("phi", "hidden", "experts"):
         with pytest.raises(CameraError, match=rf"memory\.{key}=some is none of auto"):
-            Memory(**{key: "some"})
+            MemoryChoices(**{key: "some"})
 
 
 def test_a_visited_run_goes_on_where_it_was_killed(run, tmp_path, monkeypatch):
-    asked = Memory(experts="visit", hidden="disk")
+    asked = MemoryChoices(experts="visit", hidden="disk")
     run("whole", asked)
     with monkeypatch.context() as patch:
         count = []
@@ -318,10 +318,10 @@ def test_a_visited_run_goes_on_where_it_was_killed(run, tmp_path, monkeypatch):
             patch.setattr("camera.api.finish", lambda job: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 run("other", asked)
-        run("other", Memory(experts="layer"))
+        run("other", MemoryChoices(experts="layer"))
 
 
 def test_no_hidden_states_are_left_in_the_checkpoint(run, tmp_path):
-    run("out", Memory(hidden="disk"))
+    run("out", MemoryChoices(hidden="disk"))
     names = {key for path in (tmp_path / "out").glob("model-*") for key in load_file(path)}
     assert names and all(name.startswith(("model.", "lm_head")) for name in names)

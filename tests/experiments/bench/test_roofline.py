@@ -16,7 +16,7 @@ from camera.compensation.least_squares import Block, fit
 from camera.compensation.settings import Refit
 from camera.pipeline.report import STATISTICS
 from camera.runtime.errors import CameraError
-from camera.streaming.settings import Memory
+from camera.streaming.settings import MemoryChoices
 from experiments.bench import roofline
 from experiments.bench.support.architectures import ARCHITECTURES
 from experiments.bench.support.costs import Device, LayerCost, RunCost, fit_flops, run_cost
@@ -46,7 +46,7 @@ def real_run(checkpoints, data_folder, tmp_path_factory):
                 sparsity=SPARSITY,
                 calibration=camera.Calibration(source="wikitext2", samples=SAMPLES, length=LENGTH),
                 data=str(data_folder),
-                memory=Memory(phi=phi),
+                memory=MemoryChoices(phi=phi),
                 device="cpu",
                 progress=False,
             )

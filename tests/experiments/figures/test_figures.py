@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib import colors, image
 
-from camera.calibration.scores.energy import LayerEnergy
+from camera.calibration.scores.energy import EnergyStatistics
 from camera.calibration.statistics import Statistics
 from experiments.figures.energies import draw_energies
 from experiments.figures.experts import by_layer, draw_bits, draw_expert_energies, draw_widths
@@ -25,10 +25,10 @@ from experiments.records.energy_summary import (
 )
 
 
-def layer(*values: float, widths: tuple[int, ...] = (), number: int = 0) -> LayerEnergy:
+def layer(*values: float, widths: tuple[int, ...] = (), number: int = 0) -> EnergyStatistics:
     """A layer whose micro-experts have these energies at alpha 0, and none at alpha 1."""
     widths = widths or (len(values),)
-    return LayerEnergy(
+    return EnergyStatistics(
         groups={f"model.layers.{number}.mlp.experts": list(widths)},
         sum2_N=torch.tensor(values, dtype=torch.float64),
         max2_N=torch.zeros(len(values)),
@@ -37,7 +37,7 @@ def layer(*values: float, widths: tuple[int, ...] = (), number: int = 0) -> Laye
     )
 
 
-def kept_histograms(layers: dict[int, LayerEnergy], folder: Path) -> dict[int, Histogram]:
+def kept_histograms(layers: dict[int, EnergyStatistics], folder: Path) -> dict[int, Histogram]:
     """What a run keeps of these energies."""
     seen = folder / "energies.safetensors"
     Statistics(layers, {}).save(seen)

@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
+MAX_BITS = 8
+
 
 def packed_bytes(count: int, bits: int) -> int:
     """ceil(count * bits / 8): bytes of a run of codes; at most 7 bits of them are padding."""

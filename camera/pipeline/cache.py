@@ -1,0 +1,78 @@
+"""The shared cache of statistics: a pass over the dense model is done once for all who need it."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from camera.calibration.statistics import LayerStatistics, Statistics
+from camera.checkpoint.source import fingerprint
+from camera.pipeline.context import PassContext
+from camera.pipeline.resume import PassProgress, code_version
+from camera.runtime import distributed
+from camera.runtime.files import content_key
+from camera.streaming.skeleton import MetaModel
+
+Gather = Callable[[PassProgress, Path], Statistics]
+"""gather(progress, folder): the statistics, going on where `progress` stopped."""
+
+
+def gathered_once(
+    context: PassContext,
+    key: dict[str, Any],
+    kind: type[LayerStatistics],
+    owner: type,
+    gather: Gather,
+) -> Statistics:
+    """Statistics of the original model: read from the cache if gathered before, else gathered.
+
+    `key` says what is seen (its `kind` first), `owner` the class whose code sees it: runs that
+    agree share a file. A file of another kind is gathered anew.
+    """
+    model = context.streamer.model
+    folder = context.request.statistics or context.request.private_statistics
+    about = {
+        "weights": fingerprint(model.folder),
+        "tokens": context.request.tokens.hash,
+        "dtype": str(model.dtype),
+        "statistics": key,
+        **code_and_device(model, owner),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{model.config.model_type}-{key['kind']}-{content_key(about)}"
+    path = folder / f"{name}.safetensors"
+    first = distributed.rank() == 0
+    with FileLock(f"{path}.lock") if first else nullcontext():  # a sweep's jobs measure once
+        if not distributed.all_min(_holds(path, kind)):
+            progress = PassProgress(folder / f".{name}" / "progress", about)
+            found = gather(progress, folder / f".{name}")
+            if first:
+                partial = folder / f".{name}.partial"
+                found.save(partial)
+                os.replace(partial, path)
+            progress.clear()
+    return Statistics.load(path)
+
+
+def _holds(path: Path, kind: type[LayerStatistics]) -> bool:
+    if not path.exists():
+        return False
+    layers = Statistics.load(path).layers.values()
+    return all(isinstance(layer, kind) for layer in layers)
+
+
+def code_and_device(model: MetaModel, owner: type) -> dict[str, str]:
+    """What else than the inputs decides the bytes of a result of this class's code."""
+    package = sys.modules[owner.__module__.partition(".")[0]]
+    if hasattr(package, "__path__"):
+        files = sorted(Path(package.__file__).parent.rglob("*.py"))
+    else:
+        files = [Path(inspect.getfile(owner))]
+    return {"code": code_version(*files), "device": model.device.type}

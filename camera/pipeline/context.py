@@ -1,0 +1,99 @@
+"""What the passes of one compression share: the request, the streamed model, tokens, progress."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from camera.calibration.tokens import CalibrationTokens
+from camera.method import Method, Plan, Propagate
+from camera.moe.budget import Budget
+from camera.pipeline.estimate import MemoryEstimate
+from camera.pipeline.result import versions
+from camera.pipeline.state import RunState
+from camera.runtime import distributed
+from camera.runtime.files import partial_of
+from camera.runtime.peak_memory import PeakMemory
+from camera.runtime.progress import each_layer
+from camera.streaming.streamer import LayerStreamer
+
+
+class LayerListener(Protocol):
+    """Looks at each compressed layer while it is in memory."""
+
+    def begin(self) -> None:
+        """Called before the first layer."""
+
+    def layer(self, index: int) -> None:
+        """Called when a layer is compressed."""
+
+    def results(self, peak_memory_bytes: int) -> dict[str, Any]:
+        """Called after the last layer; what stands in evaluation.json."""
+
+
+@dataclass(frozen=True)
+class CompressionRequest:
+    """What `camera.compress` is asked for."""
+
+    model: str  # what model card and report call the base model
+    method: Method
+    out: Path
+    propagate: Propagate = "compressed"
+    tokens: CalibrationTokens | None = None
+    statistics: Path | None = None  # folder of the shared cache
+    plan: Plan | None = None  # given, not made
+    listeners: Sequence[LayerListener] = ()
+    show_progress: bool = True
+
+    @property
+    def partial(self) -> Path:
+        """Where the checkpoint grows until it is complete."""
+        return partial_of(self.out)
+
+    @property
+    def private_statistics(self) -> Path:
+        """Private statistics cache, removed when the checkpoint is complete."""
+        return self.out.with_name(f".{self.out.name}.statistics")
+
+
+@dataclass
+class PassContext:
+    """What every pass of a run works with."""
+
+    request: CompressionRequest
+    streamer: LayerStreamer
+    estimate: MemoryEstimate
+    memory: PeakMemory
+    state: RunState = field(default_factory=RunState)
+
+    @property
+    def method(self) -> Method:
+        return self.request.method
+
+    @property
+    def budget(self) -> Budget:
+        return self.streamer.model.budget
+
+    @property
+    def ids_NL(self) -> torch.Tensor:
+        """The calibration samples of this rank."""
+        return distributed.shard_samples(self.request.tokens.ids_NL)
+
+    def each_layer(self, title: str, start: int) -> Iterator[int]:
+        """The layers from `start` on; the first process shows how far it is."""
+        count = len(self.streamer.model.layers)
+        show = self.request.show_progress and distributed.rank() == 0
+        return each_layer(start, count, title, self.memory, show)
+
+    def about(self, propagate: Propagate) -> dict[str, Any]:
+        """What statistics were gathered on, for their file."""
+        return {
+            "model": self.request.model,
+            "propagate": propagate,
+            "calibration": self.request.tokens.describe(),
+            "versions": versions(),
+        }
