@@ -60,7 +60,7 @@ class CompressedPass:
         if step.tokens:
             with context.state.timed("calibrate"):
                 tokens = CompressedTokens(context, progress)
-        if step.tokens and step.observer is not None:
+        if step.tokens and _reads_tokens(step):
             self.statistics = Statistics(progress.statistics(), context.about(step.feed))
         else:
             self.statistics = self._earlier(seen)
@@ -134,7 +134,7 @@ class CompressedPass:
         if index not in context.budget.layers:
             return (streamer.run_layer(index, inputs) if step.feed == "dense" else inputs), None
         observer = None
-        if step.observer is not None:
+        if _reads_tokens(step):
             observer = step.observer.build(index, streamer.model.feed_forward(index))
         stage: Stage = inputs
         if step.feed == "dense":
@@ -257,3 +257,7 @@ class CompressedPass:
             self.listeners = []
         for listener in self.listeners:
             listener.begin()
+
+
+def _reads_tokens(step: Pass) -> bool:
+    return step.observer is not None and step.observer.reads != "weights"
