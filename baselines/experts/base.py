@@ -15,8 +15,8 @@ from camera.calibration.statistics import LayerStatistics
 from camera.method import Method, Outcome
 from camera.moe.budget import SPARSITY_OF, Budget
 from camera.moe.feed_forward import FeedForward
-from camera.moe.routing import Routing, routing_of
-from camera.pruning.whole_experts import drop_experts, smaller_config
+from camera.moe.routing import RouterConstraints, router_constraints
+from camera.pruning.whole_experts import remove_experts, smaller_config
 from camera.runtime.errors import CameraError
 
 
@@ -72,7 +72,7 @@ class ExpertPruning(Method):
             + ")."
         )
 
-    def routing(self, budget: Budget) -> Routing:
+    def routing(self, budget: Budget) -> RouterConstraints:
         """What every layer's router asks for; CameraError where no whole experts can go."""
         if not any(any(pool.routed) for pool in budget.layers.values()):
             raise CameraError(
@@ -94,7 +94,7 @@ class ExpertPruning(Method):
 
     def drop(self, ffn: FeedForward, keep_E: torch.Tensor, **facts: Any) -> Outcome:
         """Remove what `keep_E` lacks; `facts` go into the report with the experts dropped."""
-        drop_experts(ffn, keep_E.nonzero().flatten().tolist())
+        remove_experts(ffn, keep_E.nonzero().flatten().tolist())
         gone = (~keep_E).nonzero().flatten().tolist()
         return Outcome(modules={}, report={"dropped": gone, **facts})
 
@@ -174,6 +174,6 @@ class ScoredExperts(ExpertPruning):
     def compress(
         self, index: int, ffn: FeedForward, seen: LayerStatistics | None, budget: Budget
     ) -> Outcome:
-        score_E, routing = self.score(seen), routing_of(ffn)
+        score_E, routing = self.score(seen), router_constraints(ffn)
         keep_E = keep_best(score_E, self.dropped(budget), routing.groups)
         return self.drop(ffn, keep_E, score=score_E.tolist())

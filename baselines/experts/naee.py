@@ -15,7 +15,7 @@ from camera.calibration.statistics import LayerStatistics
 from camera.method import Outcome
 from camera.moe.budget import Budget
 from camera.moe.feed_forward import ExpertGroup, FeedForward
-from camera.moe.routing import routing_of
+from camera.moe.routing import router_constraints
 from camera.runtime.errors import CameraError
 
 CHUNK_BYTES = 2**28  # of the outputs of all experts that are held at once
@@ -72,7 +72,7 @@ class NAEE(ExpertPruning):
     def compress(
         self, index: int, ffn: FeedForward, seen: LayerStatistics | None, budget: Budget
     ) -> Outcome:
-        routing, drop = routing_of(ffn), self.dropped(budget)
+        routing, drop = router_constraints(ffn), self.dropped(budget)
         error = OutputError(seen.gram_TEE, Rerouter(ffn, seen.x_TH), self.norm_tokens)
         found = search(
             error,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from camera.checkpoint.formats.packed.footprint import MOST_BITS
+from camera.checkpoint.formats.packed.codes import MAX_BITS
 from camera.moe.budget import Budget
 from camera.moe.feed_forward import FeedForward
 from camera.quantization.base import Quantization, footprints
@@ -52,10 +52,10 @@ class Gptq(Quantization):
 
         def stored(bits: int, size: int | None) -> float:
             sized = {replace(pool, group_size=size): layers for pool, layers in pools.items()}
-            return sum(p.uniform(bits) * p.weights * layers for p, layers in sized.items())
+            return sum(p.uniform_average(bits) * p.weights * layers for p, layers in sized.items())
 
         near = []
-        for bits in range(MOST_BITS, 0, -1):
+        for bits in range(MAX_BITS, 0, -1):
             size = None if self.group_size == -1 else self.group_size
             if self.group_size is None:
                 size = solve_group_size(partial(stored, bits), weights, self.bits, longest)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from baselines.quantization.mc_allocation import Allocations, expert_costs, reachable
 from camera.calibration.hessians import HessianObserver, LayerHessians
-from camera.checkpoint.formats.packed.footprint import Footprint
+from camera.checkpoint.formats.packed.footprint import StoredBits
 from camera.moe.budget import Budget
 from camera.moe.feed_forward import ExpertGroup, FeedForward
 from camera.moe.pool import LayerPool
@@ -158,7 +158,7 @@ class MixtureCompressor(Quantization):
                 routed = budget.layers[index].routed
                 forced = self.at_least_one[: sum(routed)]
                 rest = [max(LEVELS) if most else min(LEVELS)] * (sum(routed) - len(forced))
-                stored += pool.stored(self._bits(pool, routed, [*forced, *rest]))
+                stored += pool.total(self._bits(pool, routed, [*forced, *rest]))
             ends.append(stored / max(sum(pool.weights for pool in pools.values()), 1))
         return tuple(ends)
 
@@ -174,7 +174,7 @@ class MixtureCompressor(Quantization):
     ) -> tuple[list[ExpertBits], int | None]:
         layer: LayerPool = budget.layers[index]
         shape = hidden_size(ffn), tuple(ffn.widths)
-        pool = Footprint(*shape, self._size(), self.sym, self.scattered)
+        pool = StoredBits(*shape, self._size(), self.sym, self.scattered)
         cost_EB = expert_costs(
             seen.count_E,
             seen.weight_E,
@@ -187,7 +187,7 @@ class MixtureCompressor(Quantization):
         allocations = Allocations(cost_EB, LEVELS, most, self.at_least_one)
         for total in range(most, least - 1, -1):
             bits_N = self._bits(pool, layer.routed, allocations.within(total).tolist())
-            if pool.stored(bits_N) <= self.bits * pool.weights * (1 + 1e-9):
+            if pool.total(bits_N) <= self.bits * pool.weights * (1 + 1e-9):
                 return [ExpertBits.matched(part) for part in bits_N.split(ffn.widths)], self._size()
         raise CameraError(
             f"bits={self.bits} can't be met in layer {index}: the least is "
@@ -199,7 +199,7 @@ class MixtureCompressor(Quantization):
             return GROUP_SIZE
         return None if self.group_size == -1 else self.group_size
 
-    def _bits(self, pool: Footprint, routed: list[bool], bits_E: list[int]) -> torch.Tensor:
+    def _bits(self, pool: StoredBits, routed: list[bool], bits_E: list[int]) -> torch.Tensor:
         """Bits by micro-expert: those of the routed experts, the shared ones at their own."""
         dealt = iter(bits_E)
         experts = torch.tensor([next(dealt) if r else self.shared_bits for r in routed])

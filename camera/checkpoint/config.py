@@ -12,7 +12,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from camera.checkpoint.formats.format import FORMS
+from camera.checkpoint.formats.format import FORMATS
 from camera.runtime.errors import CameraError
 
 FORMAT = 2
@@ -60,13 +60,13 @@ class CameraConfig(QuantizationConfigMixin):
 def build_forms(model: nn.Module, config: CameraConfig) -> None:
     """Give a freshly built model (on meta) the modules of a compressed checkpoint."""
     for path, spec in config.modules.items():
-        if spec["form"] not in FORMS:
+        if spec["form"] not in FORMATS:
             raise CameraError(
                 f"module {path} has the form '{spec['form']}', which this package doesn't know "
-                f"({', '.join(sorted(FORMS))}): upgrade camera-moe."
+                f"({', '.join(sorted(FORMATS))}): upgrade camera-moe."
             )
         native = model.get_submodule(path)
-        model.set_submodule(path, FORMS[spec["form"]].build(native, spec))
+        model.set_submodule(path, FORMATS[spec["form"]].from_spec(native, spec))
 
 
 @register_quantizer("camera")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from camera.checkpoint.formats.format import FORMS
+from camera.checkpoint.formats.format import FORMATS
 from camera.moe.budget import Count, owner_of
 from camera.moe.budget import count as count_tensors
 
@@ -44,7 +44,7 @@ def bits(
     raw = {
         path: bits
         for path, spec in forms.items()
-        if path in weights and (bits := FORMS[spec["form"]].raw_bits(spec)) is not None
+        if path in weights and (bits := FORMATS[spec["form"]].code_bits(spec)) is not None
     }
     if not raw:
         return {"raw": model, "stored": model, "model": model}
@@ -54,5 +54,5 @@ def bits(
 
 
 def _weights(forms: dict[str, dict[str, Any]]) -> dict[str, int]:
-    found = {path: FORMS[spec["form"]].weights(spec) for path, spec in forms.items()}
+    found = {path: FORMATS[spec["form"]].weights(spec) for path, spec in forms.items()}
     return {path: number for path, number in found.items() if number is not None}

@@ -14,7 +14,7 @@ from torch import nn
 from camera.moe.families import Family
 from camera.moe.feed_forward import FeedForward
 from camera.moe.pool import LayerPool
-from camera.moe.routing import routing_of
+from camera.moe.routing import router_constraints
 from camera.runtime.errors import CameraError
 
 SPARSITY_OF = ("moe", "model", "routed")
@@ -98,7 +98,7 @@ def budget_of(model: nn.Module, layers: Iterable[nn.Module], family: Family, roo
     for i, view in enumerate(views):
         if has_experts and not view.is_moe:
             continue  # the first dense layers of a MoE model are never in a pool
-        pool = LayerPool([], [], routing_of(view))
+        pool = LayerPool([], [], router_constraints(view))
         for group in view.groups:
             parts[group.path] = group.routed
             weights[group.path] = group.module_size

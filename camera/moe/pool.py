@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from camera.moe.feed_forward import FeedForward
-from camera.moe.routing import Routing
+from camera.moe.routing import RouterConstraints
 
 
 @dataclass
@@ -17,7 +17,7 @@ class LayerPool:
 
     widths: list[int]  # of every expert, in pool order
     routed: list[bool]
-    routing: Routing | None = None  # what its router needs; None where no whole experts can go
+    routing: RouterConstraints | None = None  # None where no expert can be removed
 
     def removable(self, only_routed: bool, min_width: int, multiple: int) -> float:
         """The largest share of the candidates that may go."""

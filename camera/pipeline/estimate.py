@@ -110,7 +110,7 @@ def needs(
     on_disk = memory.hidden == "disk"
     if memory.hidden == "auto":
         on_disk = HIDDEN_HELD * hidden > HIDDEN_SHARE * psutil.virtual_memory().available
-    top_k = getattr(config, "num_experts_per_tok", 1) if max(experts) else 1
+    top_k = skeleton.family.top_k(config) if max(experts) else 1
     tables = BATCH_TABLES if keep_phi else BATCH_TABLES + SLOT_TABLES * top_k
     working = min(tokens, BATCH_TOKENS) * config.hidden_size * size * tables
     if backward:

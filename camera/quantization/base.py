@@ -11,7 +11,7 @@ import torch
 
 from camera.calibration.hessians import HessianObserver, LayerHessians, hessian_bytes
 from camera.calibration.statistics import LayerStatistics
-from camera.checkpoint.formats.packed.footprint import Footprint
+from camera.checkpoint.formats.packed.footprint import StoredBits
 from camera.checkpoint.formats.packed.spec import (
     spec_bytes,
     spec_code_bits,
@@ -23,7 +23,7 @@ from camera.moe.feed_forward import FeedForward
 from camera.quantization.bit_plan import ExpertBits
 from camera.quantization.gptq import GPTQ
 from camera.quantization.grids import CLIPS
-from camera.quantization.layer import SOLVE_BYTES, solve_layer, solving_bytes
+from camera.quantization.layer import SOLVE_BYTES, quantize_layer, solving_bytes
 from camera.quantization.outside_experts import round_outside
 from camera.runtime import distributed
 from camera.runtime.errors import CameraError
@@ -150,7 +150,7 @@ class Quantization(Method):
         solver, weights = self.solver(group_size), 3 * hidden_size(ffn) * sum(ffn.widths)
         hessians = seen if isinstance(seen, LayerHessians) else None
         how = Refit("expert") if self.compensate == "expert" else None
-        forms, found = solve_layer(
+        forms, found = quantize_layer(
             ffn, bits, solver, hessians, true_sequential=self.true_sequential, compensation=how
         )
         specs, plan = forms.values(), iter(bits)
@@ -188,9 +188,9 @@ def hidden_size(ffn: FeedForward) -> int:
 
 def footprints(
     budget: Budget, group_size: int | None, sym: bool, scattered: bool = False
-) -> dict[int, Footprint]:
+) -> dict[int, StoredBits]:
     """What every layer's pool takes, before any weight is read."""
     return {
-        index: Footprint(budget.hidden, tuple(pool.widths), group_size, sym, scattered)
+        index: StoredBits(budget.hidden, tuple(pool.widths), group_size, sym, scattered)
         for index, pool in budget.layers.items()
     }

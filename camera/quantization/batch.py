@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from camera.checkpoint.formats.packed.segments import Solved
+from camera.checkpoint.formats.packed.segments import QuantizedMatrix
 from camera.quantization.gptq import GPTQ, output_error
 
 
-def solve_batch(
+def quantize_batch(
     solver: GPTQ,
     matrices: list[torch.Tensor],
     bits: list[torch.Tensor],
     axis: str,
     hessians: list[torch.Tensor] | torch.Tensor | None,
     tokens_E: torch.Tensor | None,
-    ledger: tuple["Ledger", list[int]],
+    ledger: tuple["QuantizationReport", list[int]],
     fallback: list[str | None] | None = None,
-) -> tuple[list[Solved], list[torch.Tensor]]:
+) -> tuple[list[QuantizedMatrix], list[torch.Tensor]]:
     """Solve matrices [R, C] of several experts as one batch; also what they are dequantised, fp32.
 
     Bits are those of every row or every column (`axis`), descending along columns. Smaller matrices
@@ -62,7 +62,7 @@ def solve_batch(
         group_C = quantized.group_EC[e, :c]
         groups = int(group_C.max()) + 1 if c else 0
         solved.append(
-            Solved(
+            QuantizedMatrix(
                 quantized.codes_ERC[e, :r, :c],
                 quantized.scale_ERG[e, :r, :groups],
                 quantized.zero_ERG[e, :r, :groups],
@@ -78,7 +78,7 @@ def _pad_bits(bits: torch.Tensor, columns: int) -> torch.Tensor:
     return F.pad(bits, (0, columns - len(bits)), value=other)
 
 
-class Ledger:
+class QuantizationReport:
     """Errors, damping and fallbacks of the experts of one module, as they are solved.
 
     Errors are relative: |Wx - Qx|^2 / |Wx|^2 over the calibration tokens that reached the expert

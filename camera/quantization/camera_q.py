@@ -15,7 +15,8 @@ from camera.calibration.hessians import LayerHessians
 from camera.calibration.scores.base import Name, Score, Scored
 from camera.calibration.scores.energy import LayerEnergy
 from camera.calibration.statistics import LayerStatistics
-from camera.checkpoint.formats.packed.footprint import MOST_BITS, Footprint
+from camera.checkpoint.formats.packed.codes import MAX_BITS
+from camera.checkpoint.formats.packed.footprint import StoredBits
 from camera.moe.budget import Budget
 from camera.moe.feed_forward import FeedForward
 from camera.quantization.base import CLOSE, GROUP_SIZE, Quantization, footprints, hidden_size
@@ -90,10 +91,10 @@ class CameraQ(Scored, Quantization):
         weights = max(sum(pool.weights for pool in pools), 1)
 
         def distance(bits: int) -> float:
-            stored = sum(pool.uniform(bits) * pool.weights for pool in pools)
+            stored = sum(pool.uniform_average(bits) * pool.weights for pool in pools)
             return abs(stored / weights - self.bits)
 
-        self._middle = min(range(2, MOST_BITS), key=distance)
+        self._middle = min(range(2, MAX_BITS), key=distance)
 
     def check(self, budget: Budget) -> None:
         self._follow(budget)
@@ -162,7 +163,7 @@ class CameraQ(Scored, Quantization):
         pools = footprints(budget, self._group_size(), self.sym)
         widths = [width for pool in pools.values() for width in pool.widths]
         hidden = next(iter(pools.values())).hidden
-        whole = Footprint(hidden, tuple(widths), self._group_size(), self.sym)
+        whole = StoredBits(hidden, tuple(widths), self._group_size(), self.sym)
         scores_N = torch.cat([self._scores[index] for index in pools])
         bits_N, _, self._model_group_size = self.allocate(scores_N, whole)
         sizes = [pool.micro_experts for pool in pools.values()]
@@ -175,14 +176,14 @@ class CameraQ(Scored, Quantization):
         if self._plans is not None:
             bits_N, group_size = self._plans[index], self._model_group_size
         else:
-            pool = Footprint(hidden_size(ffn), tuple(widths), self._group_size(), self.sym)
+            pool = StoredBits(hidden_size(ffn), tuple(widths), self._group_size(), self.sym)
             errors = self._errors(ffn, seen, pool)
             bits_N, _, group_size = self.allocate(energy_N, pool, errors)
         parts = zip(bits_N.split(widths), energy_N.split(widths), strict=True)
         return [ExpertBits.matched(bits_W, energy_W) for bits_W, energy_W in parts], group_size
 
     def _errors(
-        self, ffn: FeedForward, seen: LayerHessians, pool: Footprint
+        self, ffn: FeedForward, seen: LayerHessians, pool: StoredBits
     ) -> dict[int, float] | None:
         """What is lost at each number of bits, where shares are solved by it."""
         if self.ratios is not None or self.low_share is not None or len(self.levels) == 1:
@@ -193,7 +194,7 @@ class CameraQ(Scored, Quantization):
         return self.ranked_by.of(seen) if self._scores is None else self._scores[index]
 
     def allocate(
-        self, energy_N: torch.Tensor, pool: Footprint, errors: dict[int, float] | None = None
+        self, energy_N: torch.Tensor, pool: StoredBits, errors: dict[int, float] | None = None
     ) -> tuple[torch.Tensor, tuple[int, ...], int | None]:
         """Bits of every micro-expert of a pool, where the ranking is cut (shares), group size."""
         order_N = ranking(energy_N, pool.widths, self.rank_scope)
@@ -213,16 +214,16 @@ class CameraQ(Scored, Quantization):
         )
         return bits_N, cuts, pool.group_size
 
-    def stored(self, pool: Footprint, bits_N: torch.Tensor, cuts: Sequence[int]) -> float:
+    def stored(self, pool: StoredBits, bits_N: torch.Tensor, cuts: Sequence[int]) -> float:
         """Bits on disk of a plan."""
-        return pool.stored(bits_N)
+        return pool.total(bits_N)
 
     def _group_size(self) -> int | None:
         if self.group_size is None:
             return GROUP_SIZE
         return None if self.group_size == -1 else self.group_size
 
-    def _solved_group_size(self, bits_N, cuts, pool: Footprint) -> int | None:
+    def _solved_group_size(self, bits_N, cuts, pool: StoredBits) -> int | None:
         if self.bits is None:
             return self._group_size()
 

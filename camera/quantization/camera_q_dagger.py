@@ -10,7 +10,9 @@ from typing import ClassVar, Literal
 import torch
 
 from camera.calibration.hessians import LayerHessians
-from camera.checkpoint.formats.packed.footprint import MOST_BITS, Footprint, index_bits
+from camera.checkpoint.formats.packed.codes import MAX_BITS
+from camera.checkpoint.formats.packed.footprint import StoredBits
+from camera.checkpoint.formats.packed.layout import index_bits
 from camera.moe.budget import Budget
 from camera.moe.feed_forward import FeedForward
 from camera.quantization.base import hidden_size
@@ -60,14 +62,14 @@ class CameraQDagger(CameraQ):
             ExpertBits("rows", deal(e.gate), deal(e.up), deal(e.down)) for e in matched
         ], group_size
 
-    def stored(self, pool: Footprint, bits_N: torch.Tensor, cuts: Sequence[int]) -> float:
+    def stored(self, pool: StoredBits, bits_N: torch.Tensor, cuts: Sequence[int]) -> float:
         if self.split == "shuffle":
             index = sum(2 * index_bits(width) for width in pool.widths)
             return super().stored(pool, bits_N, cuts) + index
         channels = self._channel_bits(pool.hidden, cuts, len(bits_N))
-        counts_B = torch.bincount(channels, minlength=MOST_BITS + 1)
+        counts_B = torch.bincount(channels, minlength=MAX_BITS + 1)
         counts_EB = counts_B.expand(len(pool.widths), -1)
-        return pool.stored_by_columns(counts_EB, pool.counts(bits_N))
+        return pool.total_by_columns(counts_EB, pool.counts(bits_N))
 
     def _channel_bits(self, hidden: int, cuts: Sequence[int], micro_experts: int) -> torch.Tensor:
         """Bits of input channels in falling order: the shares that the cuts give micro-experts."""
@@ -78,7 +80,7 @@ class CameraQDagger(CameraQ):
         self, index: int, ffn: FeedForward, seen: LayerHessians
     ) -> tuple[list[ExpertBits], int | None]:
         energy_N, widths = self._importance(index, seen), ffn.widths
-        pool = Footprint(hidden_size(ffn), tuple(widths), self._group_size(), self.sym)
+        pool = StoredBits(hidden_size(ffn), tuple(widths), self._group_size(), self.sym)
         bits_N, cuts, group_size = self.allocate(energy_N, pool, self._errors(ffn, seen, pool))
         falling_H = self._channel_bits(pool.hidden, cuts, len(bits_N))
         channel_EH = seen.channel_energy(self.alpha).cpu()

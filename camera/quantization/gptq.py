@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
+from camera.checkpoint.formats.packed.codes import check_bits
 from camera.quantization.grids import (
     ColumnGroups,
     Grid,
     QuantizedWeight,
     Scales,
-    check_bits,
     dequantize,
 )
 from camera.runtime.errors import CameraError

@@ -5,12 +5,11 @@ S experts of a batch that start a group at the same column.
 Weights stand column by column here (W_ENR), because the solver walks over columns.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
-from camera.runtime.errors import CameraError
+from camera.checkpoint.formats.packed.segments import QuantizedMatrix
 
 # Factors that a clip search tries on the range, as the references do.
 CLIPS = {
@@ -245,17 +244,12 @@ class QuantizedWeight:
         scale, zero = self.scale_ERG.gather(2, index), self.zero_ERG.gather(2, index)
         return dequantize(self.codes_ERC, scale, zero)
 
-    def report(self) -> dict:
-        """How many experts needed which damping and which fallback."""
-        pairs = list(zip(self.damping_E, self.fallback, strict=True))
-        damping = dict(Counter(rung for rung, why in pairs if not why.startswith("rtn")))
-        fallback = dict(Counter(why for _, why in pairs if why))
-        return {"experts": len(pairs), "damping": damping, "fallback": fallback}
-
-
-def check_bits(bits: torch.Tensor) -> torch.Tensor:
-    """Bits as int64; CameraError unless all lie in 1..8."""
-    inside = not bits.numel() or 1 <= int(bits.min()) <= int(bits.max()) <= 8
-    if bits.is_floating_point() or not inside:
-        raise CameraError("bits must be whole numbers from 1 to 8: mend `bits` or `group_bits`.")
-    return bits.long()
+    def matrix(
+        self,
+        expert: int,
+        rows: torch.Tensor | None = None,
+        columns: torch.Tensor | None = None,
+    ) -> QuantizedMatrix:
+        """The matrix of one expert; `rows` and `columns`: where the solved ones belong."""
+        tensors = (self.codes_ERC, self.scale_ERG, self.zero_ERG, self.group_EC)
+        return QuantizedMatrix(*(tensor[expert] for tensor in tensors), rows, columns)

@@ -15,12 +15,12 @@ from camera.calibration.hessians import LayerHessians
 from camera.checkpoint.formats.narrow import PROJECTIONS
 from camera.checkpoint.formats.packed.experts import PackedExperts
 from camera.checkpoint.formats.packed.mlp import PackedMlp
-from camera.checkpoint.formats.packed.segments import Cut, Solved
+from camera.checkpoint.formats.packed.segments import BitSegments, QuantizedMatrix
 from camera.checkpoint.formats.packed.spec import experts_spec, mlp_spec
 from camera.compensation.least_squares import Block, Fit, fit, fit_report
 from camera.compensation.settings import Refit
 from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
-from camera.quantization.batch import Ledger, solve_batch
+from camera.quantization.batch import QuantizationReport, quantize_batch
 from camera.quantization.bit_plan import ExpertBits, falling
 from camera.quantization.gptq import GPTQ
 
@@ -32,7 +32,7 @@ def solving_bytes(hidden: int, width: int) -> int:
     return 4 * (6 * hidden**2 + 6 * width**2 + 12 * hidden * width)
 
 
-def solve_layer(
+def quantize_layer(
     ffn: FeedForward,
     plan: list[ExpertBits],
     solver: GPTQ,
@@ -55,10 +55,10 @@ def solve_layer(
         start += len(group.widths)
         experts = [_Expert(group, e, plan[p].order(), plan[p].folded()) for e, p in enumerate(pool)]
         module = _empty(group, experts, solver)
-        work = _Solving(group, experts, solver, seen, pool, true_sequential, compensation)
+        work = LayerQuantizer(group, experts, solver, seen, pool, true_sequential, compensation)
         for expert, gate_up, down in work.solved():
             where = () if isinstance(group, MlpExpert) else (expert,)
-            module.put(*where, gate_up=gate_up, down=down)
+            module.store(*where, gate_up=gate_up, down=down)
         ffn.replace(group, module)
         forms[group.path], report[group.path] = module.spec(), work.report()
     return forms, report
@@ -117,8 +117,8 @@ def _empty(group: ExpertGroup, experts: list[_Expert], solver: GPTQ) -> PackedEx
     moved = any((part[1:] > part[:-1]).any() for b in bits for part in (b.gate, b.up))
     scattered = ("columns",) * _moves_columns(solver)  # a group's columns aren't neighbours
     kept = tuple(dict.fromkeys(((axis,) if moved else ()) + scattered))
-    gate_up = Cut.of(axis, [b.gate for b in bits], kept)
-    down = Cut.of("columns", [b.down for b in bits], scattered)
+    gate_up = BitSegments.of(axis, [b.gate for b in bits], kept)
+    down = BitSegments.of("columns", [b.down for b in bits], scattered)
     old, widths = group.down(0), [len(expert.order_M) for expert in experts]
     cuts = (gate_up, down, solver.group_size, solver.sym)
     if isinstance(group, MlpExpert):
@@ -132,7 +132,7 @@ def _moves_columns(solver: GPTQ) -> bool:
     return solver.act_order and not solver.static_groups
 
 
-class _Solving:
+class LayerQuantizer:
     """Solves the experts of one module, batch by batch, and keeps what is to be reported."""
 
     def __init__(self, group, experts, solver, seen, pool, true_sequential, compensation):
@@ -142,14 +142,17 @@ class _Solving:
         # the mean Hessian makes sense for inputs that all experts share, which down's are not
         self.mean = solver.fallback == "mean_hessian"
         self.solver = replace(solver, fallback="rtn")
-        self.ledgers = {"gate_up": Ledger(len(experts)), "down": Ledger(len(experts))}
+        self.ledgers = {
+            "gate_up": QuantizationReport(len(experts)),
+            "down": QuantizationReport(len(experts)),
+        }
 
     def report(self) -> dict[str, Any]:
         """Errors, damping and fallbacks of gate and up, and of down; what compensation did."""
         found = {name: ledger.report() for name, ledger in self.ledgers.items()}
         return found | (fit_report(self.fits) if self.fits else {})
 
-    def solved(self) -> Iterator[tuple[int, list[Solved], Solved]]:
+    def solved(self) -> Iterator[tuple[int, list[QuantizedMatrix], QuantizedMatrix]]:
         """(expert, [gate, up], down) of every expert."""
         for batch in self._batches():
             experts = [self.experts[e] for e in batch]
@@ -158,7 +161,7 @@ class _Solving:
             if self.seen is not None:
                 H_EMM, tokens_E = self._hidden(batch, experts, weights, before), self._tokens(batch)
             del weights
-            downs, _ = solve_batch(
+            downs, _ = quantize_batch(
                 self.solver,
                 before,
                 [expert.bits.down for expert in experts],
@@ -209,7 +212,7 @@ class _Solving:
             torch.cat([b[n] for b, n in zip(both, order, strict=True)])
             for both, order in zip(bits, orders, strict=True)
         ]
-        solved, weights = solve_batch(self.solver, stacked, rows, "rows", H_EHH, *known)
+        solved, weights = quantize_batch(self.solver, stacked, rows, "rows", H_EHH, *known)
         gate_ups = [
             [replace(half, rows=n) for half, n in zip(both.chunk(2), order, strict=True)]
             for both, order in zip(solved, orders, strict=True)
@@ -231,7 +234,9 @@ class _Solving:
             matrices = [pair[part][:, n] for pair, n in zip(pairs, moves, strict=True)]
             columns = [both[part][order[part]] for both, order in zip(bits, orders, strict=True)]
             args = (matrices, columns, "columns", H_ECC, *known)
-            for e, (one, weight) in enumerate(zip(*solve_batch(self.solver, *args), strict=True)):
+            for e, (one, weight) in enumerate(
+                zip(*quantize_batch(self.solver, *args), strict=True)
+            ):
                 gate_ups[e].append(replace(one, columns=moves[e]))
                 backs[e].append(weight[:, moves[e].argsort()])
         return gate_ups, backs

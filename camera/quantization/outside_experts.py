@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from camera.checkpoint.formats.packed.linear import PackedLinear, PackedRouter
-from camera.checkpoint.formats.packed.segments import Cut, Solved
+from camera.checkpoint.formats.packed.segments import BitSegments
 from camera.checkpoint.formats.packed.spec import linear_spec, router_spec
 from camera.moe.feed_forward import FeedForward
 from camera.quantization.gptq import GPTQ
@@ -28,7 +28,7 @@ def round_outside(
         if bits is None or weight is None or not (plain or (in_router and weight.dim() == 2)):
             continue
         shape = tuple(weight.shape)
-        cut = Cut.of("rows", [[bits] * shape[0]])
+        cut = BitSegments.of("rows", [[bits] * shape[0]])
         quantized = solver.solve(weight.detach()[None], bits=bits)
         make = linear_spec if plain else router_spec
         spec = make(*shape, cut, solver.group_size, solver.sym)
@@ -37,6 +37,6 @@ def round_outside(
             setattr(owner, last, packed)
         else:
             packed = PackedRouter.of(module, spec, weight.device)
-        packed.put(Solved.of(quantized, 0))
+        packed.store(quantized.matrix(0))
         forms[f"{ffn.path}.{name}"] = spec
     return forms

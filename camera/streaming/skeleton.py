@@ -25,7 +25,7 @@ from camera.moe.feed_forward import ExpertGroup, FeedForward
 from camera.runtime.buffers import give_back
 from camera.runtime.errors import CameraError
 from camera.runtime.overlap import ReadAhead
-from camera.streaming.disk_experts import VisitedExperts, is_expert, only_one, places_of
+from camera.streaming.disk_experts import VisitedExperts, only_one, places_of
 
 _IN_A_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -93,7 +93,10 @@ class Skeleton:
 
     def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
         return self.reader.read(
-            lambda key: _layer_of(key) == index and not (self.visit and is_expert(key))
+            lambda key: (
+                _layer_of(key) == index
+                and not (self.visit and self.family.checkpoint_names.holds(key))
+            )
         )
 
     def _routed(self, index: int) -> ExpertGroup | None:
@@ -109,13 +112,13 @@ class Skeleton:
         places = {
             key: place
             for key, place in self.reader.places.items()
-            if _layer_of(key) == index and is_expert(key)
+            if _layer_of(key) == index and self.family.checkpoint_names.holds(key)
         }
 
         def read(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
             one = only_one(native)
             with swapped(ffn.module, self.family.experts, one):
-                tensors = read_places(places_of(places, expert))
+                tensors = read_places(places_of(places, expert, self.family.checkpoint_names))
                 self._load(tensors, lambda name: name.startswith(f"{experts.path}."))
             return one.gate_up_proj.data[0], one.down_proj.data[0]
 

@@ -6,16 +6,18 @@ base (B <= I), R rank, N tokens of one expert.
 The base covers the first B of the I micro-experts of every expert; the others are delta alone.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from camera.checkpoint.formats.format import Form
+from camera.checkpoint.formats.format import Format, Spec
+from camera.checkpoint.formats.ragged import RaggedExperts, ragged_of
+from camera.moe.families import Family
 
 
-class DeltaExperts(nn.Module, Form):
+class DeltaExperts(nn.Module, Format):
     """Drop-in for native experts whose weights are W_e = W_base + A_e B_e.
 
     y = sum over the top-k experts e of a_e * down_e(act(gate_e x) * (up_e x)). A token's product
@@ -27,7 +29,7 @@ class DeltaExperts(nn.Module, Form):
     less: a reader that doesn't know this format meets a shape mismatch and stops.
     """
 
-    form = "delta"
+    name = "delta"
 
     def __init__(
         self,
@@ -56,15 +58,29 @@ class DeltaExperts(nn.Module, Form):
         self.down_right = table(experts, rank, width)
         self.act_fn = act_fn
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> Spec:
         ranks = {"base_width": self.base_width, "rank": self.rank}
-        return {"form": self.form, "width": self.widths[0], **ranks}
+        return {"form": self.name, "width": self.widths[0], **ranks}
 
     @classmethod
-    def build(cls, native: nn.Module, spec: dict[str, Any]) -> "DeltaExperts":
+    def from_spec(cls, native: nn.Module, spec: Spec) -> "DeltaExperts":
         experts, hidden, _ = native.down_proj.shape
         sizes = hidden, spec["width"], experts, spec["base_width"], spec["rank"]
         return cls(*sizes, native.act_fn, "meta", native.down_proj.dtype)
+
+    @classmethod
+    def width_key(cls, family: Family, path: str) -> str:
+        return family.keys.width
+
+    @classmethod
+    def widest(cls, spec: Spec) -> int:
+        return spec["width"]
+
+    def dequantize(self, native: nn.Module | None = None) -> RaggedExperts:
+        return ragged_of(self)
+
+    def select(self, rows: Sequence[torch.Tensor]) -> RaggedExperts:
+        return ragged_of(self, rows)
 
     def gate_up(self, expert: int) -> torch.Tensor:
         """W_base + A B of one expert's gate and up, [2I, H]: gate first, then up."""

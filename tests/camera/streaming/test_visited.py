@@ -12,14 +12,16 @@ import camera
 from camera.calibration.statistics import Statistics
 from camera.checkpoint.shards import ShardReader, read_places
 from camera.method import Outcome
+from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.runtime.errors import CameraError
-from camera.streaming.disk_experts import VisitedExperts, is_expert, places_of
+from camera.streaming.disk_experts import VisitedExperts, places_of
 from camera.streaming.settings import Memory
 from camera.streaming.streamer import Streamer
 from tests.helpers.models import MOE_FAMILIES, build_tokenizer
 
 LAYOUTS = ("as published", "fused")
+NAMES = family_of("qwen3_moe").checkpoint_names
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +142,7 @@ def test_what_visiting_saves_is_not_read_with_the_layer(source, monkeypatch):
         lambda self, wanted: original(self, lambda key: wanted(key) and not read.append(key)),
     )
     layer = streamer.load_layer(0)
-    assert read and not any(is_expert(key) for key in read)
+    assert read and not any(NAMES.holds(key) for key in read)
     assert isinstance(layer.mlp.experts, VisitedExperts)
     assert not any("experts" in name for name, _ in layer.named_parameters())
 
@@ -197,9 +199,9 @@ def test_places_of_an_expert_are_a_part_of_the_file(source):
         places = {
             key: place
             for key, place in reader.places.items()
-            if ".layers.0." in key and is_expert(key)
+            if ".layers.0." in key and NAMES.holds(key)
         }
-        one = places_of(places, 3)
+        one = places_of(places, 3, NAMES)
         assert sum(p.bytes for p in one.values()) == sum(p.bytes for p in places.values()) // 8
         got = read_places(one)
         whole = AutoModelForCausalLM.from_pretrained(source("qwen3_moe", layout))
