@@ -14,10 +14,12 @@ Transformers (ICLR 2023), algorithm 1.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from camera.checkpoint.formats.packed.codes import check_bits
+from camera.checkpoint.formats.packed.layout import metadata_bits
 from camera.quantization.grids import (
     ColumnGroups,
     Grid,
@@ -106,6 +108,9 @@ class GPTQ:
     inblock_feedback=False leaves errors to later blocks only (MC below 4 bits). quirks: see QUIRKS.
     """
 
+    name: ClassVar[str] = "gptq"
+    needs_hessian: ClassVar[bool] = True
+
     group_size: int | None = 128
     sym: bool = False
     act_order: bool = False
@@ -132,6 +137,15 @@ class GPTQ:
             raise CameraError("clip must hold at least one factor, all above 0.")
         if unknown := set(self.quirks) - set(QUIRKS):
             raise CameraError(f"quirks has no {min(unknown)}: choose from {', '.join(QUIRKS)}.")
+
+    @property
+    def scattered(self) -> bool:
+        """Whether the columns of a scale group aren't neighbours."""
+        return self.act_order and not self.static_groups
+
+    def metadata_bits(self, bits: int) -> int:
+        """Scale and zero of a group, 16 bits each."""
+        return metadata_bits(bits, self.sym)
 
     @property
     def grid(self) -> Grid:
@@ -208,7 +222,7 @@ class GPTQ:
         (experts, rows, columns), device = W_ERC.shape, W_ERC.device
         if (bits is not None) + (row_bits is not None) + (column_bits is not None) != 1:
             raise ValueError("give one of bits, row_bits and column_bits")
-        if column_bits is not None and self.act_order and not self.static_groups:
+        if column_bits is not None and self.scattered:
             raise CameraError("act_order tears column segments apart: set static_groups=true too.")
         if not W_ERC.isfinite().all():
             raise CameraError("the weights hold NaN or infinity: check the checkpoint.")

@@ -1,4 +1,4 @@
-"""Apply a bit plan to a layer: order, solve and pack the matrices of every expert.
+"""A bit plan applied to a layer: orders, quantises and packs the matrices of every expert.
 
 Shapes: E experts of a batch, R rows, C columns, G scale groups of a row, H hidden, W width of one
 expert, M micro-experts of it that stay, N tokens.
@@ -22,7 +22,7 @@ from camera.compensation.settings import Refit
 from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
 from camera.quantization.batch import QuantizationReport, quantize_batch
 from camera.quantization.bit_plan import ExpertBits, falling
-from camera.quantization.gptq import GPTQ
+from camera.quantization.quantizer import Quantizer
 
 SOLVE_BYTES = 4 * 2**30  # of Hessians, factors and weights that are solved as one batch
 
@@ -35,7 +35,7 @@ def solving_bytes(hidden: int, width: int) -> int:
 def quantize_layer(
     ffn: FeedForward,
     plan: list[ExpertBits],
-    solver: GPTQ,
+    quantizer: Quantizer,
     seen: LayerHessians | None = None,
     *,
     true_sequential: bool = False,
@@ -54,8 +54,8 @@ def quantize_layer(
         pool = list(range(start, start + len(group.widths)))
         start += len(group.widths)
         experts = [_Expert(group, e, plan[p].order(), plan[p].folded()) for e, p in enumerate(pool)]
-        module = _empty(group, experts, solver)
-        work = LayerQuantizer(group, experts, solver, seen, pool, true_sequential, compensation)
+        module = _empty(group, experts, quantizer)
+        work = LayerQuantizer(group, experts, quantizer, seen, pool, true_sequential, compensation)
         for expert, gate_up, down in work.solved():
             where = () if isinstance(group, MlpExpert) else (expert,)
             module.store(*where, gate_up=gate_up, down=down)
@@ -111,16 +111,18 @@ class _Expert:
         return found
 
 
-def _empty(group: ExpertGroup, experts: list[_Expert], solver: GPTQ) -> PackedExperts | PackedMlp:
+def _empty(
+    group: ExpertGroup, experts: list[_Expert], quantizer: Quantizer
+) -> PackedExperts | PackedMlp:
     """The packed module that the solved matrices go into."""
     axis, bits = experts[0].bits.axis, [expert.bits for expert in experts]
     moved = any((part[1:] > part[:-1]).any() for b in bits for part in (b.gate, b.up))
-    scattered = ("columns",) * _moves_columns(solver)  # a group's columns aren't neighbours
+    scattered = ("columns",) * quantizer.scattered  # a group's columns aren't neighbours
     kept = tuple(dict.fromkeys(((axis,) if moved else ()) + scattered))
     gate_up = BitSegments.of(axis, [b.gate for b in bits], kept)
     down = BitSegments.of("columns", [b.down for b in bits], scattered)
     old, widths = group.down(0), [len(expert.order_M) for expert in experts]
-    cuts = (gate_up, down, solver.group_size, solver.sym)
+    cuts = (gate_up, down, quantizer.group_size, quantizer.sym)
     if isinstance(group, MlpExpert):
         spec = mlp_spec(old.shape[0], widths[0], *cuts)
         return PackedMlp(spec, group.act_fn, experts[0].biases(), old.device, old.dtype)
@@ -128,28 +130,24 @@ def _empty(group: ExpertGroup, experts: list[_Expert], solver: GPTQ) -> PackedEx
     return PackedExperts(spec, group.act_fn, old.device, old.dtype)
 
 
-def _moves_columns(solver: GPTQ) -> bool:
-    return solver.act_order and not solver.static_groups
-
-
 class LayerQuantizer:
-    """Solves the experts of one module, batch by batch, and keeps what is to be reported."""
+    """Quantises the experts of one module in batches and collects the report."""
 
-    def __init__(self, group, experts, solver, seen, pool, true_sequential, compensation):
+    def __init__(self, group, experts, quantizer, seen, pool, true_sequential, compensation):
         self.group, self.experts, self.seen, self.pool = group, experts, seen, pool
         self.true_sequential, self.compensation = true_sequential, compensation
         self.fits: list[Fit] = []
         # the mean Hessian makes sense for inputs that all experts share, which down's are not
-        self.mean = solver.fallback == "mean_hessian"
-        self.solver = replace(solver, fallback="rtn")
-        self.ledgers = {
+        self.mean = quantizer.fallback == "mean_hessian"
+        self.quantizer = replace(quantizer, fallback="rtn") if self.mean else quantizer
+        self.reports = {
             "gate_up": QuantizationReport(len(experts)),
             "down": QuantizationReport(len(experts)),
         }
 
     def report(self) -> dict[str, Any]:
         """Errors, damping and fallbacks of gate and up, and of down; what compensation did."""
-        found = {name: ledger.report() for name, ledger in self.ledgers.items()}
+        found = {name: part.report() for name, part in self.reports.items()}
         return found | (fit_report(self.fits) if self.fits else {})
 
     def solved(self) -> Iterator[tuple[int, list[QuantizedMatrix], QuantizedMatrix]]:
@@ -162,13 +160,13 @@ class LayerQuantizer:
                 H_EMM, tokens_E = self._hidden(batch, experts, weights, before), self._tokens(batch)
             del weights
             downs, _ = quantize_batch(
-                self.solver,
+                self.quantizer,
                 before,
                 [expert.bits.down for expert in experts],
                 "columns",
                 H_EMM,
                 tokens_E,
-                (self.ledgers["down"], batch),
+                (self.reports["down"], batch),
             )
             yield from zip(batch, gate_ups, downs, strict=True)
 
@@ -181,7 +179,7 @@ class LayerQuantizer:
             width = len(self.experts[e].order_M)
             widest = len(self.experts[batch[0]].order_M) if batch else width
             each = solving_bytes(hidden, widest)
-            uneven = _moves_columns(self.solver) and width != widest
+            uneven = self.quantizer.scattered and width != widest
             if batch and (uneven or (len(batch) + 1) * each > SOLVE_BYTES):
                 yield batch
                 batch = []
@@ -198,7 +196,7 @@ class LayerQuantizer:
         pairs = [expert.gate_up() for expert in experts]
         bits = [(expert.bits.gate, expert.bits.up) for expert in experts]
         orders = [[falling(part) for part in both] for both in bits]
-        known = tokens_E, (self.ledgers["gate_up"], batch), fallback
+        known = tokens_E, (self.reports["gate_up"], batch), fallback
         by_rows = experts[0].bits.axis == "rows"
         return (self._by_rows if by_rows else self._by_columns)(pairs, bits, orders, H_EHH, known)
 
@@ -212,7 +210,7 @@ class LayerQuantizer:
             torch.cat([b[n] for b, n in zip(both, order, strict=True)])
             for both, order in zip(bits, orders, strict=True)
         ]
-        solved, weights = quantize_batch(self.solver, stacked, rows, "rows", H_EHH, *known)
+        solved, weights = quantize_batch(self.quantizer, stacked, rows, "rows", H_EHH, *known)
         gate_ups = [
             [replace(half, rows=n) for half, n in zip(both.chunk(2), order, strict=True)]
             for both, order in zip(solved, orders, strict=True)
@@ -235,7 +233,7 @@ class LayerQuantizer:
             columns = [both[part][order[part]] for both, order in zip(bits, orders, strict=True)]
             args = (matrices, columns, "columns", H_ECC, *known)
             for e, (one, weight) in enumerate(
-                zip(*quantize_batch(self.solver, *args), strict=True)
+                zip(*quantize_batch(self.quantizer, *args), strict=True)
             ):
                 gate_ups[e].append(replace(one, columns=moves[e]))
                 backs[e].append(weight[:, moves[e].argsort()])
@@ -245,7 +243,7 @@ class LayerQuantizer:
         """Hessians of the experts' inputs, their tokens, and what stands in where there are few."""
         if self.seen is None:
             return None, None, None
-        tokens_E, least = self._tokens(batch), self.solver.min_tokens
+        tokens_E, least = self._tokens(batch), self.quantizer.min_tokens
         H_EHH = self.seen.input_EHH[[self.pool[e] for e in batch]]
         everyone = torch.tensor(self.pool)
         reached = everyone[self.seen.tokens_E[everyone] >= max(least, 1)]

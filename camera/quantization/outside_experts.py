@@ -8,11 +8,11 @@ from camera.checkpoint.formats.packed.linear import PackedLinear, PackedRouter
 from camera.checkpoint.formats.packed.segments import BitSegments
 from camera.checkpoint.formats.packed.spec import linear_spec, router_spec
 from camera.moe.feed_forward import FeedForward
-from camera.quantization.gptq import GPTQ
+from camera.quantization.quantizer import Quantizer
 
 
 def round_outside(
-    ffn: FeedForward, solver: GPTQ, attn_bits: int | None, router_bits: int | None
+    ffn: FeedForward, quantizer: Quantizer, attn_bits: int | None, router_bits: int | None
 ) -> dict[str, dict[str, Any]]:
     """Round a layer's attention and router to nearest, in place; the forms by path."""
     forms: dict[str, dict[str, Any]] = {}
@@ -29,9 +29,9 @@ def round_outside(
             continue
         shape = tuple(weight.shape)
         cut = BitSegments.of("rows", [[bits] * shape[0]])
-        quantized = solver.solve(weight.detach()[None], bits=bits)
+        quantized = quantizer.solve(weight.detach()[None], bits=bits)
         make = linear_spec if plain else router_spec
-        spec = make(*shape, cut, solver.group_size, solver.sym)
+        spec = make(*shape, cut, quantizer.group_size, quantizer.sym)
         if plain:
             packed = PackedLinear(spec, module.bias, weight.device, weight.dtype)
             setattr(owner, last, packed)

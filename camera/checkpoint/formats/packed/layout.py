@@ -48,8 +48,8 @@ def index_bits(length: int) -> int:
 
 
 def groups_of(columns: Any, group_size: int | None) -> Any:
-    """ceil(columns / group_size), for a number or a tensor; group_size None: one group."""
-    if group_size is None:
+    """ceil(columns / group_size), for a number or a tensor; group_size None (or 0): one group."""
+    if not group_size:
         return (columns > 0) * 1
     return -(-columns // group_size)
 
