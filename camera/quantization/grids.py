@@ -1,4 +1,4 @@
-"""Quantisation grids, which columns of a weight share one, and a quantised weight.
+"""Quantisation grids, groups of columns that share one, and quantised weights.
 
 Shapes: E experts, R rows (outputs), C columns (inputs), N columns of one group, G groups of a row,
 S experts of a batch that start a group at the same column.
@@ -36,8 +36,7 @@ class Grid:
     clip: factors tried on the range; the first that makes sum |w - q|^clip_norm smallest wins.
     float_zero: zero = -lo / scale, not rounded (MC).
     one_sided_sym: a symmetric group without negative weights keeps lo = 0 (GPTQ's reference).
-    scale_dtype: scales (and float zeros) are rounded to what this type holds, so that storing them
-        in it loses nothing.
+    scale_dtype: scales (and float zeros) are rounded to this type, so that it stores them exactly.
     Source: GPTQ (ICLR 2023); the 1-bit grid: Mixture Compressor (ICLR 2025).
     """
 
@@ -130,11 +129,11 @@ class GroupStart:
 
 
 class ColumnGroups:
-    """Which columns share a scale: a group ends after `group_size` columns or where bits change.
+    """Groups of columns that share a scale; a group ends after `group_size` or where bits change.
 
     index_EC is the group of each column, count the number of groups of each expert, starts the
     groups that start at a column, bits_EG the bits of each group if column_bits_EC gives them.
-    Where all experts are cut alike, the first dimension is 1.
+    Where all experts have the same groups, the first dimension is 1.
     """
 
     def __init__(

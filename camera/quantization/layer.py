@@ -41,13 +41,12 @@ def quantize_layer(
     true_sequential: bool = False,
     compensation: Refit | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Quantise every expert of a layer's pool (`plan`, in pool order) and put packed modules there.
+    """Replace the experts of a layer's pool by packed ones, by a plan in pool order.
 
     Without `seen` weights are rounded to nearest. `true_sequential`: the Hessian of down is that of
     the inputs which the quantised gate and up give, from the inputs kept in `seen`; with
-    `compensation` down is first refitted to these, so that it makes up for the errors of gate and
-    up and for micro-experts that are gone. Returns the forms by path, and by path what is worth
-    reporting.
+    `compensation` down is first refitted to these, which compensates the errors of gate and up
+    and of pruned micro-experts. Returns specs and reports by path.
     """
     forms, report, start = {}, {}, 0
     for group in ffn.groups:
@@ -66,7 +65,7 @@ def quantize_layer(
 
 @dataclass(frozen=True)
 class _Expert:
-    """One expert's weights, with micro-experts in the order in which they will stand."""
+    """One expert's weights, with micro-experts in their stored order."""
 
     group: ExpertGroup
     number: int

@@ -14,7 +14,7 @@ from camera.quantization.quantizer import Quantizer
 def round_outside(
     ffn: FeedForward, quantizer: Quantizer, attn_bits: int | None, router_bits: int | None
 ) -> dict[str, dict[str, Any]]:
-    """Round a layer's attention and router to nearest, in place; the forms by path."""
+    """Round a layer's attention and router to nearest, in place; specs by path."""
     forms: dict[str, dict[str, Any]] = {}
     router = getattr(ffn.module, ffn.family.router, None) if ffn.is_moe else None
     for name, module in list(ffn.layer.named_modules()):

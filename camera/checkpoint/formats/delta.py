@@ -1,9 +1,9 @@
-"""Experts that share one base and differ from it by low-rank deltas.
+"""Experts as a shared base and low-rank deltas.
 
 Shapes: T tokens, K experts per token, H hidden, E experts, I width of an expert, B width of the
 base (B <= I), R rank, N tokens of one expert.
 
-The base covers the first B of the I micro-experts of every expert; the others are delta alone.
+The base covers the first B of the I micro-experts of every expert; the rest is delta only.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ class DeltaExperts(nn.Module, Format):
     sum_e a_e down_base(h_e) = down_base(sum_e a_e h_e). Only the factors cost per expert.
 
     `gate_up_proj` [2B, H] and `down_proj` [H, B] are the base; `*_left` hold A_e and `*_right` B_e,
-    of gate and up the gate's first. The base's names are the native fused names with one dimension
-    less: a reader that doesn't know this format meets a shape mismatch and stops.
+    of gate and up the gate's first. The base has the native fused names with one dimension less:
+    a reader that doesn't know this format stops at a shape mismatch.
     """
 
     name = "delta"

@@ -39,7 +39,7 @@ class NarrowMlp(Format):
 
 
 def narrow_mlp(mlp: nn.Module, rows: torch.Tensor) -> Spec:
-    """Keep these rows of gate_proj and up_proj and columns of down_proj; returns the spec."""
+    """Keep these rows of gate_proj and up_proj and columns of down_proj, in place; the spec."""
     for name in ("gate_proj", "up_proj"):
         linear = getattr(mlp, name)
         rows = rows.to(linear.weight.device)

@@ -36,8 +36,8 @@ class RaggedExperts(nn.Module, Format):
     y = sum over the top-k experts e of weight_e * down_e(act(gate_e x) * (up_e x)); an expert of
     width 0 keeps its routing slot and adds nothing.
 
-    The parameter names are the native fused names with one dimension less: a reader that doesn't
-    know this format meets a shape mismatch and stops, rather than loading random experts.
+    The parameters have the native fused names with one dimension less: a reader that doesn't know
+    this format stops at a shape mismatch and never loads random experts.
     """
 
     name = "ragged"
@@ -113,12 +113,12 @@ class RaggedExperts(nn.Module, Format):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Map x_TH, index_TK, weight_TK to y_TH, in the way that is fastest for this many tokens.
+        """Map x_TH, index_TK, weight_TK to y_TH, by the fastest implementation for T tokens.
 
-        All ways are equal up to the order of summation. On a CPU one token visits its K experts,
-        and layers so small that a loop would take longer than the arithmetic run in one product;
-        the others run by width where few are different, else by expert. On an accelerator few
-        tokens gather their experts' rows; many run by width.
+        All are equal up to the order of summation. On a CPU one token reads its K experts, and
+        layers that are too small for a loop run in one product; the others run by width where few
+        differ, else by expert. On an accelerator few tokens gather their experts' rows; many run
+        by width.
         """
         tokens, top_k = top_k_index.shape
         if not tokens or not self.micro_experts:

@@ -1,4 +1,4 @@
-"""Codes of 1 to 8 bits, stored without a gap.
+"""Codes of 1 to MAX_BITS bits, packed without gaps.
 
 Code i takes bits i * b .. i * b + b - 1 of the run, counted from the lowest bit of the first byte,
 so that eight codes take b bytes. P is the number of such periods.

@@ -25,7 +25,7 @@ class PackedExperts(nn.Module, PackedBuffers):
     width 0 keeps its routing slot and adds nothing.
 
     spec: `experts_spec`. The codes have the native fused names: a reader that doesn't know this
-    format meets a shape mismatch and stops, rather than loading random experts.
+    format stops at a shape mismatch and never loads random experts.
     """
 
     name = "packed"
@@ -66,7 +66,7 @@ class PackedExperts(nn.Module, PackedBuffers):
         return max(spec["widths"])
 
     def store(self, expert: int, gate_up: Sequence[QuantizedMatrix], down: QuantizedMatrix) -> None:
-        """Store a solved expert: [gate, up], or [both] if they were solved stacked by rows."""
+        """Store a quantised expert: [gate, up], or [both] stacked by rows."""
         self._store("gate_up_proj", expert, *gate_up)
         self._store("down_proj", expert, down)
 

@@ -55,7 +55,7 @@ def groups_of(columns: Any, group_size: int | None) -> Any:
 
 
 class SegmentLayout(NamedTuple):
-    """One segment of one matrix, all parts of it, and where it starts in the tensors."""
+    """Place of one segment of one matrix, all its parts, in the tensors."""
 
     bits: int
     rows: slice
@@ -108,7 +108,7 @@ class PackedLayout:
     def store(
         self, tensors: Mapping[str, torch.Tensor], expert: int, *solved: QuantizedMatrix
     ) -> None:
-        """Store an expert's matrix: its parts, or all of them in one, stacked by rows.
+        """Store an expert's matrix: its parts, or one matrix of all parts stacked by rows.
 
         ValueError: codes, groups, zeros or an order that this layout can't hold.
         """
@@ -220,7 +220,7 @@ class PackedLayout:
         return [first + c // (size or n) for first, n in lengths for c in range(n)]
 
     def _index(self, tensors, expert: int, axis: str) -> torch.Tensor:
-        """Where the rows (or columns) of each part stand in the stored matrix, a view."""
+        """Places of the rows (or columns) of each part in the stored matrix, a view."""
         lengths = [shape[AXES.index(axis)] for shape in self.shapes]
         start, length = self.parts * sum(lengths[:expert]), lengths[expert]
         index = tensors.get(f"_{axis}", torch.empty(0))

@@ -1,4 +1,4 @@
-"""Single weights, packed: a linear layer, and a router that is a module of its own.
+"""A packed linear layer, and a packed router.
 
 Shapes: N tokens, R rows (outputs), C columns (inputs).
 """
@@ -18,7 +18,7 @@ from camera.checkpoint.formats.packed.segments import BitSegments, QuantizedMatr
 class PackedLinear(nn.Module, PackedBuffers):
     """Drop-in for nn.Linear. spec: `linear_spec`; a bias stays as it was.
 
-    `weight` holds the codes, so that a reader that doesn't know this format stops at its shape.
+    `weight` holds the codes: a reader that doesn't know this format stops at its shape.
     """
 
     name = "packed_linear"
@@ -45,7 +45,7 @@ class PackedLinear(nn.Module, PackedBuffers):
         return {"weight": _layout(spec)}
 
     def store(self, solved: QuantizedMatrix) -> None:
-        """Store the solved weight."""
+        """Store the quantised weight."""
         self._store("weight", 0, solved)
 
     def dense(self) -> torch.Tensor:
@@ -70,8 +70,8 @@ class PackedLinear(nn.Module, PackedBuffers):
 class PackedRouter(PackedBuffers):
     """The native router itself, its `weight` dequantised from the buffer `packed` on access.
 
-    Routers choose experts in their own ways; so the module keeps its class's forward and its other
-    tensors, and only the parameter is taken away. Any module that reads `self.weight` will do.
+    The module keeps the forward and the other tensors of its class, which must read `self.weight`;
+    only this parameter is replaced.
     """
 
     name = "packed_router"
@@ -96,7 +96,7 @@ class PackedRouter(PackedBuffers):
         return native
 
     def store(self, solved: QuantizedMatrix) -> None:
-        """Store the solved weight."""
+        """Store the quantised weight."""
         self._store("packed", 0, solved)
 
     @property
@@ -105,7 +105,7 @@ class PackedRouter(PackedBuffers):
         return self._weight("packed")
 
     def dequantize(self, native: nn.Module | None = None) -> nn.Module:
-        """Turn it back, in place, into the native router with a plain weight."""
+        """The native router with a plain weight again, in place."""
         weight = nn.Parameter(self.weight, requires_grad=False)
         names = ["_like", *("packed" + suffix for suffix in self._layouts["packed"].sizes)]
         for name in names:

@@ -21,7 +21,7 @@ from camera.moe.families import Family
 class PackedMlp(nn.Module, PackedFormat):
     """y = down(act(gate x) * up x), of three packed linear layers. spec: `mlp_spec`.
 
-    biases: by the name of the projection, None or absent where it has none.
+    biases: by the name of the projection; None or absent: no bias.
     """
 
     name = "packed_mlp"
@@ -44,7 +44,7 @@ class PackedMlp(nn.Module, PackedFormat):
         width, biases = spec["widths"][0], {}
         for name in PROJECTIONS:
             bias = getattr(native, name).bias
-            if bias is not None:  # as wide as what the expert was pruned to
+            if bias is not None:  # of the pruned width
                 biases[name] = bias.detach() if name == "down_proj" else bias.new_empty(width)
         return cls(spec, native.act_fn, biases, "meta", native.down_proj.weight.dtype)
 
@@ -65,7 +65,7 @@ class PackedMlp(nn.Module, PackedFormat):
         return spec["widths"][0]
 
     def store(self, gate_up: Sequence[QuantizedMatrix], down: QuantizedMatrix) -> None:
-        """Store the solved matrices: [gate, up], or [both] if they were solved stacked by rows."""
+        """Store the quantised matrices: [gate, up], or [both] stacked by rows."""
         gate, up = gate_up if len(gate_up) == 2 else gate_up[0].chunk(2)
         self.gate_proj.store(gate)
         self.up_proj.store(up)
@@ -84,7 +84,7 @@ class PackedMlp(nn.Module, PackedFormat):
         return self.down_proj(self.act_fn(self.gate_proj(x_NH)) * self.up_proj(x_NH))
 
     def dequantize(self, native: nn.Module) -> nn.Module:
-        """A native MLP (of any width, on meta will do) given these plain weights, in place."""
+        """A native MLP, of any width and on meta, with these weights as plain ones, in place."""
         for name in PROJECTIONS:
             setattr(native, name, getattr(self, name).dequantize())
         set_intermediate_size(native, self.widths[0])

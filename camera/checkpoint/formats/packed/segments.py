@@ -19,8 +19,8 @@ class BitSegments:
     """Segments of uniform bits of the matrices of one kind.
 
     counts[s][e] rows (or columns) of expert e have bits[s]; bits descend, counts may be 0.
-    permuted: the axes along which every matrix keeps an index, because its rows or columns were
-    reordered and nothing else can absorb that. ValueError: axes, bits or counts that can't be.
+    permuted: the axes along which every matrix keeps an index of its reordered rows or columns.
+    ValueError: impossible axes, bits or counts.
     """
 
     axis: str
@@ -58,7 +58,7 @@ class BitSegments:
         return cls(stored["axis"], tuple(stored["bits"]), counts, tuple(stored["permuted"]))
 
     def json(self) -> dict[str, Any]:
-        """As it stands in config.json."""
+        """For config.json."""
         return {
             "axis": self.axis,
             "bits": list(self.bits),
@@ -83,7 +83,7 @@ class QuantizedMatrix:
     columns: torch.Tensor | None = None
 
     def chunk(self, parts: int) -> list["QuantizedMatrix"]:
-        """Matrices that were solved as one, stacked by rows, as gate and up may be."""
+        """The matrices of a stack by rows, as gate and up may be."""
         per_row = (self.codes_RC, self.scale_RG, self.zero_RG)
         height = len(self.codes_RC) // parts
         bands = [slice(part * height, (part + 1) * height) for part in range(parts)]
@@ -93,7 +93,7 @@ class QuantizedMatrix:
         ]
 
     def grouped(self) -> "QuantizedMatrix":
-        """The columns of a group side by side, as they are stored."""
+        """With the columns of a group side by side, as they are stored."""
         order_C = self.group_C.argsort(stable=True)
         if torch.equal(self.group_C, self.group_C[order_C]):
             return self
