@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import Any
 
 import camera.checkpoint.config  # noqa: F401 (registers the format)
-from camera.moe import deepseek
+from camera.moe.families import register_model_types
 
-deepseek.register()
+register_model_types()
 
 __version__ = "0.1.0"
 _PLACES = {

@@ -99,7 +99,7 @@ class LayerPlan(ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "kind" in cls.__dict__:
-            PLANS.register(cls.kind, cls)
+            PLANS.register(cls, cls.kind)
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -191,7 +191,7 @@ class Method(ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:
-            METHODS.register(cls.name, cls)
+            METHODS.register(cls)
 
     def settings(self) -> dict[str, Any]:
         """The settings that change what the method does, for hashes and reports."""

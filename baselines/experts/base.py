@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from camera.moe.budget import Budget
     from camera.moe.capture import ExpertCall
     from camera.moe.feed_forward import FeedForward
-    from camera.moe.routing import Routing
+    from camera.moe.routing import RouterConstraints
     from camera.pruning.plan import KeptExperts
 
 
@@ -75,7 +75,7 @@ class ExpertPruning(Method):
             + ")."
         )
 
-    def routing(self, budget: Budget) -> Routing:
+    def routing(self, budget: Budget) -> RouterConstraints:
         """What every layer's router asks for; CameraError where no whole experts can go."""
         if not any(any(pool.routed) for pool in budget.layers.values()):
             raise CameraError(

@@ -1,4 +1,4 @@
-"""What a router would decide if some of its experts were gone, without building that router.
+"""Decisions of a router without some of its experts, without building a smaller router.
 
 Shapes: T tokens, C candidates (sets of experts that stay), E routed experts, K experts per token.
 """
@@ -12,12 +12,9 @@ from torch.overrides import TorchFunctionMode
 from camera.moe.feed_forward import FeedForward
 from camera.runtime.errors import CameraError
 
-# buffers that a router adds to the scores by which it chooses: an expert that is gone has none
-ADDED_TO_SCORES = "e_score_correction_bias"
-
 
 class Rerouter:
-    """A layer's own router, run from logits in which the experts that are gone have -inf.
+    """A layer's own router, run from logits in which removed experts have -inf.
 
     A smaller router's logits are the full one's without the dropped rows, so the matrix product is
     done once for all candidates; everything after it (softmax or sigmoid, groups, sparsemixer,
@@ -31,6 +28,7 @@ class Rerouter:
         narrow_TE = logits_TE.to(x_TH.dtype)  # some routers return an fp32 copy of 16-bit logits
         self.logits_TE = narrow_TE if torch.equal(narrow_TE.to(logits_TE), logits_TE) else logits_TE
         self._router = copy.deepcopy(router)
+        self._added = ffn.family.added_to_scores
         if hasattr(router, "hidden_dim"):  # by which it flattens its input: now the logits
             self._router.hidden_dim = logits_TE.shape[-1]
         logits_NE, weight_NK, index_NK = router(x_TH[:64])
@@ -48,17 +46,17 @@ class Rerouter:
         return self._run(logits_TCE.flatten(0, 1), keep_CE).view(logits_TCE.shape)
 
     def _run(self, logits_NE: torch.Tensor, keep_CE: torch.Tensor | None = None) -> torch.Tensor:
-        added_E = getattr(self._router, ADDED_TO_SCORES, None)
+        added_E = getattr(self._router, self._added, None) if self._added else None
         if added_E is not None and keep_CE is not None:
             added_CE = added_E.masked_fill(~keep_CE, float("-inf"))
             added_NE = added_CE.repeat(len(logits_NE) // len(keep_CE), 1)
-            setattr(self._router, ADDED_TO_SCORES, added_NE)
+            setattr(self._router, self._added, added_NE)
         try:
             with _GivenLogits():
                 _, weight_NK, index_NK = self._router(logits_NE)
         finally:
             if added_E is not None:
-                setattr(self._router, ADDED_TO_SCORES, added_E)
+                setattr(self._router, self._added, added_E)
         return gates(weight_NK, index_NK, logits_NE.shape[-1])
 
 

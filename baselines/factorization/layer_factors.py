@@ -108,7 +108,7 @@ def factored(
     The intermediate channels lie on `axis` of the weights (0 in gate and up, 1 in down).
     """
     dtype, double = weights_EMN[0].dtype, gram_ENN.dtype
-    base = base_MN.index_select(axis, order_I[: base_width]).to(dtype)
+    base = base_MN.index_select(axis, order_I[:base_width]).to(dtype)
     lefts, rights, lost, whole = [], [], 0.0, 0.0
     for weight_MN, gram_NN in zip(weights_EMN, gram_ENN, strict=True):
         if axis == 1:

@@ -55,7 +55,7 @@ class Gptq(Quantization):
 
         def stored(bits: int, size: int | None) -> float:
             sized = {replace(pool, group_size=size): layers for pool, layers in pools.items()}
-            return sum(p.uniform(bits) * p.weights * layers for p, layers in sized.items())
+            return sum(p.uniform_average(bits) * p.weights * layers for p, layers in sized.items())
 
         near = []
         for bits in range(MAX_BITS, 0, -1):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from baselines.quantization.rounding_loss import RoundingLossSpec, RoundingLossStatistics
-    from camera.checkpoint.formats.packed.footprint import Footprint
+    from camera.checkpoint.formats.packed.footprint import StoredBits
     from camera.moe.budget import Budget
     from camera.moe.feed_forward import FeedForward
     from camera.quantization.bit_plan import LayerBits
@@ -77,18 +77,18 @@ class MixtureCompressor(Quantization):
                 routed = budget.layers[index].routed
                 forced = self.at_least_one[: sum(routed)]
                 rest = [max(LEVELS) if most else min(LEVELS)] * (sum(routed) - len(forced))
-                stored += pool.stored(self._bits(pool, routed, [*forced, *rest]))
+                stored += pool.total(self._bits(pool, routed, [*forced, *rest]))
             ends.append(stored / max(sum(pool.weights for pool in pools.values()), 1))
         return tuple(ends)
 
-    def solver(self, group_size: int | None) -> GPTQ:
-        return replace(super().solver(group_size), inblock_feedback=self.inblock_feedback)
+    def quantizer_of(self, group_size: int | None) -> GPTQ:
+        return replace(super().quantizer_of(group_size), inblock_feedback=self.inblock_feedback)
 
     def observer(self) -> RoundingLossSpec:
         from baselines.quantization.rounding_loss import RoundingLossSpec
 
         hessians = super().observer()
-        nearest = replace(self.solver(self.resolved_group_size()), act_order=False)
+        nearest = replace(self.quantizer_of(self.resolved_group_size()), act_order=False)
         return RoundingLossSpec(hessians.weighted, hessians.keep, nearest)
 
     def plan_layer(
@@ -96,12 +96,12 @@ class MixtureCompressor(Quantization):
     ) -> LayerBits:
         from baselines.quantization.mc_allocation import Allocations, expert_costs, reachable
         from baselines.quantization.rounding_loss import LEVELS
-        from camera.checkpoint.formats.packed.footprint import Footprint
+        from camera.checkpoint.formats.packed.footprint import StoredBits
         from camera.quantization.bit_plan import ExpertBits, LayerBits
 
         layer, size = budget.layers[index], self.resolved_group_size()
         shape = hidden_size(ffn), tuple(ffn.widths)
-        pool = Footprint(*shape, size, self.sym, self.scattered)
+        pool = StoredBits(*shape, size, self.sym, self.scattered)
         cost_EB = expert_costs(
             seen.count_E,
             seen.weight_E,
@@ -114,7 +114,7 @@ class MixtureCompressor(Quantization):
         allocations = Allocations(cost_EB, LEVELS, most, self.at_least_one)
         for total in range(most, least - 1, -1):
             bits_N = self._bits(pool, layer.routed, allocations.within(total).tolist())
-            if pool.stored(bits_N) <= self.bits * pool.weights * (1 + 1e-9):
+            if pool.total(bits_N) <= self.bits * pool.weights * (1 + 1e-9):
                 experts = [ExpertBits.matched(part) for part in bits_N.split(ffn.widths)]
                 return LayerBits(experts, size)
         raise CameraError(
@@ -122,7 +122,7 @@ class MixtureCompressor(Quantization):
             f"{pool.average(bits_N):.4g} bits per weight; lower shared_bits or raise bits."
         )
 
-    def _bits(self, pool: Footprint, routed: list[bool], bits_E: list[int]) -> Tensor:
+    def _bits(self, pool: StoredBits, routed: list[bool], bits_E: list[int]) -> Tensor:
         """Bits by micro-expert: those of the routed experts, the shared ones at their own."""
         import torch
 

@@ -14,3 +14,5 @@ class Rtn(Gptq):
 
     name: ClassVar[str] = "rtn"
     calibrates: ClassVar[bool] = False
+
+    quantizer: str = "rtn"

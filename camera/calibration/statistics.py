@@ -34,7 +34,7 @@ class LayerStatistics:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        KINDS.register(cls.kind, cls)
+        KINDS.register(cls, cls.kind)
 
     @property
     def widths(self) -> list[int]:

@@ -1,7 +1,7 @@
-"""The format on disk: a quantization_config with quant_method `camera`, registered on import.
+"""The checkpoint format: a quantization_config with quant_method `camera`, registered on import.
 
-A compressed checkpoint is an ordinary transformers folder whose config.json says by path what form
-(camera/experts/) a module has; `from_pretrained` builds the skeleton of these and loads into it.
+A compressed checkpoint is a transformers folder whose config.json maps module paths to specs of
+module formats. `from_pretrained` builds these modules on meta and loads their tensors.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from camera.checkpoint.formats.format import FORMS
+from camera.checkpoint.formats.format import FORMATS
 from camera.runtime.errors import CameraError
 
 FORMAT = 2
@@ -20,10 +20,10 @@ FORMAT = 2
 
 @register_quantization_config("camera")
 class CameraConfig(QuantizationConfigMixin):
-    """What a compressed checkpoint holds, and how it was made.
+    """The modules of a compressed checkpoint, and the method that made it.
 
-    `modules` maps a module's path to its form, {"form": name, ...}; `made_by` is the method's name
-    and settings.
+    `modules` maps a module's path to its spec, {"form": name of the format, ...}. `made_by` is the
+    method's name and settings.
     """
 
     def __init__(
@@ -58,20 +58,20 @@ class CameraConfig(QuantizationConfigMixin):
 
 
 def build_forms(model: nn.Module, config: CameraConfig) -> None:
-    """Give a freshly built model (on meta) the modules of a compressed checkpoint."""
+    """Replace modules of a freshly built model (on meta) by those of a compressed checkpoint."""
     for path, spec in config.modules.items():
-        if spec["form"] not in FORMS:
+        if spec["form"] not in FORMATS:
             raise CameraError(
                 f"module {path} has the form '{spec['form']}', which this package doesn't know "
-                f"({', '.join(sorted(FORMS))}): upgrade camera-moe."
+                f"({', '.join(sorted(FORMATS))}): upgrade camera-moe."
             )
         native = model.get_submodule(path)
-        model.set_submodule(path, FORMS[spec["form"]].build(native, spec))
+        model.set_submodule(path, FORMATS[spec["form"]].from_spec(native, spec))
 
 
 @register_quantizer("camera")
 class CameraQuantizer(HfQuantizer):
-    """Teaches transformers to load and save compressed checkpoints."""
+    """Loads and saves compressed checkpoints in transformers."""
 
     requires_calibration = True
 
@@ -79,7 +79,7 @@ class CameraQuantizer(HfQuantizer):
         build_forms(model, self.quantization_config)
 
     def update_weight_conversions(self, conversions: list, model: PreTrainedModel) -> list:
-        """Drop the rules that fuse native experts: ours are stored as they are used."""
+        """The rules but those that fuse native experts: compressed ones are stored as used."""
         return [c for c in conversions if not _touches_experts(c)]
 
     def is_serializable(self) -> bool:

@@ -1,4 +1,4 @@
-"""Write a compressed checkpoint as a plain native one, for programs that know only these.
+"""Export of a compressed checkpoint as a native one.
 
 Shapes: E experts, W native width of one expert, H hidden.
 """
@@ -17,7 +17,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from camera.checkpoint.config import CameraConfig
 from camera.checkpoint.dequantize import dequantize
-from camera.checkpoint.formats.ragged import RaggedExperts
+from camera.checkpoint.formats.format import FORMATS, Format
+from camera.checkpoint.formats.narrow import padded_mlp
 from camera.checkpoint.loading import load_model
 from camera.checkpoint.source import copy_companions
 from camera.moe.families import family_of
@@ -29,8 +30,8 @@ def export(checkpoint: str | Path, out: str | Path, width_multiple: int = 8) -> 
     `width_multiple`.
 
     The result is a native checkpoint of the base model's type whose logits equal the compressed
-    model's (a padded micro-expert gives act(0) * 0 = 0). Raises CameraError where the family's
-    config can't say the widths.
+    model's (a padded micro-expert gives act(0) * 0 = 0). Raises CameraError for a model
+    that isn't compressed and for a folder that exists.
     """
     out = Path(out)
     if width_multiple < 1:
@@ -67,21 +68,13 @@ def native_widths(config: Any, stored: CameraConfig, multiple: int) -> dict[str,
     """{config key: width} that holds the widest expert of each kind; one width for all layers."""
     family = family_of(config.model_type)
     found: dict[str, int] = {}
-
-    def widen(key: str, width: int, parts: int = 1) -> None:
-        width = max(-(-width // parts), 1)
-        found[key] = max(found.get(key, 0), -(-width // multiple) * multiple)
-
     for path, spec in stored.modules.items():
-        if "widths" in spec:
-            widen(family.width_key, max(spec["widths"]))
-            continue
-        width = spec["width"]
-        if family.shared and path.endswith(f".{family.shared}"):
-            count = getattr(config, family.shared_count_key) if family.shared_count_key else 1
-            widen(family.shared_width_key, width, count)
-        else:
-            widen(family.dense_width_key, width)
+        format = FORMATS[spec["form"]]
+        key, width = format.width_key(family, path), format.widest(spec)
+        if family.is_shared(path) and family.keys.shared_count:
+            width = -(-width // getattr(config, family.keys.shared_count))
+        width = -(-max(width, 1) // multiple) * multiple
+        found[key] = max(found.get(key, 0), width)
     return found
 
 
@@ -92,43 +85,16 @@ def padded_state(
     state = model.state_dict()
     for path in stored.modules:
         module, native = model.get_submodule(path), plain.get_submodule(path)
-        if isinstance(module, RaggedExperts):
-            padded = pad_experts(module, native.down_proj.shape[-1])
-            state[f"{path}.gate_up_proj"], state[f"{path}.down_proj"] = padded
+        if isinstance(module, Format):
+            padded = module.to_native(native.down_proj.shape[-1])
         else:
-            state |= pad_mlp(path, module, native.up_proj.out_features)
+            padded = padded_mlp(module, native.up_proj.out_features)
+        state |= {f"{path}.{name}": tensor for name, tensor in padded.items()}
     return state
 
 
 def native_state(
     model: PreTrainedModel, tensors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Tensors of a native model under the names and in the shapes its checkpoints have on disk."""
+    """Tensors of a native model by the names and in the shapes of its checkpoints on disk."""
     return revert_weight_conversion(model, tensors)
-
-
-def pad_experts(experts: RaggedExperts, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The native tensors of ragged experts: gate_up [E, 2W, H] and down [E, H, W], zero-padded."""
-    count, hidden = experts.num_experts, experts.hidden_dim
-    table = experts.gate_up_proj
-    gate_up = torch.zeros(count, 2 * width, hidden, dtype=table.dtype)
-    down = torch.zeros(count, hidden, width, dtype=table.dtype)
-    for e, kept in enumerate(experts.widths):
-        gate, up = experts.gate_up(e).detach().chunk(2)
-        gate_up[e, :kept], gate_up[e, width : width + kept] = gate, up
-        down[e, :, :kept] = experts.down(e).detach()
-    return gate_up, down
-
-
-def pad_mlp(path: str, mlp: nn.Module, width: int) -> dict[str, torch.Tensor]:
-    """An MLP's tensors with zero rows (gate, up) and columns (down) up to `width`."""
-    padded = {}
-    for name in ("gate_proj", "up_proj"):
-        for part, tensor in getattr(mlp, name).state_dict().items():
-            shape = (width, *tensor.shape[1:])
-            padded[f"{path}.{name}.{part}"] = tensor.new_zeros(shape)
-            padded[f"{path}.{name}.{part}"][: len(tensor)] = tensor
-    weight = mlp.down_proj.weight.detach()
-    padded[f"{path}.down_proj.weight"] = weight.new_zeros(len(weight), width)
-    padded[f"{path}.down_proj.weight"][:, : weight.shape[1]] = weight
-    return padded

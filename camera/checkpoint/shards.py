@@ -1,4 +1,4 @@
-"""safetensors checkpoints on disk: read a part, write a shard at a time."""
+"""Reading of safetensors checkpoints by part, and writing by shard."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: safetensors holds it as raw bytes at an offset of its file."""
+    """Location of a tensor: raw bytes at an offset of a safetensors file."""
 
     file: Path
     start: int
@@ -45,10 +45,10 @@ class Place:
 
 
 class ShardReader:
-    """A one-file or sharded checkpoint; refuses what is missing or corrupt at once.
+    """A one-file or sharded checkpoint; CameraError for a missing or corrupt shard.
 
-    Tensors are read into memory of their own rather than mapped: what a mapping has touched counts
-    as the process's memory until the file is closed.
+    Tensors are read, not mapped: pages of a mapping count as the process's memory until the file
+    is closed.
     """
 
     def __init__(self, folder: Path):
@@ -92,7 +92,7 @@ class ShardReader:
         return {key: headers[name][key] for key, name in names.items()}
 
     def read(self, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
-        """{key: tensor} of the keys that `wanted` accepts."""
+        """Tensors of the keys that `wanted` accepts."""
         return read_places({key: place for key, place in self.places.items() if wanted(key)})
 
     @property
@@ -102,7 +102,7 @@ class ShardReader:
 
 
 def read_places(places: dict[str, Place]) -> dict[str, torch.Tensor]:
-    """Tensors from where they lie, in the order of the disk."""
+    """Tensors at these places, read in the order of the files."""
     found: dict[str, torch.Tensor] = {}
     with ExitStack() as stack:
         files: dict[Path, BinaryIO] = {}
@@ -114,7 +114,7 @@ def read_places(places: dict[str, Place]) -> dict[str, torch.Tensor]:
 
 
 def _places(path: Path) -> dict[str, Place]:
-    """Where the tensors of a file lie; safetensors' own reader checks that the file is whole."""
+    """Places of a file's tensors; safetensors checks that the file is complete."""
     try:
         with safe_open(path, "pt"):
             pass
@@ -160,7 +160,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 class ShardWriter:
-    """Writes a checkpoint shard by shard into a folder, each file appearing whole or not at all."""
+    """Writes a checkpoint shard by shard; a shard's file appears complete or not at all."""
 
     def __init__(self, folder: Path, shards: int):
         self.folder, self.shards = folder, shards
@@ -191,11 +191,11 @@ class ShardWriter:
             self.sizes[key] = (tensor.numel(), tensor.numel() * tensor.element_size())
 
     def state(self) -> dict[str, Any]:
-        """What has been written so far, for `restore`."""
+        """The shards written so far, for `restore`."""
         return {"weight_map": self.weight_map, "sizes": self.sizes, "files": self.files}
 
     def restore(self, state: dict[str, Any]) -> bool:
-        """Take up the work of another writer; False if a file is not as it was left."""
+        """Continue another writer's checkpoint; False if a file has changed since."""
         for name, size in state["files"].items():
             path = self.folder / name
             if not path.exists() or path.stat().st_size != size:
@@ -211,7 +211,7 @@ class ShardWriter:
         return sum(self.files.values())
 
     def close(self) -> None:
-        """Write the index; the checkpoint's tensors are then complete."""
+        """Write the index, after the last shard."""
         if len(self.files) != self.shards:
             raise RuntimeError(f"{len(self.files)} of {self.shards} shards were written")
         index = {
@@ -222,10 +222,10 @@ class ShardWriter:
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write tensors as a safetensors file, straight from where they lie.
+    """Write tensors as a safetensors file, one after the other.
 
-    safetensors' own writer first copies all of them into bytes: a whole layer once more in memory.
-    Here no more than one is copied, where it must be: from a device, or in order.
+    safetensors' own writer first copies all of them, a whole layer once more in memory. This one
+    copies a tensor only from a device or to make it contiguous.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     names = {dtype: name for name, dtype in DTYPES.items()}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from camera.checkpoint.formats.format import FORMS
+from camera.checkpoint.formats.format import FORMATS
 from camera.moe.budget import Count, owner_of
 from camera.moe.budget import count as count_tensors
 
@@ -14,8 +14,8 @@ def count(
 ) -> Count:
     """Count tensors {name: (numbers, bytes)} of a compressed model, as `camera.moe.budget.count`.
 
-    `forms` are the specs of compressed modules: where codes are packed, the numbers stored are not
-    the weights they stand for.
+    `forms` are the specs of compressed modules: a packed module stores
+    other numbers than the weights it replaces.
     """
     weights = _weights(forms)
     plain = {name: size for name, size in sizes.items() if owner_of(name, weights) is None}
@@ -37,14 +37,14 @@ def bits(
 ) -> dict[str, float]:
     """Bits per weight: raw codes and stored (scales included) of the pool, and of the whole model.
 
-    `weights` are those the pool's modules had: what was removed has 0 bits. Where nothing of the
-    pool is quantised all three are those of the stored weights.
+    `weights` are the original numbers of weights of the pool's modules; removed ones count with 0
+    bits. Where nothing is quantised all three are those of the stored weights.
     """
     model = 8 * total.bytes / total.model
     raw = {
         path: bits
         for path, spec in forms.items()
-        if path in weights and (bits := FORMS[spec["form"]].raw_bits(spec)) is not None
+        if path in weights and (bits := FORMATS[spec["form"]].code_bits(spec)) is not None
     }
     if not raw:
         return {"raw": model, "stored": model, "model": model}
@@ -54,5 +54,5 @@ def bits(
 
 
 def _weights(forms: dict[str, dict[str, Any]]) -> dict[str, int]:
-    found = {path: FORMS[spec["form"]].weights(spec) for path, spec in forms.items()}
+    found = {path: FORMATS[spec["form"]].weights(spec) for path, spec in forms.items()}
     return {path: number for path, number in found.items() if number is not None}

@@ -1,4 +1,4 @@
-"""Where a model comes from, a folder or the hub: resolved, identified, its companions copied."""
+"""Models given as a folder or a hub id: their location, fingerprint and companion files."""
 
 import hashlib
 import shutil
@@ -7,15 +7,15 @@ from pathlib import Path
 from camera.runtime.errors import CameraError
 
 TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "LICENSE*"]
-TRAVELS = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json"]
-TRAVELS += ["chat_template*", "*.model", "generation_config.json", "LICENSE*"]
+COMPANIONS = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json"]
+COMPANIONS += ["chat_template*", "*.model", "generation_config.json", "LICENSE*"]
 
 
 def resolve_model(model: str, *, weights: bool = True, code: bool = False) -> Path:
-    """The local folder of a model given by path or hub id, downloaded if need be.
+    """The local folder of a model given by path or hub id; downloads from the hub.
 
     Without `weights` only config and tokenizer are fetched, with `code` its Python files too.
-    Raises CameraError if it can't be had.
+    CameraError: a folder without config.json, a name that is no hub id, a failed download.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -52,8 +52,8 @@ def fingerprint(folder: Path) -> str:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config and licence: what travels unchanged with the weights."""
-    for pattern in TRAVELS:
+    """Copy tokenizer, generation config and licence from one checkpoint to another."""
+    for pattern in COMPANIONS:
         for path in source.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, target / path.name)

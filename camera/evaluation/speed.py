@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from camera.moe.families import family_of
 from camera.runtime.errors import CameraError
 
 # transformers' own ways to run experts, to prefill and to decode; it never prefills by batched_mm,
@@ -150,7 +151,7 @@ def _ways(model: PreTrainedModel, batch_size: int) -> list[tuple[str | None, str
     native = [m for m in model.modules() if hasattr(m, "has_gate") and hasattr(m, "is_transposed")]
     if not native:
         return [(None, None)]
-    slots = batch_size * model.config.num_experts_per_tok
+    slots = batch_size * family_of(model.config.model_type).top_k(model.config)
     few = slots <= max(len(experts.down_proj) for experts in native)
     return [ways for ways in WAYS if few or "batched_mm" not in ways]
 

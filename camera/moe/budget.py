@@ -109,7 +109,7 @@ def to_remove(micro_experts: int, ratio: float) -> int:
 def budget_of(model: nn.Module, layers: Iterable[nn.Module], family: Family, root: str) -> Budget:
     """Count a model (on any device, meta too); `root` is the path of its list of layers."""
     from camera.moe.feed_forward import FeedForward
-    from camera.moe.routing import routing_of
+    from camera.moe.routing import router_constraints
 
     pools: dict[int, LayerPool] = {}
     views = [FeedForward(layer, family, f"{root}.{i}") for i, layer in enumerate(layers)]
@@ -119,7 +119,7 @@ def budget_of(model: nn.Module, layers: Iterable[nn.Module], family: Family, roo
     for i, view in enumerate(views):
         if has_experts and not view.is_moe:
             continue  # the first dense layers of a MoE model are never in a pool
-        pool = LayerPool([], [], routing_of(view))
+        pool = LayerPool([], [], router_constraints(view))
         for group in view.groups:
             parts[group.path] = group.routed
             weights[group.path] = group.module_size

@@ -1,4 +1,4 @@
-"""The interface of a module that holds experts otherwise than transformers does.
+"""The interface of a module of experts that isn't one of transformers.
 
 Shapes: W width of one expert, H hidden.
 """
@@ -11,9 +11,12 @@ from torch import nn
 
 
 class ExpertModule:
-    """Stands in the place of native experts; `widths` and `act_fn` are those of its experts."""
+    """Experts in the place of a native module.
 
-    holds_native: ClassVar[bool] = False  # whether these are native weights, kept elsewhere
+    widths and act_fn are those of its experts. holds_native: native weights, kept elsewhere.
+    """
+
+    holds_native: ClassVar[bool] = False
     widths: list[int]
     act_fn: nn.Module
 

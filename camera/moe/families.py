@@ -1,56 +1,160 @@
-"""Model families as data: where a decoder layer keeps the parts that micro-expert methods need.
+"""Model families as data: all facts of a family in one declaration.
 
-Adding a family is one line in `FAMILIES` (or `register_family` from outside), plus a line of
-`tests/conftest.py` so that every equality test runs on a tiny random model of it.
+A new family is one entry of `FAMILIES` (or `register_family` from outside) and a tiny model in
+tests/helpers/models.py, on which every equality test then runs.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
 
 from camera.runtime.errors import CameraError
+
+_FUSED = r"\.experts\.(gate_up_proj|down_proj)$"
+_GRANITE = r"\.(input|output)_linear\.weight$"
+
+
+@dataclass(frozen=True)
+class ConfigKeys:
+    """Keys of config.json that hold the sizes of a family's experts.
+
+    shared_count: how many experts of `shared_width` the shared expert is as wide as; None: one.
+    """
+
+    experts: str = "num_experts"
+    width: str = "moe_intermediate_size"
+    shared_width: str = "moe_intermediate_size"
+    shared_count: str | None = None
+    dense_width: str = "intermediate_size"
+    top_k: str = "num_experts_per_tok"
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """Names of routed experts in checkpoints.
+
+    one: a tensor of one expert, whose number is the second of three groups. stacked: a tensor of
+    all experts of a layer.
+    """
+
+    one: re.Pattern[str] = re.compile(r"(\.experts\.)(\d+)(\.)")
+    stacked: re.Pattern[str] = re.compile(_FUSED)
+
+    def holds(self, key: str) -> bool:
+        """Whether a tensor of this name holds routed experts."""
+        return bool(self.one.search(key) or self.stacked.search(key))
+
+    def number(self, key: str) -> int | None:
+        """The expert of a tensor of one expert, else None."""
+        found = self.one.search(key)
+        return None if found is None else int(found.group(2))
+
+    def as_first(self, key: str) -> str:
+        """The name that a tensor of one expert has if its expert is number 0."""
+        return self.one.sub(r"\g<1>0\g<3>", key)
+
+
+@dataclass(frozen=True)
+class RouterGroups:
+    """Groups of neighbouring experts of a group-limited router.
+
+    A token's experts come from the `open` best of `count` groups of equal size; a group's score
+    needs `least` experts.
+    """
+
+    count: int = 1
+    open: int = 1
+    least: int = 1
+
+
+def router_groups(router: Any) -> RouterGroups:
+    """The groups of a router with DeepSeek's attributes; one group where it has none.
+
+    V2 groups if its topk_method says so, V3 always, by the sum of each group's best two.
+    """
+    if not getattr(router, "num_group", None) or getattr(router, "topk_method", "") == "greedy":
+        return RouterGroups()
+    least = 1 if hasattr(router, "topk_method") else 2
+    return RouterGroups(router.num_group, router.topk_group, least)
+
+
+def attention_width(config: Any) -> int:
+    """Multiplications of one head for a query and a key, and for a probability and a value."""
+    head = getattr(config, "head_dim", None)
+    return 2 * (head or config.hidden_size // config.num_attention_heads)
+
+
+def latent_attention_width(config: Any) -> int:
+    """`attention_width` of multi-head latent attention (DeepSeek-V2, V3)."""
+    return config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
 
 
 @dataclass(frozen=True)
 class Family:
-    """Attribute names inside one decoder layer; what a layer doesn't have is a dense FFN."""
+    """One model family: attribute names inside a decoder layer, and the facts of its models.
+
+    A layer without `experts` is a dense FFN. shared_gate: its sigmoid scales the shared expert.
+    residual_scale: attribute of the layer that scales the outputs of both its parts. router_rows:
+    tensors of the router with one row an expert. added_to_scores: buffer that the router adds
+    before it chooses. register: module to import, and whose `register` to call, where transformers
+    lacks the model type.
+    """
 
     ffn: str = "mlp"
     experts: str = "experts"
     router: str = "gate"
     shared: str | None = None
-    shared_gate: str | None = None  # its sigmoid scales the shared expert's output
-    residual_scale: str | None = None  # attribute of the layer that scales both parts' outputs
+    shared_gate: str | None = None
+    residual_scale: str | None = None
     attention_output: str = "self_attn.o_proj"
-    # keys of config.json: how many routed experts, the width of one, of the shared one (and how
-    # many that is made of), of a dense FFN
-    count_key: str = "num_experts"
-    width_key: str = "moe_intermediate_size"
-    shared_width_key: str = "moe_intermediate_size"
-    shared_count_key: str | None = None
-    dense_width_key: str = "intermediate_size"
+    keys: ConfigKeys = ConfigKeys()
+    router_rows: tuple[str, ...] = ("weight", "bias", "e_score_correction_bias")
+    added_to_scores: str | None = "e_score_correction_bias"
+    groups: Callable[[Any], RouterGroups] = router_groups
+    checkpoint_names: ExpertNames = ExpertNames()
+    attention_width: Callable[[Any], int] = attention_width
+    register: str | None = None
+
+    def top_k(self, config: Any) -> int:
+        """Experts per token; 1 for a dense model."""
+        return getattr(config, self.keys.top_k, 1)
+
+    def is_routed(self, path: str) -> bool:
+        """Whether a module path is that of routed experts."""
+        return path.endswith(f".{self.experts}")
+
+    def is_shared(self, path: str) -> bool:
+        """Whether a module path is that of a shared expert."""
+        return self.shared is not None and path.endswith(f".{self.shared}")
 
 
-DEEPSEEK = Family(
-    shared="shared_experts", shared_count_key="n_shared_experts", count_key="n_routed_experts"
+_LOCAL = ConfigKeys(experts="num_local_experts", width="intermediate_size")
+_DEEPSEEK = Family(
+    shared="shared_experts",
+    keys=ConfigKeys(experts="n_routed_experts", shared_count="n_shared_experts"),
 )
+_LATENT = replace(_DEEPSEEK, attention_width=latent_attention_width)
 FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(
         shared="shared_expert",
         shared_gate="shared_expert_gate",
-        shared_width_key="shared_expert_intermediate_size",
+        keys=ConfigKeys(shared_width="shared_expert_intermediate_size"),
     ),
     "qwen3_moe": Family(),
-    "mixtral": Family(width_key="intermediate_size", count_key="num_local_experts"),
-    "phimoe": Family(router="router", width_key="intermediate_size", count_key="num_local_experts"),
-    "olmoe": Family(width_key="intermediate_size"),
-    "deepseek": DEEPSEEK,
-    "deepseek_v2": DEEPSEEK,
-    "deepseek_v3": DEEPSEEK,
+    "mixtral": Family(keys=_LOCAL),
+    "phimoe": Family(router="router", keys=_LOCAL),
+    "olmoe": Family(keys=ConfigKeys(width="intermediate_size")),
+    "deepseek": replace(_DEEPSEEK, register="camera.moe.deepseek"),
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
     "granitemoe": Family(
         ffn="block_sparse_moe",
         router="router",
         residual_scale="residual_multiplier",
-        width_key="intermediate_size",
-        count_key="num_local_experts",
+        keys=_LOCAL,
+        checkpoint_names=ExpertNames(stacked=re.compile(rf"{_FUSED}|{_GRANITE}")),
     ),
     "llama": Family(),
     "qwen3": Family(),
@@ -58,15 +162,28 @@ FAMILIES: dict[str, Family] = {
 
 
 def register_family(model_type: str, family: Family) -> None:
-    """Declare a model type that transformers knows and the table above does not."""
+    """Declare a model type that transformers knows and `FAMILIES` lacks."""
     FAMILIES[model_type] = family
 
 
 def family_of(model_type: str) -> Family:
-    """The declaration of a model type; refuses, naming the known ones, if there is none."""
+    """The declaration of a model type; CameraError, naming the known ones, if there is none."""
     if model_type not in FAMILIES:
         raise CameraError(
             f"model type '{model_type}' is not supported: declare where its experts sit with "
-            f"camera.moe.families.register_family, or choose a model of {', '.join(sorted(FAMILIES))}."
+            "camera.moe.families.register_family, or choose a model of "
+            f"{', '.join(sorted(FAMILIES))}."
         )
     return FAMILIES[model_type]
+
+
+def is_routed(path: str) -> bool:
+    """Whether a module path is that of routed experts, in any family."""
+    return any(family.is_routed(path) for family in FAMILIES.values())
+
+
+def register_model_types() -> None:
+    """Teach transformers the model types that it lacks."""
+    for family in FAMILIES.values():
+        if family.register is not None:
+            import_module(family.register).register()

@@ -1,10 +1,10 @@
-"""What the feed-forward part of a decoder layer, of any family, looks like to a method.
+"""The FFN of a decoder layer of any family, as groups of experts.
 
 Shapes: T tokens, H hidden, K experts per token, E experts, W width of one expert, N tokens of one
 expert (or micro-experts of a pool, where a tensor is named so).
 
-A layer's pool is its shared expert (if any) and then its routed experts, or the one expert that a
-dense FFN is.
+A layer's pool is its shared expert (if any) and then its routed experts; a dense FFN is a pool of
+one expert.
 """
 
 import torch
@@ -17,7 +17,7 @@ from camera.runtime.errors import CameraError
 
 
 class ExpertGroup:
-    """Experts that live in one module: the routed ones of a layer, or a single MLP."""
+    """Experts of one module: the routed ones of a layer, or a single MLP."""
 
     routed: bool
     widths: list[int]
@@ -38,7 +38,7 @@ class ExpertGroup:
         raise NotImplementedError
 
     def project(self, expert: int, phi_NW: torch.Tensor) -> torch.Tensor:
-        """phi_NW @ w_down, [N, H]: what these micro-expert outputs add to the layer's."""
+        """phi_NW @ w_down, [N, H]: the contribution of these activations to the layer's output."""
         return F.linear(phi_NW, self.down(expert))
 
     @property
@@ -47,12 +47,12 @@ class ExpertGroup:
 
     @property
     def module_size(self) -> int:
-        """Numbers that the module holds."""
+        """Number of parameters of the module."""
         return sum(parameter.numel() for parameter in self.module.parameters())
 
 
 class RoutedExperts(ExpertGroup):
-    """The routed experts of a layer, native (3-D parameters) or in a compressed form."""
+    """The routed experts of a layer, native (3-D parameters) or in a compressed format."""
 
     routed = True
 
@@ -97,7 +97,7 @@ class RoutedExperts(ExpertGroup):
 
 
 class MlpExpert(ExpertGroup):
-    """A shared expert or a dense FFN: one expert made of three linear layers."""
+    """A shared expert or a dense FFN: one expert of three linear layers."""
 
     routed = False
 
@@ -125,7 +125,7 @@ class MlpExpert(ExpertGroup):
         return self.module.down_proj(phi_NW)
 
     def scale(self, x_NH: torch.Tensor) -> torch.Tensor | None:
-        """The weight a_N the layer gives this expert's output; None for 1."""
+        """Routing weight a_N of a gated shared expert; None for 1."""
         return None if self.gate is None else torch.sigmoid(self.gate(x_NH)).float().squeeze(-1)
 
 
@@ -153,7 +153,7 @@ class FeedForward:
         self.groups.append(RoutedExperts(f"{root}.{family.experts}", experts))
 
     def replace(self, group: ExpertGroup, module: nn.Module) -> None:
-        """Put a module where a group's stands; the views of this object are then out of date."""
+        """Replace the module of a group; the groups of this object are then out of date."""
         if not self.is_moe:
             setattr(self.layer, self.family.ffn, module)
             self.module = module

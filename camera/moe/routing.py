@@ -1,4 +1,4 @@
-"""What a layer's router asks of its experts, and the slots that tokens take.
+"""Constraints of a layer's router on its experts, and the slots that tokens take.
 
 Shapes: E routed experts, K experts per token, T tokens.
 """
@@ -23,39 +23,36 @@ def routed_slots(index_TK: torch.Tensor, experts: int) -> Iterator[tuple[int, to
             yield expert, slots
 
 
-# what a router holds of each expert along its first dimension
-PER_EXPERT = ("weight", "bias", "e_score_correction_bias")
-
-
 @dataclass(frozen=True)
-class Routing:
-    """What a layer's router asks of the experts that stay.
+class RouterConstraints:
+    """Constraints of a router on the experts that remain.
 
-    A group-limited router takes a token's experts from the `open_groups` best of `groups` groups
-    of neighbouring experts, which must stay equal in size.
+    row: parameters of the router for one expert. A group-limited router chooses from the
+    `open_groups` best of `groups` groups of neighbouring experts, which must stay equal in size and
+    hold `least_per_group` experts.
     """
 
     experts: int
     top_k: int
-    row: int  # parameters of the router for one expert
+    row: int
     groups: int = 1
     open_groups: int = 1
-    least_per_group: int = 1  # as many as a group's score is made of
+    least_per_group: int = 1
 
     @property
     def most(self) -> int:
-        """The largest number of experts that may go: a multiple of `groups`, top-k stay in reach.
+        """The largest number of experts that can be removed, a multiple of `groups`.
 
-        E - groups * max(least_per_group, ceil(K / open_groups)).
+        E - groups * max(least_per_group, ceil(K / open_groups)): top-k stays possible.
         """
         stay = max(self.least_per_group, -(-self.top_k // self.open_groups))
         return max(self.experts - self.groups * stay, 0)
 
 
-def routing_of(ffn: FeedForward) -> Routing | None:
-    """The facts of a layer's router, on any device; None where no experts could be dropped.
+def router_constraints(ffn: FeedForward) -> RouterConstraints | None:
+    """Constraints of a layer's router, on any device; None where no expert can be removed.
 
-    That is a dense FFN, and experts that already stand in a compressed form.
+    That is a dense FFN, and experts in a compressed format.
     """
     if not ffn.is_moe:
         return None
@@ -64,14 +61,10 @@ def routing_of(ffn: FeedForward) -> Routing | None:
         return None
     router = router_of(ffn)
     experts = len(routed_experts(ffn).widths)
-    held = [getattr(router, name, None) for name in PER_EXPERT]
+    held = [getattr(router, name, None) for name in ffn.family.router_rows]
     row = sum(tensor.numel() // experts for tensor in held if tensor is not None)
-    facts = {"experts": experts, "top_k": router.top_k, "row": row}
-    # DeepSeek's routers: V2 groups if its topk_method says so, V3 always, by each group's best two
-    if getattr(router, "num_group", None) and getattr(router, "topk_method", "") != "greedy":
-        facts |= {"groups": router.num_group, "open_groups": router.topk_group}
-        facts["least_per_group"] = 1 if hasattr(router, "topk_method") else 2
-    return Routing(**facts)
+    groups = ffn.family.groups(router)
+    return RouterConstraints(experts, router.top_k, row, groups.count, groups.open, groups.least)
 
 
 def routed_experts(ffn: FeedForward) -> RoutedExperts:
@@ -83,5 +76,5 @@ def routed_experts(ffn: FeedForward) -> RoutedExperts:
 
 
 def router_of(ffn: FeedForward) -> nn.Module:
-    """The module that decides which experts a token takes."""
+    """The module that chooses the experts of a token."""
     return getattr(ffn.module, ffn.family.router)

@@ -110,7 +110,7 @@ class MemoryEstimate:
         if memory.hidden == "auto":
             free = psutil.virtual_memory().available
             hidden_on_disk = HIDDEN_HELD * hidden > HIDDEN_SHARE * free
-        top_k = getattr(config, "num_experts_per_tok", 1) if max(experts) else 1
+        top_k = model.family.top_k(config) if max(experts) else 1
         tables = BATCH_TABLES if keep_phi else BATCH_TABLES + SLOT_TABLES * top_k
         working = min(tokens, BATCH_TOKENS) * config.hidden_size * size * tables
         kinds = {step.kind for step in passes}
@@ -138,7 +138,7 @@ def _method_bytes(step: Pass, model: MetaModel, method: Method, tokens: int) -> 
     hidden, size, most = model.budget.hidden, model.dtype.itemsize, 0
     if step.kind == PassKind.TRIAL:
         most = trial_bytes(len(model.budget.layers), hidden)
-    top_k = getattr(model.config, "num_experts_per_tok", 1)
+    top_k = model.family.top_k(model.config)
     for pool in model.budget.layers.values():
         layer = LayerShape(pool, hidden, top_k, tokens, size)
         found = step.observer.nbytes(layer) if step.observer is not None else 0

@@ -1,6 +1,6 @@
-"""Whole routed experts out of a layer: what its router allows, and the removal itself.
+"""Removal of routed experts from a layer.
 
-What is left is a native layer with a smaller router: nothing of this package is needed to run it.
+The result is a native layer with a smaller router, which runs without this package.
 Shapes: E routed experts, K experts per token, T tokens, H hidden, I width of one expert.
 """
 
@@ -13,7 +13,12 @@ from torch import nn
 from camera.moe.expert_module import ExpertModule
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
-from camera.moe.routing import PER_EXPERT, Routing, routed_experts, router_of, routing_of
+from camera.moe.routing import (
+    RouterConstraints,
+    routed_experts,
+    router_constraints,
+    router_of,
+)
 from camera.runtime.errors import CameraError
 
 
@@ -21,10 +26,10 @@ def remove_experts(ffn: FeedForward, keep: Sequence[int]) -> None:
     """Keep only these routed experts of a loaded native layer, and their rows of the router.
 
     The layer is then what `from_pretrained` builds with the smaller count in config.json; order and
-    top-k stay. Raises CameraError for experts in a compressed form, for fewer than the router's
+    top-k stay. Raises CameraError for experts in a compressed format, for fewer than the router's
     top-k and for groups of unequal size.
     """
-    group, routing = routed_experts(ffn), routing_of(ffn)
+    group, routing = routed_experts(ffn), router_constraints(ffn)
     if routing is None:
         raise CameraError(
             f"the experts at '{group.path}' are already compressed ({type(group.module).__name__})"
@@ -32,7 +37,7 @@ def remove_experts(ffn: FeedForward, keep: Sequence[int]) -> None:
         )
     stay = sorted(set(keep))
     _refuse(group.path, stay, routing)
-    router, parts = router_of(ffn), [(router_of(ffn), PER_EXPERT)]
+    router, parts = router_of(ffn), [(router_of(ffn), ffn.family.router_rows)]
     if isinstance(group.module, ExpertModule):
         group.module = group.module.materialize(stay)
         ffn.replace(group, group.module)
@@ -56,10 +61,10 @@ def remove_experts(ffn: FeedForward, keep: Sequence[int]) -> None:
 
 def smaller_config(config: Any, experts: int) -> dict[str, int]:
     """The keys of config.json that say how many routed experts a layer has, with a new count."""
-    return {family_of(config.model_type).count_key: experts}
+    return {family_of(config.model_type).keys.experts: experts}
 
 
-def _refuse(path: str, stay: list[int], routing: Routing) -> None:
+def _refuse(path: str, stay: list[int], routing: RouterConstraints) -> None:
     if not stay or stay[0] < 0 or stay[-1] >= routing.experts:
         raise CameraError(f"experts {stay} of '{path}': there are 0 to {routing.experts - 1}.")
     size = routing.experts // routing.groups

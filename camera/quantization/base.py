@@ -6,7 +6,7 @@ A method plans bits (`plan_layer`); the rest is here and in camera/quantization/
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from camera.method import Applied, LayerPlan, Method, Pass, PassKind, Propagate, Spec
@@ -15,12 +15,12 @@ from camera.runtime.errors import CameraError
 if TYPE_CHECKING:
     from camera.calibration.observers import ObserverSpec
     from camera.calibration.statistics import LayerStatistics
-    from camera.checkpoint.formats.packed.footprint import Footprint
+    from camera.checkpoint.formats.packed.footprint import StoredBits
     from camera.moe.budget import Budget
     from camera.moe.feed_forward import FeedForward
     from camera.moe.pool import LayerShape
     from camera.quantization.bit_plan import LayerBits
-    from camera.quantization.gptq import GPTQ
+    from camera.quantization.quantizer import Quantizer
 
 GROUP_SIZE = 128
 
@@ -31,7 +31,8 @@ class Quantization(Method):
 
     bits: the target, stored bits per weight on average over the quantised weights, scales and zeros
     included (null: given by the other settings). group_size: inputs that share a scale, -1 for the
-    whole row, null to have it chosen. sym: no zeros. clip: range search (none, gptq, mc).
+    whole row, null to have it chosen. quantizer: a name of camera.quantization.quantizer. sym: no
+    zeros. clip: range search (none, gptq, mc).
     act_order, static_groups, damping, fallback, min_tokens: see camera.quantization.gptq.GPTQ.
     weighted_hessian counts a token by its squared routing weight. true_sequential takes down's
     Hessian from the quantised gate and up, on the first `sequential_tokens` inputs of an expert;
@@ -44,6 +45,7 @@ class Quantization(Method):
     calibrates: ClassVar[bool] = True
 
     bits: float | None = None
+    quantizer: str = "gptq"
     group_size: int | None = None
     sym: bool = False
     clip: Literal["none", "gptq", "mc"] = "none"
@@ -100,7 +102,7 @@ class Quantization(Method):
                 "true_sequential keeps inputs without their routing weights: set "
                 "weighted_hessian=false."
             )
-        self.solver(GROUP_SIZE)  # refuses its own settings
+        self.quantizer_of(GROUP_SIZE)  # refuses its own settings
         if self.bits is None:
             return
         least, most = self.reachable(budget)
@@ -126,24 +128,28 @@ class Quantization(Method):
         keep = self.sequential_tokens if self.true_sequential else 0
         return HessianSpec(weighted=self.weighted_hessian, keep=keep)
 
-    def solver(self, group_size: int | None) -> GPTQ:
-        """The solver with this method's settings; scales are what 16 bits can store."""
+    def quantizer_of(self, group_size: int | None) -> Quantizer:
+        """The quantiser that `quantizer` names, with this method's settings of it; scales are what
+        16 bits can store."""
         import torch
 
-        from camera.quantization.gptq import GPTQ
         from camera.quantization.grids import CLIPS
+        from camera.quantization.quantizer import QUANTIZERS
 
-        return GPTQ(
-            group_size=group_size,
-            sym=self.sym,
-            act_order=self.act_order,
-            static_groups=self.static_groups,
-            percdamp=self.damping,
-            fallback=self.fallback,
-            min_tokens=self.min_tokens,
-            clip=CLIPS[self.clip],
-            scale_dtype=torch.float16,
-        )
+        cls = QUANTIZERS[self.quantizer]
+        settings = {
+            "group_size": group_size,
+            "sym": self.sym,
+            "act_order": self.act_order,
+            "static_groups": self.static_groups,
+            "damping": self.damping,
+            "fallback": self.fallback,
+            "min_tokens": self.min_tokens,
+            "clip": CLIPS[self.clip],
+            "scale_dtype": torch.float16,
+        }
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in settings.items() if name in known})
 
     @property
     def scattered(self) -> bool:
@@ -167,14 +173,14 @@ class Quantization(Method):
         from camera.calibration.hessians import HessianStatistics
         from camera.checkpoint.formats.packed.spec import spec_bytes, spec_code_bits
         from camera.compensation.settings import CompensationSettings
-        from camera.quantization.layer import solve_layer
+        from camera.quantization.layer import quantize_layer
 
         weights = 3 * hidden_size(ffn) * sum(ffn.widths)
         refit = CompensationSettings("expert") if self.compensate == "expert" else None
-        forms, found = solve_layer(
+        forms, found = quantize_layer(
             ffn,
             plan.experts,
-            self.solver(plan.group_size),
+            self.quantizer_of(plan.group_size),
             seen if isinstance(seen, HessianStatistics) else None,
             true_sequential=self.true_sequential,
             compensation=refit,
@@ -197,8 +203,8 @@ class Quantization(Method):
     def prepare_layer(self, index: int, ffn: FeedForward) -> dict[str, Spec]:
         from camera.quantization.outside_experts import round_outside
 
-        solver = self.solver(self.resolved_group_size())
-        return round_outside(ffn, solver, self.attn_bits, self.router_bits)
+        quantizer = self.quantizer_of(self.resolved_group_size())
+        return round_outside(ffn, quantizer, self.attn_bits, self.router_bits)
 
 
 def hidden_size(ffn: FeedForward) -> int:
@@ -208,11 +214,11 @@ def hidden_size(ffn: FeedForward) -> int:
 
 def footprints(
     budget: Budget, group_size: int | None, sym: bool, scattered: bool = False
-) -> dict[int, Footprint]:
+) -> dict[int, StoredBits]:
     """Stored bits of every layer's pool, before any weight is read."""
-    from camera.checkpoint.formats.packed.footprint import Footprint
+    from camera.checkpoint.formats.packed.footprint import StoredBits
 
     return {
-        index: Footprint(budget.hidden, tuple(pool.widths), group_size, sym, scattered)
+        index: StoredBits(budget.hidden, tuple(pool.widths), group_size, sym, scattered)
         for index, pool in budget.layers.items()
     }

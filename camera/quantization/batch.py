@@ -1,4 +1,4 @@
-"""Solve the matrices of several experts as one batch, and account for what that cost.
+"""Quantisation of the matrices of several experts as one batch, and its errors.
 
 Shapes: E experts of a batch, R rows, C columns, G scale groups of a row.
 """
@@ -10,21 +10,22 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from camera.checkpoint.formats.packed.segments import Solved
-from camera.quantization.gptq import GPTQ, output_error
+from camera.checkpoint.formats.packed.segments import QuantizedMatrix
+from camera.quantization.gptq import output_error
+from camera.quantization.quantizer import Quantizer
 
 
-def solve_batch(
-    solver: GPTQ,
+def quantize_batch(
+    quantizer: Quantizer,
     matrices: list[torch.Tensor],
     bits: list[torch.Tensor],
     axis: str,
     hessians: list[torch.Tensor] | torch.Tensor | None,
     tokens_E: torch.Tensor | None,
-    ledger: tuple["Ledger", list[int]],
+    report: tuple["QuantizationReport", list[int]],
     fallback: list[str | None] | None = None,
-) -> tuple[list[Solved], list[torch.Tensor]]:
-    """Solve matrices [R, C] of several experts as one batch; also what they are dequantised, fp32.
+) -> tuple[list[QuantizedMatrix], list[torch.Tensor]]:
+    """Quantises matrices [R, C] of several experts; returns them, and dequantised in fp32.
 
     Bits are those of every row or every column (`axis`), descending along columns. Smaller matrices
     are padded: by rows, which are solved one by one anyway, and by dead columns in groups of their
@@ -45,24 +46,24 @@ def solve_batch(
     H_ECC, factor = None, None
     if hessians is not None:
         H_ECC = torch.stack([F.pad(H, (0, columns - len(H)) * 2) for H in hessians])
-        factor = solver.factor(H_ECC, tokens_E)
-        if fallback is not None:
+        factor = quantizer.factor(H_ECC, tokens_E)
+        if factor is not None and fallback is not None:
             names = [b or a for a, b in zip(factor.fallback, fallback, strict=True)]
             factor = replace(factor, fallback=names)
-    quantized = solver.solve(W_ERC, factor, **asked)
+    quantized = quantizer.solve(W_ERC, factor, **asked)
     weight_ERC = quantized.weight
     nearest = None
     if factor is not None:
-        nearest = solver.solve(W_ERC, **asked).weight
-    book, experts = ledger
-    book.add(experts, W_ERC, weight_ERC, nearest, H_ECC, quantized.damping_E, quantized.fallback)
+        nearest = quantizer.solve(W_ERC, **asked).weight
+    entries, experts = report
+    entries.add(experts, W_ERC, weight_ERC, nearest, H_ECC, quantized.damping_E, quantized.fallback)
     solved = []
     for e, w in enumerate(matrices):
         r, c = w.shape
         group_C = quantized.group_EC[e, :c]
         groups = int(group_C.max()) + 1 if c else 0
         solved.append(
-            Solved(
+            QuantizedMatrix(
                 quantized.codes_ERC[e, :r, :c],
                 quantized.scale_ERG[e, :r, :groups],
                 quantized.zero_ERG[e, :r, :groups],
@@ -78,7 +79,7 @@ def _pad_bits(bits: torch.Tensor, columns: int) -> torch.Tensor:
     return F.pad(bits, (0, columns - len(bits)), value=other)
 
 
-class Ledger:
+class QuantizationReport:
     """Errors, damping and fallbacks of the experts of one module, as they are solved.
 
     Errors are relative: |Wx - Qx|^2 / |Wx|^2 over the calibration tokens that reached the expert
@@ -91,7 +92,7 @@ class Ledger:
         self.fallback: Counter[str] = Counter()
 
     def add(self, experts, W_ERC, weight_ERC, nearest_ERC, H_ECC, damping_E, fallback) -> None:
-        """Enter a batch that was solved."""
+        """Enter a quantised batch."""
         for row, Q_ERC in enumerate((weight_ERC, nearest_ERC, torch.zeros_like(W_ERC))):
             if Q_ERC is None:
                 Q_ERC = weight_ERC

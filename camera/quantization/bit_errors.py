@@ -1,4 +1,4 @@
-"""What a micro-expert loses at each number of bits, measured before bits are dealt out.
+"""Energy lost at each bit width, measured before bits are assigned.
 
 Shapes: E experts that are tried, R rows, C columns, B numbers of bits.
 """
@@ -9,13 +9,13 @@ import torch
 
 from camera.calibration.hessians import HessianStatistics
 from camera.moe.feed_forward import FeedForward
-from camera.quantization.gptq import GPTQ
+from camera.quantization.quantizer import Quantizer
 
 TRIED = 8  # experts of a layer, those of the most tokens
 
 
 def bit_errors(
-    ffn: FeedForward, seen: HessianStatistics, solver: GPTQ, levels: Sequence[int]
+    ffn: FeedForward, seen: HessianStatistics, quantizer: Quantizer, levels: Sequence[int]
 ) -> dict[int, float]:
     """The share of a micro-expert's energy that is lost at each number of bits (0 bits: all).
 
@@ -39,8 +39,8 @@ def bit_errors(
     H_inputs = seen.input_EHH[[start + e for e in tried]]
     H_hidden = torch.stack([seen.hidden(start + e) for e in tried])
     tokens_E = seen.tokens_E[[start + e for e in tried]]
-    gate_cB, gate_sB = _moments(solver, gate_up, H_inputs, tokens_E, wanted)
-    down_cB, down_sB = _moments(solver, down, H_hidden, tokens_E, wanted)
+    gate_cB, gate_sB = _moments(quantizer, gate_up, H_inputs, tokens_E, wanted)
+    down_cB, down_sB = _moments(quantizer, down, H_hidden, tokens_E, wanted)
     least = 1.0
     for place in reversed(range(len(wanted))):  # from the fewest bits
         c = gate_cB[place] ** 2 * down_cB[place]
@@ -49,13 +49,13 @@ def bit_errors(
     return {b: keep[b] for b in levels}
 
 
-def _moments(solver, W_ERC, H_ECC, tokens_E, levels) -> tuple[torch.Tensor, torch.Tensor]:
+def _moments(quantizer, W_ERC, H_ECC, tokens_E, levels) -> tuple[torch.Tensor, torch.Tensor]:
     """c and s of weights solved at each number of bits, fp64 [B]."""
     rows = W_ERC.shape[1]
     row_bits = torch.repeat_interleave(torch.tensor(levels), rows)
     W_ERC = W_ERC.detach().float()
-    factor = solver.factor(H_ECC, tokens_E)
-    solved = solver.solve(W_ERC.repeat(1, len(levels), 1), factor, row_bits=row_bits)
+    factor = quantizer.factor(H_ECC, tokens_E)
+    solved = quantizer.solve(W_ERC.repeat(1, len(levels), 1), factor, row_bits=row_bits)
     Q_EBRC = solved.weight.unflatten(1, (len(levels), rows))
     WH_ERC = W_ERC @ H_ECC
     whole = (WH_ERC * W_ERC).sum().double().clamp(min=1e-300)

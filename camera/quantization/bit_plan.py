@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from camera.checkpoint.formats.packed.footprint import Footprint
+from camera.checkpoint.formats.packed.footprint import StoredBits
 from camera.method import LayerPlan
 from camera.runtime.errors import CameraError
 
@@ -146,7 +146,7 @@ def _at(corners: Sequence[tuple[int, ...]], lengths: list[int], step: int) -> tu
 
 def solve_shares(
     order_N: torch.Tensor,
-    footprint: Footprint,
+    footprint: StoredBits,
     levels: Sequence[int],
     bits: float,
     *,
@@ -168,7 +168,7 @@ def solve_shares(
 def solve_optimal(
     score_N: torch.Tensor,
     order_N: torch.Tensor,
-    footprint: Footprint,
+    footprint: StoredBits,
     errors: dict[int, float],
     bits: float,
     *,
@@ -184,7 +184,7 @@ def solve_optimal(
     levels = sorted(errors, reverse=True)
     error_B = torch.tensor([errors[b] for b in levels], dtype=torch.float64)
     whole = replace(footprint, widths=(1 << 20,))
-    cost_B = torch.tensor([whole.uniform(b) for b in levels], dtype=torch.float64)
+    cost_B = torch.tensor([whole.uniform_average(b) for b in levels], dtype=torch.float64)
     score_N = score_N.double()[order_N]
 
     def cuts(multiplier: float) -> tuple[int, ...]:
@@ -222,20 +222,20 @@ def solve_group_size(
     return None
 
 
-def _budget(footprint: Footprint, bits: float) -> float:
+def _budget(footprint: StoredBits, bits: float) -> float:
     return bits * footprint.weights * (1 + 1e-9)
 
 
 def _stored_at(
     order_N: torch.Tensor,
-    footprint: Footprint,
+    footprint: StoredBits,
     levels: Sequence[int],
     align: int,
     stored: Stored | None,
 ) -> Callable[[tuple[int, ...]], float]:
     def at(cuts: tuple[int, ...]) -> float:
         bits_N = bits_of_ranking(order_N, footprint.widths, levels, cuts, align)
-        return footprint.stored(bits_N) if stored is None else stored(bits_N, cuts)
+        return footprint.total(bits_N) if stored is None else stored(bits_N, cuts)
 
     return at
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from camera.calibration.hessians import HessianStatistics
     from camera.calibration.scores.base import Score
-    from camera.checkpoint.formats.packed.footprint import Footprint
+    from camera.checkpoint.formats.packed.footprint import StoredBits
     from camera.moe.budget import Budget
     from camera.moe.feed_forward import FeedForward
     from camera.quantization.bit_plan import LayerBits
@@ -78,7 +78,7 @@ class CameraQ(Quantization):
             weights = max(sum(pool.weights for pool in pools), 1)
 
             def distance(bits: int) -> float:
-                stored = sum(pool.uniform(bits) * pool.weights for pool in pools)
+                stored = sum(pool.uniform_average(bits) * pool.weights for pool in pools)
                 return abs(stored / weights - self.bits)
 
             middle = min(range(2, MAX_BITS), key=distance)
@@ -174,12 +174,12 @@ class CameraQ(Quantization):
     ) -> dict[int, LayerBits]:
         import torch
 
-        from camera.checkpoint.formats.packed.footprint import Footprint
+        from camera.checkpoint.formats.packed.footprint import StoredBits
 
         pools = footprints(budget, self.resolved_group_size(), self.sym)
         widths = [width for pool in pools.values() for width in pool.widths]
         hidden = next(iter(pools.values())).hidden
-        whole = Footprint(hidden, tuple(widths), self.resolved_group_size(), self.sym)
+        whole = StoredBits(hidden, tuple(widths), self.resolved_group_size(), self.sym)
         scores_N = torch.cat([scores[index] for index in pools])
         bits_N, _, group_size = self.allocate(scores_N, whole, levels)
         parts = bits_N.split([pool.micro_experts for pool in pools.values()])
@@ -197,18 +197,18 @@ class CameraQ(Quantization):
         bits_N, _, group_size = self.allocate(energy_N, pool, levels, errors)
         return _matched(bits_N, energy_N, ffn.widths, group_size)
 
-    def pool_of(self, ffn: FeedForward) -> Footprint:
+    def pool_of(self, ffn: FeedForward) -> StoredBits:
         """Stored bits of a layer's pool."""
-        from camera.checkpoint.formats.packed.footprint import Footprint
+        from camera.checkpoint.formats.packed.footprint import StoredBits
 
         shape = hidden_size(ffn), tuple(ffn.widths)
-        return Footprint(*shape, self.resolved_group_size(), self.sym)
+        return StoredBits(*shape, self.resolved_group_size(), self.sym)
 
     def errors(
         self,
         ffn: FeedForward,
         seen: HessianStatistics,
-        pool: Footprint,
+        pool: StoredBits,
         levels: Sequence[int],
     ) -> dict[int, float] | None:
         """Energy lost at each bit width, where shares are solved by it."""
@@ -216,7 +216,7 @@ class CameraQ(Quantization):
 
         if self.ratios is not None or self.low_share is not None or len(levels) == 1:
             return None
-        return bit_errors(ffn, seen, self.solver(pool.group_size), levels)
+        return bit_errors(ffn, seen, self.quantizer_of(pool.group_size), levels)
 
     def importance(self, index: int, seen: HessianStatistics, plan: Plan) -> Tensor:
         """Scores of a layer's micro-experts, fp64 [N]: of the dense model, where the plan has them,
@@ -228,7 +228,7 @@ class CameraQ(Quantization):
     def allocate(
         self,
         energy_N: Tensor,
-        pool: Footprint,
+        pool: StoredBits,
         levels: Sequence[int],
         errors: dict[int, float] | None = None,
     ) -> tuple[Tensor, tuple[int, ...], int | None]:
@@ -262,16 +262,16 @@ class CameraQ(Quantization):
         return bits_N, boundaries, pool.group_size
 
     def stored(
-        self, pool: Footprint, bits_N: Tensor, boundaries: Sequence[int], levels: Sequence[int]
+        self, pool: StoredBits, bits_N: Tensor, boundaries: Sequence[int], levels: Sequence[int]
     ) -> float:
         """Bits on disk of a plan."""
-        return pool.stored(bits_N)
+        return pool.total(bits_N)
 
-    def _pools(self, budget: Budget) -> list[Footprint]:
+    def _pools(self, budget: Budget) -> list[StoredBits]:
         return list(footprints(budget, self.resolved_group_size(), self.sym).values())
 
     def _solved_group_size(
-        self, bits_N: Tensor, boundaries: Sequence[int], pool: Footprint, levels: Sequence[int]
+        self, bits_N: Tensor, boundaries: Sequence[int], pool: StoredBits, levels: Sequence[int]
     ) -> int | None:
         from camera.quantization.bit_plan import solve_group_size
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from camera.calibration.hessians import HessianStatistics
-    from camera.checkpoint.formats.packed.footprint import Footprint
+    from camera.checkpoint.formats.packed.footprint import StoredBits
     from camera.method import Plan
     from camera.moe.budget import Budget
     from camera.moe.feed_forward import FeedForward
@@ -72,7 +72,7 @@ class CameraQDagger(CameraQ):
         return LayerBits(experts, matched.group_size)
 
     def stored(
-        self, pool: Footprint, bits_N: Tensor, boundaries: Sequence[int], levels: Sequence[int]
+        self, pool: StoredBits, bits_N: Tensor, boundaries: Sequence[int], levels: Sequence[int]
     ) -> float:
         import torch
 

@@ -14,17 +14,20 @@ Transformers (ICLR 2023), algorithm 1.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
+from camera.checkpoint.formats.packed.codes import check_bits
+from camera.checkpoint.formats.packed.layout import metadata_bits
 from camera.quantization.grids import (
     ColumnGroups,
     Grid,
     QuantizedWeight,
     Scales,
-    check_bits,
     dequantize,
 )
+from camera.quantization.quantizer import QUANTIZERS
 from camera.runtime.errors import CameraError
 
 # What the reference does and this solver does not, unless asked to (GPTQ(quirks=...)).
@@ -93,6 +96,7 @@ def _inverse_factor(H_ECC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return U_ECC, (info_E == 0) & U_ECC.isfinite().flatten(1).all(1)
 
 
+@QUANTIZERS.register
 @dataclass(frozen=True)
 class GPTQ:
     """The one solver: every method that quantises plans bits for it.
@@ -101,17 +105,20 @@ class GPTQ:
     act_order: columns with the largest diag(H) first. static_groups: scales from the weights as
     they were, with neighbours in a group, rather than from those that earlier errors have changed.
     block_size changes speed, not the result. sym, clip, clip_norm, float_zero, scale_dtype: see
-    `Grid`. percdamp: first rung of the damping ladder, x10 per rung up to 1, then round to nearest.
+    `Grid`. damping: first rung of the damping ladder, x10 per rung up to 1, then round to nearest.
     fallback, for an expert with fewer than min_tokens tokens: "rtn" or "mean_hessian".
     inblock_feedback=False leaves errors to later blocks only (MC below 4 bits). quirks: see QUIRKS.
     """
+
+    name: ClassVar[str] = "gptq"
+    needs_hessian: ClassVar[bool] = True
 
     group_size: int | None = 128
     sym: bool = False
     act_order: bool = False
     static_groups: bool = False
     block_size: int = 128
-    percdamp: float = 0.01
+    damping: float = 0.01
     fallback: str = "rtn"
     min_tokens: int = 1
     clip: tuple[float, ...] = (1.0,)
@@ -124,14 +131,23 @@ class GPTQ:
     def __post_init__(self):
         if min(self.block_size, 1 if self.group_size is None else self.group_size) < 1:
             raise CameraError("group_size (null: one scale per row) and block_size start at 1.")
-        if not 0 <= self.percdamp <= 1:
-            raise CameraError("percdamp must lie between 0 and 1.")
+        if not 0 <= self.damping <= 1:
+            raise CameraError("damping must lie between 0 and 1.")
         if self.fallback not in ("rtn", "mean_hessian"):
             raise CameraError(f"fallback must be rtn or mean_hessian, not {self.fallback}.")
         if not self.clip or min(self.clip) <= 0:
             raise CameraError("clip must hold at least one factor, all above 0.")
         if unknown := set(self.quirks) - set(QUIRKS):
             raise CameraError(f"quirks has no {min(unknown)}: choose from {', '.join(QUIRKS)}.")
+
+    @property
+    def scattered(self) -> bool:
+        """Whether the columns of a scale group aren't neighbours."""
+        return self.act_order and not self.static_groups
+
+    def metadata_bits(self, bits: int) -> int:
+        """Scale and zero of a group, 16 bits each."""
+        return metadata_bits(bits, self.sym)
 
     @property
     def grid(self) -> Grid:
@@ -166,7 +182,7 @@ class GPTQ:
         perm_EC = diag_EC.argsort(dim=1, descending=True, stable=True) if self.act_order else None
 
         U_ECC = torch.eye(columns, device=device).repeat(experts, 1, 1)
-        damping_E, damping = [0.0] * experts, self.percdamp
+        damping_E, damping = [0.0] * experts, self.damping
         left = torch.nonzero(~rtn_E).flatten().tolist() if columns else []
         while left and damping < 2:
             H_LCC = H_ECC[left]
@@ -208,7 +224,7 @@ class GPTQ:
         (experts, rows, columns), device = W_ERC.shape, W_ERC.device
         if (bits is not None) + (row_bits is not None) + (column_bits is not None) != 1:
             raise ValueError("give one of bits, row_bits and column_bits")
-        if column_bits is not None and self.act_order and not self.static_groups:
+        if column_bits is not None and self.scattered:
             raise CameraError("act_order tears column segments apart: set static_groups=true too.")
         if not W_ERC.isfinite().all():
             raise CameraError("the weights hold NaN or infinity: check the checkpoint.")

@@ -1,16 +1,15 @@
-"""Quantisation grids, which columns of a weight share one, and a quantised weight.
+"""Quantisation grids, groups of columns that share one, and quantised weights.
 
 Shapes: E experts, R rows (outputs), C columns (inputs), N columns of one group, G groups of a row,
 S experts of a batch that start a group at the same column.
 Weights stand column by column here (W_ENR), because the solver walks over columns.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
-from camera.runtime.errors import CameraError
+from camera.checkpoint.formats.packed.segments import QuantizedMatrix
 
 # Factors that a clip search tries on the range, as the references do.
 CLIPS = {
@@ -37,8 +36,7 @@ class Grid:
     clip: factors tried on the range; the first that makes sum |w - q|^clip_norm smallest wins.
     float_zero: zero = -lo / scale, not rounded (MC).
     one_sided_sym: a symmetric group without negative weights keeps lo = 0 (GPTQ's reference).
-    scale_dtype: scales (and float zeros) are rounded to what this type holds, so that storing them
-        in it loses nothing.
+    scale_dtype: scales (and float zeros) are rounded to this type, so that it stores them exactly.
     Source: GPTQ (ICLR 2023); the 1-bit grid: Mixture Compressor (ICLR 2025).
     """
 
@@ -131,11 +129,11 @@ class GroupStart:
 
 
 class ColumnGroups:
-    """Which columns share a scale: a group ends after `group_size` columns or where bits change.
+    """Groups of columns that share a scale; a group ends after `group_size` or where bits change.
 
     index_EC is the group of each column, count the number of groups of each expert, starts the
     groups that start at a column, bits_EG the bits of each group if column_bits_EC gives them.
-    Where all experts are cut alike, the first dimension is 1.
+    Where all experts have the same groups, the first dimension is 1.
     """
 
     def __init__(
@@ -245,17 +243,12 @@ class QuantizedWeight:
         scale, zero = self.scale_ERG.gather(2, index), self.zero_ERG.gather(2, index)
         return dequantize(self.codes_ERC, scale, zero)
 
-    def report(self) -> dict:
-        """How many experts needed which damping and which fallback."""
-        pairs = list(zip(self.damping_E, self.fallback, strict=True))
-        damping = dict(Counter(rung for rung, why in pairs if not why.startswith("rtn")))
-        fallback = dict(Counter(why for _, why in pairs if why))
-        return {"experts": len(pairs), "damping": damping, "fallback": fallback}
-
-
-def check_bits(bits: torch.Tensor) -> torch.Tensor:
-    """Bits as int64; CameraError unless all lie in 1..8."""
-    inside = not bits.numel() or 1 <= int(bits.min()) <= int(bits.max()) <= 8
-    if bits.is_floating_point() or not inside:
-        raise CameraError("bits must be whole numbers from 1 to 8: mend `bits` or `group_bits`.")
-    return bits.long()
+    def matrix(
+        self,
+        expert: int,
+        rows: torch.Tensor | None = None,
+        columns: torch.Tensor | None = None,
+    ) -> QuantizedMatrix:
+        """The matrix of one expert; `rows` and `columns`: where the solved ones belong."""
+        tensors = (self.codes_ERC, self.scale_ERG, self.zero_ERG, self.group_EC)
+        return QuantizedMatrix(*(tensor[expert] for tensor in tensors), rows, columns)

@@ -1,4 +1,4 @@
-"""Apply a bit plan to a layer: order, solve and pack the matrices of every expert.
+"""A bit plan applied to a layer: orders, quantises and packs the matrices of every expert.
 
 Shapes: E experts of a batch, R rows, C columns, G scale groups of a row, H hidden, W width of one
 expert, M micro-experts of it that stay, N tokens.
@@ -15,7 +15,7 @@ from camera.calibration.hessians import HessianStatistics
 from camera.checkpoint.formats.narrow import PROJECTIONS
 from camera.checkpoint.formats.packed.experts import PackedExperts
 from camera.checkpoint.formats.packed.mlp import PackedMlp
-from camera.checkpoint.formats.packed.segments import Cut, Solved
+from camera.checkpoint.formats.packed.segments import BitSegments, QuantizedMatrix
 from camera.checkpoint.formats.packed.spec import experts_spec, mlp_spec
 from camera.compensation.least_squares import (
     ExpertRegression,
@@ -25,9 +25,9 @@ from camera.compensation.least_squares import (
 )
 from camera.compensation.settings import CompensationSettings
 from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
-from camera.quantization.batch import Ledger, solve_batch
+from camera.quantization.batch import QuantizationReport, quantize_batch
 from camera.quantization.bit_plan import ExpertBits, falling
-from camera.quantization.gptq import GPTQ
+from camera.quantization.quantizer import Quantizer
 
 SOLVE_BYTES = 4 * 2**30  # of Hessians, factors and weights that are solved as one batch
 
@@ -37,33 +37,32 @@ def solving_bytes(hidden: int, width: int) -> int:
     return 4 * (6 * hidden**2 + 6 * width**2 + 12 * hidden * width)
 
 
-def solve_layer(
+def quantize_layer(
     ffn: FeedForward,
     plan: list[ExpertBits],
-    solver: GPTQ,
+    quantizer: Quantizer,
     seen: HessianStatistics | None = None,
     *,
     true_sequential: bool = False,
     compensation: CompensationSettings | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Quantise every expert of a layer's pool (`plan`, in pool order) and put packed modules there.
+    """Replace the experts of a layer's pool by packed ones, by a plan in pool order.
 
     Without `seen` weights are rounded to nearest. `true_sequential`: the Hessian of down is that of
     the inputs which the quantised gate and up give, from the inputs kept in `seen`; with
-    `compensation` down is first refitted to these, so that it makes up for the errors of gate and
-    up and for micro-experts that are gone. Returns the forms by path, and by path what is worth
-    reporting.
+    `compensation` down is first refitted to these, which compensates the errors of gate and up
+    and of pruned micro-experts. Returns specs and reports by path.
     """
     forms, report, start = {}, {}, 0
     for group in ffn.groups:
         pool = list(range(start, start + len(group.widths)))
         start += len(group.widths)
         experts = [_Expert(group, e, plan[p].order(), plan[p].folded()) for e, p in enumerate(pool)]
-        module = _empty(group, experts, solver)
-        work = _Solving(group, experts, solver, seen, pool, true_sequential, compensation)
+        module = _empty(group, experts, quantizer)
+        work = LayerQuantizer(group, experts, quantizer, seen, pool, true_sequential, compensation)
         for expert, gate_up, down in work.solved():
             where = () if isinstance(group, MlpExpert) else (expert,)
-            module.put(*where, gate_up=gate_up, down=down)
+            module.store(*where, gate_up=gate_up, down=down)
         ffn.replace(group, module)
         forms[group.path], report[group.path] = module.spec(), work.report()
     return forms, report
@@ -71,7 +70,7 @@ def solve_layer(
 
 @dataclass(frozen=True)
 class _Expert:
-    """One expert's weights, with micro-experts in the order in which they will stand."""
+    """One expert's weights, with micro-experts in their stored order."""
 
     group: ExpertGroup
     number: int
@@ -116,16 +115,18 @@ class _Expert:
         return found
 
 
-def _empty(group: ExpertGroup, experts: list[_Expert], solver: GPTQ) -> PackedExperts | PackedMlp:
+def _empty(
+    group: ExpertGroup, experts: list[_Expert], quantizer: Quantizer
+) -> PackedExperts | PackedMlp:
     """The packed module that the solved matrices go into."""
     axis, bits = experts[0].bits.axis, [expert.bits for expert in experts]
     moved = any((part[1:] > part[:-1]).any() for b in bits for part in (b.gate, b.up))
-    scattered = ("columns",) * _moves_columns(solver)  # a group's columns aren't neighbours
+    scattered = ("columns",) * quantizer.scattered  # a group's columns aren't neighbours
     kept = tuple(dict.fromkeys(((axis,) if moved else ()) + scattered))
-    gate_up = Cut.of(axis, [b.gate for b in bits], kept)
-    down = Cut.of("columns", [b.down for b in bits], scattered)
+    gate_up = BitSegments.of(axis, [b.gate for b in bits], kept)
+    down = BitSegments.of("columns", [b.down for b in bits], scattered)
     old, widths = group.down(0), [len(expert.order_M) for expert in experts]
-    cuts = (gate_up, down, solver.group_size, solver.sym)
+    cuts = (gate_up, down, quantizer.group_size, quantizer.sym)
     if isinstance(group, MlpExpert):
         spec = mlp_spec(old.shape[0], widths[0], *cuts)
         return PackedMlp(spec, group.act_fn, experts[0].biases(), old.device, old.dtype)
@@ -133,28 +134,27 @@ def _empty(group: ExpertGroup, experts: list[_Expert], solver: GPTQ) -> PackedEx
     return PackedExperts(spec, group.act_fn, old.device, old.dtype)
 
 
-def _moves_columns(solver: GPTQ) -> bool:
-    return solver.act_order and not solver.static_groups
+class LayerQuantizer:
+    """Quantises the experts of one module in batches and collects the report."""
 
-
-class _Solving:
-    """Solves the experts of one module, batch by batch, and keeps what is to be reported."""
-
-    def __init__(self, group, experts, solver, seen, pool, true_sequential, compensation):
+    def __init__(self, group, experts, quantizer, seen, pool, true_sequential, compensation):
         self.group, self.experts, self.seen, self.pool = group, experts, seen, pool
         self.true_sequential, self.compensation = true_sequential, compensation
         self.fits: list[FitReport] = []
         # the mean Hessian makes sense for inputs that all experts share, which down's are not
-        self.mean = solver.fallback == "mean_hessian"
-        self.solver = replace(solver, fallback="rtn")
-        self.ledgers = {"gate_up": Ledger(len(experts)), "down": Ledger(len(experts))}
+        self.mean = quantizer.fallback == "mean_hessian"
+        self.quantizer = replace(quantizer, fallback="rtn") if self.mean else quantizer
+        self.reports = {
+            "gate_up": QuantizationReport(len(experts)),
+            "down": QuantizationReport(len(experts)),
+        }
 
     def report(self) -> dict[str, Any]:
         """Errors, damping and fallbacks of gate and up, and of down; what compensation did."""
-        found = {name: ledger.report() for name, ledger in self.ledgers.items()}
+        found = {name: part.report() for name, part in self.reports.items()}
         return found | (fit_report(self.fits) if self.fits else {})
 
-    def solved(self) -> Iterator[tuple[int, list[Solved], Solved]]:
+    def solved(self) -> Iterator[tuple[int, list[QuantizedMatrix], QuantizedMatrix]]:
         """(expert, [gate, up], down) of every expert."""
         for batch in self._batches():
             experts = [self.experts[e] for e in batch]
@@ -163,14 +163,14 @@ class _Solving:
             if self.seen is not None:
                 H_EMM, tokens_E = self._hidden(batch, experts, weights, before), self._tokens(batch)
             del weights
-            downs, _ = solve_batch(
-                self.solver,
+            downs, _ = quantize_batch(
+                self.quantizer,
                 before,
                 [expert.bits.down for expert in experts],
                 "columns",
                 H_EMM,
                 tokens_E,
-                (self.ledgers["down"], batch),
+                (self.reports["down"], batch),
             )
             yield from zip(batch, gate_ups, downs, strict=True)
 
@@ -183,7 +183,7 @@ class _Solving:
             width = len(self.experts[e].order_M)
             widest = len(self.experts[batch[0]].order_M) if batch else width
             each = solving_bytes(hidden, widest)
-            uneven = _moves_columns(self.solver) and width != widest
+            uneven = self.quantizer.scattered and width != widest
             if batch and (uneven or (len(batch) + 1) * each > SOLVE_BYTES):
                 yield batch
                 batch = []
@@ -200,7 +200,7 @@ class _Solving:
         pairs = [expert.gate_up() for expert in experts]
         bits = [(expert.bits.gate, expert.bits.up) for expert in experts]
         orders = [[falling(part) for part in both] for both in bits]
-        known = tokens_E, (self.ledgers["gate_up"], batch), fallback
+        known = tokens_E, (self.reports["gate_up"], batch), fallback
         by_rows = experts[0].bits.axis == "rows"
         return (self._by_rows if by_rows else self._by_columns)(pairs, bits, orders, H_EHH, known)
 
@@ -214,7 +214,7 @@ class _Solving:
             torch.cat([b[n] for b, n in zip(both, order, strict=True)])
             for both, order in zip(bits, orders, strict=True)
         ]
-        solved, weights = solve_batch(self.solver, stacked, rows, "rows", H_EHH, *known)
+        solved, weights = quantize_batch(self.quantizer, stacked, rows, "rows", H_EHH, *known)
         gate_ups = [
             [replace(half, rows=n) for half, n in zip(both.chunk(2), order, strict=True)]
             for both, order in zip(solved, orders, strict=True)
@@ -236,7 +236,9 @@ class _Solving:
             matrices = [pair[part][:, n] for pair, n in zip(pairs, moves, strict=True)]
             columns = [both[part][order[part]] for both, order in zip(bits, orders, strict=True)]
             args = (matrices, columns, "columns", H_ECC, *known)
-            for e, (one, weight) in enumerate(zip(*solve_batch(self.solver, *args), strict=True)):
+            for e, (one, weight) in enumerate(
+                zip(*quantize_batch(self.quantizer, *args), strict=True)
+            ):
                 gate_ups[e].append(replace(one, columns=moves[e]))
                 backs[e].append(weight[:, moves[e].argsort()])
         return gate_ups, backs
@@ -245,7 +247,7 @@ class _Solving:
         """Hessians of the experts' inputs, their tokens, and what stands in where there are few."""
         if self.seen is None:
             return None, None, None
-        tokens_E, least = self._tokens(batch), self.solver.min_tokens
+        tokens_E, least = self._tokens(batch), self.quantizer.min_tokens
         H_EHH = self.seen.input_EHH[[self.pool[e] for e in batch]]
         everyone = torch.tensor(self.pool)
         reached = everyone[self.seen.tokens_E[everyone] >= max(least, 1)]

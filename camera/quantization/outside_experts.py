@@ -5,16 +5,16 @@ from typing import Any
 from torch import nn
 
 from camera.checkpoint.formats.packed.linear import PackedLinear, PackedRouter
-from camera.checkpoint.formats.packed.segments import Cut, Solved
+from camera.checkpoint.formats.packed.segments import BitSegments
 from camera.checkpoint.formats.packed.spec import linear_spec, router_spec
 from camera.moe.feed_forward import FeedForward
-from camera.quantization.gptq import GPTQ
+from camera.quantization.quantizer import Quantizer
 
 
 def round_outside(
-    ffn: FeedForward, solver: GPTQ, attn_bits: int | None, router_bits: int | None
+    ffn: FeedForward, quantizer: Quantizer, attn_bits: int | None, router_bits: int | None
 ) -> dict[str, dict[str, Any]]:
-    """Round a layer's attention and router to nearest, in place; the forms by path."""
+    """Round a layer's attention and router to nearest, in place; specs by path."""
     forms: dict[str, dict[str, Any]] = {}
     router = getattr(ffn.module, ffn.family.router, None) if ffn.is_moe else None
     for name, module in list(ffn.layer.named_modules()):
@@ -28,15 +28,15 @@ def round_outside(
         if bits is None or weight is None or not (plain or (in_router and weight.dim() == 2)):
             continue
         shape = tuple(weight.shape)
-        cut = Cut.of("rows", [[bits] * shape[0]])
-        quantized = solver.solve(weight.detach()[None], bits=bits)
+        cut = BitSegments.of("rows", [[bits] * shape[0]])
+        quantized = quantizer.solve(weight.detach()[None], bits=bits)
         make = linear_spec if plain else router_spec
-        spec = make(*shape, cut, solver.group_size, solver.sym)
+        spec = make(*shape, cut, quantizer.group_size, quantizer.sym)
         if plain:
             packed = PackedLinear(spec, module.bias, weight.device, weight.dtype)
             setattr(owner, last, packed)
         else:
             packed = PackedRouter.of(module, spec, weight.device)
-        packed.put(Solved.of(quantized, 0))
+        packed.store(quantized.matrix(0))
         forms[f"{ffn.path}.{name}"] = spec
     return forms

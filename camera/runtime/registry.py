@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points as installed_entry_points
 from pkgutil import walk_packages
-from typing import Any
+from typing import Any, TypeVar
 
 from camera.runtime.errors import CameraError
 
+T = TypeVar("T")
 
-class Registry(Mapping[str, type]):
-    """A mapping from names to classes that imports what it needs when it is first asked.
 
-    `what` and `key` name it in refusals. `packages` are those whose modules register classes when
-    they are imported; `entry_points` is the group under which other distributions announce theirs
-    (`name = "module:Class"`).
+class Registry(Mapping[str, type[T]]):
+    """A mapping from names to classes that imports what it needs when a name is first asked for.
+
+    what: noun of an entry, and key: the setting that names it, both for error messages. packages:
+    those whose modules register classes when they are imported, so that a new class is a new file.
+    entry_points: the group under which other distributions announce theirs (name = "module:Class").
     """
 
     def __init__(
         self, what: str, key: str, packages: Sequence[str] = (), entry_points: str | None = None
     ):
-        self._what, self._key = what, key
+        self.what, self.key = what, key
         self._packages, self._group = packages, entry_points
-        self._classes: dict[str, type] = {}
+        self._classes: dict[str, type[T]] = {}
         self._complete = False
 
-    def register(self, name: str, cls: type) -> None:
-        """Make a class known under a name."""
-        self._classes[name] = cls
+    def register(self, cls: type[T], name: str | None = None) -> type[T]:
+        """Enter a class by its `name`; serves as a decorator."""
+        self._classes[name or cls.name] = cls
+        return cls
 
-    def __getitem__(self, name: Any) -> type:
-        if name not in self._classes:
-            self._import_all()
-        if name not in self._classes:
-            near = difflib.get_close_matches(str(name).lower().replace("-", "_"), self._classes)
-            hint = f"; did you mean {near[0]}" if near else ""
-            raise CameraError(f"{self._key}={name} is none of {', '.join(sorted(self))}{hint}.")
+    def __getitem__(self, name: Any) -> type[T]:
+        if name not in self:
+            close = get_close_matches(str(name).lower().replace("-", "_"), list(self), n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise CameraError(f"{self.key}={name} is none of {', '.join(sorted(self))}.{hint}")
         return self._classes[name]
 
     def __contains__(self, name: object) -> bool:
@@ -62,5 +63,5 @@ class Registry(Mapping[str, type]):
             package = import_module(name)
             for found in walk_packages(package.__path__, f"{name}."):
                 import_module(found.name)
-        for point in entry_points(group=self._group) if self._group else ():
+        for point in installed_entry_points(group=self._group) if self._group else ():
             self._classes.setdefault(point.name, point.load())

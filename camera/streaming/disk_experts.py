@@ -5,7 +5,6 @@ expert.
 """
 
 import copy
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,18 +14,15 @@ from torch import nn
 from camera.checkpoint.shards import Place
 from camera.moe.capture import OutputSum, RoutedCall, Sink, run_expert
 from camera.moe.expert_module import ExpertModule
+from camera.moe.families import ExpertNames
 from camera.moe.feed_forward import RoutedExperts
 from camera.moe.observer import Observer
 from camera.moe.routing import routed_slots
 from camera.runtime.mapped import release_pages
 
-# Keys of experts in checkpoints: one tensor per expert, or all of a layer in one.
-_ONE = re.compile(r"(\.experts\.)(\d+)(\.)")
-_ALL = re.compile(r"\.experts\.(gate_up_proj|down_proj)$|\.(input|output)_linear\.weight$")
-
 
 class DiskExperts(nn.Module, ExpertModule):
-    """Stands in for a layer's native experts; `gate_up` and `down` read from disk, the last one is kept.
+    """Stands in for a layer's native experts, which are read from disk; the last one is kept.
 
     `read(expert)` gives gate_up [2W, H] and down [H, W] of one expert.
     """
@@ -140,19 +136,16 @@ class _RecordedBatch:
     sink: Sink | None
 
 
-def is_expert(key: str) -> bool:
-    """Whether a checkpoint's key holds routed experts."""
-    return bool(_ONE.search(key) or _ALL.search(key))
-
-
-def single_expert_places(places: dict[str, Place], expert: int) -> dict[str, Place]:
-    """Of a layer's experts, where one lies, under the names of a layer that has only this one."""
+def single_expert_places(
+    places: dict[str, Place], expert: int, names: ExpertNames
+) -> dict[str, Place]:
+    """Where one of a layer's experts lies, under the names of a layer that has only this one."""
     found = {}
     for key, place in places.items():
-        one = _ONE.search(key)
-        if one is not None and int(one.group(2)) == expert:
-            found[_ONE.sub(r"\g<1>0\g<3>", key)] = place
-        elif one is None:
+        number = names.number(key)
+        if number == expert:
+            found[names.as_first(key)] = place
+        elif number is None:
             size = place.bytes // place.shape[0]
             start = place.start + expert * size
             found[key] = replace(place, start=start, bytes=size, shape=(1, *place.shape[1:]))

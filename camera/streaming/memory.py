@@ -19,7 +19,7 @@ def parameters_of(module: nn.Module) -> int:
 
 def active_width(skeleton: MetaModel) -> float:
     """Micro-experts that a token reaches, in the widest layer."""
-    top_k = getattr(skeleton.config, "num_experts_per_tok", 1)
+    top_k = skeleton.family.top_k(skeleton.config)
     widest = 0.0
     for pool in skeleton.budget.layers.values():
         routed = sum(pool.routed)

@@ -27,7 +27,6 @@ from camera.runtime.errors import CameraError
 from camera.runtime.overlap import LayerPrefetcher
 from camera.streaming.disk_experts import (
     DiskExperts,
-    is_expert,
     single_expert_module,
     single_expert_places,
 )
@@ -107,7 +106,10 @@ class MetaModel:
 
     def _read_layer(self, index: int, without_experts: bool) -> dict[str, torch.Tensor]:
         return self.reader.read(
-            lambda key: _layer_of(key) == index and not (without_experts and is_expert(key))
+            lambda key: (
+                _layer_of(key) == index
+                and not (without_experts and self.family.checkpoint_names.holds(key))
+            )
         )
 
     def _leave_on_disk(self, index: int, experts: ExpertGroup) -> None:
@@ -115,13 +117,15 @@ class MetaModel:
         places = {
             key: place
             for key, place in self.reader.places.items()
-            if _layer_of(key) == index and is_expert(key)
+            if _layer_of(key) == index and self.family.checkpoint_names.holds(key)
         }
 
         def read(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
             one = single_expert_module(native)
             with replaced_submodule(ffn.module, self.family.experts, one):
-                tensors = read_places(single_expert_places(places, expert))
+                tensors = read_places(
+                    single_expert_places(places, expert, self.family.checkpoint_names)
+                )
                 self._load(tensors, lambda name: name.startswith(f"{experts.path}."))
             return one.gate_up_proj.data[0], one.down_proj.data[0]
 

@@ -14,9 +14,8 @@ from collections.abc import Callable
 import torch
 
 from camera.checkpoint.formats.packed.experts import PackedExperts
-from camera.checkpoint.formats.packed.segments import Cut
+from camera.checkpoint.formats.packed.segments import BitSegments
 from camera.checkpoint.formats.packed.spec import (
-    average_bits,
     experts_spec,
     spec_bytes,
     spec_weights,
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> dict:
         "experts": args.experts,
         "hidden": hidden,
         "width": width,
-        "average_bits": round(average_bits(spec), 4),
+        "average_bits": round(8 * spec_bytes(spec) / spec_weights(spec), 4),
         "group_size": args.group_size,
         "threads": torch.get_num_threads(),
         "device": args.device,
@@ -87,7 +86,7 @@ def _random_experts(
     """Any codes will do: the time doesn't depend on them."""
     few = width // 8
     bits = [[3] * few + [2] * (width - 2 * few) + [1] * few] * experts
-    cuts = Cut.of("rows", bits), Cut.of("columns", bits)
+    cuts = BitSegments.of("rows", bits), BitSegments.of("columns", bits)
     spec = experts_spec(hidden, [width] * experts, *cuts, group_size, False)
     packed = PackedExperts(spec, torch.nn.SiLU(), device)
     torch.manual_seed(0)

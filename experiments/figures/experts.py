@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib import colors
 from matplotlib import pyplot as plt
 
+from camera.moe.families import is_routed
 from experiments.figures.energies import label_layers, layers_height
 from experiments.figures.style import ABSENT, ORDERED, STYLE, save
 
@@ -77,14 +78,11 @@ def _most(values: dict[str, list[float]]) -> float:
 def by_layer(
     values: dict[str, list[float]],
 ) -> tuple[dict[int, list[float]], dict[int, list[float]]]:
-    """By layer the values of shared experts (and dense FFNs), and those of routed ones.
-
-    Routed experts' module paths end in "experts".
-    """
+    """By layer the values of shared experts (and dense FFNs), and those of routed ones."""
     shared: dict[int, list[float]] = {}
     routed: dict[int, list[float]] = {}
     for path in sorted(values):
-        kept = routed if path.endswith(".experts") else shared
+        kept = routed if is_routed(path) else shared
         kept.setdefault(layer_of(path), []).extend(values[path])
     return shared, routed
 

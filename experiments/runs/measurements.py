@@ -60,7 +60,7 @@ def _load(settings: Settings, folders: Folders) -> tuple[Any, Any]:
     with checkpoint(settings, folders) as path:
         model = load_model(path, settings.device, settings.dtype, remote)
         if settings.evaluation["unpack"] and not settings.evaluation["speed"]["batch_sizes"]:
-            camera.checkpoint.dequantize(model)
+            camera.dequantize(model)
         return model, load_tokenizer(path, remote)
 
 

@@ -24,8 +24,8 @@ from camera.checkpoint.loading import load_tokenizer
 from camera.moe.capture import observe
 from camera.moe.families import Family
 from camera.moe.feed_forward import FeedForward
-from camera.moe.routing import routing_of
-from camera.pruning.whole_experts import drop_experts
+from camera.moe.routing import router_constraints
+from camera.pruning.whole_experts import remove_experts
 from camera.runtime.errors import CameraError
 from camera.streaming.skeleton import MetaModel
 from tests.helpers.dropping import (
@@ -104,7 +104,7 @@ def test_the_pruned_block_puts_out_what_the_reference_does(reference):
     pruned = MixtralSparseMoeBlock(block.experts.config).eval().requires_grad_(False)
     pruned.load_state_dict(block.state_dict())
     drop = tensors["best_r4"].tolist()
-    drop_experts(ffn_of(pruned), [e for e in range(6) if e not in drop])
+    remove_experts(ffn_of(pruned), [e for e in range(6) if e not in drop])
     want_TH = tensors["Z_pruned_r4_batch0"]
     got_TH = pruned(tensors["X"][0]).flatten(0, 1)
     assert (got_TH - want_TH).abs().max() <= 1e-5 * want_TH.abs().max()
@@ -119,7 +119,7 @@ def test_cached_outputs_give_the_error_of_the_layer_really_cut(case):
     model = build(case)
     i, ffn = next(iter(views(model).items()))
     x_TH, _ = capture(model, i, tokens())
-    seen, routing = seen_by(ffn, [x_TH[None]]), routing_of(ffn)
+    seen, routing = seen_by(ffn, [x_TH[None]]), router_constraints(ffn)
     keeps = [some(routing, seed) for seed in range(3)]
     with torch.no_grad():
         error = OutputError(seen.gram_TEE, Rerouter(ffn, seen.x_TH))
@@ -127,7 +127,7 @@ def test_cached_outputs_give_the_error_of_the_layer_really_cut(case):
         full_TH = ffn.module(x_TH[None])[0]
         for keep, got in zip(keeps, got_C, strict=True):
             smaller = views(build(case))[i]
-            drop_experts(smaller, keep)
+            remove_experts(smaller, keep)
             want = (full_TH - smaller.module(x_TH[None])[0]).norm()
             torch.testing.assert_close(got.float(), want, rtol=1e-4, atol=1e-6)
         assert error(candidates([range(routing.experts)], routing.experts)).item() == 0
@@ -295,8 +295,8 @@ def test_runs_write_plain_smaller_models(
         report = result.layers[str(i)]
         assert len(report["dropped"]) == drop
         keep = [e for e in range(experts) if e not in report["dropped"]]
-        drop_experts(ffn, keep)
-        assert routing_of(layers[i]).experts == experts - drop
+        remove_experts(ffn, keep)
+        assert router_constraints(layers[i]).experts == experts - drop
     with torch.no_grad():
         assert torch.equal(model(tokens()).logits, original(tokens()).logits)
     assert result.sparsity["routed"] == pytest.approx(drop / experts)
@@ -334,7 +334,7 @@ def test_no_other_expert_of_a_layer_would_be_missed_less(
         full_TH, lost = model.model.layers[0].mlp(x_TH[None]), []
         for gone in range(4):
             ffn = views(AutoModelForCausalLM.from_pretrained(source))[0]
-            drop_experts(ffn, [e for e in range(4) if e != gone])
+            remove_experts(ffn, [e for e in range(4) if e != gone])
             lost.append((full_TH - ffn.module(x_TH[None])).norm().item())
     assert report["dropped"] == [lost.index(min(lost))]
     assert report["error"] == pytest.approx(min(lost), rel=1e-4)

@@ -142,7 +142,11 @@ CASES: dict[str, Case] = {
         {},
     ),
     "camera_p/fit absolute": ("camera_p", dict(**FIT, target="layer", token_weights="uniform"), {}),
-    "camera_p/fit dense absolute": ("camera_p", dict(**FIT, target="dense", token_weights="uniform"), {}),
+    "camera_p/fit dense absolute": (
+        "camera_p",
+        dict(**FIT, target="dense", token_weights="uniform"),
+        {},
+    ),
     "camera_p/fit held out": ("camera_p", dict(**FIT, held_out=0.5), {}),
     "camera_p/fit of dense energies": ("camera_p", FIT, dict(propagate="dense")),
     "camera_p/fit recompute": ("camera_p", FIT, dict(memory=dict(phi="recompute"))),
@@ -160,7 +164,11 @@ CASES: dict[str, Case] = {
             ("measured", dict(rank_scope="measured")),
         )
     },
-    "camera_plus/relative alpha": ("camera_plus", dict(**PLUS, score="hidden_share", alpha=0.5), {}),
+    "camera_plus/relative alpha": (
+        "camera_plus",
+        dict(**PLUS, score="hidden_share", alpha=0.5),
+        {},
+    ),
     "camera_plus/all": ("camera_plus", dict(**PLUS, normalize="all"), {}),
     "camera_plus/product all": ("camera_plus", dict(**PLUS, score="product", normalize="all"), {}),
     "camera_plus/none": ("camera_plus", dict(**PRUNE, compensate="none"), {}),
@@ -186,7 +194,11 @@ CASES: dict[str, Case] = {
     "magnitude": ("magnitude", PRUNE, {}),
     "magnitude/sum": ("magnitude", dict(**PRUNE, score="weight_sum"), {}),
     "magnitude/global": ("magnitude", dict(**PRUNE, rank_scope="global"), {}),
-    "magnitude/sum global": ("magnitude", dict(**PRUNE, score="weight_sum", rank_scope="global"), {}),
+    "magnitude/sum global": (
+        "magnitude",
+        dict(**PRUNE, score="weight_sum", rank_scope="global"),
+        {},
+    ),
     "magnitude/measured": ("magnitude", dict(**PRUNE, rank_scope="measured"), {}),
     "magnitude/fit": ("magnitude", FIT, {}),
     "magnitude/visit": ("magnitude", PRUNE, dict(memory=dict(experts="disk"))),

@@ -38,7 +38,7 @@ class Score(ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:
-            SCORES.register(cls.name, cls)
+            SCORES.register(cls)
 
     def observer(self) -> ObserverSpec | None:
         """What gathers the statistics that the score reads; None: it needs none."""

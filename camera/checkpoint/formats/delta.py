@@ -1,21 +1,23 @@
-"""Experts that share one base and differ from it by low-rank deltas.
+"""Experts as a shared base and low-rank deltas.
 
 Shapes: T tokens, K experts per token, H hidden, E experts, I width of an expert, B width of the
 base (B <= I), R rank, N tokens of one expert.
 
-The base covers the first B of the I micro-experts of every expert; the others are delta alone.
+The base covers the first B of the I micro-experts of every expert; the rest is delta only.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from camera.checkpoint.formats.format import Form
+from camera.checkpoint.formats.format import Format, Spec
+from camera.checkpoint.formats.ragged import RaggedExperts, ragged_of
+from camera.moe.families import Family
 
 
-class DeltaExperts(nn.Module, Form):
+class DeltaExperts(nn.Module, Format):
     """Drop-in for native experts whose weights are W_e = W_base + A_e B_e.
 
     y = sum over the top-k experts e of a_e * down_e(act(gate_e x) * (up_e x)). A token's product
@@ -23,11 +25,11 @@ class DeltaExperts(nn.Module, Form):
     sum_e a_e down_base(h_e) = down_base(sum_e a_e h_e). Only the factors cost per expert.
 
     `gate_up_proj` [2B, H] and `down_proj` [H, B] are the base; `*_left` hold A_e and `*_right` B_e,
-    of gate and up the gate's first. The base's names are the native fused names with one dimension
-    less: a reader that doesn't know this format meets a shape mismatch and stops.
+    of gate and up the gate's first. The base has the native fused names with one dimension less:
+    a reader that doesn't know this format stops at a shape mismatch.
     """
 
-    form = "delta"
+    name = "delta"
 
     def __init__(
         self,
@@ -56,15 +58,29 @@ class DeltaExperts(nn.Module, Form):
         self.down_right = table(experts, rank, width)
         self.act_fn = act_fn
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> Spec:
         ranks = {"base_width": self.base_width, "rank": self.rank}
-        return {"form": self.form, "width": self.widths[0], **ranks}
+        return {"form": self.name, "width": self.widths[0], **ranks}
 
     @classmethod
-    def build(cls, native: nn.Module, spec: dict[str, Any]) -> "DeltaExperts":
+    def from_spec(cls, native: nn.Module, spec: Spec) -> "DeltaExperts":
         experts, hidden, _ = native.down_proj.shape
         sizes = hidden, spec["width"], experts, spec["base_width"], spec["rank"]
         return cls(*sizes, native.act_fn, "meta", native.down_proj.dtype)
+
+    @classmethod
+    def width_key(cls, family: Family, path: str) -> str:
+        return family.keys.width
+
+    @classmethod
+    def widest(cls, spec: Spec) -> int:
+        return spec["width"]
+
+    def dequantize(self, native: nn.Module | None = None) -> RaggedExperts:
+        return ragged_of(self)
+
+    def select(self, rows: Sequence[torch.Tensor]) -> RaggedExperts:
+        return ragged_of(self, rows)
 
     def gate_up(self, expert: int) -> torch.Tensor:
         """W_base + A B of one expert's gate and up, [2I, H]: gate first, then up."""

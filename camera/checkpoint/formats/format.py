@@ -1,42 +1,84 @@
-"""What may stand in the place of a native module of a compressed model: forms, by name."""
+"""Base class and registry of module formats."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from camera.moe.expert_module import ExpertModule
+from camera.moe.families import Family
+from camera.runtime.registry import Registry
 
-FORMS: dict[str, type["Form"]] = {}
+Spec = dict[str, Any]
+
+_HERE = "camera.checkpoint.formats"
+FORMATS: Registry["Format"] = Registry(
+    "module format", "form", ("camera.checkpoint.formats",), entry_points="camera.formats"
+)
 
 
-class Form(ExpertModule):
-    """A way to hold a module's weights in a compressed checkpoint; subclasses name themselves.
+class Format(ExpertModule):
+    """A way to hold a module's weights in a compressed checkpoint.
 
-    `spec` and `build` are inverse: what the first says in config.json, the second makes again.
+    `name` is the value of "form" in config.json; subclasses that have one are registered. `spec`
+    and `from_spec` are inverse. Class methods answer for a module that isn't built: its widths,
+    bytes and weights follow from the spec.
     """
 
-    form: ClassVar[str]
+    name: ClassVar[str]
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        if "form" in cls.__dict__:
-            FORMS[cls.form] = cls
+        if "name" in cls.__dict__:
+            FORMATS.register(cls)
 
-    def spec(self) -> dict[str, Any]:
-        """All that `build` needs besides the native module, JSON-able, with the form's name."""
+    def spec(self) -> Spec:
+        """All that `from_spec` needs besides the native module, JSON-able, with the name."""
         raise NotImplementedError
 
     @classmethod
-    def build(cls, native: nn.Module, spec: dict[str, Any]) -> nn.Module:
-        """The module, empty and on meta, that stands for a freshly built native one."""
+    def from_spec(cls, native: nn.Module, spec: Spec) -> nn.Module:
+        """The module, empty and on meta, in the place of a freshly built native one."""
         raise NotImplementedError
 
+    def dequantize(self, native: nn.Module | None = None) -> nn.Module:
+        """A module of plain weights that computes the same; itself where they are plain.
+
+        `native`: the freshly built native module, of any width and on meta, where the plain weights
+        need one; it is used up.
+        """
+        return self
+
+    def select(self, rows: Sequence[torch.Tensor]) -> "Format":
+        """Experts with these micro-experts only, one tensor of rows for each expert."""
+        raise NotImplementedError(f"the format {self.name} can't be pruned")
+
+    def to_native(self, width: int) -> dict[str, torch.Tensor]:
+        """Plain weights by native names, zero-padded to a width."""
+        raise NotImplementedError(f"the format {self.name} must be dequantised first")
+
     @classmethod
-    def weights(cls, spec: dict[str, Any]) -> int | None:
-        """How many weights of the original the module stands for; None: what its tensors hold."""
+    def width_key(cls, family: Family, path: str) -> str:
+        """The key of config.json that holds the width of a module at this path."""
+        raise NotImplementedError(f"the format {cls.name} has no width")
+
+    @classmethod
+    def widest(cls, spec: Spec) -> int:
+        """The largest width of its experts."""
+        raise NotImplementedError(f"the format {cls.name} has no width")
+
+    @classmethod
+    def nbytes(cls, spec: Spec) -> int | None:
+        """Bytes of its tensors without biases; None where they depend on the native module."""
         return None
 
     @classmethod
-    def raw_bits(cls, spec: dict[str, Any]) -> int | None:
-        """Bits of all its codes, without scales; None where nothing is quantised."""
+    def weights(cls, spec: Spec) -> int | None:
+        """Number of original weights that it replaces; None: as many as its tensors hold."""
+        return None
+
+    @classmethod
+    def code_bits(cls, spec: Spec) -> int | None:
+        """Bits of its codes, without scales; None where nothing is quantised."""
         return None

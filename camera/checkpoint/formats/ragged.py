@@ -1,4 +1,4 @@
-"""Experts of unequal width, as two tables per layer, and the ways to run them fast.
+"""Experts of unequal width in two tables per layer, and their fast implementations.
 
 Shapes: T tokens, K experts per token, H hidden, E experts, W kept width of one expert, S = sum of
 the kept widths, N tokens of one expert.
@@ -9,6 +9,7 @@ width are neighbours, and a run of them is a uniform [n, W, H] view. The rows of
 an expert's W gate rows, then its W up rows, so that one matrix product serves both.
 """
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -16,7 +17,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from camera.checkpoint.formats.format import Form
+from camera.checkpoint.formats.format import Format, Spec
+from camera.moe.expert_module import ExpertModule
+from camera.moe.families import Family
+from camera.moe.feed_forward import RoutedExperts
 
 # A CPU without instructions for half precision multiplies such matrices many times slower.
 SLOW_HALF = "AVX512" not in torch.backends.cpu.get_cpu_capability()
@@ -26,17 +30,17 @@ LOOP_STEP, READING_TOKENS = 2_000_000, 16
 FEW = 4  # experts of a width, on average, from which a CPU runs them by width
 
 
-class RaggedExperts(nn.Module, Form):
+class RaggedExperts(nn.Module, Format):
     """Drop-in for any native experts module whose experts kept different numbers of micro-experts.
 
     y = sum over the top-k experts e of weight_e * down_e(act(gate_e x) * (up_e x)); an expert of
     width 0 keeps its routing slot and adds nothing.
 
-    The parameter names are the native fused names with one dimension less: a reader that doesn't
-    know this format meets a shape mismatch and stops, rather than loading random experts.
+    The parameters have the native fused names with one dimension less: a reader that doesn't know
+    this format stops at a shape mismatch and never loads random experts.
     """
 
-    form = "ragged"
+    name = "ragged"
 
     def __init__(
         self,
@@ -61,13 +65,36 @@ class RaggedExperts(nn.Module, Form):
         self.act_fn = act_fn
         self._indices: dict[tuple[str, torch.device], tuple[torch.Tensor, ...]] = {}
 
-    def spec(self) -> dict[str, Any]:
-        return {"form": self.form, "widths": self.widths}
+    def spec(self) -> Spec:
+        return {"form": self.name, "widths": self.widths}
 
     @classmethod
-    def build(cls, native: nn.Module, spec: dict[str, Any]) -> "RaggedExperts":
+    def from_spec(cls, native: nn.Module, spec: Spec) -> "RaggedExperts":
         dtype = native.down_proj.dtype
         return cls(native.hidden_dim, spec["widths"], native.act_fn, "meta", dtype)
+
+    @classmethod
+    def width_key(cls, family: Family, path: str) -> str:
+        return family.keys.width
+
+    @classmethod
+    def widest(cls, spec: Spec) -> int:
+        return max(spec["widths"])
+
+    def select(self, rows: Sequence[torch.Tensor]) -> "RaggedExperts":
+        return ragged_of(self, rows)
+
+    def to_native(self, width: int) -> dict[str, torch.Tensor]:
+        """gate_up [E, 2W, H] and down [E, H, W], zero-padded."""
+        count, hidden = self.num_experts, self.hidden_dim
+        dtype = self.gate_up_proj.dtype
+        gate_up = torch.zeros(count, 2 * width, hidden, dtype=dtype)
+        down = torch.zeros(count, hidden, width, dtype=dtype)
+        for e, kept in enumerate(self.widths):
+            gate, up = self.gate_up(e).detach().chunk(2)
+            gate_up[e, :kept], gate_up[e, width : width + kept] = gate, up
+            down[e, :, :kept] = self.down(e).detach()
+        return {"gate_up_proj": gate_up, "down_proj": down}
 
     def gate_up(self, expert: int) -> torch.Tensor:
         """Rows of one expert, [2W, H]: gate first, then up."""
@@ -86,12 +113,12 @@ class RaggedExperts(nn.Module, Form):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Map x_TH, index_TK, weight_TK to y_TH, in the way that is fastest for this many tokens.
+        """Map x_TH, index_TK, weight_TK to y_TH, by the fastest implementation for T tokens.
 
-        All ways are equal up to the order of summation. On a CPU one token visits its K experts,
-        and layers so small that a loop would take longer than the arithmetic run in one product;
-        the others run by width where few are different, else by expert. On an accelerator few
-        tokens gather their experts' rows; many run by width.
+        All are equal up to the order of summation. On a CPU one token reads its K experts, and
+        layers that are too small for a loop run in one product; the others run by width where few
+        differ, else by expert. On an accelerator few tokens gather their experts' rows; many run
+        by width.
         """
         tokens, top_k = top_k_index.shape
         if not tokens or not self.micro_experts:
@@ -271,6 +298,29 @@ class RaggedExperts(nn.Module, Form):
             f"hidden={self.hidden_dim}, experts={self.num_experts}, "
             f"micro_experts={self.micro_experts}, widths={min(self.widths)}..{max(self.widths)}"
         )
+
+
+def ragged_of(
+    experts: ExpertModule | RoutedExperts, rows: Sequence[torch.Tensor] | None = None
+) -> RaggedExperts:
+    """Plain weights of routed experts, in their own dtype; `rows`: these micro-experts only."""
+    like = experts.down(0)
+    widths = experts.widths if rows is None else [len(kept) for kept in rows]
+    plain = RaggedExperts(like.shape[0], widths, experts.act_fn, like.device, like.dtype)
+    plain.requires_grad_(False)
+    for e in range(len(widths)):
+        whole = experts.gate_up(e)
+        if rows is None:
+            plain.gate_up(e).copy_(whole)
+            plain.down(e).copy_(experts.down(e))
+            continue
+        kept = rows[e].to(like.device)
+        halves = whole if isinstance(whole, tuple) else whole.chunk(2)
+        for half, part in zip(halves, plain.gate_up(e).chunk(2), strict=True):
+            torch.index_select(half, 0, kept, out=part)
+        # written row by row: a copy into the transposed view would take several times as long
+        plain.down(e).t().copy_(experts.down(e).index_select(1, kept).t())
+    return plain
 
 
 def can_group(device: torch.device) -> bool:

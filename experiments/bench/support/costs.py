@@ -140,7 +140,7 @@ def fit_flops(
 
     for layer, ffn, pooled in layers:
         for group in ffn.groups if pooled else ():
-            used = tokens if isinstance(group, MlpExpert) else tokens * config.num_experts_per_tok
+            used = tokens if isinstance(group, MlpExpert) else tokens * ffn.family.top_k(config)
             width = max(group.widths)
             kept = width - int(sparsity * width)
             total += fitted(used, width, kept, len(group.widths), sweeps)
@@ -183,7 +183,7 @@ def _layer(
     hidden = config.hidden_size
     gate_up, down, everywhere, moved = 0, 0, 0, 0
     for group in ffn.groups:
-        used = tokens if isinstance(group, MlpExpert) else tokens * config.num_experts_per_tok
+        used = tokens if isinstance(group, MlpExpert) else tokens * ffn.family.top_k(config)
         width = max(group.widths)
         gate_up += int(4 * used * hidden * width * (1 + again * still_used))
         everywhere += 4 * tokens * hidden * sum(group.widths)
@@ -209,9 +209,5 @@ def _layer(
 
 def _scores(config: Any, tokens: int, length: int) -> int:
     """Queries times keys, and probabilities times values."""
-    heads = config.num_attention_heads
-    if getattr(config, "kv_lora_rank", None):
-        each = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
-    else:
-        each = 2 * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 2 * tokens * length * heads * each
+    each = family_of(config.model_type).attention_width(config)
+    return 2 * tokens * length * config.num_attention_heads * each

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import baselines.micro_experts.random  # noqa: F401 (registers the method)
 import camera
 from camera.checkpoint.formats.ragged import RaggedExperts
 from camera.checkpoint.loading import load_model

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from camera.checkpoint.formats.delta import DeltaExperts
-from camera.checkpoint.formats.format import FORMS
+from camera.checkpoint.formats.format import FORMATS
 from tests.helpers.models import MOE_FAMILIES, build_model
 from tests.helpers.oracles import ffn_of
 
@@ -102,7 +102,7 @@ def test_a_spec_rebuilds_the_module_in_the_place_of_native_experts(family):
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=0.3)
     spec = experts.spec()
-    built = FORMS[spec["form"]].build(native, spec)
+    built = FORMATS[spec["form"]].from_spec(native, spec)
     assert all(parameter.is_meta for parameter in built.parameters())
     built.load_state_dict(experts.state_dict(), assign=True)
     x_TH, index_TK = torch.randn(9, hidden), torch.arange(18).reshape(9, 2) % count

@@ -45,7 +45,7 @@ def test_nothing_changes_but_the_form(family, method, compressed, tmp_path):
     with torch.no_grad():
         packed = load_model(folder, device="cpu")
         want = packed(IDS).logits
-        plain = camera.checkpoint.dequantize(packed)
+        plain = camera.dequantize(packed)
         torch.testing.assert_close(plain(IDS).logits, want, rtol=1e-4, atol=1e-5)
         assert {spec["form"] for spec in plain.config.quantization_config.modules.values()} <= {
             "ragged",

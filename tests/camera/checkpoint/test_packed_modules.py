@@ -13,7 +13,7 @@ from camera.checkpoint.config import CameraConfig, CameraQuantizer
 from camera.checkpoint.formats.packed.experts import PackedExperts
 from camera.checkpoint.formats.packed.linear import PackedLinear, PackedRouter
 from camera.checkpoint.formats.packed.mlp import PackedMlp
-from camera.checkpoint.formats.packed.segments import Cut, Solved
+from camera.checkpoint.formats.packed.segments import BitSegments
 from camera.checkpoint.formats.packed.spec import (
     experts_spec,
     linear_spec,
@@ -38,13 +38,13 @@ def quantize_mlp(mlp, bits_of, group_size=8, biases=None):
     """A packed MLP by round-to-nearest, and a native one that holds what it means."""
     gptq, bits = solver(group_size), torch.tensor(bits_of)
     width, hidden = mlp.up_proj.weight.shape
-    cut = Cut.of("rows", [bits_of]), Cut.of("columns", [bits_of])
+    cut = BitSegments.of("rows", [bits_of]), BitSegments.of("columns", [bits_of])
     packed = PackedMlp(mlp_spec(hidden, width, *cut, group_size, False), mlp.act_fn, biases)
     gate, up = (
         gptq.solve(m.weight[None].detach(), row_bits=bits) for m in (mlp.gate_proj, mlp.up_proj)
     )
     down = gptq.solve(mlp.down_proj.weight[None].detach(), column_bits=bits)
-    packed.put([Solved.of(gate, 0), Solved.of(up, 0)], Solved.of(down, 0))
+    packed.store([gate.matrix(0), up.matrix(0)], down.matrix(0))
     means = copy.deepcopy(mlp)
     for linear, q in ((means.gate_proj, gate), (means.up_proj, up), (means.down_proj, down)):
         linear.weight.data = q.weight[0]
@@ -53,19 +53,19 @@ def quantize_mlp(mlp, bits_of, group_size=8, biases=None):
 
 def quantize_linear(linear, bits=4, group_size=8):
     rows, columns = linear.weight.shape
-    spec = linear_spec(rows, columns, Cut.of("rows", [[bits] * rows]), group_size, False)
+    spec = linear_spec(rows, columns, BitSegments.of("rows", [[bits] * rows]), group_size, False)
     q = solver(group_size).solve(linear.weight[None].detach(), bits=bits)
     packed = PackedLinear(spec, linear.bias)
-    packed.put(Solved.of(q, 0))
+    packed.store(q.matrix(0))
     return packed, q.weight[0]
 
 
 def quantize_router(router, bits=8, group_size=16):
     rows, columns = router.weight.shape
-    spec = router_spec(rows, columns, Cut.of("rows", [[bits] * rows]), group_size, False)
+    spec = router_spec(rows, columns, BitSegments.of("rows", [[bits] * rows]), group_size, False)
     q = solver(group_size).solve(router.weight[None].detach(), bits=bits)
     packed = PackedRouter.of(router, spec)
-    packed.put(Solved.of(q, 0))
+    packed.store(q.matrix(0))
     return packed, q.weight[0]
 
 
@@ -82,7 +82,7 @@ def test_an_mlp_and_its_biases_are_what_was_solved():
     assert type(plain) is type(mlp) and torch.equal(plain(x_NH), means(x_NH))
     biases = sum(4 * tensor.numel() for tensor in biases.values())
     assert spec_bytes(packed.spec()) == stored_bytes(packed) - biases
-    skeleton = PackedMlp.build(mlp.to("meta"), json.loads(json.dumps(packed.spec())))
+    skeleton = PackedMlp.from_spec(mlp.to("meta"), json.loads(json.dumps(packed.spec())))
     skeleton.load_state_dict(packed.state_dict(), assign=True)
     assert torch.equal(skeleton(x_NH), means(x_NH))
 
@@ -106,7 +106,7 @@ def test_a_router_keeps_its_own_way_of_choosing(family):
     assert isinstance(packed, type(native)) and "weight" not in packed.state_dict()
     for got, want in zip(packed(x_TH), native(x_TH), strict=True):
         assert torch.equal(got, want)
-    skeleton = PackedRouter.build(copy.deepcopy(native).to("meta"), packed.spec())
+    skeleton = PackedRouter.from_spec(copy.deepcopy(native).to("meta"), packed.spec())
     skeleton.load_state_dict(packed.state_dict(), assign=True)
     assert torch.equal(skeleton(x_TH)[0], native(x_TH)[0])
     plain = packed.dequantize()
@@ -127,14 +127,14 @@ def pack_model(model, layers=(1, 2)):
             native, gptq = ffn.experts, solver()
             experts, _, width = native.down_proj.shape
             bits_of = [[3] * e + [2] * (width - 2 * e) + [1] * e for e in range(experts)]
-            cut = Cut.of("rows", bits_of), Cut.of("columns", bits_of)
+            cut = BitSegments.of("rows", bits_of), BitSegments.of("columns", bits_of)
             spec = experts_spec(native.hidden_dim, [width] * experts, *cut, 8, False)
             packed = PackedExperts(spec, native.act_fn, dtype=model.dtype)
             bits = torch.tensor(bits_of)
             both = gptq.solve(native.gate_up_proj.detach(), row_bits=bits.repeat(1, 2))
             down = gptq.solve(native.down_proj.detach(), column_bits=bits)
             for e in range(experts):
-                packed.put(e, [Solved.of(both, e)], Solved.of(down, e))
+                packed.store(e, [both.matrix(e)], down.matrix(e))
             ffn.experts = packed
             forms[f"{root}.mlp.experts"] = packed.spec()
             name = "router" if hasattr(ffn, "router") else "gate"

@@ -217,7 +217,7 @@ def test_a_shard_appears_whole_or_not_at_all(where, tmp_path, monkeypatch):
 
     writer = ShardWriter(tmp_path, 1)
     target = {"open": "camera.checkpoint.shards.write_tensors"}.get(
-        where, f"camera.checkpoint.shards.os.{where}"
+        where, f"camera.runtime.files.os.{where}"
     )
     with monkeypatch.context() as patch:
         patch.setattr(target, full)

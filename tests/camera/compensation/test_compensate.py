@@ -208,4 +208,6 @@ def test_aiming_at_the_dense_model_ends_closer_to_it(checkpoints, compress, toke
 
 def test_what_can_t_keep_phi_is_refused(checkpoints, compress):
     with pytest.raises(CameraError, match=r"memory.phi=keep"):
-        compress(checkpoints("qwen3_moe"), compensate="layer", memory=MemoryChoices(phi="recompute"))
+        compress(
+            checkpoints("qwen3_moe"), compensate="layer", memory=MemoryChoices(phi="recompute")
+        )

@@ -42,7 +42,9 @@ class Timed(nn.Module):
     def __init__(self, clock: Clock, costs: dict[str | None, tuple[float, float]], log: list):
         super().__init__()
         self.clock, self.costs, self.log = clock, costs, log
-        self.config = SimpleNamespace(num_experts_per_tok=2, _experts_implementation=None)
+        self.config = SimpleNamespace(
+            model_type="olmoe", num_experts_per_tok=2, _experts_implementation=None
+        )
         if None not in costs:
             self.experts, self.config._experts_implementation = Experts(), "grouped_mm"
 

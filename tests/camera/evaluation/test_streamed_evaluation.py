@@ -7,7 +7,6 @@ import os
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
-from tests.camera.evaluation.test_tasks import ROWS, write
 from transformers import AutoModelForCausalLM
 
 import camera
@@ -24,6 +23,7 @@ from camera.runtime.errors import CameraError
 from camera.runtime.mapped import MappedTable
 from camera.streaming.streamer import Streamer
 from tests.camera.evaluation.test_packed_lm import requests
+from tests.camera.evaluation.test_tasks import ROWS, write
 from tests.helpers.models import build_tokenizer, write_layout
 
 STREAMED = ("qwen2_moe", "deepseek", "deepseek_v3", "granitemoe", "phimoe", "llama")
@@ -192,7 +192,9 @@ def test_it_rides_along_with_whoever_reads_and_changes_the_layers(checkpoints, d
     folder = checkpoints("llama")
     streamer, tokenizer = Streamer(folder), load_tokenizer(folder)
     evaluation = StreamedEvaluation(streamer)
-    parts = Parts(evaluation, tokenizer, EvaluationRequest(data, corpora=["wikitext2"], tasks=TASKS))
+    parts = Parts(
+        evaluation, tokenizer, EvaluationRequest(data, corpora=["wikitext2"], tasks=TASKS)
+    )
     evaluation.begin()
     for index in range(len(streamer.layers)):
         halve(streamer.load_layer(index))
@@ -241,7 +243,9 @@ def test_numbers_that_are_not_finite_are_refused(checkpoints, data, tmp_path):
     model.save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(CameraError, match="block at token 0 are not finite"):
-        evaluate_streamed(tmp_path, EvaluationRequest(data, corpora=["wikitext2"], blocks=1), progress=False)
+        evaluate_streamed(
+            tmp_path, EvaluationRequest(data, corpora=["wikitext2"], blocks=1), progress=False
+        )
     with pytest.raises(CameraError, match="boolq gives log-probabilities that are NaN"):
         evaluate_streamed(tmp_path, EvaluationRequest(data, tasks=["boolq"]), progress=False)
 

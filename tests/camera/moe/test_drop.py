@@ -18,8 +18,8 @@ from camera.checkpoint.formats.ragged import RaggedExperts
 from camera.checkpoint.native import native_state
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
-from camera.moe.routing import routing_of
-from camera.pruning.whole_experts import drop_experts, smaller_config
+from camera.moe.routing import router_constraints
+from camera.pruning.whole_experts import remove_experts, smaller_config
 from camera.runtime.errors import CameraError
 from tests.helpers.dropping import ALL, build, some, tokens, views
 from tests.helpers.models import build_model
@@ -30,8 +30,8 @@ def cut(model, seed=0):
     """Drop experts of every layer, others in each."""
     left = 0
     for i, ffn in views(model).items():
-        keep = some(routing_of(ffn), seed + i)
-        drop_experts(ffn, keep)
+        keep = some(router_constraints(ffn), seed + i)
+        remove_experts(ffn, keep)
         left = len(keep)
     return left
 
@@ -66,7 +66,7 @@ def test_what_is_left_is_what_the_smaller_config_builds(case):
     for key, value in smaller_config(config, experts).items():
         setattr(config, key, value)
     small = type(model)(config).eval()
-    assert experts < routing_of(next(iter(views(build(case)).values()))).experts
+    assert experts < router_constraints(next(iter(views(build(case)).values()))).experts
     layers, ours = small.model.layers, model.model.layers
     for (name, new), (_, old) in zip(layers.named_modules(), ours.named_modules(), strict=True):
         facts = {k: v for k, v in vars(new).items() if type(v) in (int, float, bool, str)}
@@ -119,7 +119,7 @@ def test_masked_routing_is_that_of_the_smaller_router(case, dtype):
     model = build(case, dtype=dtype)
     i, ffn = next(iter(views(model).items()))
     x_TH, _ = capture(model, i, tokens())
-    routing = routing_of(ffn)
+    routing = router_constraints(ffn)
     kept = [some(routing, seed) for seed in range(4)]
     keep_CE = torch.zeros(len(kept), routing.experts, dtype=torch.bool)
     for row, keep in zip(keep_CE, kept, strict=True):
@@ -129,7 +129,7 @@ def test_masked_routing_is_that_of_the_smaller_router(case, dtype):
     assert not got_TCE[:, ~keep_CE].any()
     for c, keep in enumerate(kept):
         cut_ffn = views(build(case, dtype=dtype))[i]
-        drop_experts(cut_ffn, keep)
+        remove_experts(cut_ffn, keep)
         with torch.no_grad():
             _, weight_TK, index_TK = getattr(cut_ffn.module, ffn.family.router)(x_TH)
         want_TE = gates(weight_TK, index_TK, len(keep))
@@ -156,21 +156,21 @@ def test_a_router_that_looks_beyond_its_logits_is_refused():
 
 
 def test_the_router_says_how_many_may_go():
-    most = {case: routing_of(next(iter(views(build(case)).values()))).most for case in ALL}
+    most = {case: router_constraints(next(iter(views(build(case)).values()))).most for case in ALL}
     assert most["qwen2_moe"] == 5 and most["mixtral"] == 2
     assert most["deepseek_v3"] == 16 - 4 * 2  # two of each group make its score
     assert most["deepseek_v2 in groups"] == 8 - 2 * 3  # one group is open: it needs all of top-3
-    assert routing_of(views(build_model("deepseek_v3"))[1]).most == 0
+    assert router_constraints(views(build_model("deepseek_v3"))[1]).most == 0
 
 
 def test_a_router_row_counts_the_parameters_that_go_with_an_expert():
-    assert routing_of(views(build("phimoe"))[0]).row == 32
-    assert routing_of(views(build("deepseek_v3"))[1]).row == 32 + 1
+    assert router_constraints(views(build("phimoe"))[0]).row == 32
+    assert router_constraints(views(build("deepseek_v3"))[1]).row == 32 + 1
 
 
 def refused(match, case, keep):
     with pytest.raises(CameraError, match=match):
-        drop_experts(next(iter(views(build(case)).values())), keep)
+        remove_experts(next(iter(views(build(case)).values())), keep)
 
 
 def test_what_a_router_cannot_do_with_is_refused():
@@ -185,11 +185,11 @@ def test_compressed_experts_and_dense_layers_have_none_to_drop():
     ffn = views(model)[0]
     ffn.module.experts = RaggedExperts(32, [3] * 8, torch.nn.SiLU())
     ragged = views(model)[0]
-    assert routing_of(ragged) is None
+    assert router_constraints(ragged) is None
     with pytest.raises(CameraError, match="already compressed"):
-        drop_experts(ragged, range(6))
+        remove_experts(ragged, range(6))
     dense = build_model("llama")
     ffn = FeedForward(dense.model.layers[0], family_of("llama"), "model.layers.0")
-    assert routing_of(ffn) is None
+    assert router_constraints(ffn) is None
     with pytest.raises(CameraError, match="no routed experts"):
-        drop_experts(ffn, [0])
+        remove_experts(ffn, [0])

@@ -8,8 +8,9 @@ import itertools
 import pytest
 import torch
 
-from camera.checkpoint.formats.packed.footprint import Footprint, metadata_bits
-from camera.checkpoint.formats.packed.segments import Cut
+from camera.checkpoint.formats.packed.footprint import StoredBits
+from camera.checkpoint.formats.packed.layout import metadata_bits
+from camera.checkpoint.formats.packed.segments import BitSegments
 from camera.checkpoint.formats.packed.spec import experts_spec, mlp_spec, spec_bytes
 from camera.quantization.bit_plan import (
     bits_of_ranking,
@@ -47,28 +48,33 @@ def test_footprint_is_what_the_packed_modules_take(group_size, sym, widths):
     torch.manual_seed(1)
     bits_N = torch.randint(0, 5, (sum(widths),))
     kept = [part[part > 0] for part in bits_N.split(list(widths))]
-    gate_up, down = Cut.of("rows", kept), Cut.of("columns", kept)
+    gate_up, down = BitSegments.of("rows", kept), BitSegments.of("columns", kept)
     spec = experts_spec(HIDDEN, [len(k) for k in kept], gate_up, down, group_size, sym)
-    assert Footprint(HIDDEN, widths, group_size, sym).stored(bits_N) == 8 * spec_bytes(spec)
+    assert StoredBits(HIDDEN, widths, group_size, sym).total(bits_N) == 8 * spec_bytes(spec)
 
 
 def test_footprint_of_column_cuts_and_of_an_mlp():
     bits = torch.tensor([3] * 20 + [2] * 30 + [1] * 14)
     down = torch.tensor([3] * 10 + [2] * 30 + [1] * 8)
-    pool = Footprint(HIDDEN, (48,), 16)
+    pool = StoredBits(HIDDEN, (48,), 16)
     spec = mlp_spec(
-        HIDDEN, 48, Cut.of("columns", [bits], ("columns",)), Cut.of("columns", [down]), 16, False
+        HIDDEN,
+        48,
+        BitSegments.of("columns", [bits], ("columns",)),
+        BitSegments.of("columns", [down]),
+        16,
+        False,
     )
     channels = torch.bincount(bits, minlength=9)[None]
-    assert pool.stored_by_columns(channels, pool.counts(down)) == 8 * spec_bytes(spec)
+    assert pool.total_by_columns(channels, pool.counts(down)) == 8 * spec_bytes(spec)
 
 
 def test_uniform_bits_cost_what_the_papers_say():
-    pool = Footprint(2048, (1408,) * 4, 128)
-    assert pool.uniform(2) == pytest.approx(2.25)
-    assert pool.uniform(1) == pytest.approx(1.125)
-    assert Footprint(2048, (1408,), 128, sym=True).uniform(3) == pytest.approx(3.125)
-    assert pool.uniform(0) == 0
+    pool = StoredBits(2048, (1408,) * 4, 128)
+    assert pool.uniform_average(2) == pytest.approx(2.25)
+    assert pool.uniform_average(1) == pytest.approx(1.125)
+    assert StoredBits(2048, (1408,), 128, sym=True).uniform_average(3) == pytest.approx(3.125)
+    assert pool.uniform_average(0) == 0
     assert [metadata_bits(b) for b in (0, 1, 2, 8)] == [0, 16, 32, 32]
 
 
@@ -84,14 +90,18 @@ def test_ranking_puts_the_highest_first_and_of_equals_the_first():
 def test_expert_scope_takes_the_same_share_of_every_expert(score_N):
     order_N = ranking(score_N, WIDTHS, "expert")
     for share in (0.125, 0.5):
-        bits_N = bits_of_ranking(order_N, WIDTHS, [3, 1], boundaries_of([share, 1 - share], len(order_N)))
+        bits_N = bits_of_ranking(
+            order_N, WIDTHS, [3, 1], boundaries_of([share, 1 - share], len(order_N))
+        )
         for width, row in zip(WIDTHS, counts(bits_N), strict=True):
             assert abs(row[3] - share * width) <= 1
 
 
 def test_cuts_follow_the_ranking(score_N):
     order_N = ranking(score_N, WIDTHS, "layer")
-    bits_N = bits_of_ranking(order_N, WIDTHS, [3, 2, 1], boundaries_of([0.125, 0.75, 0.125], len(order_N)))
+    bits_N = bits_of_ranking(
+        order_N, WIDTHS, [3, 2, 1], boundaries_of([0.125, 0.75, 0.125], len(order_N))
+    )
     assert bits_N[order_N].tolist() == sorted(bits_N.tolist(), reverse=True)
     assert torch.bincount(bits_N).tolist() == [0, 140, 840, 140]
 
@@ -114,7 +124,7 @@ def test_aligned_boundaries_are_multiples(score_N, align):
 @pytest.mark.parametrize("levels", [[3, 2, 1], [4, 2, 1], [3, 1], [3, 2, 0]])
 @pytest.mark.parametrize("bits", [2.25, 2.5, 3.0])
 def test_shares_meet_the_target(score_N, scope, levels, bits):
-    pool = Footprint(HIDDEN, WIDTHS, 64)
+    pool = StoredBits(HIDDEN, WIDTHS, 64)
     order_N = ranking(score_N, WIDTHS, scope)
     bits_N, cuts = solve_shares(order_N, pool, levels, bits, low_share=0.25)
     assert 0.99 * bits <= pool.average(bits_N) <= bits
@@ -122,7 +132,7 @@ def test_shares_meet_the_target(score_N, scope, levels, bits):
 
 
 def test_low_share_is_kept_where_the_target_allows(score_N):
-    pool = Footprint(HIDDEN, WIDTHS, 64)
+    pool = StoredBits(HIDDEN, WIDTHS, 64)
     order_N = ranking(score_N, WIDTHS, "expert")
     for share in (0.125, 0.25):
         bits_N, _ = solve_shares(order_N, pool, [3, 2, 1], 2.6, low_share=share)
@@ -134,7 +144,7 @@ def test_low_share_is_kept_where_the_target_allows(score_N):
 
 
 def test_what_cannot_be_met_is_refused(score_N):
-    pool = Footprint(HIDDEN, WIDTHS, 64)
+    pool = StoredBits(HIDDEN, WIDTHS, 64)
     order_N = ranking(score_N, WIDTHS, "layer")
     with pytest.raises(CameraError, match="bits"):
         solve_shares(order_N, pool, [3, 2, 1], 1.0, low_share=0.25)
@@ -153,9 +163,9 @@ def test_solve_cuts_goes_as_far_as_fits():
 
 
 def test_group_size_is_the_smallest_that_fits():
-    pools = {g: Footprint(2048, (1408,), g) for g in range(8, 2049, 8)}
+    pools = {g: StoredBits(2048, (1408,), g) for g in range(8, 2049, 8)}
     solved = solve_group_size(
-        lambda g: pools[g].uniform(2) * pools[g].weights, pools[8].weights, 2.25, 2048
+        lambda g: pools[g].uniform_average(2) * pools[g].weights, pools[8].weights, 2.25, 2048
     )
     assert solved == 128
     assert solve_group_size(lambda g: 10.0, 1, 2.25, 64) is None
@@ -168,21 +178,24 @@ def test_optimal_plan_beats_every_other_of_its_size():
     """Brute force over all plans of six micro-experts, groups that share no scale."""
     torch.manual_seed(3)
     widths, levels = (3, 3), [3, 2, 1, 0]
-    pool = Footprint(64, widths, 1)  # cost is a sum over micro-experts
-    price = {b: pool.stored(torch.tensor([b, 0, 0, 0, 0, 0])) for b in levels}
+    pool = StoredBits(64, widths, 1)  # cost is a sum over micro-experts
+    price = {b: pool.total(torch.tensor([b, 0, 0, 0, 0, 0])) for b in levels}
     plans = [(p, sum(price[b] for b in p)) for p in itertools.product(levels, repeat=6)]
-    assert all(pool.stored(torch.tensor(p)) == cost for p, cost in plans[::97])
+    assert all(pool.total(torch.tensor(p)) == cost for p, cost in plans[::97])
     for trial in range(10):
         score_N = torch.rand(6, dtype=torch.float64) ** 3
         order_N = ranking(score_N, widths, "layer")
-        target = pool.uniform(1) + (trial + 1) * (pool.uniform(3) - pool.uniform(1)) / 12
+        target = (
+            pool.uniform_average(1)
+            + (trial + 1) * (pool.uniform_average(3) - pool.uniform_average(1)) / 12
+        )
         errors = {b: ERRORS[b] for b in levels}
         bits_N, _ = solve_optimal(score_N, order_N, pool, errors, target)
 
         def error(plan, score_N=score_N):
             return sum(s * ERRORS[b] for s, b in zip(score_N.tolist(), plan, strict=True))
 
-        spent = pool.stored(bits_N)
+        spent = pool.total(bits_N)
         assert spent <= target * pool.weights * (1 + 1e-9)
         best = min(error(p) for p, cost in plans if cost <= spent)
         assert error(bits_N.tolist()) <= best * (1 + 1e-9)
@@ -191,7 +204,7 @@ def test_optimal_plan_beats_every_other_of_its_size():
 @pytest.mark.parametrize("bits", [1.5, 2.25, 3.0])
 @pytest.mark.parametrize("align", [1, 16])
 def test_optimal_plan_meets_the_target_and_beats_shares(score_N, bits, align):
-    pool = Footprint(HIDDEN, WIDTHS, 64)
+    pool = StoredBits(HIDDEN, WIDTHS, 64)
     order_N = ranking(score_N, WIDTHS, "layer")
     optimal, _ = solve_optimal(score_N, order_N, pool, ERRORS, bits, align=align)
     shares, _ = solve_shares(order_N, pool, [3, 2, 1], bits, low_share=0.25, align=align)
@@ -205,7 +218,7 @@ def test_optimal_plan_meets_the_target_and_beats_shares(score_N, bits, align):
 
 
 def test_equal_scores_do_not_jump_over_the_target():
-    pool = Footprint(HIDDEN, WIDTHS, 64)
+    pool = StoredBits(HIDDEN, WIDTHS, 64)
     for score_N in (torch.ones(sum(WIDTHS)), torch.zeros(sum(WIDTHS))):
         order_N = ranking(score_N, WIDTHS, "expert")
         bits_N, _ = solve_optimal(score_N, order_N, pool, ERRORS, 2.25)

@@ -22,7 +22,7 @@ from camera.quantization.bit_plan import ExpertBits
 from camera.quantization.camera_q import CameraQ
 from camera.quantization.camera_q_dagger import CameraQDagger
 from camera.quantization.gptq import GPTQ
-from camera.quantization.layer import solve_layer
+from camera.quantization.layer import quantize_layer
 from tests.helpers.models import build_model
 from tests.helpers.oracles import capture, shared_of
 
@@ -122,7 +122,7 @@ def test_permutation_alone_changes_no_output(family):
     before, pool = dense_output(ffn, x_TH), ffn.widths
     plan = [ExpertBits.matched(torch.full((w,), 8), torch.rand(w)) for w in pool]
     assert any(e.order().tolist() != list(range(len(e.down))) for e in plan)
-    solve_layer(ffn, plan, GPTQ(group_size=4))
+    quantize_layer(ffn, plan, GPTQ(group_size=4))
     torch.testing.assert_close(dense_output(ffn, x_TH), before, rtol=0.05, atol=0.02 * before.std())
 
 
@@ -136,7 +136,7 @@ def test_equal_bits_are_uniform_gptq(settings):
     tokens_E = seen.tokens_E[1:]
     want_gate_up = solver.solve(experts.gate_up_proj, solver.factor(inputs, tokens_E), bits=2)
     want_down = solver.solve(experts.down_proj, solver.factor(hidden, tokens_E), bits=2)
-    solve_layer(ffn, [ExpertBits.matched(torch.full((w,), 2)) for w in ffn.widths], solver, seen)
+    quantize_layer(ffn, [ExpertBits.matched(torch.full((w,), 2)) for w in ffn.widths], solver, seen)
     for e in range(8):
         packed = ffn.module.experts
         torch.testing.assert_close(packed.gate_up(e), want_gate_up.weight[e], rtol=0, atol=1e-6)
@@ -152,7 +152,7 @@ def test_a_micro_expert_has_one_width_in_three_matrices():
     solver = method.solver(size)
     factor = solver.factor(seen.input_EHH, seen.tokens_E)
     uniform = {b: solver.solve(experts.gate_up_proj, factor, bits=b).weight for b in (1, 2, 3)}
-    solve_layer(ffn, plan, solver, seen)
+    quantize_layer(ffn, plan, solver, seen)
     used = set()
     for e, bits in enumerate(plan):
         order = bits.order()
@@ -194,7 +194,7 @@ def test_zero_bits_equal_pruning_then_camera_q():
     method = CameraQ(bits=None, ratios=[0.3, 0.4, 0.3], group_bits=[3, 2, 0], group_size=16)
     seen = seen_by(ffn, x_TH)
     plan, size = method.plan(1, ffn, seen, budget_of(ffn))
-    solve_layer(ffn, plan, method.solver(size), seen)
+    quantize_layer(ffn, plan, method.solver(size), seen)
     whole = dense_output(ffn, x_TH)
 
     sliced, _ = layer_of("qwen2_moe")
@@ -205,7 +205,7 @@ def test_zero_bits_equal_pruning_then_camera_q():
     then = replace(method, ratios=[0.3 / 0.7, 0.4 / 0.7], group_bits=[3, 2])
     then.__post_init__()
     plan, size = then.plan(1, sliced, again, budget_of(sliced))
-    solve_layer(sliced, plan, then.solver(size), again)
+    quantize_layer(sliced, plan, then.solver(size), again)
     assert ffn.module.experts.widths == sliced.module.experts.widths
     assert min(ffn.module.experts.widths) < max(ffn.module.experts.widths)
     torch.testing.assert_close(dense_output(sliced, x_TH), whole, rtol=1e-4, atol=1e-5)
@@ -229,7 +229,7 @@ def test_widths_of_nothing_one_and_all_are_solved_together():
         factor = solver.factor(H_MM[None], seen.tokens_E[e : e + 1])
         weight = native.down_proj[e][:, order][None]
         downs.append(solver.solve(weight, factor, column_bits=bits.down[order]).weight[0])
-    solve_layer(ffn, plan, solver, seen)
+    quantize_layer(ffn, plan, solver, seen)
     assert ffn.module.experts.widths == widths
     for e, down in enumerate(downs):
         torch.testing.assert_close(ffn.module.experts.down(e), down, rtol=0, atol=1e-6)
@@ -246,7 +246,7 @@ def test_experts_without_tokens_fall_back_and_are_counted():
         ffn, _ = layer_of("qwen3_moe")
         plan = [ExpertBits.matched(torch.full((24,), 2))] * 8
         solver = GPTQ(group_size=16, fallback=fallback)
-        _, report = solve_layer(ffn, plan, solver, seen)
+        _, report = quantize_layer(ffn, plan, solver, seen)
         (report,) = report.values()
         assert report["gate_up"]["fallback"] == {fallback: empty}
         assert report["down"]["fallback"] == {"rtn": empty}
@@ -263,7 +263,7 @@ def test_gptq_loses_less_than_rounding_and_true_sequential_less_downstream():
     for true_sequential in (False, True):
         ffn, _ = layer_of("llama")
         seen = seen_by(ffn, x_TH, keep=1000)
-        _, report = solve_layer(
+        _, report = quantize_layer(
             ffn, plan, GPTQ(group_size=16), seen, true_sequential=true_sequential
         )
         (report,) = report.values()
@@ -283,7 +283,7 @@ def test_bit_errors_predict_what_is_lost():
     assert errors[0] == 1 and all(errors[b] < errors[b - 1] for b in levels[:-1])
     for bits in (4, 3):
         ffn, _ = layer_of("llama")
-        solve_layer(ffn, [ExpertBits.matched(torch.full((64,), bits))], solver, seen)
+        quantize_layer(ffn, [ExpertBits.matched(torch.full((64,), bits))], solver, seen)
         lost = (dense_output(ffn, x_TH) - before).square().sum() / before.square().sum()
         assert 0.5 * errors[bits] < lost < 2 * errors[bits]
 

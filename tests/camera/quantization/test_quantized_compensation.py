@@ -16,7 +16,7 @@ from camera.moe.feed_forward import FeedForward
 from camera.quantization.bit_plan import ExpertBits
 from camera.quantization.camera_q import CameraQ
 from camera.quantization.gptq import GPTQ
-from camera.quantization.layer import solve_layer
+from camera.quantization.layer import quantize_layer
 from camera.runtime.errors import CameraError
 from camera.streaming.streamer import Streamer
 from tests.helpers.models import build_model
@@ -51,7 +51,7 @@ def lost(family, bits, compensation):
             ExpertBits.matched(torch.tensor([0 if i % 4 == 0 else 3 for i in range(width)]))
             for width in ffn.widths
         ]
-    _, report = solve_layer(
+    _, report = quantize_layer(
         ffn,
         plan,
         GPTQ(group_size=16),

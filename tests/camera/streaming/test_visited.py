@@ -12,14 +12,16 @@ import camera
 from camera.calibration.statistics import Statistics
 from camera.checkpoint.shards import ShardReader, read_places
 from camera.method import Outcome
+from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.runtime.errors import CameraError
-from camera.streaming.disk_experts import DiskExperts, is_expert, single_expert_places
-from camera.streaming.settings import MemoryChoices
+from camera.streaming.disk_experts import VisitedExperts, places_of
+from camera.streaming.settings import Memory
 from camera.streaming.streamer import Streamer
 from tests.helpers.models import MOE_FAMILIES, build_tokenizer
 
 LAYOUTS = ("as published", "fused")
+NAMES = family_of("qwen3_moe").checkpoint_names
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def cut(source, data_folder, tmp_path_factory):
                 out,
                 calibration=camera.Calibration(samples=4, length=32),
                 propagate=propagate,
-                memory=MemoryChoices(experts=experts, phi="recompute"),
+                memory=Memory(experts=experts, phi="recompute"),
                 data=str(data_folder),
                 device="cpu",
                 progress=False,
@@ -124,7 +126,7 @@ def test_whole_experts_are_dropped_from_the_disk_too(cut):
 
 def test_a_method_that_leaves_the_experts_on_disk_is_refused(source, tmp_path, monkeypatch):
     monkeypatch.setattr("baselines.micro_experts.random.Random.compress", lambda *_: Outcome({}))
-    asked = dict(sparsity=0.3, memory=MemoryChoices(experts="visit"), device="cpu", progress=False)
+    asked = dict(sparsity=0.3, memory=Memory(experts="visit"), device="cpu", progress=False)
     with pytest.raises(CameraError, match=r"layer 0.*on disk: set memory\.experts=layer"):
         camera.compress(source("olmoe", "fused"), "random", tmp_path / "out", **asked)
 
@@ -140,8 +142,8 @@ def test_what_visiting_saves_is_not_read_with_the_layer(source, monkeypatch):
         lambda self, wanted: original(self, lambda key: wanted(key) and not read.append(key)),
     )
     layer = streamer.load_layer(0)
-    assert read and not any(is_expert(key) for key in read)
-    assert isinstance(layer.mlp.experts, DiskExperts)
+    assert read and not any(NAMES.holds(key) for key in read)
+    assert isinstance(layer.mlp.experts, VisitedExperts)
     assert not any("experts" in name for name, _ in layer.named_parameters())
 
 
@@ -197,9 +199,9 @@ def test_places_of_an_expert_are_a_part_of_the_file(source):
         places = {
             key: place
             for key, place in reader.places.items()
-            if ".layers.0." in key and is_expert(key)
+            if ".layers.0." in key and NAMES.holds(key)
         }
-        one = single_expert_places(places, 3)
+        one = places_of(places, 3, NAMES)
         assert sum(p.bytes for p in one.values()) == sum(p.bytes for p in places.values()) // 8
         got = read_places(one)
         whole = AutoModelForCausalLM.from_pretrained(source("qwen3_moe", layout))
@@ -210,6 +212,6 @@ def test_places_of_an_expert_are_a_part_of_the_file(source):
 
 def test_compressed_and_dense_models_have_nothing_to_visit(checkpoints, cut, tmp_path):
     ragged, _ = cut("mixtral", "as published", "layer")
-    asked = MemoryChoices(experts="visit")
+    asked = Memory(experts="visit")
     for folder in (ragged, checkpoints("llama")):
         assert not Streamer(folder).prepare(asked, 10, True, tmp_path).visit

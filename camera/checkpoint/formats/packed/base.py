@@ -1,23 +1,47 @@
-"""What all packed modules share: buffers laid out by a spec, and the dtype they are read in."""
-
-from typing import Any
+"""Base classes of packed modules: buffers laid out by a spec, and the dtype they are read in."""
 
 import torch
 
-from camera.checkpoint.formats.format import Form
-from camera.checkpoint.formats.packed.layout import PackedMatrices
-from camera.checkpoint.formats.packed.segments import Solved
-from camera.checkpoint.formats.packed.spec import layouts_of, spec_code_bits, spec_weights
+from camera.checkpoint.formats.format import Format, Spec
+from camera.checkpoint.formats.packed.layout import PackedLayout
+from camera.checkpoint.formats.packed.segments import QuantizedMatrix
 
 
-class PackedForm(Form):
-    """Mixin of a module whose matrices are packed into buffers as its spec says."""
+class PackedFormat(Format):
+    """A format whose matrices are packed; sizes of all buffers follow from the spec."""
+
+    _spec: Spec
+
+    def spec(self) -> Spec:
+        return self._spec
+
+    @classmethod
+    def layouts(cls, spec: Spec) -> dict[str, PackedLayout]:
+        """Layouts of a module's matrices, by the name of their codes."""
+        raise NotImplementedError
+
+    @classmethod
+    def nbytes(cls, spec: Spec) -> int:
+        """Bytes of codes, scales, zeros and permutations."""
+        return sum(layout.bytes for layout in cls.layouts(spec).values())
+
+    @classmethod
+    def weights(cls, spec: Spec) -> int:
+        return sum(layout.weights for layout in cls.layouts(spec).values())
+
+    @classmethod
+    def code_bits(cls, spec: Spec) -> int:
+        return sum(layout.code_bits for layout in cls.layouts(spec).values())
+
+
+class PackedBuffers(PackedFormat):
+    """Mixin of a module that holds packed matrices as its own buffers."""
 
     def _register(
-        self, spec: dict[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
+        self, spec: Spec, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
         self._spec = spec
-        self._layouts = layouts_of(spec)
+        self._layouts = self.layouts(spec)
         for name, layout in self._layouts.items():
             for suffix, (size, kind) in layout.sizes.items():
                 empty = torch.zeros(size, dtype=kind, device=device)
@@ -27,30 +51,19 @@ class PackedForm(Form):
         like = torch.empty(0, dtype=dtype or torch.get_default_dtype(), device="cpu")
         self.register_buffer("_like", like, persistent=False)
 
-    def spec(self) -> dict[str, Any]:
-        return self._spec
-
-    @classmethod
-    def weights(cls, spec: dict[str, Any]) -> int:
-        return spec_weights(spec)
-
-    @classmethod
-    def raw_bits(cls, spec: dict[str, Any]) -> int:
-        return spec_code_bits(spec)
-
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are dequantised to; the stored scales are fp16 whatever it is."""
+        """The dtype of dequantised weights; stored scales are always fp16."""
         return self._like.dtype
 
-    def _store(self, name: str, expert: int, *solved: Solved) -> None:
+    def _store(self, name: str, expert: int, *solved: QuantizedMatrix) -> None:
         layout, tensors = self._packed(name)
-        layout.put(tensors, expert, *solved)
+        layout.store(tensors, expert, *solved)
 
     def _weight(self, name: str, expert: int = 0) -> torch.Tensor:
         layout, tensors = self._packed(name)
         return layout.weight(tensors, expert).to(self.dtype)
 
-    def _packed(self, name: str) -> tuple[PackedMatrices, dict[str, torch.Tensor]]:
+    def _packed(self, name: str) -> tuple[PackedLayout, dict[str, torch.Tensor]]:
         layout = self._layouts[name]
         return layout, {suffix: getattr(self, name + suffix) for suffix in layout.sizes}

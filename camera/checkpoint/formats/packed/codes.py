@@ -1,4 +1,4 @@
-"""Codes of 1 to 8 bits, stored without a gap.
+"""Codes of 1 to MAX_BITS bits, packed without gaps.
 
 Code i takes bits i * b .. i * b + b - 1 of the run, counted from the lowest bit of the first byte,
 so that eight codes take b bytes. P is the number of such periods.
@@ -9,7 +9,19 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
+from camera.runtime.errors import CameraError
+
 MAX_BITS = 8
+
+
+def check_bits(bits: torch.Tensor) -> torch.Tensor:
+    """Bits as int64; CameraError unless all lie in 1..MAX_BITS."""
+    inside = not bits.numel() or 1 <= int(bits.min()) <= int(bits.max()) <= MAX_BITS
+    if bits.is_floating_point() or not inside:
+        raise CameraError(
+            f"bits must be whole numbers from 1 to {MAX_BITS}: mend `bits` or `group_bits`."
+        )
+    return bits.long()
 
 
 def packed_bytes(count: int, bits: int) -> int:

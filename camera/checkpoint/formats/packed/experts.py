@@ -4,32 +4,35 @@ Shapes: T tokens, K experts per token, N tokens of one expert, H hidden, W width
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from camera.checkpoint.formats.packed.base import PackedForm
-from camera.checkpoint.formats.packed.segments import Solved
-from camera.checkpoint.formats.ragged import SLOW_HALF, RaggedExperts
+from camera.checkpoint.formats.format import Spec
+from camera.checkpoint.formats.packed.base import PackedBuffers
+from camera.checkpoint.formats.packed.layout import PackedLayout
+from camera.checkpoint.formats.packed.segments import QuantizedMatrix
+from camera.checkpoint.formats.packed.spec import segments_of
+from camera.checkpoint.formats.ragged import SLOW_HALF, RaggedExperts, ragged_of
+from camera.moe.families import Family
 
 
-class PackedExperts(nn.Module, PackedForm):
+class PackedExperts(nn.Module, PackedBuffers):
     """Drop-in for any native experts module; an expert is dequantised whenever tokens reach it.
 
     y = sum over the top-k experts e of weight_e * down_e(act(gate_e x) * (up_e x)); an expert of
     width 0 keeps its routing slot and adds nothing.
 
     spec: `experts_spec`. The codes have the native fused names: a reader that doesn't know this
-    format meets a shape mismatch and stops, rather than loading random experts.
+    format stops at a shape mismatch and never loads random experts.
     """
 
-    form = "packed"
+    name = "packed"
 
     def __init__(
         self,
-        spec: dict[str, Any],
+        spec: Spec,
         act_fn: nn.Module,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -40,11 +43,30 @@ class PackedExperts(nn.Module, PackedForm):
         self._register(spec, device, dtype)
 
     @classmethod
-    def build(cls, native: nn.Module, spec: dict[str, Any]) -> "PackedExperts":
+    def from_spec(cls, native: nn.Module, spec: Spec) -> "PackedExperts":
         return cls(spec, native.act_fn, "meta", native.down_proj.dtype)
 
-    def put(self, expert: int, gate_up: Sequence[Solved], down: Solved) -> None:
-        """Store a solved expert: [gate, up], or [both] if they were solved stacked by rows."""
+    @classmethod
+    def layouts(cls, spec: Spec) -> dict[str, PackedLayout]:
+        gate_up, down = segments_of(spec)
+        hidden, widths = spec["hidden"], spec["widths"]
+        rows, columns = [(width, hidden) for width in widths], [(hidden, width) for width in widths]
+        common = spec["group_size"], spec["sym"]
+        return {
+            "gate_up_proj": PackedLayout(rows, gate_up, *common, parts=2),
+            "down_proj": PackedLayout(columns, down, *common),
+        }
+
+    @classmethod
+    def width_key(cls, family: Family, path: str) -> str:
+        return family.keys.width
+
+    @classmethod
+    def widest(cls, spec: Spec) -> int:
+        return max(spec["widths"])
+
+    def store(self, expert: int, gate_up: Sequence[QuantizedMatrix], down: QuantizedMatrix) -> None:
+        """Store a quantised expert: [gate, up], or [both] stacked by rows."""
         self._store("gate_up_proj", expert, *gate_up)
         self._store("down_proj", expert, down)
 
@@ -75,15 +97,13 @@ class PackedExperts(nn.Module, PackedForm):
             y_TH.index_add_(0, tokens, out_NH * weight_S[slots, None])
         return y_TH.to(hidden_states.dtype)
 
-    def dequantize(self) -> RaggedExperts:
+    def dequantize(self, native: nn.Module | None = None) -> RaggedExperts:
         """The same experts with plain weights, in this module's dtype."""
-        device = self.gate_up_proj.device
-        plain = RaggedExperts(self.hidden_dim, self.widths, self.act_fn, device, self.dtype)
-        plain.requires_grad_(False)
-        for expert in range(self.num_experts):
-            plain.gate_up(expert).copy_(self.gate_up(expert))
-            plain.down(expert).copy_(self.down(expert))
-        return plain
+        return ragged_of(self)
+
+    def select(self, rows: Sequence[torch.Tensor]) -> RaggedExperts:
+        """Plain weights of these micro-experts."""
+        return ragged_of(self, rows)
 
     def extra_repr(self) -> str:
         return f"hidden={self.hidden_dim}, experts={self.num_experts}, rows={sum(self.widths)}"

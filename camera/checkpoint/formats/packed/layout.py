@@ -4,11 +4,11 @@ Shapes: R rows (outputs), C columns (inputs), G scale groups of a row, P parts o
 stored together (gate and up are two).
 
 w = scale * (code - zero), one scale and zero per row and group of `group_size` columns. A matrix is
-cut along one axis into segments of uniform bits; a group ends where a column segment does, and the
-last group of a row or segment may be shorter. The tensors of one kind of matrix hold, expert by
+divided along an axis into segments of uniform bits; a group ends where a column segment does, and
+the last group of a row or segment may be shorter. The tensors of one kind of matrix hold, expert by
 expert and segment by segment:
 
-    ""        uint8: codes, one run (camera/checkpoint/formats/packed/codes.py) of [P, rows, columns]
+    ""        uint8: codes, one run (see codes.py) of [P, rows, columns]
     "_scales" int16: fp16 bit patterns, [P, rows, G]
     "_zeros"  int16: the same; none where the grid implies them (sym: 2^(bits - 1), 1 bit: 1/2)
     "_rows", "_columns" int16 or int32: where each row [P, R] or column [P, C] of the matrix stands
@@ -16,16 +16,46 @@ expert and segment by segment:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from camera.checkpoint.formats.packed.codes import pack, packed_bytes, unpack
-from camera.checkpoint.formats.packed.segments import AXES, Cut, Solved
+from camera.checkpoint.formats.packed.segments import AXES, BitSegments, QuantizedMatrix
 
 
-class Run(NamedTuple):
-    """One segment of one matrix, all parts of it, and where it starts in the tensors."""
+def metadata_bits(bits: int, sym: bool = False) -> int:
+    """Stored bits beside the codes of one group: scale and zero in 16 bits each.
+
+    The 1-bit and the symmetric grids imply their zero; 0 bits store nothing.
+    """
+    return 0 if bits == 0 else 32 if stores_zeros(bits, sym) else 16
+
+
+def stores_zeros(bits: int, sym: bool) -> bool:
+    """Whether the zeros of a grid are stored; others follow from its bits."""
+    return bits > 1 and not sym
+
+
+def index_dtype(length: int) -> torch.dtype:
+    """The integer type of an order of so many rows or columns."""
+    return torch.int16 if length <= 2**15 else torch.int32
+
+
+def index_bits(length: int) -> int:
+    """Stored bits of an order of so many rows or columns."""
+    return 8 * length * index_dtype(length).itemsize
+
+
+def groups_of(columns: Any, group_size: int | None) -> Any:
+    """ceil(columns / group_size), for a number or a tensor; group_size None (or 0): one group."""
+    if not group_size:
+        return (columns > 0) * 1
+    return -(-columns // group_size)
+
+
+class SegmentLayout(NamedTuple):
+    """Place of one segment of one matrix, all its parts, in the tensors."""
 
     bits: int
     rows: slice
@@ -37,18 +67,18 @@ class Run(NamedTuple):
     zeros: int | None
 
 
-class PackedMatrices:
-    """Layout of one kind of matrix of all experts; whoever owns the tensors passes them in.
+class PackedLayout:
+    """Layout of one kind of matrix of all experts; the owner of the tensors passes them in.
 
     shapes: (R, C) of one part of every expert's matrix. `sizes` are the tensors by suffix with
-    their dtypes, `bytes` is what they take, `weights` and `code_bits` what they stand for.
-    ValueError: a cut that doesn't cover the shapes.
+    their dtypes, `bytes` their total, `weights` the number of original weights, `code_bits` the
+    bits of all codes. ValueError: segments that don't cover the shapes.
     """
 
     def __init__(
         self,
         shapes: Sequence[tuple[int, int]],
-        cut: Cut,
+        cut: BitSegments,
         group_size: int | None,
         sym: bool,
         parts: int = 1,
@@ -66,7 +96,7 @@ class PackedMatrices:
                 self.sizes[suffix] = (size, torch.int16)
         for axis in cut.permuted:
             lengths = [shape[AXES.index(axis)] for shape in self.shapes]
-            dtype = torch.int16 if max(lengths, default=0) <= 2**15 else torch.int32
+            dtype = index_dtype(max(lengths, default=0))
             if sum(lengths):
                 self.sizes[f"_{axis}"] = (parts * sum(lengths), dtype)
 
@@ -75,8 +105,10 @@ class PackedMatrices:
         """Codes, scales, zeros and permutations."""
         return sum(size * dtype.itemsize for size, dtype in self.sizes.values())
 
-    def put(self, tensors: Mapping[str, torch.Tensor], expert: int, *solved: Solved) -> None:
-        """Store an expert's matrix: its parts, or all of them in one, stacked by rows.
+    def store(
+        self, tensors: Mapping[str, torch.Tensor], expert: int, *solved: QuantizedMatrix
+    ) -> None:
+        """Store an expert's matrix: its parts, or one matrix of all parts stacked by rows.
 
         ValueError: codes, groups, zeros or an order that this layout can't hold.
         """
@@ -125,7 +157,7 @@ class PackedMatrices:
                 W_PRC = torch.stack([W_RC.index_select(dim, where) for W_RC, where in pieces])
         return W_PRC.view(self.parts * rows, columns)
 
-    def _dequantize(self, tensors, run: Run, W_PRC: torch.Tensor) -> None:
+    def _dequantize(self, tensors, run: SegmentLayout, W_PRC: torch.Tensor) -> None:
         parts, rows, columns = run.shape
         count = W_PRC.numel()
         if not count:
@@ -148,7 +180,7 @@ class PackedMatrices:
                 W_PRGN.sub_(zero if run.zeros is None else zero[..., some, None])
                 W_PRGN.mul_(scale_PRG[..., some, None])
 
-    def _lay_out(self, expert: int) -> list[Run]:
+    def _lay_out(self, expert: int) -> list[SegmentLayout]:
         rows, columns = self.shapes[expert]
         by_rows = self.cut.axis == "rows"
         counts = [counts[expert] for counts in self.cut.counts]
@@ -158,9 +190,9 @@ class PackedMatrices:
         for bits, count in zip(self.cut.bits, counts, strict=True):
             segment, everything = slice(first, first + count), slice(None)
             shape = (self.parts, count, columns) if by_rows else (self.parts, rows, count)
-            groups = -(-shape[2] // (self.group_size or max(shape[2], 1)))
-            stored_zeros = not self.sym and bits > 1
-            run = Run(
+            groups = groups_of(shape[2], self.group_size)
+            stored_zeros = stores_zeros(bits, self.sym)
+            run = SegmentLayout(
                 bits,
                 segment if by_rows else everything,
                 everything if by_rows else segment,
@@ -188,7 +220,7 @@ class PackedMatrices:
         return [first + c // (size or n) for first, n in lengths for c in range(n)]
 
     def _index(self, tensors, expert: int, axis: str) -> torch.Tensor:
-        """Where the rows (or columns) of each part stand in the stored matrix, a view."""
+        """Places of the rows (or columns) of each part in the stored matrix, a view."""
         lengths = [shape[AXES.index(axis)] for shape in self.shapes]
         start, length = self.parts * sum(lengths[:expert]), lengths[expert]
         index = tensors.get(f"_{axis}", torch.empty(0))

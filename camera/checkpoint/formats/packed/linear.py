@@ -1,30 +1,31 @@
-"""Single weights, packed: a linear layer, and a router that is a module of its own.
+"""A packed linear layer, and a packed router.
 
 Shapes: N tokens, R rows (outputs), C columns (inputs).
 """
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from camera.checkpoint.formats.packed.base import PackedForm
-from camera.checkpoint.formats.packed.segments import Solved
+from camera.checkpoint.formats.format import Spec
+from camera.checkpoint.formats.packed.base import PackedBuffers
+from camera.checkpoint.formats.packed.layout import PackedLayout
+from camera.checkpoint.formats.packed.segments import BitSegments, QuantizedMatrix
 
 
-class PackedLinear(nn.Module, PackedForm):
+class PackedLinear(nn.Module, PackedBuffers):
     """Drop-in for nn.Linear. spec: `linear_spec`; a bias stays as it was.
 
-    `weight` holds the codes, so that a reader that doesn't know this format stops at its shape.
+    `weight` holds the codes: a reader that doesn't know this format stops at its shape.
     """
 
-    form = "packed_linear"
+    name = "packed_linear"
 
     def __init__(
         self,
-        spec: dict[str, Any],
+        spec: Spec,
         bias: torch.Tensor | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -35,12 +36,16 @@ class PackedLinear(nn.Module, PackedForm):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @classmethod
-    def build(cls, native: nn.Module, spec: dict[str, Any]) -> "PackedLinear":
+    def from_spec(cls, native: nn.Module, spec: Spec) -> "PackedLinear":
         bias = None if native.bias is None else native.bias.detach()
         return cls(spec, bias, "meta", native.weight.dtype)
 
-    def put(self, solved: Solved) -> None:
-        """Store the solved weight."""
+    @classmethod
+    def layouts(cls, spec: Spec) -> dict[str, PackedLayout]:
+        return {"weight": _layout(spec)}
+
+    def store(self, solved: QuantizedMatrix) -> None:
+        """Store the quantised weight."""
         self._store("weight", 0, solved)
 
     def dense(self) -> torch.Tensor:
@@ -51,7 +56,7 @@ class PackedLinear(nn.Module, PackedForm):
         """x W^T + bias."""
         return F.linear(x_NC, self.dense(), self.bias)
 
-    def dequantize(self) -> nn.Linear:
+    def dequantize(self, native: nn.Module | None = None) -> nn.Linear:
         """A plain linear layer of these weights, in this module's dtype."""
         plain = nn.Linear(self.in_features, self.out_features, device="meta")
         plain.weight = nn.Parameter(self.dense(), requires_grad=False)
@@ -62,32 +67,36 @@ class PackedLinear(nn.Module, PackedForm):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-class PackedRouter(PackedForm):
+class PackedRouter(PackedBuffers):
     """The native router itself, its `weight` dequantised from the buffer `packed` on access.
 
-    Routers choose experts in their own ways; so the module keeps its class's forward and its other
-    tensors, and only the parameter is taken away. Any module that reads `self.weight` will do.
+    The module keeps the forward and the other tensors of its class, which must read `self.weight`;
+    only this parameter is replaced.
     """
 
-    form = "packed_router"
+    name = "packed_router"
 
     @classmethod
-    def build(cls, native: nn.Module, spec: dict[str, Any]) -> nn.Module:
+    def from_spec(cls, native: nn.Module, spec: Spec) -> nn.Module:
         return cls.of(native, spec, "meta")
+
+    @classmethod
+    def layouts(cls, spec: Spec) -> dict[str, PackedLayout]:
+        return {"packed": _layout(spec)}
 
     @staticmethod
     def of(
-        native: nn.Module, spec: dict[str, Any], device: torch.device | str | None = None
+        native: nn.Module, spec: Spec, device: torch.device | str | None = None
     ) -> "PackedRouter":
-        """Turn a native router into a packed one, in place; `put` its weight next."""
+        """Turn a native router into a packed one, in place; `store` its weight next."""
         dtype = native.weight.dtype
         del native.weight
         native.__class__ = _packed_class(type(native))
         native._register(spec, device, dtype)
         return native
 
-    def put(self, solved: Solved) -> None:
-        """Store the solved weight."""
+    def store(self, solved: QuantizedMatrix) -> None:
+        """Store the quantised weight."""
         self._store("packed", 0, solved)
 
     @property
@@ -95,8 +104,8 @@ class PackedRouter(PackedForm):
         """The dequantised weight [experts, hidden]."""
         return self._weight("packed")
 
-    def dequantize(self) -> nn.Module:
-        """Turn it back, in place, into the native router with a plain weight."""
+    def dequantize(self, native: nn.Module | None = None) -> nn.Module:
+        """The native router with a plain weight again, in place."""
         weight = nn.Parameter(self.weight, requires_grad=False)
         names = ["_like", *("packed" + suffix for suffix in self._layouts["packed"].sizes)]
         for name in names:
@@ -105,6 +114,11 @@ class PackedRouter(PackedForm):
         self.__class__ = type(self).__bases__[1]
         self.weight = weight
         return self
+
+
+def _layout(spec: Spec) -> PackedLayout:
+    segments = BitSegments.from_json(spec["cut"])
+    return PackedLayout([tuple(spec["shape"])], segments, spec["group_size"], spec["sym"])
 
 
 @cache

@@ -4,29 +4,31 @@ Shapes: N tokens, H hidden, W width.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
-from camera.checkpoint.formats.format import Form
-from camera.checkpoint.formats.narrow import PROJECTIONS, resize_note
+from camera.checkpoint.formats.format import Spec
+from camera.checkpoint.formats.narrow import PROJECTIONS, NarrowMlp, set_intermediate_size
+from camera.checkpoint.formats.packed.base import PackedFormat
+from camera.checkpoint.formats.packed.layout import PackedLayout
 from camera.checkpoint.formats.packed.linear import PackedLinear
-from camera.checkpoint.formats.packed.segments import Solved
-from camera.checkpoint.formats.packed.spec import projections, spec_code_bits, spec_weights
+from camera.checkpoint.formats.packed.segments import QuantizedMatrix
+from camera.checkpoint.formats.packed.spec import projections
+from camera.moe.families import Family
 
 
-class PackedMlp(nn.Module, Form):
+class PackedMlp(nn.Module, PackedFormat):
     """y = down(act(gate x) * up x), of three packed linear layers. spec: `mlp_spec`.
 
-    biases: by the name of the projection, None or absent where it has none.
+    biases: by the name of the projection; None or absent: no bias.
     """
 
-    form = "packed_mlp"
+    name = "packed_mlp"
 
     def __init__(
         self,
-        spec: dict[str, Any],
+        spec: Spec,
         act_fn: nn.Module,
         biases: Mapping[str, torch.Tensor | None] | None = None,
         device: torch.device | str | None = None,
@@ -37,32 +39,37 @@ class PackedMlp(nn.Module, Form):
         for name, linear in projections(spec).items():
             self.add_module(name, PackedLinear(linear, (biases or {}).get(name), device, dtype))
 
-    def spec(self) -> dict[str, Any]:
-        return self._spec
-
     @classmethod
-    def build(cls, native: nn.Module, spec: dict[str, Any]) -> "PackedMlp":
+    def from_spec(cls, native: nn.Module, spec: Spec) -> "PackedMlp":
         width, biases = spec["widths"][0], {}
         for name in PROJECTIONS:
             bias = getattr(native, name).bias
-            if bias is not None:  # as wide as what the expert was pruned to
+            if bias is not None:  # of the pruned width
                 biases[name] = bias.detach() if name == "down_proj" else bias.new_empty(width)
         return cls(spec, native.act_fn, biases, "meta", native.down_proj.weight.dtype)
 
     @classmethod
-    def weights(cls, spec: dict[str, Any]) -> int:
-        return spec_weights(spec)
+    def layouts(cls, spec: Spec) -> dict[str, PackedLayout]:
+        return {
+            f"{name}.{codes}": layout
+            for name, linear in projections(spec).items()
+            for codes, layout in PackedLinear.layouts(linear).items()
+        }
 
     @classmethod
-    def raw_bits(cls, spec: dict[str, Any]) -> int:
-        return spec_code_bits(spec)
+    def width_key(cls, family: Family, path: str) -> str:
+        return NarrowMlp.width_key(family, path)
 
-    def put(self, gate_up: Sequence[Solved], down: Solved) -> None:
-        """Store the solved matrices: [gate, up], or [both] if they were solved stacked by rows."""
+    @classmethod
+    def widest(cls, spec: Spec) -> int:
+        return spec["widths"][0]
+
+    def store(self, gate_up: Sequence[QuantizedMatrix], down: QuantizedMatrix) -> None:
+        """Store the quantised matrices: [gate, up], or [both] stacked by rows."""
         gate, up = gate_up if len(gate_up) == 2 else gate_up[0].chunk(2)
-        self.gate_proj.put(gate)
-        self.up_proj.put(up)
-        self.down_proj.put(down)
+        self.gate_proj.store(gate)
+        self.up_proj.store(up)
+        self.down_proj.store(down)
 
     def gate_up(self, expert: int = 0) -> torch.Tensor:
         """Dequantised rows, [2W, H]: gate first, then up."""
@@ -77,8 +84,8 @@ class PackedMlp(nn.Module, Form):
         return self.down_proj(self.act_fn(self.gate_proj(x_NH)) * self.up_proj(x_NH))
 
     def dequantize(self, native: nn.Module) -> nn.Module:
-        """A native MLP (of any width, on meta will do) given these plain weights, in place."""
+        """A native MLP, of any width and on meta, with these weights as plain ones, in place."""
         for name in PROJECTIONS:
             setattr(native, name, getattr(self, name).dequantize())
-        resize_note(native, self.widths[0])
+        set_intermediate_size(native, self.widths[0])
         return native

@@ -1,4 +1,4 @@
-"""How quantised matrices are cut into segments of uniform bits, and what a solver says of one.
+"""Segments of uniform bits of quantised matrices, and one quantised matrix.
 
 Shapes: E experts, R rows (outputs), C columns (inputs), G scale groups of a row.
 """
@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from camera.quantization.grids import QuantizedWeight
+from camera.checkpoint.formats.packed.codes import MAX_BITS
 
 AXES = ("rows", "columns")
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How the matrices of one kind are cut into segments of uniform bits.
+class BitSegments:
+    """Segments of uniform bits of the matrices of one kind.
 
     counts[s][e] rows (or columns) of expert e have bits[s]; bits descend, counts may be 0.
-    permuted: the axes along which every matrix keeps an index, because its rows or columns were
-    reordered and nothing else can absorb that. ValueError: axes, bits or counts that can't be.
+    permuted: the axes along which every matrix keeps an index of its reordered rows or columns.
+    ValueError: impossible axes, bits or counts.
     """
 
     axis: str
@@ -31,10 +31,12 @@ class Cut:
     def __post_init__(self):
         if self.axis not in AXES or not set(self.permuted) <= set(AXES):
             raise ValueError(f"axes are {AXES}, not {self.axis}, {self.permuted}")
-        if list(self.bits) != sorted(set(self.bits) & set(range(1, 9)), reverse=True):
-            raise ValueError(f"bits of segments must descend and lie in 1..8, not {self.bits}")
+        if list(self.bits) != sorted(set(self.bits) & set(range(1, MAX_BITS + 1)), reverse=True):
+            raise ValueError(
+                f"bits of segments must descend and lie in 1..{MAX_BITS}, not {self.bits}"
+            )
         if len(self.counts) != len(self.bits):
-            raise ValueError("a cut needs one row of counts for each of its bits")
+            raise ValueError("segments need one row of counts for each of its bits")
 
     @classmethod
     def of(
@@ -42,7 +44,7 @@ class Cut:
         axis: str,
         bits_of: Sequence[torch.Tensor | list[int]],
         permuted: Sequence[str] = (),
-    ) -> "Cut":
+    ) -> "BitSegments":
         """From the bits of every row (or column) of every expert, in any order."""
         experts = [torch.as_tensor(bits, dtype=torch.int64).cpu() for bits in bits_of]
         used = sorted({b for bits in experts for b in bits.unique().tolist()}, reverse=True)
@@ -50,13 +52,13 @@ class Cut:
         return cls(axis, tuple(used), counts, tuple(permuted))
 
     @classmethod
-    def from_json(cls, stored: dict[str, Any]) -> "Cut":
+    def from_json(cls, stored: dict[str, Any]) -> "BitSegments":
         """The inverse of `json`."""
         counts = tuple(tuple(row) for row in stored["counts"])
         return cls(stored["axis"], tuple(stored["bits"]), counts, tuple(stored["permuted"]))
 
     def json(self) -> dict[str, Any]:
-        """As it stands in config.json."""
+        """For config.json."""
         return {
             "axis": self.axis,
             "bits": list(self.bits),
@@ -66,8 +68,8 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Solved:
-    """One matrix as the solver leaves it, in the order in which it was solved.
+class QuantizedMatrix:
+    """One quantised matrix, in the order in which it was solved.
 
     w = scale * (code - zero), group_C the group of each column; groups beyond these are ignored.
     rows: solved row i is row rows[i] of the matrix; columns likewise; None: as they stand.
@@ -80,34 +82,21 @@ class Solved:
     rows: torch.Tensor | None = None
     columns: torch.Tensor | None = None
 
-    @classmethod
-    def of(
-        cls,
-        quantized: QuantizedWeight,
-        expert: int,
-        rows: torch.Tensor | None = None,
-        columns: torch.Tensor | None = None,
-    ) -> "Solved":
-        """One expert of a solved batch."""
-        q = quantized
-        tensors = (q.codes_ERC, q.scale_ERG, q.zero_ERG, q.group_EC)
-        return cls(*(tensor[expert] for tensor in tensors), rows, columns)
-
-    def chunk(self, parts: int) -> list["Solved"]:
-        """Matrices that were solved as one, stacked by rows, as gate and up may be."""
+    def chunk(self, parts: int) -> list["QuantizedMatrix"]:
+        """The matrices of a stack by rows, as gate and up may be."""
         per_row = (self.codes_RC, self.scale_RG, self.zero_RG)
         height = len(self.codes_RC) // parts
         bands = [slice(part * height, (part + 1) * height) for part in range(parts)]
         return [
-            Solved(*(t[band] for t in per_row), self.group_C, self.rows, self.columns)
+            QuantizedMatrix(*(t[band] for t in per_row), self.group_C, self.rows, self.columns)
             for band in bands
         ]
 
-    def grouped(self) -> "Solved":
-        """The columns of a group side by side, as they are stored."""
+    def grouped(self) -> "QuantizedMatrix":
+        """With the columns of a group side by side, as they are stored."""
         order_C = self.group_C.argsort(stable=True)
         if torch.equal(self.group_C, self.group_C[order_C]):
             return self
         columns = order_C if self.columns is None else self.columns.to(order_C.device)[order_C]
         codes_RC, group_C = self.codes_RC[:, order_C], self.group_C[order_C]
-        return Solved(codes_RC, self.scale_RG, self.zero_RG, group_C, self.rows, columns)
+        return QuantizedMatrix(codes_RC, self.scale_RG, self.zero_RG, group_C, self.rows, columns)
