@@ -85,7 +85,7 @@ class CameraQDagger(CameraQ):
         channels = _channel_bits(pool.hidden, boundaries, len(bits_N), levels)
         counts_B = torch.bincount(channels, minlength=MAX_BITS + 1)
         counts_EB = counts_B.expand(len(pool.widths), -1)
-        return pool.stored_by_columns(counts_EB, pool.counts(bits_N))
+        return pool.total_by_columns(counts_EB, pool.counts(bits_N))
 
     def _by_channels(
         self, index: int, ffn: FeedForward, seen: HessianStatistics, plan: Plan

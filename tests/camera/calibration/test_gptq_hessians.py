@@ -62,7 +62,7 @@ def test_damping_ladder(W_ERC, H_ECC):
     H_ECC[2] -= (lowest + 0.05 * mean) * torch.eye(C)  # the lowest eigenvalue is -0.05 mean
     H_ECC[3] = -H_ECC[3]
     H_ECC[4, 1, 1] = torch.nan
-    solver = GPTQ(group_size=16, percdamp=1e-9)
+    solver = GPTQ(group_size=16, damping=1e-9)
     factor = solver.factor(H_ECC)
     assert factor.damping_E[0] == 1e-9
     assert 1e-9 < factor.damping_E[1] < 1e-3
@@ -72,4 +72,4 @@ def test_damping_ladder(W_ERC, H_ECC):
     assert result.weight.isfinite().all()
     assert torch.equal(result.weight[3:], solver.solve(W_ERC, bits=2).weight[3:])
     assert result.fallback == factor.fallback and len(set(result.damping_E[:3])) == 3
-    assert GPTQ(percdamp=0).factor(-H_ECC[:1]).fallback == ["rtn_damping"]
+    assert GPTQ(damping=0).factor(-H_ECC[:1]).fallback == ["rtn_damping"]

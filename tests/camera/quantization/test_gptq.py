@@ -278,7 +278,7 @@ def test_refusals(W_ERC):
     wrong = (
         dict(group_size=0),
         dict(block_size=0),
-        dict(percdamp=-1.0),
+        dict(damping=-1.0),
         dict(fallback="none"),
         dict(clip=()),
         dict(quirks=("unknown",)),

@@ -38,7 +38,7 @@ def test_golden(golden, name):
             act_order=hyper["actorder"],
             static_groups=hyper["static_groups"],
             block_size=hyper["blocksize"],
-            percdamp=hyper["percdamp"],
+            damping=hyper["percdamp"],
             quirks=tuple(QUIRKS),
         )
         factor = solver.factor(tensors["H"][None])

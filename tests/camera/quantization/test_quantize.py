@@ -343,7 +343,7 @@ def test_shuffle_keeps_counts_and_breaks_the_match():
         (CameraQ(clip="some"), "clip"),
         (CameraQ(group_size=0), "group_size"),
         (CameraQ(attn_bits=9), "attn_bits"),
-        (CameraQ(percdamp=2.0), "percdamp"),
+        (CameraQ(damping=2.0), "damping"),
         (CameraQ(true_sequential=True, weighted_hessian=True), "weighted_hessian"),
         (CameraQ(bits=2.5, ratios=[0.1, 0.8, 0.1], group_size=8), "group_size=8"),
         (CameraQDagger(group_bits=[3, 2, 0], bits=3.5), "group_bits"),
