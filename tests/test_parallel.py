@@ -9,13 +9,19 @@ import textwrap
 import pytest
 import torch
 from composing import command, tiny
+from damage import damage
 from safetensors.torch import load_file
 
 import camera
 from camera import parallel
+from camera.blocks import FeedForward
+from camera.capture import observe
 from camera.energy import LayerEnergy
 from camera.errors import CameraError
+from camera.families import family_of
+from camera.layer_hessians import HessianObserver
 from camera.statistics import LayerStatistics
+from conftest import build_model
 from experiments.schema import CONF
 
 LAYERS = 4
@@ -163,15 +169,18 @@ def test_cuts_are_tried_on_both_processes_tokens(two, one):
     assert differing <= 0.02 * sum(map(sum, result.widths.values()))
 
 
-def test_hessians_of_both_processes_count(two, one):
+def test_what_both_processes_quantise_is_as_good_as_what_one_does(two, one, source):
     folder, said = two
     alone, result = one("hessians")
     assert [rank["hessians"]["said"] for rank in said] == [result.widths] * 2
     mine, theirs = weights(folder / "hessians"), weights(alone)
     assert mine.keys() == theirs.keys()
-    # summed in another order, so that a few codes may round otherwise
-    differing = sum((mine[name] != theirs[name]).sum().item() for name in mine)
-    assert differing <= 0.01 * sum(tensor.numel() for tensor in mine.values())
+    assert all(mine[name].shape == theirs[name].shape for name in mine)
+    lost, expected = damage(folder / "hessians", source), damage(alone, source)
+    assert lost == pytest.approx(expected, rel=0.1)  # codes may differ: see damage.py
+    first = "model.layers.0."  # the inputs of this layer are the same: only the sums differ
+    same = [(mine[name] == theirs[name]).float().mean() for name in mine if name.startswith(first)]
+    assert sum(same) / len(same) > 0.9
 
 
 def test_both_processes_tokens_are_fitted_to(two, one):
@@ -218,7 +227,8 @@ def test_main_py_runs_under_torchrun(source, data_folder, tmp_path):
     (name, mine, metrics), (other, theirs, expected) = runs
     assert name == other  # how many processes is no part of a run's identity
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
-    assert metrics["perplexity"] == expected["perplexity"]
+    # summed by two processes and by one, in fp32
+    assert metrics["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
 
 
 class Summed:
@@ -249,6 +259,26 @@ def test_each_field_is_combined_by_its_rule(monkeypatch):
     assert torch.equal(both.max2_N, energy(0).max2_N.max(energy(1).max2_N))
     assert torch.equal(both.tokens_E, energy(0).tokens_E + energy(1).tokens_E)
     assert torch.equal(both.basis_N, basis)  # of the weights, which all have
+
+
+def test_hessians_of_shares_add_up_to_those_of_all_tokens(monkeypatch):
+    layer = build_model("qwen2_moe").model.layers[1]
+    ffn = FeedForward(layer, family_of("qwen2_moe"), "model.layers.1")
+    x_BLH = torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def seen(part_BLH):
+        observer = HessianObserver(ffn)
+        observe(ffn, part_BLH, observer)
+        return observer.result()
+
+    mine, other, whole = seen(x_BLH[:1]), seen(x_BLH[1:]), seen(x_BLH)
+    Summed(monkeypatch, [getattr(other, field) for field in sorted(mine.reduced)])
+    both = parallel.add_up(mine)
+    assert torch.equal(both.tokens_E, whole.tokens_E)
+    for name in ("input_EHH", "hidden_F", "input_max2_EH"):  # fp32 sums, in another order
+        got, want = getattr(both, name), getattr(whole, name)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
 
 
 def test_statistics_without_a_rule_are_refused(monkeypatch):

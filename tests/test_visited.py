@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from damage import damage
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -107,14 +108,19 @@ def test_a_visited_expert_s_tokens_count_as_much(cut):
 
 @pytest.mark.parametrize("propagate", ["compressed", "dense"])
 @pytest.mark.parametrize("method", ["camera_q", "gptq"])
-def test_quantisers_visit_too(method, propagate, cut):
+def test_quantisers_visit_too(method, propagate, cut, source):
     options = dict(propagate=propagate, method=method, bits=3.0)
     visited = cut("qwen2_moe", "as published", "visit", **options)
     whole = cut("qwen2_moe", "as published", "layer", **options)
     mine, theirs = tensors(visited[0]), tensors(whole[0])
     assert mine.keys() == theirs.keys()
-    differing = sum((mine[name] != theirs[name]).sum().item() for name in mine)
-    assert differing <= 0.01 * sum(tensor.numel() for tensor in mine.values())
+    assert all(mine[name].shape == theirs[name].shape for name in mine)
+    dense = source("qwen2_moe", "as published")
+    lost, expected = damage(visited[0], dense), damage(whole[0], dense)
+    assert lost == pytest.approx(expected, rel=0.1)  # codes may differ: see damage.py
+    first = "model.layers.0."  # the inputs of this layer are the same: only the sums differ
+    same = [(mine[name] == theirs[name]).float().mean() for name in mine if name.startswith(first)]
+    assert sum(same) / len(same) > 0.9
 
 
 def test_whole_experts_are_dropped_from_the_disk_too(cut):
