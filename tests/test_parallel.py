@@ -178,9 +178,11 @@ def test_what_both_processes_quantise_is_as_good_as_what_one_does(two, one, sour
     assert all(mine[name].shape == theirs[name].shape for name in mine)
     lost, expected = damage(folder / "hessians", source), damage(alone, source)
     assert lost == pytest.approx(expected, rel=0.1)  # codes may differ: see damage.py
-    first = "model.layers.0."  # the inputs of this layer are the same: only the sums differ
-    same = [(mine[name] == theirs[name]).float().mean() for name in mine if name.startswith(first)]
-    assert sum(same) / len(same) > 0.9
+    # the inputs of this layer are the same, so that its codes hang on its own sums alone; with the
+    # Hessians of other tokens two thirds of its bytes are others
+    first = [name for name in mine if name.startswith("model.layers.0.") and "expert" in name]
+    same = sum((mine[name] == theirs[name]).sum().item() for name in first)
+    assert same > 0.9 * sum(mine[name].numel() for name in first)
 
 
 def test_both_processes_tokens_are_fitted_to(two, one):

@@ -118,9 +118,11 @@ def test_quantisers_visit_too(method, propagate, cut, source):
     dense = source("qwen2_moe", "as published")
     lost, expected = damage(visited[0], dense), damage(whole[0], dense)
     assert lost == pytest.approx(expected, rel=0.1)  # codes may differ: see damage.py
-    first = "model.layers.0."  # the inputs of this layer are the same: only the sums differ
-    same = [(mine[name] == theirs[name]).float().mean() for name in mine if name.startswith(first)]
-    assert sum(same) / len(same) > 0.9
+    # the inputs of this layer are the same, so that its codes hang on its own sums alone; with the
+    # Hessians of other tokens two thirds of its bytes are others
+    first = [name for name in mine if name.startswith("model.layers.0.") and "expert" in name]
+    same = sum((mine[name] == theirs[name]).sum().item() for name in first)
+    assert same > 0.9 * sum(mine[name].numel() for name in first)
 
 
 def test_whole_experts_are_dropped_from_the_disk_too(cut):
