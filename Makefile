@@ -1,18 +1,29 @@
 # make run    the main job on the embedded model: dense and Camera-P at 0.2, 0.4, 0.6, then the table
 # make test   the tests
-# Both set .venv up at their first call. ARGS adds to either: make run ARGS="sparsity=0.3"
+# make test-cpus  the numerical tests as older CPUs run them: other vector widths, other sum orders
+# All set .venv up at their first call. ARGS adds to each: make run ARGS="sparsity=0.3"
 
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: run test clean
+.PHONY: run test test-cpus clean
 
 run: $(READY)
 	$(VENV)/bin/python main.py experiment=main $(ARGS)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+# Words of the names of tests and of their files, so that the choice outlives a move of the files.
+NUMERICAL := (gptq or naee or visited or parallel or heapr or d2_moe or energy or quantize \
+	or ragged or reap or refit or compensate or low_rank) \
+	and not (docs or tracker or runs or config or test_compress)
+
+test-cpus: $(READY)
+	for level in default avx2; do \
+		ATEN_CPU_CAPABILITY=$$level $(VENV)/bin/python -m pytest -k "$(NUMERICAL)" $(ARGS) || exit 1; \
+	done
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12")'

@@ -17,7 +17,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 
-torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+# Tiny matrices: more threads only wait for each other. They also sum in another order, which the
+# tests must bear: CAMERA_TEST_THREADS=8 shows whether they do.
+torch.set_num_threads(int(os.environ.get("CAMERA_TEST_THREADS", "1")))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,6 +12,9 @@ from baselines.experts.subset_search import OutputError, keep_best, resolve, sea
 from camera.runtime.errors import CameraError
 from tests.helpers.dropping import candidates
 
+# J of one set is summed in fp32, in an order that hangs on how many sets are asked for at once.
+SAME = 1e-5
+
 
 def random_error(experts, top_k=2, count=60, seed=0):
     """J of plain softmax top-k routing, experts and tokens random."""
@@ -42,14 +45,14 @@ def test_enumeration_is_the_best_and_greedy_never_better(drop):
     error, *_ = random_error(8)
     every = candidates(list(itertools.combinations(range(8), 8 - drop)), 8)
     best = search(error, 8, drop, how="enumerate")
-    assert best.error == error(every).min().item()
-    assert best.error == error(~candidates([best.drop], 8)).item()
+    assert best.error == pytest.approx(error(every).min().item(), rel=SAME)
+    assert best.error == pytest.approx(error(~candidates([best.drop], 8)).item(), rel=SAME)
     greedy = search(error, 8, drop, how="greedy")
     assert greedy.evaluations == sum(8 - i for i in range(drop))
-    assert greedy.error == pytest.approx(error(~candidates([greedy.drop], 8)).item())
+    assert greedy.error == pytest.approx(error(~candidates([greedy.drop], 8)).item(), rel=SAME)
     for how in ("greedy", "independent"):
         found = search(error, 8, drop, how=how)
-        assert len(found.drop) == drop and found.error >= best.error * (1 - 1e-9)
+        assert len(found.drop) == drop and found.error >= best.error * (1 - SAME)
         if drop == 1:
             assert found.drop == best.drop
 
@@ -73,7 +76,7 @@ def test_random_search_is_seeded_and_counts_what_it_tried():
         for s, g in ((1, 1), (1, 1), (2, 1))
     )
     assert a == b and a.drop != c.drop and a.evaluations == 50 and a.search == "random"
-    assert search(error, 12, 5, how="enumerate").error <= a.error
+    assert search(error, 12, 5, how="enumerate").error <= a.error * (1 + SAME)
     assert search(error, 12, 5, how="random", limit=800).search == "enumerate"
 
 
@@ -86,7 +89,8 @@ def test_groups_lose_equally_many(how):
         pairs = [list(itertools.combinations(range(s, s + 4), 2)) for s in (0, 4, 8)]
         sets = [sum(parts, ()) for parts in itertools.product(*pairs)]
         assert found.evaluations == len(sets) == 216
-        assert found.error == error(~candidates(sets, 12)).min().item()
+        least = error(~candidates(sets, 12)).min().item()
+        assert found.error == pytest.approx(least, rel=SAME)
 
 
 def test_auto_enumerates_up_to_the_limit_and_more_is_refused():

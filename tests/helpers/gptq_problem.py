@@ -5,6 +5,7 @@ Shapes: E experts, R rows, C columns, N tokens.
 
 import torch
 
+from camera.quantization.gptq import output_error
 from camera.quantization.grids import CLIPS
 
 E, R, C = 5, 12, 80
@@ -22,6 +23,20 @@ def same(a, b) -> None:
     """Two quantised weights are bit for bit the same."""
     for name in ("codes_ERC", "scale_ERG", "zero_ERG", "group_EC", "loss_ER"):
         torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=0)
+
+
+def as_good(got_ERC, want_ERC, W_ERC, H_ECC) -> None:
+    """Two quantised weights lose equally much of every expert's output, and most rows are the same.
+
+    For sums that run in another order. One code that rounds otherwise moves all later ones of its
+    row, so codes may differ in number, but what they cost hardly does: rounding to nearest loses
+    14 % more on these inputs at the least, another expert's Hessian twice as much. Rows are solved
+    apart, and a tie comes in one of hundreds.
+    """
+    got_E, want_E = (output_error(W_ERC, q_ERC, H_ECC).sum(1) for q_ERC in (got_ERC, want_ERC))
+    torch.testing.assert_close(got_E, want_E, rtol=0.05, atol=0)
+    step_ER1 = 1e-3 * want_ERC.abs().amax(2, keepdim=True)
+    assert ((got_ERC - want_ERC).abs() <= step_ER1).all(2).float().mean() >= 0.75
 
 
 KINDS = {

@@ -67,8 +67,9 @@ def test_any_chunking_of_the_tokens_gives_the_same_energies(family, chunks):
     layer, x_TH, _ = layer_and_input(family)
     whole, _ = measure(family, layer, x_TH)
     parts, _ = measure(family, layer, x_TH, chunks=chunks)
-    torch.testing.assert_close(parts.sum2_N, whole.sum2_N, rtol=1e-5, atol=1e-14)
-    torch.testing.assert_close(parts.max2_N, whole.max2_N, rtol=1e-5, atol=1e-14)
+    # fp32 products of other shapes: the terms of a small phi cancel to some 1e-5 of it
+    torch.testing.assert_close(parts.sum2_N, whole.sum2_N, rtol=1e-4, atol=1e-14)
+    torch.testing.assert_close(parts.max2_N, whole.max2_N, rtol=1e-4, atol=1e-14)
     assert torch.equal(parts.tokens_E, whole.tokens_E)
 
 
@@ -79,7 +80,7 @@ def test_padding_is_not_counted(family, output):
     mask_T = torch.arange(40) >= 13
     masked, _ = measure(family, layer, x_TH, mask_T, output=output)
     alone, _ = measure(family, layer, x_TH[mask_T])
-    torch.testing.assert_close(masked.energy(0.9), alone.energy(0.9), rtol=1e-5, atol=1e-14)
+    torch.testing.assert_close(masked.energy(0.9), alone.energy(0.9), rtol=1e-4, atol=1e-14)
     assert torch.equal(masked.tokens_E, alone.tokens_E)
 
 
@@ -94,7 +95,9 @@ def test_permuting_micro_experts_permutes_their_energies():
         experts.down_proj[2] = experts.down_proj[2][:, order]
     after, _ = measure("mixtral", layer, x_TH)
     rows = slice(2 * width, 3 * width)
-    torch.testing.assert_close(after.energy(0.5)[rows], before.energy(0.5)[rows][order])
+    # each from fp32 sums, which another place in the matrix may order otherwise
+    moved = before.energy(0.5)[rows][order]
+    torch.testing.assert_close(after.energy(0.5)[rows], moved, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("part", ["up", "down"])

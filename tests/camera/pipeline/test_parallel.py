@@ -11,12 +11,17 @@ import torch
 from safetensors.torch import load_file
 
 import camera
+from camera.calibration.hessians import HessianObserver
 from camera.calibration.scores.energy import EnergyStatistics
 from camera.calibration.statistics import LayerStatistics, add_up
+from camera.moe.families import family_of
+from camera.moe.feed_forward import FeedForward
 from camera.runtime import distributed
 from camera.runtime.errors import CameraError
 from experiments.config.schema import CONF
 from tests.helpers.composing import command, tiny
+from tests.helpers.damage import damage
+from tests.helpers.models import build_model
 
 LAYERS = 4
 JOBS = {
@@ -163,15 +168,20 @@ def test_cuts_are_tried_on_both_processes_tokens(two, one):
     assert differing <= 0.02 * sum(map(sum, result.widths.values()))
 
 
-def test_hessians_of_both_processes_count(two, one):
+def test_what_both_processes_quantise_is_as_good_as_what_one_does(two, one, source):
     folder, said = two
     alone, result = one("hessians")
     assert [rank["hessians"]["said"] for rank in said] == [result.widths] * 2
     mine, theirs = weights(folder / "hessians"), weights(alone)
     assert mine.keys() == theirs.keys()
-    # summed in another order, so that a few codes may round otherwise
-    differing = sum((mine[name] != theirs[name]).sum().item() for name in mine)
-    assert differing <= 0.01 * sum(tensor.numel() for tensor in mine.values())
+    assert all(mine[name].shape == theirs[name].shape for name in mine)
+    lost, expected = damage(folder / "hessians", source), damage(alone, source)
+    assert lost == pytest.approx(expected, rel=0.1)  # codes may differ: see damage.py
+    # the inputs of this layer are the same, so that its codes hang on its own sums alone; with the
+    # Hessians of other tokens two thirds of its bytes are others
+    first = [name for name in mine if name.startswith("model.layers.0.") and "expert" in name]
+    same = sum((mine[name] == theirs[name]).sum().item() for name in first)
+    assert same > 0.9 * sum(mine[name].numel() for name in first)
 
 
 def test_both_processes_tokens_are_fitted_to(two, one):
@@ -218,7 +228,8 @@ def test_main_py_runs_under_torchrun(source, data_folder, tmp_path):
     (name, mine, metrics), (other, theirs, expected) = runs
     assert name == other  # how many processes is no part of a run's identity
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
-    assert metrics["perplexity"] == expected["perplexity"]
+    # summed by two processes and by one, in fp32
+    assert metrics["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
 
 
 class Summed:
@@ -249,6 +260,26 @@ def test_each_field_is_combined_by_its_rule(monkeypatch):
     assert torch.equal(both.max2_N, energy(0).max2_N.max(energy(1).max2_N))
     assert torch.equal(both.tokens_E, energy(0).tokens_E + energy(1).tokens_E)
     assert torch.equal(both.basis_N, basis)  # of the weights, which all have
+
+
+def test_hessians_of_shares_add_up_to_those_of_all_tokens(monkeypatch):
+    layer = build_model("qwen2_moe").model.layers[1]
+    ffn = FeedForward(layer, family_of("qwen2_moe"), "model.layers.1")
+    x_BLH = torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def seen(part_BLH):
+        observer = HessianObserver(ffn)
+        observe(ffn, part_BLH, observer)
+        return observer.result()
+
+    mine, other, whole = seen(x_BLH[:1]), seen(x_BLH[1:]), seen(x_BLH)
+    Summed(monkeypatch, [getattr(other, field) for field in sorted(mine.reduced)])
+    both = parallel.add_up(mine)
+    assert torch.equal(both.tokens_E, whole.tokens_E)
+    for name in ("input_EHH", "hidden_F", "input_max2_EH"):  # fp32 sums, in another order
+        got, want = getattr(both, name), getattr(whole, name)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
 
 
 def test_statistics_without_a_rule_are_refused(monkeypatch):

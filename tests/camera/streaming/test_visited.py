@@ -18,6 +18,7 @@ from camera.runtime.errors import CameraError
 from camera.streaming.disk_experts import VisitedExperts, places_of
 from camera.streaming.settings import Memory
 from camera.streaming.streamer import Streamer
+from tests.helpers.damage import damage
 from tests.helpers.models import MOE_FAMILIES, build_tokenizer
 
 LAYOUTS = ("as published", "fused")
@@ -108,14 +109,21 @@ def test_a_visited_expert_s_tokens_count_as_much(cut):
 
 @pytest.mark.parametrize("propagate", ["compressed", "dense"])
 @pytest.mark.parametrize("method", ["camera_q", "gptq"])
-def test_quantisers_visit_too(method, propagate, cut):
+def test_quantisers_visit_too(method, propagate, cut, source):
     options = dict(propagate=propagate, method=method, bits=3.0)
     visited = cut("qwen2_moe", "as published", "visit", **options)
     whole = cut("qwen2_moe", "as published", "layer", **options)
     mine, theirs = tensors(visited[0]), tensors(whole[0])
     assert mine.keys() == theirs.keys()
-    differing = sum((mine[name] != theirs[name]).sum().item() for name in mine)
-    assert differing <= 0.01 * sum(tensor.numel() for tensor in mine.values())
+    assert all(mine[name].shape == theirs[name].shape for name in mine)
+    dense = source("qwen2_moe", "as published")
+    lost, expected = damage(visited[0], dense), damage(whole[0], dense)
+    assert lost == pytest.approx(expected, rel=0.1)  # codes may differ: see damage.py
+    # the inputs of this layer are the same, so that its codes hang on its own sums alone; with the
+    # Hessians of other tokens two thirds of its bytes are others
+    first = [name for name in mine if name.startswith("model.layers.0.") and "expert" in name]
+    same = sum((mine[name] == theirs[name]).sum().item() for name in first)
+    assert same > 0.9 * sum(mine[name].numel() for name in first)
 
 
 def test_whole_experts_are_dropped_from_the_disk_too(cut):
