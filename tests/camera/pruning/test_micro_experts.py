@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-import baselines.micro_experts.magnitude  # noqa: F401 (registers the method)
 import camera
 from camera.calibration.statistics import Statistics
-from camera.streaming.streamer import Streamer
+from camera.streaming.skeleton import MetaModel
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def test_the_lowest_energies_of_the_whole_model_go(
         source, "camera_p", sparsity=0.4, sparsity_of=sparsity_of, rank_scope="global"
     )
     statistics = Statistics.load(tmp_path / "out" / "statistics.safetensors")
-    pools = Streamer(source, "cpu").budget.layers
+    pools = MetaModel(source).budget.layers
     energies, kept = [], []
     for i, layer in statistics:
         energy_N = layer.energy(0.9)

@@ -1,4 +1,4 @@
-"""Experts read one by one from disk are measured and cut as those of a layer in memory."""
+"""Experts read one by one from disk are observed and pruned as those of a layer in memory."""
 
 import shutil
 
@@ -7,17 +7,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import baselines.experts.reap  # noqa: F401 (these register methods)
 import camera
 from camera.calibration.statistics import Statistics
 from camera.checkpoint.shards import ShardReader, read_places
-from camera.method import Outcome
+from camera.method import Applied
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
+from camera.pipeline.estimate import MemoryEstimate
 from camera.runtime.errors import CameraError
-from camera.streaming.disk_experts import VisitedExperts, places_of
-from camera.streaming.settings import Memory
-from camera.streaming.streamer import Streamer
+from camera.streaming.disk_experts import DiskExperts, single_expert_places
+from camera.streaming.settings import MemoryChoices
+from camera.streaming.skeleton import MetaModel
+from camera.streaming.streamer import LayerStreamer, Placement
 from tests.helpers.damage import damage
 from tests.helpers.models import MOE_FAMILIES, build_tokenizer
 
@@ -60,7 +61,7 @@ def cut(source, data_folder, tmp_path_factory):
                 out,
                 calibration=camera.Calibration(samples=4, length=32),
                 propagate=propagate,
-                memory=Memory(experts=experts, phi="recompute"),
+                memory=MemoryChoices(experts=experts, phi="recompute"),
                 data=str(data_folder),
                 device="cpu",
                 progress=False,
@@ -76,8 +77,8 @@ def tensors(folder):
     return {k: v for path in sorted(folder.glob("model-*")) for k, v in load_file(path).items()}
 
 
-def assert_same(visited, whole):
-    (folder, result), (other, expected) = visited, whole
+def assert_same(on_disk, whole):
+    (folder, result), (other, expected) = on_disk, whole
     assert result.widths == expected.widths
     mine, theirs = tensors(folder), tensors(other)
     assert mine.keys() == theirs.keys()
@@ -88,36 +89,38 @@ def assert_same(visited, whole):
     ("layout", "propagate"), [("as published", "compressed"), ("fused", "dense")]
 )
 @pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_visited_experts_lose_what_they_lose_in_memory(family, layout, propagate, cut):
-    visited = cut(family, layout, "visit", propagate)
-    whole = cut(family, "as published", "layer", propagate)
-    assert_same(visited, whole)
+def test_experts_on_disk_lose_what_they_lose_in_memory(family, layout, propagate, cut):
+    on_disk = cut(family, layout, "disk", propagate)
+    whole = cut(family, "as published", "ram", propagate)
+    assert_same(on_disk, whole)
     mine, theirs = (
-        Statistics.load(folder / "statistics.safetensors") for folder, _ in (visited, whole)
+        Statistics.load(folder / "statistics.safetensors") for folder, _ in (on_disk, whole)
     )
     for (_, seen), (_, expected) in zip(mine, theirs, strict=True):
         assert torch.equal(seen.tokens_E, expected.tokens_E)
         torch.testing.assert_close(seen.energy(0.9), expected.energy(0.9), rtol=1e-4, atol=1e-9)
 
 
-def test_a_visited_expert_s_tokens_count_as_much(cut):
-    options = dict(method="camera_plus", score="relative", rank_scope="layer", compensate="none")
+def test_the_tokens_of_an_expert_on_disk_count_as_much(cut):
+    options = dict(
+        method="camera_plus", score="hidden_share", rank_scope="layer", compensate="none"
+    )
     options["sparsity"] = 0.3
-    visited = cut("qwen2_moe", "fused", "visit", "compressed", **options)
-    assert_same(visited, cut("qwen2_moe", "as published", "layer", "compressed", **options))
+    on_disk = cut("qwen2_moe", "fused", "disk", "compressed", **options)
+    assert_same(on_disk, cut("qwen2_moe", "as published", "ram", "compressed", **options))
 
 
 @pytest.mark.parametrize("propagate", ["compressed", "dense"])
 @pytest.mark.parametrize("method", ["camera_q", "gptq"])
-def test_quantisers_visit_too(method, propagate, cut, source):
+def test_quantisers_read_experts_from_disk_too(method, propagate, cut, source):
     options = dict(propagate=propagate, method=method, bits=3.0)
-    visited = cut("qwen2_moe", "as published", "visit", **options)
-    whole = cut("qwen2_moe", "as published", "layer", **options)
-    mine, theirs = tensors(visited[0]), tensors(whole[0])
+    on_disk = cut("qwen2_moe", "as published", "disk", **options)
+    whole = cut("qwen2_moe", "as published", "ram", **options)
+    mine, theirs = tensors(on_disk[0]), tensors(whole[0])
     assert mine.keys() == theirs.keys()
     assert all(mine[name].shape == theirs[name].shape for name in mine)
     dense = source("qwen2_moe", "as published")
-    lost, expected = damage(visited[0], dense), damage(whole[0], dense)
+    lost, expected = damage(on_disk[0], dense), damage(whole[0], dense)
     assert lost == pytest.approx(expected, rel=0.1)  # codes may differ: see damage.py
     # the inputs of this layer are the same, so that its codes hang on its own sums alone; with the
     # Hessians of other tokens two thirds of its bytes are others
@@ -126,22 +129,21 @@ def test_quantisers_visit_too(method, propagate, cut, source):
     assert same > 0.9 * sum(mine[name].numel() for name in first)
 
 
-def test_whole_experts_are_dropped_from_the_disk_too(cut):
+def test_whole_experts_on_disk_are_removed_too(cut):
     options = dict(method="reap", sparsity=0.25)
-    visited = cut("qwen2_moe", "as published", "visit", **options)
-    assert_same(visited, cut("qwen2_moe", "as published", "layer", **options))
+    on_disk = cut("qwen2_moe", "as published", "disk", **options)
+    assert_same(on_disk, cut("qwen2_moe", "as published", "ram", **options))
 
 
 def test_a_method_that_leaves_the_experts_on_disk_is_refused(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("baselines.micro_experts.random.Random.compress", lambda *_: Outcome({}))
-    asked = dict(sparsity=0.3, memory=Memory(experts="visit"), device="cpu", progress=False)
-    with pytest.raises(CameraError, match=r"layer 0.*on disk: set memory\.experts=layer"):
+    monkeypatch.setattr("baselines.micro_experts.random.Random.apply", lambda *_: Applied())
+    asked = dict(sparsity=0.3, memory=MemoryChoices(experts="disk"), device="cpu", progress=False)
+    with pytest.raises(CameraError, match=r"layer 0.*on disk: set memory\.experts=ram"):
         camera.compress(source("olmoe", "fused"), "random", tmp_path / "out", **asked)
 
 
-def test_what_visiting_saves_is_not_read_with_the_layer(source, monkeypatch):
-    streamer = Streamer(source("qwen3_moe", "as published"))
-    streamer.visit = True
+def test_experts_on_disk_are_not_read_with_the_layer(source, monkeypatch):
+    model = MetaModel(source("qwen3_moe", "as published"))
     read = []
     original = ShardReader.read
     monkeypatch.setattr(
@@ -149,32 +151,31 @@ def test_what_visiting_saves_is_not_read_with_the_layer(source, monkeypatch):
         "read",
         lambda self, wanted: original(self, lambda key: wanted(key) and not read.append(key)),
     )
-    layer = streamer.load_layer(0)
+    layer = model.load_layer(0, experts_on_disk=True)
     assert read and not any(NAMES.holds(key) for key in read)
-    assert isinstance(layer.mlp.experts, VisitedExperts)
+    assert isinstance(layer.mlp.experts, DiskExperts)
     assert not any("experts" in name for name, _ in layer.named_parameters())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_a_visited_expert_has_its_own_weights(family, layout, source):
+def test_an_expert_on_disk_has_its_own_weights(family, layout, source):
     folder = source(family, layout)
-    streamer = Streamer(folder)
-    streamer.visit = True
+    streamer = LayerStreamer(MetaModel(folder), Placement(experts_on_disk=True))
     streamer.load_layer(1)
-    visited = streamer.feed_forward(1).groups[-1]
+    lazy = streamer.model.feed_forward(1).groups[-1]
     layer = AutoModelForCausalLM.from_pretrained(folder).model.layers[1]
-    whole = FeedForward(layer, streamer.family, "layer").groups[-1]
+    whole = FeedForward(layer, streamer.model.family, "layer").groups[-1]
     for expert in (len(whole.widths) - 1, 0, 1):
-        assert torch.equal(visited.down(expert), whole.down(expert))
-        for mine, theirs in zip(visited.gate_up(expert), whole.gate_up(expert), strict=True):
+        assert torch.equal(lazy.down(expert), whole.down(expert))
+        for mine, theirs in zip(lazy.gate_up(expert), whole.gate_up(expert), strict=True):
             assert torch.equal(mine, theirs)
 
 
 def test_only_one_expert_is_held(source):
-    streamer = Streamer(source("olmoe", "as published"))
-    streamer.visit = True
-    group = streamer.load_layer(0) and streamer.feed_forward(0).groups[0]
+    model = MetaModel(source("olmoe", "as published"))
+    model.load_layer(0, experts_on_disk=True)
+    group = model.feed_forward(0).groups[0]
     first = group.down(0)
     assert group.down(0) is first  # read once for gate, up and down
     last = group.down(1)
@@ -183,7 +184,7 @@ def test_only_one_expert_is_held(source):
     assert not any(tensor is first for tensor in held)
 
 
-def test_a_visited_expert_with_nan_is_refused_by_name(source, tmp_path):
+def test_an_expert_on_disk_with_nan_is_refused_by_name(source, tmp_path):
     folder = tmp_path / "broken"
     shutil.copytree(source("qwen3_moe", "as published"), folder)
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -192,10 +193,9 @@ def test_a_visited_expert_with_nan_is_refused_by_name(source, tmp_path):
         if name in found:
             found[name][0, 0] = float("nan")
             save_file(found, shard, metadata={"format": "pt"})
-    streamer = Streamer(folder)
-    streamer.visit = True
-    streamer.load_layer(1)
-    group = streamer.feed_forward(1).groups[0]
+    model = MetaModel(folder)
+    model.load_layer(1, experts_on_disk=True)
+    group = model.feed_forward(1).groups[0]
     group.down(2)
     with pytest.raises(CameraError, match=r"layers\.1\.mlp\.experts.*NaN or inf"):
         group.down(3)
@@ -209,7 +209,7 @@ def test_places_of_an_expert_are_a_part_of_the_file(source):
             for key, place in reader.places.items()
             if ".layers.0." in key and NAMES.holds(key)
         }
-        one = places_of(places, 3, NAMES)
+        one = single_expert_places(places, 3, NAMES)
         assert sum(p.bytes for p in one.values()) == sum(p.bytes for p in places.values()) // 8
         got = read_places(one)
         whole = AutoModelForCausalLM.from_pretrained(source("qwen3_moe", layout))
@@ -218,8 +218,11 @@ def test_places_of_an_expert_are_a_part_of_the_file(source):
         assert torch.equal(down.view_as(expected), expected)
 
 
-def test_compressed_and_dense_models_have_nothing_to_visit(checkpoints, cut, tmp_path):
-    ragged, _ = cut("mixtral", "as published", "layer")
-    asked = Memory(experts="visit")
+def test_compressed_and_dense_models_have_no_experts_to_leave_on_disk(checkpoints, cut):
+    ragged, _ = cut("mixtral", "as published", "ram")
+    method, asked = camera.CameraP(sparsity=0.3), MemoryChoices(experts="disk")
     for folder in (ragged, checkpoints("llama")):
-        assert not Streamer(folder).prepare(asked, 10, True, tmp_path).visit
+        model = MetaModel(folder)
+        passes = method.passes(model.budget, "compressed")
+        estimate = MemoryEstimate.of(model, method, passes, asked, tokens=10)
+        assert not estimate.experts_on_disk

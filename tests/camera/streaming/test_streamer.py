@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from camera.calibration.scores.energy import EnergyObserver
 from camera.checkpoint.shards import INDEX
 from camera.runtime.errors import CameraError
-from camera.streaming.streamer import Streamer
+from camera.streaming.skeleton import MetaModel
+from camera.streaming.streamer import LayerStreamer
 from tests.helpers.models import FAMILIES, build_model
 
 
@@ -40,21 +41,23 @@ def plain_batches():
     return [{"input_ids": batch["input_ids"]} for batch in padded_batches()]
 
 
-@pytest.mark.parametrize("split_pass", [False, True], ids=["one pass", "observe then propagate"])
+@pytest.mark.parametrize("split_pass", [False, True], ids=["one pass", "observe then forward"])
 @pytest.mark.parametrize("make", [plain_batches, padded_batches])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streamed_equals_the_whole_model(family, make, split_pass, checkpoints):
     folder, batches = checkpoints(family), make()
-    streamer = Streamer(folder)
+    streamer = LayerStreamer(MetaModel(folder))
     states = streamer.embed(batches)
-    for i in range(len(streamer.layers)):
+    for i in range(len(streamer.model.layers)):
         streamer.load_layer(i)
-        streamer.attend(i, states)
-        observer = EnergyObserver(streamer.feed_forward(i))
-        streamer.observe(i, states, observer, propagate=not split_pass)
+        inputs = streamer.attend(i, states)
+        observer = EnergyObserver(streamer.model.feed_forward(i))
         if split_pass:
-            streamer.propagate(i, states)
-        streamer.free(streamer.layers[i])
+            streamer.observe(i, inputs, observer)
+            states = streamer.run_layer(i, inputs)
+        else:
+            states = streamer.forward(i, inputs, observer)
+        streamer.model.free_layer(i)
     model = AutoModelForCausalLM.from_pretrained(folder)
     for batch, state in zip(batches, states, strict=True):
         real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
@@ -62,36 +65,68 @@ def test_streamed_equals_the_whole_model(family, make, split_pass, checkpoints):
         torch.testing.assert_close(state.hidden_BLH[real], expected[real], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "llama"])
-def test_attention_runs_once_per_layer_and_batch(family, checkpoints, monkeypatch):
-    streamer = Streamer(checkpoints(family))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_finished_from_phi_is_the_layer(family, checkpoints):
+    streamer = LayerStreamer(MetaModel(checkpoints(family)))
+    layer = streamer.load_layer(0) and streamer.model.feed_forward(0)
+    everything = {
+        group.path: [torch.arange(width) for width in group.widths] for group in layer.groups
+    }
+    states = []
+    for finish in ("phi", "module"):
+        inputs = streamer.attend(0, streamer.embed(padded_batches()))
+        if finish == "phi":
+            states.append(streamer.project(0, streamer.keep_phi(0, inputs, None), everything))
+        else:
+            states.append(streamer.run_layer(0, inputs))
+    for one, other in zip(*states, strict=True):
+        torch.testing.assert_close(one.hidden_BLH, other.hidden_BLH, rtol=1e-5, atol=1e-5)
+
+
+def test_batches_are_there_once(checkpoints):
+    """What takes several batches on uses its list up; what only looks leaves it as it is."""
+    streamer = LayerStreamer(MetaModel(checkpoints("qwen2_moe")))
     states = streamer.embed(plain_batches())
+    streamer.load_layer(0)
+    inputs = streamer.attend(0, states)
+    assert not states and len(inputs) == 2
+    streamer.observe(0, inputs, None)
+    assert len(inputs) == 2
+    states = streamer.forward(0, inputs)
+    assert not inputs and len(states) == 2
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "llama"])
+def test_attention_runs_once_per_layer_and_batch(family, checkpoints):
+    streamer = LayerStreamer(MetaModel(checkpoints(family)))
+    states = streamer.embed(plain_batches())
+    layers, batches = len(streamer.model.layers), len(states)
     calls = []
-    for i in range(len(streamer.layers)):
+    for i in range(layers):
         layer = streamer.load_layer(i)
         layer.self_attn.register_forward_hook(lambda *_, i=i: calls.append(i))
-        streamer.attend(i, states)
-        streamer.observe(i, states, EnergyObserver(streamer.feed_forward(i)))
-        streamer.propagate(i, states)
-        streamer.free(layer)
-    assert calls == [i for i in range(len(streamer.layers)) for _ in states]
+        inputs = streamer.attend(i, states)
+        streamer.observe(i, inputs, EnergyObserver(streamer.model.feed_forward(i)))
+        states = streamer.run_layer(i, inputs)
+        streamer.model.free_layer(i)
+    assert calls == [i for i in range(layers) for _ in range(batches)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_never_more_than_one_layer_is_in_memory(family, checkpoints):
-    streamer = Streamer(checkpoints(family))
+    model = MetaModel(checkpoints(family))
+    streamer = LayerStreamer(model)
 
     def live():
-        return {n for n, p in streamer.model.named_parameters() if p.device.type != "meta"}
+        return {n for n, p in model.model.named_parameters() if p.device.type != "meta"}
 
     states = streamer.embed(plain_batches())
     assert not live()
-    for i in range(len(streamer.layers)):
+    for i in range(len(model.layers)):
         streamer.load_layer(i)
-        assert live() == {f"model.layers.{i}.{n}" for n, _ in streamer.layers[i].named_parameters()}
-        streamer.attend(i, states)
-        streamer.propagate(i, states)
-        streamer.free(streamer.layers[i])
+        assert live() == {f"model.layers.{i}.{n}" for n, _ in model.layers[i].named_parameters()}
+        states = streamer.run_layer(i, streamer.attend(i, states))
+        model.free_layer(i)
         assert not live()
 
 
@@ -99,8 +134,7 @@ def test_never_more_than_one_layer_is_in_memory(family, checkpoints):
 def test_one_file_and_many_shards_read_the_same(shard_size, tmp_path):
     model = build_model("deepseek_v2")
     model.save_pretrained(tmp_path, max_shard_size=shard_size)
-    streamer = Streamer(tmp_path)
-    layer = streamer.load_layer(2)
+    layer = MetaModel(tmp_path).load_layer(2)
     for name, tensor in model.model.layers[2].state_dict().items():
         assert torch.equal(layer.state_dict()[name], tensor), name
 
@@ -108,7 +142,7 @@ def test_one_file_and_many_shards_read_the_same(shard_size, tmp_path):
 def test_native_fused_keys_are_read_too(tmp_path):
     model = build_model("qwen3_moe")
     model.save_pretrained(tmp_path, save_original_format=False)
-    layer = Streamer(tmp_path).load_layer(1)
+    layer = MetaModel(tmp_path).load_layer(1)
     assert torch.equal(layer.mlp.experts.down_proj, model.model.layers[1].mlp.experts.down_proj)
 
 
@@ -123,7 +157,7 @@ def test_a_missing_shard_is_refused_by_name(checkpoints, tmp_path):
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(CameraError, match=f"{shard.name}.*missing"):
-        Streamer(folder)
+        MetaModel(folder)
 
 
 def test_a_truncated_shard_is_refused_by_name(checkpoints, tmp_path):
@@ -131,7 +165,7 @@ def test_a_truncated_shard_is_refused_by_name(checkpoints, tmp_path):
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(CameraError, match=f"{shard.name} is truncated or corrupt"):
-        Streamer(folder)
+        MetaModel(folder)
 
 
 def test_a_shard_without_its_tensor_is_refused_by_name(checkpoints, tmp_path):
@@ -142,14 +176,14 @@ def test_a_shard_without_its_tensor_is_refused_by_name(checkpoints, tmp_path):
     ].name
     (folder / INDEX).write_text(json.dumps(index))
     with pytest.raises(CameraError, match=r"tensor 'model\.layers\.0\.nowhere\.weight' is not in"):
-        Streamer(folder)
+        MetaModel(folder)
 
 
 def test_a_truncated_index_is_refused_by_name(checkpoints, tmp_path):
     folder = damaged(checkpoints, tmp_path)
     (folder / INDEX).write_text((folder / INDEX).read_text()[:50])
     with pytest.raises(CameraError, match=f"{INDEX} is no valid index"):
-        Streamer(folder)
+        MetaModel(folder)
 
 
 def test_pickled_weights_are_refused(checkpoints, tmp_path):
@@ -158,7 +192,7 @@ def test_pickled_weights_are_refused(checkpoints, tmp_path):
         shard.unlink()
     torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(CameraError, match=r"pickled weights only \(pytorch_model.bin\)"):
-        Streamer(folder)
+        MetaModel(folder)
 
 
 def test_a_folder_without_weights_is_refused(checkpoints, tmp_path):
@@ -166,7 +200,7 @@ def test_a_folder_without_weights_is_refused(checkpoints, tmp_path):
     for shard in folder.glob("*.safetensors*"):
         shard.unlink()
     with pytest.raises(CameraError, match="holds no model"):
-        Streamer(folder)
+        MetaModel(folder)
 
 
 def test_a_missing_tensor_is_refused_by_name(checkpoints, tmp_path):
@@ -175,7 +209,7 @@ def test_a_missing_tensor_is_refused_by_name(checkpoints, tmp_path):
     del index["weight_map"]["model.layers.1.post_attention_layernorm.weight"]
     (folder / INDEX).write_text(json.dumps(index))
     with pytest.raises(CameraError, match=r"lacks tensor 'model\.layers\.1\.post_attention_layer"):
-        Streamer(folder).load_layer(1)
+        MetaModel(folder).load_layer(1)
 
 
 def test_missing_embeddings_are_refused_by_name(checkpoints, tmp_path):
@@ -184,7 +218,7 @@ def test_missing_embeddings_are_refused_by_name(checkpoints, tmp_path):
     del index["weight_map"]["model.embed_tokens.weight"]
     (folder / INDEX).write_text(json.dumps(index))
     with pytest.raises(CameraError, match=r"lacks tensor 'model\.embed_tokens\.weight'"):
-        Streamer(folder).embed(plain_batches())
+        LayerStreamer(MetaModel(folder)).embed(plain_batches())
 
 
 def edit(folder, name, change):
@@ -206,37 +240,39 @@ def test_nan_or_inf_weights_are_refused_by_name(value, checkpoints, tmp_path):
         lambda w: w.index_fill(0, torch.tensor([3]), value),
     )
     with pytest.raises(CameraError, match=r"layers\.1\.self_attn\.q_proj\.weight.*NaN or inf"):
-        Streamer(folder).load_layer(1)
+        MetaModel(folder).load_layer(1)
 
 
 def test_overflowing_activations_are_refused_with_the_layer(checkpoints, tmp_path):
     folder = damaged(checkpoints, tmp_path)
     edit(folder, "model.layers.1.mlp.shared_expert.down_proj.weight", lambda w: w * 0 + 3e38)
-    streamer = Streamer(folder)
+    streamer = LayerStreamer(MetaModel(folder))
     states = streamer.embed(plain_batches())
-    streamer.load_layer(0), streamer.attend(0, states), streamer.propagate(0, states)
-    streamer.load_layer(1), streamer.attend(1, states)
+    streamer.load_layer(0)
+    states = streamer.run_layer(0, streamer.attend(0, states))
+    streamer.load_layer(1)
+    inputs = streamer.attend(1, states)
     with pytest.raises(CameraError, match="after layer 1 hold NaN or inf"):
-        streamer.propagate(1, states)
+        streamer.run_layer(1, inputs)
 
 
 def test_a_tensor_of_the_wrong_shape_is_refused_by_name(checkpoints, tmp_path):
     folder = damaged(checkpoints, tmp_path)
     edit(folder, "model.layers.1.self_attn.o_proj.weight", lambda w: w[:5].clone())
     with pytest.raises(CameraError, match=r"o_proj\.weight.*shape"):
-        Streamer(folder).load_layer(1)
+        MetaModel(folder).load_layer(1)
 
 
 def test_an_unknown_model_type_names_the_known_ones(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2}))
     with pytest.raises(CameraError, match=r"'gpt2' is not supported.*qwen3_moe"):
-        Streamer(tmp_path)
+        MetaModel(tmp_path)
 
 
 def test_a_model_type_transformers_does_not_know_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_type"}))
     with pytest.raises(CameraError, match="no_such_type"):
-        Streamer(tmp_path)
+        MetaModel(tmp_path)
 
 
 def test_layers_that_return_tuples_are_unwrapped():
