@@ -1,19 +1,18 @@
 """Camera: compress Mixture-of-Experts language models by their micro-experts.
 
 Importing this package teaches transformers the checkpoint format `camera` and the model type
-`deepseek`.
+`deepseek`, without loading it.
 """
 
 from importlib import import_module
 from typing import Any
 
-import camera.checkpoint.config  # noqa: F401 (registers the format)
-from camera.moe.families import register_model_types
+from camera.checkpoint.registration import register_with_transformers
 
-register_model_types()
+register_with_transformers()
 
 __version__ = "0.1.0"
-_PLACES = {
+_MODULES = {
     "Calibration": "camera.calibration.settings",
     "CameraError": "camera.runtime.errors",
     "CameraP": "camera.pruning.camera_p",
@@ -29,11 +28,15 @@ _PLACES = {
     "describe": "camera.api",
     "export": "camera.checkpoint.native",
 }
-__all__ = [*_PLACES]
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:
     """A public name, from the module that has it."""
-    if name not in _PLACES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'camera' has no attribute '{name}'")
-    return getattr(import_module(_PLACES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

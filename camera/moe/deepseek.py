@@ -102,7 +102,7 @@ class DeepseekForCausalLM(DeepseekOcr2TextPreTrainedModel, GenerationMixin):
 
 
 def register() -> None:
-    """Make transformers' Auto classes know `deepseek`; called on `import camera`."""
+    """Make transformers' Auto classes know `deepseek`."""
     AutoConfig.register("deepseek", DeepseekConfig, exist_ok=True)
     AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM, exist_ok=True)
     register_checkpoint_conversion_mapping(

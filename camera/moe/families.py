@@ -7,7 +7,6 @@ tests/helpers/models.py, on which every equality test then runs.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any
 
 from camera.runtime.errors import CameraError
@@ -98,8 +97,8 @@ class Family:
     A layer without `experts` is a dense FFN. shared_gate: its sigmoid scales the shared expert.
     residual_scale: attribute of the layer that scales the outputs of both its parts. router_rows:
     tensors of the router with one row an expert. added_to_scores: buffer that the router adds
-    before it chooses. register: module to import, and whose `register` to call, where transformers
-    lacks the model type.
+    before it chooses. register: module whose `register` teaches transformers a
+    model type that it lacks.
     """
 
     ffn: str = "mlp"
@@ -180,10 +179,3 @@ def family_of(model_type: str) -> Family:
 def is_routed(path: str) -> bool:
     """Whether a module path is that of routed experts, in any family."""
     return any(family.is_routed(path) for family in FAMILIES.values())
-
-
-def register_model_types() -> None:
-    """Teach transformers the model types that it lacks."""
-    for family in FAMILIES.values():
-        if family.register is not None:
-            import_module(family.register).register()
