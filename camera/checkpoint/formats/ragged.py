@@ -11,13 +11,13 @@ an expert's W gate rows, then its W up rows, so that one matrix product serves b
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from camera.checkpoint.formats.format import Format, Spec
+from camera.checkpoint.formats.ragged_rows import RaggedRows
 from camera.moe.expert_module import ExpertModule
 from camera.moe.families import Family
 from camera.moe.feed_forward import RoutedExperts
@@ -53,17 +53,14 @@ class RaggedExperts(nn.Module, Format):
         super().__init__()
         self.hidden_dim, self.num_experts = hidden, len(widths)
         self.widths = list(widths)
-        self.order = sorted(range(len(widths)), key=self.widths.__getitem__)
-        self.starts, self.micro_experts = [0] * len(widths), 0
-        for expert in self.order:
-            self.starts[expert] = self.micro_experts
-            self.micro_experts += self.widths[expert]
+        self._rows = RaggedRows(widths)
+        self.order, self.starts = self._rows.order, self._rows.starts
+        self.micro_experts = self._rows.total
         self.few_widths = len(set(self.widths)) * FEW <= len(widths)
         rows = self.micro_experts
         self.gate_up_proj = nn.Parameter(torch.empty(2 * rows, hidden, device=device, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(rows, hidden, device=device, dtype=dtype))
         self.act_fn = act_fn
-        self._indices: dict[tuple[str, torch.device], tuple[torch.Tensor, ...]] = {}
 
     def spec(self) -> Spec:
         return {"form": self.name, "widths": self.widths}
@@ -157,7 +154,7 @@ class RaggedExperts(nn.Module, Format):
         self, x_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> torch.Tensor:
         """Every expert on every token, the weight of those not routed to being 0."""
-        gate_S, up_S, owner_S = self._columns(x_TH.device)
+        gate_S, up_S, owner_S = self._rows.columns(x_TH.device)
         out_TN = F.linear(x_TH, self.gate_up_proj)
         act_TS = self.act_fn(out_TN.index_select(1, gate_S)) * out_TN.index_select(1, up_S)
         weight_TE = weight_TK.new_zeros(len(x_TH), self.num_experts)
@@ -186,7 +183,7 @@ class RaggedExperts(nn.Module, Format):
         Waits for the device once. Widths whose rows are no multiple of 16 bytes, and those that
         only one expert has, take plain products: prune with `width_multiple` to have few.
         """
-        (rank_E,) = self._ranks(x_TH.device)
+        rank_E = self._rows.ranks(x_TH.device)
         rank = rank_E[index_TK.reshape(-1)]
         order = rank.argsort(stable=True)
         ends_E = torch.bincount(rank, minlength=self.num_experts).cumsum(0)
@@ -216,7 +213,8 @@ class RaggedExperts(nn.Module, Format):
     ) -> torch.Tensor:
         """Copies the rows of each routed expert, as many as the widest has; never waits."""
         tokens, top_k = index_TK.shape
-        gate_up_rows, basis_rows, real = (t[index_TK.reshape(-1)] for t in self._rows(x_TH.device))
+        padded = self._rows.padded(x_TH.device)
+        gate_up_rows, basis_rows, real = (table[index_TK.reshape(-1)] for table in padded)
         slots, widest = real.shape
         x_N1H = x_TH.repeat_interleave(top_k, dim=0).unsqueeze(1)
         gate_up = self.gate_up_proj.index_select(0, gate_up_rows.reshape(-1))
@@ -254,44 +252,6 @@ class RaggedExperts(nn.Module, Format):
         steps = min(self.num_experts, tokens * top_k) / (3 if self.few_widths else 1)
         work = max(tokens, READING_TOKENS) * 3 * self.micro_experts * self.hidden_dim
         return work <= LOOP_STEP * steps
-
-    def _columns(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """For every row of `down_proj`: its gate row, its up row, the expert it belongs to."""
-
-        def make() -> tuple[torch.Tensor, ...]:
-            widths = torch.tensor(self.widths)[self.order]
-            owner_S = torch.tensor(self.order).repeat_interleave(widths)
-            row_S = torch.arange(self.micro_experts)
-            gate_S = row_S + torch.tensor(self.starts)[owner_S]
-            return gate_S, gate_S + torch.tensor(self.widths)[owner_S], owner_S
-
-        return self._kept("columns", device, make)
-
-    def _rows(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """By expert, padded to the widest: gate and up rows, rows of `down_proj`, which are real.
-
-        Padding names rows that exist, of this expert or another.
-        """
-
-        def make() -> tuple[torch.Tensor, ...]:
-            start, width = (torch.tensor(x).unsqueeze(1) for x in (self.starts, self.widths))
-            step = torch.arange(max(self.widths)).unsqueeze(0)
-            gate = 2 * start + step
-            last = 2 * self.micro_experts - 1
-            gate_up = torch.cat((gate, gate + width), 1).clamp(max=last).int()
-            return gate_up, (start + step).clamp(max=self.micro_experts - 1).int(), step < width
-
-        return self._kept("rows", device, make)
-
-    def _ranks(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Where each expert stands in the tables."""
-        return self._kept("ranks", device, lambda: (torch.tensor(self.order).argsort(),))
-
-    def _kept(self, name: str, device: torch.device, make: Any) -> tuple[torch.Tensor, ...]:
-        # Not buffers: those would stay on meta when a checkpoint is loaded.
-        if (name, device) not in self._indices:
-            self._indices[name, device] = tuple(index.to(device) for index in make())
-        return self._indices[name, device]
 
     def extra_repr(self) -> str:
         return (
