@@ -26,7 +26,7 @@ from camera.runtime.buffers import give_back
 from camera.runtime.errors import CameraError
 from camera.streaming.settings import Memory
 from experiments.bench.support.architectures import ARCHITECTURES
-from experiments.config.settings import EMBEDDED_MODEL
+from experiments.config.location import EMBEDDED_MODEL
 
 PAPER_TOKENS = 128 * 2048
 SCALED = ("hidden_size", "num_attention_heads", "num_key_value_heads")

@@ -13,10 +13,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from experiments.config.constructor import choice, typed_settings
+from experiments.config.location import CONF, EMBEDDED
 
-EMBEDDED = "embedded"
 KEY_ERRORS = (ConfigAttributeError, ConfigKeyError)
-CONF = Path(__file__).resolve().parents[2] / "conf"
 
 Fraction = choice("moe", "model", "routed")
 Propagate = choice("compressed", "dense")

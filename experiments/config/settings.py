@@ -18,10 +18,8 @@ from camera.evaluation.tasks.evaluate import check_tasks
 from camera.runtime.errors import CameraError
 from camera.streaming.settings import Memory
 from experiments.config.constructor import build, locate
-from experiments.config.schema import EMBEDDED
+from experiments.config.location import EMBEDDED, EMBEDDED_MODEL
 from experiments.tiny_moe.layout import ensure_world
-
-EMBEDDED_MODEL = Path(__file__).parents[1] / "tiny_moe" / "model"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from camera import __version__
 from camera.checkpoint.source import fingerprint
-from experiments.config.schema import EMBEDDED
+from experiments.config.location import EMBEDDED
 from experiments.config.settings import Settings
 from experiments.tiny_moe import layout
 

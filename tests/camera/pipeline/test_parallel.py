@@ -15,7 +15,7 @@ from camera.calibration.scores.energy import LayerEnergy
 from camera.calibration.statistics import LayerStatistics, add_up
 from camera.runtime import distributed
 from camera.runtime.errors import CameraError
-from experiments.config.schema import CONF
+from experiments.config.location import CONF
 from tests.helpers.composing import command, tiny
 
 LAYERS = 4

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from camera.evaluation.tasks.names import NINE_TASKS
-from experiments.config.schema import CONF
+from experiments.config.location import CONF
 from experiments.tables.aggregate import over_seeds
 from experiments.tables.pages import paper_page
 from experiments.tables.published.comparison import MODELS, QUESTIONS, compare, published_scores
