@@ -1,4 +1,7 @@
-"""The types of the configuration: a wrong key, type or value is refused while Hydra composes it."""
+"""The types of the configuration: a wrong key, type or value is refused while Hydra composes it.
+
+Importing this module registers them with Hydra; CONF is here too, for those who compose.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
+from camera.evaluation.tasks.names import NINE_TASKS
 from experiments.config.constructor import choice, typed_settings
 from experiments.config.location import CONF, EMBEDDED
 
@@ -120,6 +124,7 @@ def register() -> None:
     """
     OmegaConf.register_new_resolver("model_name", model_name, replace=True)
     OmegaConf.register_new_resolver("model_data", model_data, replace=True)
+    OmegaConf.register_new_resolver("nine_tasks", lambda: list(NINE_TASKS), replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for file in sorted(CONF.glob("*/*.yaml")):

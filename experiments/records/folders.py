@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from camera import __version__
 from camera.checkpoint.source import fingerprint
 from experiments.config.location import EMBEDDED
-from experiments.config.settings import Settings
+from experiments.config.settings import Settings, arguments
 from experiments.tiny_moe import layout
 
 LOG = "log.txt"  # in a run's folder
@@ -133,11 +133,11 @@ def _compression(settings: Settings) -> dict[str, Any]:
     identity = {
         "camera": __version__,
         "model": _contents(settings.model_path),
-        "method": settings.method,
+        "method": {"name": settings.method_name, **arguments(settings.method)},
         "dtype": settings.dtype,
     }
     if settings.calibrates:
-        identity["calibration"] = settings.calibration
+        identity["calibration"] = arguments(settings.calibration)
         identity["propagate"] = settings.propagate
         identity["data"] = _place(settings.data)
         identity["seed"] = settings.seed

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 # What every run has of its own, or what the table shows in columns of their own.
-UNNAMED = ("model", "method._target_", "method.sparsity", "method.sparsity_of", "method.bits")
+UNNAMED = ("model", "method.name", "method.sparsity", "method.sparsity_of", "method.bits")
 
 
 def measurement(identity: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from unittest import mock
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from experiments.config.location import CONF
+from experiments.config.schema import CONF
 from experiments.config.settings import Settings
 
 

@@ -5,7 +5,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.config.location import CONF
+from experiments.config.schema import CONF
 from experiments.sweeps.grids import overrides_of
 from experiments.sweeps.jobs import Job, planned
 

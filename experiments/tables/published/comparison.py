@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from camera.evaluation.tasks.names import NINE_TASKS
+from camera.evaluation.tasks.names import NINE_TASKS, PAPER_TASKS
 from experiments.records.folders import read_json
 
 # The published models by the names they are given here, with the last part of their hub id.
@@ -21,17 +21,7 @@ MODELS = {
     "qwen3_30b_a3b": "Qwen3-30B-A3B",
 }
 # Questions of the split that lm-eval evaluates: fewer of them are another measurement.
-QUESTIONS = {
-    "boolq": 3270,
-    "openbookqa": 500,
-    "rte": 277,
-    "arc_easy": 2376,
-    "winogrande": 1267,
-    "hellaswag": 10042,
-    "arc_challenge": 1172,
-    "piqa": 1838,
-    "mathqa": 2985,
-}
+QUESTIONS = {task.name: task.questions for task in PAPER_TASKS}
 LENGTH = 2048  # of a block of text, in tokens
 SETTINGS = ("model", "method", "sparsity", "sparsity_of", "bits", "rank_scope", "split")
 SETTINGS += ("calibration", "samples", "length")

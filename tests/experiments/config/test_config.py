@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from camera.runtime.errors import CameraError
 from experiments.config.constructor import build, choice, typed_settings
-from experiments.config.location import CONF
+from experiments.config.schema import CONF
 from experiments.config.settings import Settings, check
 from experiments.runs.run import run
 from tests.helpers.composing import choices, command, config_of, settings_of, tiny

@@ -307,3 +307,9 @@ def test_cards_and_reports_name_the_model_not_this_machines_folder(make, checkpo
     assert str(checkpoints("qwen2_moe")) not in (checkpoint / "README.md").read_text()
     dense = run(make("model.name=mine", "evaluation=none", "method=dense"))
     assert json.loads((dense / "compress.json").read_text())["model"] == "mine"
+
+
+def test_a_folder_is_named_by_no_import_path(make):
+    identity = Folders.of(make("method=heapr")).identity
+    assert identity["method"]["name"] == "heapr"
+    assert "_target_" not in json.dumps(identity)

@@ -13,6 +13,7 @@ from experiments.tables.published.comparison import MODELS, QUESTIONS, compare, 
 from experiments.tables.renderers import to_html, to_markdown
 from experiments.tables.rows import find_runs, read_runs
 from experiments.tables.writing import write
+from experiments.tiny_moe.tasks import TASKS
 from tests.helpers.run_folders import add, add_parts
 
 FULL = {"limit": None, "blocks": None}
@@ -170,7 +171,7 @@ def test_the_published_rows_are_whole_and_of_models_and_methods_that_exist():
         assert row.scores and set(row.scores) <= known
         assert all(0 < score < 100 for score in row.scores.values())
         assert row.setting["method"] == "dense" or {"sparsity", "bits"} & set(row.setting)
-    assert set(QUESTIONS) == set(NINE_TASKS)
+    assert set(QUESTIONS) == set(NINE_TASKS) == set(TASKS)
 
 
 def test_the_models_names_are_those_of_the_configuration():
