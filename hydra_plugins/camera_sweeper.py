@@ -16,8 +16,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from camera.runtime import distributed
+from experiments.records.files import SweepFiles
 from experiments.sweeps.grids import overrides_of
-from experiments.sweeps.jobs import BUSY, Job, planned, write_plan
+from experiments.sweeps.jobs import BUSY, SweepJob, planned, write_plan
 
 log = logging.getLogger(__name__)
 PAUSE_S = 2
@@ -58,15 +59,15 @@ class GridSweeper(Sweeper):
         jobs = planned(asked, self.config, loader)
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
+        OmegaConf.save(self.config, SweepFiles(folder).config)
         if distributed.rank() == 0:
             write_plan(jobs, folder, Path(self.config.output))
         return self._launch(jobs)
 
-    def _launch(self, jobs: list[Job]) -> list[Sequence[JobReturn]]:
+    def _launch(self, jobs: list[SweepJob]) -> list[Sequence[JobReturn]]:
         assert self.launcher is not None
         returns: list[Sequence[JobReturn]] = []
-        busy: list[Job] = []
+        busy: list[SweepJob] = []
         while jobs:
             number = sum(map(len, returns))
             overrides = [job.overrides for job in jobs]
@@ -80,10 +81,10 @@ class GridSweeper(Sweeper):
         return returns
 
 
-def _freed(busy: list[Job]) -> list[Job]:
+def _freed(busy: list[SweepJob]) -> list[SweepJob]:
     """Those that no other process holds any more, as soon as there is one."""
     while busy:
-        free = [job for job in busy if not job.held]
+        free = [job for job in busy if not job.is_locked]
         if free:
             return free
         time.sleep(PAUSE_S)

@@ -73,7 +73,7 @@ class Evaluation:
 
 @dataclass
 class MemoryUse:
-    """What is kept in memory while a model is compressed: see `camera.streaming.settings.Memory`."""
+    """Memory choices of a compression: see `camera.streaming.settings.Memory`."""
 
     phi: choice("auto", "keep", "recompute") = "auto"
     hidden: choice("auto", "ram", "disk") = "auto"

@@ -15,11 +15,11 @@ from omegaconf import DictConfig
 
 from camera.runtime import distributed
 from camera.runtime.errors import CameraError
-from camera.runtime.files import write_json
 from experiments.config.settings import Settings
-from experiments.records.failures import sentence
-from experiments.records.folders import Folders, lock, read_json
-from experiments.runs.run import FailedBeforeError, run
+from experiments.records.failures import FailedBeforeError, one_line
+from experiments.records.files import OutputFolder, SweepFiles
+from experiments.records.folders import Folders
+from experiments.runs.run import run
 from experiments.sweeps.jobs import BUSY
 from experiments.tables.rows import read_runs, with_dense_rows
 from experiments.tables.writing import show, write
@@ -34,13 +34,13 @@ def job(config: DictConfig) -> str | None:
     one whose run another process is doing returns BUSY, and is launched again later.
     """
     hydra = HydraConfig.get()
-    sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
+    sweep = SweepFiles(Path(hydra.sweep.dir)) if hydra.mode == RunMode.MULTIRUN else None
     folder, error, known = None, None, False
     try:
         settings = Settings.of(config)
         folder = Folders.of(settings).run
         if sweep:
-            since = (sweep / "multirun.yaml").stat().st_mtime
+            since = sweep.config.stat().st_mtime
             # the other ranks of a torchrun don't know who holds what
             run(settings, sweep=sweep.name, since=since, wait=distributed.world() > 1)
         else:
@@ -51,7 +51,7 @@ def job(config: DictConfig) -> str | None:
         log.info("%s is being done by another process: the others first.", folder)
         return BUSY
     except Exception as failure:
-        error, known = sentence(failure), isinstance(failure, FailedBeforeError)
+        error, known = one_line(failure), isinstance(failure, FailedBeforeError)
         # The traceback of what the user can't mend; what they can is one sentence.
         log.error("%s: %s", folder or "job", error, exc_info=not isinstance(failure, CameraError))
     if error and not known and distributed.world() > 1:
@@ -60,8 +60,7 @@ def job(config: DictConfig) -> str | None:
         return None
     if sweep:
         record = {"folder": str(folder) if folder else None, "error": error}
-        (sweep / "jobs").mkdir(exist_ok=True)
-        write_json(sweep / "jobs" / f"{hydra.job.num:04d}.json", record)
+        sweep.record(hydra.job.num, record)
     elif error:
         sys.exit(1)
     return None
@@ -73,20 +72,19 @@ class SweepTable(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         if distributed.rank() > 0:
             return
-        output, sweep = Path(config.output), Path(config.hydra.sweep.dir)
-        records = [read_json(file) for file in sorted((sweep / "jobs").glob("*.json"))]
+        output = OutputFolder(Path(config.output))
+        sweep = SweepFiles(Path(config.hydra.sweep.dir))
+        records = sweep.records()
         folders = dict.fromkeys(Path(record["folder"]) for record in records if record["folder"])
-        with lock(output / "locks" / "tables.lock"):
-            everything = read_runs(sorted((output / "runs").iterdir()) if folders else [])
+        with output.lock("tables"):
+            everything = read_runs(output.runs() if folders else [])
             table = with_dense_rows(everything, [folder.name for folder in folders])
-            write(table, sweep)
-            write(everything, output)
+            write(table, sweep.folder)
+            write(everything, output.folder)
         show(table)
         failed = [record for record in records if record["error"]]
         for folder, error in dict.fromkeys((job["folder"], job["error"]) for job in failed):
             print(f"failed: {folder or 'a job'}: {error}", file=sys.stderr)
-        print(
-            f"{len(records) - len(failed)} of {len(records)} jobs done; table: {sweep / 'table.md'}"
-        )
+        print(f"{len(records) - len(failed)} of {len(records)} jobs done; table: {sweep.table}")
         if failed:
             sys.exit(1)

@@ -193,7 +193,7 @@ def test_a_refused_run_leaves_its_reason(make):
 
 def test_one_dense_pass_serves_every_alpha_and_sparsity(make):
     shared = ("propagate=dense", "evaluation=none")
-    folder = Folders.of(make(*shared)).statistics
+    folder = Folders.of(make(*shared)).output.statistics
     run(make(*shared))
     (measured,) = folder.glob("*.safetensors")
     written = measured.stat().st_mtime_ns
@@ -203,7 +203,7 @@ def test_one_dense_pass_serves_every_alpha_and_sparsity(make):
 
 
 def test_methods_that_see_the_same_share_what_was_seen(make):
-    folder = Folders.of(make()).statistics
+    folder = Folders.of(make()).output.statistics
     run(make("method=camera_plus", "method.rank_scope=global", "evaluation=none"))
     (measured,) = folder.glob("*.safetensors")
     written = measured.stat().st_mtime_ns
@@ -262,7 +262,7 @@ def test_a_run_killed_while_it_measures_does_not_look_finished(make, monkeypatch
         "error.txt",
         "log.txt",
     }
-    assert not folders.done
+    assert not folders.files.is_done
     assert list(read_runs([folders.run])["status"]) == ["failed: RuntimeError: killed"]
 
 
@@ -284,12 +284,12 @@ def test_a_run_killed_while_it_compresses_leaves_no_checkpoint_and_force_starts_
         with pytest.raises(RuntimeError, match="killed"):
             run(settings)
     assert folders.partial.exists() and not folders.checkpoint.exists()
-    assert not (folders.done or folders.compressed)
+    assert not (folders.files.is_done or folders.is_compressed)
     assert not (folders.run / "metrics.json").exists()
-    folders.forget(before=time.time())
+    folders.remove_outputs(before=time.time())
     assert not folders.partial.exists() and not folders.run.exists()
     run(replace(settings, force=True))
-    assert folders.done and folders.compressed and not folders.partial.exists()
+    assert folders.files.is_done and folders.is_compressed and not folders.partial.exists()
 
 
 def test_a_changed_embedded_world_is_another_run(make, monkeypatch):
