@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -47,6 +48,22 @@ def test_groups_combine(method, evaluation):
     settings = settings_of(f"method={method}", f"evaluation={evaluation}", "model=mixtral_8x7b")
     assert settings.method_name == method
     assert settings.data == "hub"
+
+
+@pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: file.stem)
+def test_a_comment_is_one_short_line(file):
+    lines = file.read_text(encoding="utf-8").splitlines()
+    comments = [found[1] for line in lines if (found := re.search(r"(?:^|\s)# ?(.*)$", line))]
+    assert [comment for comment in comments if len(comment) > 80] == []
+
+
+def test_every_choice_says_what_it_is():
+    silent = [
+        (group, name)
+        for group, name in EVERY_CHOICE
+        if group != "model" and not (CONF / group / f"{name}.yaml").read_text().startswith("# ")
+    ]
+    assert silent == []
 
 
 def test_every_model_of_the_table_of_contents_is_a_hub_id_or_the_embedded_one():
