@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
@@ -15,10 +15,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from camera.runtime import distributed
-from experiments.records.files import SweepFiles
-from experiments.sweeps.grids import overrides_of
-from experiments.sweeps.jobs import BUSY, SweepJob, planned, write_plan
+if TYPE_CHECKING:  # Hydra loads this module at every --help and at each TAB
+    from experiments.sweeps.jobs import SweepJob
 
 log = logging.getLogger(__name__)
 PAUSE_S = 2
@@ -52,6 +50,11 @@ class GridSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         """Plan, launch, and wait for what others are doing; what each launch returned."""
+        from camera.runtime import distributed
+        from experiments.records.files import SweepFiles
+        from experiments.sweeps.grids import overrides_of
+        from experiments.sweeps.jobs import planned, write_plan
+
         assert self.config is not None and self.hydra_context is not None
         loader = self.hydra_context.config_loader
         asked = overrides_of(self.params, self.grids, arguments, loader)
@@ -65,6 +68,8 @@ class GridSweeper(Sweeper):
         return self._launch(jobs)
 
     def _launch(self, jobs: list[SweepJob]) -> list[Sequence[JobReturn]]:
+        from experiments.sweeps.jobs import BUSY
+
         assert self.launcher is not None
         returns: list[Sequence[JobReturn]] = []
         busy: list[SweepJob] = []

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from camera.calibration.statistics import Statistics
 from camera.runtime.files import write_json
 from experiments.records.files import RunFiles, read_json
+
+if TYPE_CHECKING:
+    from camera.calibration.statistics import Statistics
 
 BINS = 64
 PERCENTS = np.geomspace(0.1, 100, 121)  # of the micro-experts: a few hold most of the energy
@@ -44,6 +46,8 @@ class Energies:
 
 def keep_energies(statistics: Path, alpha: float, folder: Path) -> None:
     """Write energies.json to the folder from a file of statistics, if those know energies."""
+    from camera.calibration.statistics import Statistics
+
     layers = _energies(Statistics.load(statistics), alpha)
     if not layers:
         return

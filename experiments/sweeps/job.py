@@ -1,4 +1,4 @@
-"""What Hydra calls: a job that records how it ended, and the table at the end of a sweep."""
+"""Hydra's task function and the callback that writes a sweep's table."""
 
 from __future__ import annotations
 
@@ -13,16 +13,12 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from camera.runtime import distributed
 from camera.runtime.errors import CameraError
 from experiments.config.settings import Settings
 from experiments.records.failures import FailedBeforeError, one_line
 from experiments.records.files import OutputFolder, SweepFiles
 from experiments.records.folders import Folders
-from experiments.runs.run import run
 from experiments.sweeps.jobs import BUSY
-from experiments.tables.rows import read_runs, with_dense_rows
-from experiments.tables.writing import show, write
 
 log = logging.getLogger("camera")
 
@@ -33,6 +29,9 @@ def job(config: DictConfig) -> str | None:
     In a sweep each job that ended writes `jobs/NUMBER.json` (its folder, its error) for the table;
     one whose run another process is doing returns BUSY, and is launched again later.
     """
+    from camera.runtime import distributed
+    from experiments.runs.run import run
+
     hydra = HydraConfig.get()
     sweep = SweepFiles(Path(hydra.sweep.dir)) if hydra.mode == RunMode.MULTIRUN else None
     folder, error, known = None, None, False
@@ -46,13 +45,16 @@ def job(config: DictConfig) -> str | None:
         else:
             done = run(settings)
             if distributed.rank() == 0:
+                from experiments.tables.rows import read_runs
+                from experiments.tables.writing import show
+
                 show(read_runs([done]))
     except Timeout:
         log.info("%s is being done by another process: the others first.", folder)
         return BUSY
     except Exception as failure:
         error, known = one_line(failure), isinstance(failure, FailedBeforeError)
-        # The traceback of what the user can't mend; what they can is one sentence.
+        # A traceback only for what the user can't fix.
         log.error("%s: %s", folder or "job", error, exc_info=not isinstance(failure, CameraError))
     if error and not known and distributed.world() > 1:
         sys.exit(1)  # and torchrun ends the others, which may wait for this one for ever
@@ -70,6 +72,10 @@ class SweepTable(Callback):
     """After the last job: this sweep's table and that of all runs; exit code 1 if a job failed."""
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        from camera.runtime import distributed
+        from experiments.tables.rows import read_runs, with_dense_rows
+        from experiments.tables.writing import show, write
+
         if distributed.rank() > 0:
             return
         output = OutputFolder(Path(config.output))

@@ -10,7 +10,6 @@ import camera
 from camera.evaluation.tasks.names import NINE_TASKS
 from camera.pruning import micro_experts
 from camera.runtime.errors import CameraError
-from experiments.config import settings as settings_module
 from experiments.records.folders import Folders
 from experiments.runs import measurements
 from experiments.runs.run import run
@@ -55,7 +54,7 @@ def tasks(monkeypatch):
         return {name: {**SCORE, "data_hash": "0", "seconds": 0.0} for name in names}
 
     monkeypatch.setattr(measurements, "evaluate_tasks", evaluate)
-    monkeypatch.setattr(settings_module, "check_tasks", lambda *_, **__: None)
+    monkeypatch.setattr("camera.evaluation.tasks.evaluate.check_tasks", lambda *_, **__: None)
     return asked
 
 
