@@ -105,7 +105,7 @@ def compress(
     if method.compensation and not job.needs.keep_phi:
         raise CameraError(
             f"compensate={method.compensation.scope} needs the {gigabytes(job.needs.phi)} that a "
-            "layer's micro-experts put out: set memory.phi=keep and memory.experts=layer, or "
+            "layer's micro-experts put out: set memory.phi=keep and memory.experts=ram, or "
             "calibrate on fewer tokens."
         )
     require_space(out.parent, job.bytes_to_come())

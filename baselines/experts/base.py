@@ -161,7 +161,7 @@ class ScoredExperts(ExpertPruning):
 
     calibrates: ClassVar[bool] = True
 
-    def score(self, seen: ExpertUse) -> torch.Tensor:
+    def scores(self, seen: ExpertUse) -> torch.Tensor:
         """The score [E] of a layer's routed experts."""
         raise NotImplementedError
 
@@ -174,6 +174,6 @@ class ScoredExperts(ExpertPruning):
     def compress(
         self, index: int, ffn: FeedForward, seen: LayerStatistics | None, budget: Budget
     ) -> Outcome:
-        score_E, routing = self.score(seen), routing_of(ffn)
+        score_E, routing = self.scores(seen), routing_of(ffn)
         keep_E = keep_best(score_E, self.dropped(budget), routing.groups)
         return self.drop(ffn, keep_E, score=score_E.tolist())

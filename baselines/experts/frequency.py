@@ -21,5 +21,5 @@ class Frequency(ScoredExperts):
 
     name: ClassVar[str] = "frequency"
 
-    def score(self, seen: ExpertUse) -> torch.Tensor:
+    def scores(self, seen: ExpertUse) -> torch.Tensor:
         return seen.routed_tokens().double()

@@ -31,10 +31,10 @@ class NAEE(ExpertPruning):
     enumeration is this framework's.
 
     `search` is enumerate | greedy | random | independent | auto (enumerate where there are at most
-    `limit` sets, else greedy). `tokens` are sampled per layer (0: all), each of which costs the
-    output of every expert once and 4 * E^2 bytes for the time of the search. `norm_tokens` splits
-    them into blocks with one norm each, added up: the reference's J has blocks of one batch,
-    8 x 2048 tokens (null: one norm).
+    `max_subsets` sets, else greedy). `sample_tokens` are sampled per layer (0: all), each of which
+    costs the output of every expert once and 4 * E^2 bytes for the time of the search.
+    `norm_tokens` splits them into blocks with one norm each, added up: the reference's J has blocks
+    of one batch, 8 x 2048 tokens (null: one norm).
 
     With the framework's propagate=dense, layers are searched independently on the original model's
     activations: the reference's `layerwise` mode, its default. With propagate=compressed (the
@@ -49,25 +49,25 @@ class NAEE(ExpertPruning):
     storable: ClassVar[bool] = False
 
     search: Literal["auto", "enumerate", "greedy", "random", "independent"] = "auto"
-    limit: int = 5000
-    tokens: int = 4096
+    max_subsets: int = 5000
+    sample_tokens: int = 4096
     norm_tokens: int | None = None
     seed: int = 1234
 
     def check(self, budget: Budget) -> None:
-        if self.limit < 1 or self.tokens < 0 or (self.norm_tokens or 1) < 1:
+        if self.max_subsets < 1 or self.sample_tokens < 0 or (self.norm_tokens or 1) < 1:
             raise CameraError(
-                f"limit={self.limit} and norm_tokens={self.norm_tokens} must be at least 1, "
-                f"tokens={self.tokens} at least 0 (all)."
+                f"max_subsets={self.max_subsets} and norm_tokens={self.norm_tokens} must be at "
+                f"least 1, sample_tokens={self.sample_tokens} at least 0 (all)."
             )
         drop, routing = self.dropped(budget), self.routing(budget)
-        resolve(self.search, routing.experts, drop, routing.groups, self.limit)
+        resolve(self.search, routing.experts, drop, routing.groups, self.max_subsets)
 
     def statistics_key(self) -> dict:
-        return {"kind": ExpertOutputs.kind, "tokens": self.tokens, "seed": self.seed}
+        return {"kind": ExpertOutputs.kind, "tokens": self.sample_tokens, "seed": self.seed}
 
     def observer(self, index: int, ffn: FeedForward) -> "OutputObserver":
-        return OutputObserver(ffn, self.tokens, self.seed * 100_003 + index)
+        return OutputObserver(ffn, self.sample_tokens, self.seed * 100_003 + index)
 
     def compress(
         self, index: int, ffn: FeedForward, seen: LayerStatistics | None, budget: Budget
@@ -80,7 +80,7 @@ class NAEE(ExpertPruning):
             drop,
             groups=routing.groups,
             how=self.search,
-            limit=self.limit,
+            limit=self.max_subsets,
             seed=self.seed * 100_003 + index,
         )
         keep_E = torch.ones(routing.experts, dtype=torch.bool)

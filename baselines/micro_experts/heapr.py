@@ -13,8 +13,8 @@ from camera.runtime.errors import CameraError
 class HEAPr(Scored, MicroExpertPruning):
     """HEAPr: one shot, from one forward and one backward pass; the lowest of all layers go.
 
-    `term` product is the method's own score, mean(h^2) * mean((dloss/dh)^2), and joint the term
-    that it factorises, mean((h * dloss/dh)^2). `normalize` routed takes means over an expert's own
+    `score` product is the method's own, mean(h^2) * mean((dloss/dh)^2), and fisher the term that
+    it factorises, mean((h * dloss/dh)^2). `normalize` routed takes means over an expert's own
     tokens, all sums over the calibration set. The reference prunes routed experts only:
     `sparsity_of` routed with `rank_scope` global; otherwise shared experts are ranked along.
     Source: HEAPr (ICLR 2026); its experts without a token go first, as here.
@@ -24,14 +24,14 @@ class HEAPr(Scored, MicroExpertPruning):
     calibrates: ClassVar[bool] = True
 
     rank_scope: RankScope = "global"
-    term: Literal["product", "joint"] = "product"
+    score: Literal["product", "fisher"] = "product"
     normalize: Literal["routed", "all"] = "routed"
 
     def check(self, budget: Budget) -> None:
-        if self.term not in ("product", "joint"):
-            raise CameraError(f"method.term={self.term} is none of product, joint.")
+        if self.score not in ("product", "fisher"):
+            raise CameraError(f"method.score={self.score} is none of product, fisher.")
         super().check(budget)
 
     @property
     def ranked_by(self) -> Score:
-        return Score("fisher" if self.term == "joint" else "product", normalize=self.normalize)
+        return Score(self.score, normalize=self.normalize)

@@ -49,18 +49,18 @@ class WeightObserver:
 class Magnitude(MicroExpertPruning):
     """The micro-experts of smallest weights go, without calibration.
 
-    `norm` product ranks by |w_gate| |w_up| |w_down|, which scaling up_i by c and down_i by 1/c
-    (the same function) leaves alone; sum by the norm of all three together.
+    `score` weight_product ranks by |w_gate| |w_up| |w_down|, which scaling up_i by c and down_i by
+    1/c (the same function) leaves alone; weight_sum by the norm of all three together.
     """
 
     name: ClassVar[str] = "magnitude"
     calibrates: ClassVar[bool] = False
 
-    norm: Literal["product", "sum"] = "product"
+    score: Literal["weight_product", "weight_sum"] = "weight_product"
 
     def check(self, budget: Budget) -> None:
-        if self.norm not in ("product", "sum"):
-            raise CameraError(f"method.norm={self.norm} is none of product, sum.")
+        if self.score not in ("weight_product", "weight_sum"):
+            raise CameraError(f"method.score={self.score} is none of weight_product, weight_sum.")
         super().check(budget)
 
     def statistics_key(self) -> dict[str, Any]:
@@ -71,6 +71,6 @@ class Magnitude(MicroExpertPruning):
 
     def scores(self, index: int, seen: LayerWeights, micro_experts: int) -> torch.Tensor:
         gate2_N, up2_N, down2_N = seen.gate2_N.double(), seen.up2_N.double(), seen.down2_N.double()
-        if self.norm == "product":
+        if self.score == "weight_product":
             return (gate2_N * up2_N * down2_N).sqrt()
         return (gate2_N + up2_N + down2_N).sqrt()

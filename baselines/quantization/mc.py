@@ -114,8 +114,9 @@ class MixtureCompressor(Quantization):
 
     Minimises sum_e n_e^alpha w_e^beta eps_{e,b}^loss_exponent exactly, with at least one expert of
     3 and one of 2 bits; the layer's budget is the largest that keeps the stored average (shared
-    experts included, at `shared_bits`) within `bits`. loss_of batches sums one norm per calibration
-    batch, as the released code; all takes one norm over all tokens, which no batch size changes.
+    experts included, at `shared_bits`) within `bits`. loss_norm batches sums one norm per
+    calibration batch, as the released code; all takes one norm over all tokens, which no batch size
+    changes.
     `expert_alpha` and `expert_beta` are the paper's alpha and beta; its loss_exponent is 2, the
     released code's 1. Routing weights are those the model applies; the released code sums them
     before they are renormalised.
@@ -128,7 +129,7 @@ class MixtureCompressor(Quantization):
     expert_alpha: float = 1.0
     expert_beta: float = 1.5
     loss_exponent: float = 1.0
-    loss_of: Literal["all", "batches"] = "all"
+    loss_norm: Literal["all", "batches"] = "all"
     shared_bits: int = 4
     at_least_one: list[int] = field(default_factory=lambda: [3, 2])
     inblock_feedback: bool = True
@@ -141,8 +142,8 @@ class MixtureCompressor(Quantization):
             )
         if self.bits is None:
             raise CameraError("method mc needs a target: set bits.")
-        if self.loss_of not in ("all", "batches"):
-            raise CameraError(f"loss_of={self.loss_of} is none of all, batches.")
+        if self.loss_norm not in ("all", "batches"):
+            raise CameraError(f"loss_norm={self.loss_norm} is none of all, batches.")
         if not 1 <= self.shared_bits <= 8:
             raise CameraError(f"shared_bits={self.shared_bits} must lie between 1 and 8.")
         if not set(self.at_least_one) <= set(LEVELS):
@@ -178,7 +179,7 @@ class MixtureCompressor(Quantization):
         cost_EB = expert_costs(
             seen.count_E,
             seen.weight_E,
-            seen.loss2_EB.sqrt() if self.loss_of == "all" else seen.loss_EB,
+            seen.loss2_EB.sqrt() if self.loss_norm == "all" else seen.loss_EB,
             alpha=self.expert_alpha,
             beta=self.expert_beta,
             loss_exponent=self.loss_exponent,

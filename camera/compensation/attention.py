@@ -30,7 +30,7 @@ def refit_attention(
     missing of `aim_TH`, the dense model's hidden states; a report. Tokens from `fitted` on are held
     out; a bias stays as it is.
     """
-    scale_T1 = inverse_norms(aim_TH) if how.errors == "relative" else None
+    scale_T1 = inverse_norms(aim_TH) if how.token_weights == "relative" else None
     missing_TH = missing_TH.float() if scale_T1 is None else missing_TH.float() * scale_T1
     block = Block(None, heads_TA, output.weight.T, scale_T1)
     found = fit([block], missing_TH, fitted, how)

@@ -8,7 +8,7 @@ from camera.runtime.errors import CameraError
 
 Scope = Literal["expert", "layer"]
 Target = Literal["layer", "dense"]
-Errors = Literal["relative", "absolute"]
+TokenWeights = Literal["relative", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,15 @@ class Refit:
     its own removed output; `target` layer is what the uncut layer puts out for what reaches it,
     dense what the dense model has there (its hidden states after the layer), which makes up for
     errors of the layers before; the output weights of the attention are then refitted as well, to
-    the dense model's hidden states after it (see `camera.compensation.attention`). `errors` relative is as
-    above, with absolute all c_t are 1.
+    the dense model's hidden states after it (see `camera.compensation.attention`). `token_weights` relative is as
+    above, with uniform all c_t are 1.
     `ridges` are tried from the largest, `sweeps` over the experts at most for each, as long as the
     share `held_out` of the calibration samples gets closer.
     """
 
     scope: Scope = "layer"
     target: Target = "layer"
-    errors: Errors = "relative"
+    token_weights: TokenWeights = "relative"
     ridges: Sequence[float] = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
     sweeps: int = 8
     held_out: float = 0.125
@@ -34,7 +34,7 @@ class Refit:
         for key, value, known in (
             ("compensate", self.scope, ("none", *get_args(Scope))),
             ("target", self.target, get_args(Target)),
-            ("errors", self.errors, get_args(Errors)),
+            ("token_weights", self.token_weights, get_args(TokenWeights)),
         ):
             if value not in known:
                 raise CameraError(f"{key}={value} is none of {', '.join(known)}.")

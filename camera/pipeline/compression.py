@@ -280,7 +280,7 @@ class Job:
             if isinstance(group.module, VisitedExperts):
                 raise CameraError(
                     f"method {self.method.name} leaves the experts of layer {index} where they "
-                    "are, on disk: set memory.experts=layer."
+                    "are, on disk: set memory.experts=ram."
                 )
             self.widths[group.path] = group.widths
             if group.routed:

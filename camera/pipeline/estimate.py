@@ -101,7 +101,7 @@ def needs(
     hidden = tokens * config.hidden_size * size
     width = _active_width(skeleton)
     phi = int(tokens * width * size)
-    visit = memory.experts == "visit"
+    visit = memory.experts == "disk"
     if memory.experts == "auto":
         visit = LAYERS_HELD * max(layers) > _total(skeleton.device)
     visit = visit and max(experts) > 0 and not skeleton.compressed

@@ -11,7 +11,7 @@ import torch
 
 from camera.calibration.statistics import LayerStatistics
 from camera.calibration.trials import TRIALS, Trials, trial_bytes
-from camera.compensation.settings import Errors, Refit, Scope, Target
+from camera.compensation.settings import TokenWeights, Refit, Scope, Target
 from camera.method import Method, Outcome
 from camera.moe.budget import Budget, to_remove
 from camera.moe.feed_forward import FeedForward
@@ -47,7 +47,7 @@ class MicroExpertPruning(Method):
     layer_floor: float = 0.0
     compensate: Literal["none", Scope] = "none"
     target: Target = "layer"
-    errors: Errors = "relative"
+    token_weights: TokenWeights = "relative"
     ridges: Sequence[float] = Refit.ridges
     sweeps: int = Refit.sweeps
     held_out: float = Refit.held_out
@@ -68,7 +68,12 @@ class MicroExpertPruning(Method):
         if self.compensate == "none":
             return None
         return Refit(
-            self.compensate, self.target, self.errors, self.ridges, self.sweeps, self.held_out
+            self.compensate,
+            self.target,
+            self.token_weights,
+            self.ridges,
+            self.sweeps,
+            self.held_out,
         )
 
     def check(self, budget: Budget) -> None:

@@ -39,7 +39,7 @@ class Quantization(Method):
     bits: the target, stored bits per weight on average over the quantised weights, scales and zeros
     included (null: whatever the other settings give). group_size: inputs that share a scale, -1 for
     the whole row, null to have it chosen. sym: no zeros. clip: range search (none, gptq, mc).
-    act_order, static_groups, percdamp, fallback, min_tokens: see camera.quantization.gptq.GPTQ.
+    act_order, static_groups, damping, fallback, min_tokens: see camera.quantization.gptq.GPTQ.
     weighted_hessian counts a token by its squared routing weight. true_sequential takes down's
     Hessian from the quantised gate and up, on the first `sequential_tokens` inputs of an expert;
     compensate expert refits down to these before it is quantised (see `camera.compensation.least_squares`).
@@ -56,7 +56,7 @@ class Quantization(Method):
     clip: Literal["none", "gptq", "mc"] = "none"
     act_order: bool = False
     static_groups: bool = False
-    percdamp: float = 0.01
+    damping: float = 0.01
     fallback: Literal["rtn", "mean_hessian"] = "rtn"
     min_tokens: int = 1
     weighted_hessian: bool = False
@@ -114,7 +114,7 @@ class Quantization(Method):
             sym=self.sym,
             act_order=self.act_order,
             static_groups=self.static_groups,
-            percdamp=self.percdamp,
+            percdamp=self.damping,
             fallback=self.fallback,
             min_tokens=self.min_tokens,
             clip=CLIPS[self.clip],

@@ -14,7 +14,7 @@ import torch
 from camera.checkpoint.formats.packed.footprint import Footprint
 from camera.runtime.errors import CameraError
 
-SCOPES = ("layer", "expert", "model")
+SCOPES = ("layer", "expert", "global")
 GROUP_STEP = 8  # group sizes that are solved for are multiples of it
 NEAR, PROBES = 0.005, 32  # how far below a budget a plan may stay before more are tried, how many
 

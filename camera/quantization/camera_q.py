@@ -57,7 +57,7 @@ class CameraQ(Scored, Quantization):
     group_bits: list[int] | None = None
     ratios: list[float] | None = None
     low_share: float | None = None
-    rank_scope: Literal["layer", "expert", "model"] = "layer"
+    rank_scope: Literal["layer", "expert", "global"] = "layer"
     align: int = 1
     score: Name = "energy"
     normalize: Literal["routed", "all"] = "routed"
@@ -69,7 +69,7 @@ class CameraQ(Scored, Quantization):
 
     @property
     def one_shot(self) -> bool:
-        return self.rank_scope == "model" or self.score != "energy"
+        return self.rank_scope == "global" or self.score != "energy"
 
     @property
     def ranked_by(self) -> Score:
@@ -122,9 +122,9 @@ class CameraQ(Scored, Quantization):
                 raise CameraError("bits=null leaves the shares open: set ratios.")
             if self.low_share is not None:
                 share_path(levels, 0, self.low_share)  # refuses more groups than can be solved
-            elif self.rank_scope == "model" and len(levels) > 1:
+            elif self.rank_scope == "global" and len(levels) > 1:
                 raise CameraError(
-                    "errors are measured layer by layer: with rank_scope=model set low_share or "
+                    "errors are measured layer by layer: with rank_scope=global set low_share or "
                     "ratios."
                 )
         elif len(self.ratios) != len(levels) or min(self.ratios) < 0:
@@ -157,7 +157,7 @@ class CameraQ(Scored, Quantization):
 
     def prepare(self, statistics: dict[int, LayerStatistics], budget: Budget) -> None:
         self._scores = {index: self.ranked_by.of(seen) for index, seen in statistics.items()}
-        if self.rank_scope != "model":
+        if self.rank_scope != "global":
             return
         pools = footprints(budget, self._group_size(), self.sym)
         widths = [width for pool in pools.values() for width in pool.widths]

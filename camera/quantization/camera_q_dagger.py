@@ -39,7 +39,7 @@ class CameraQDagger(CameraQ):
             raise CameraError(f"split={self.split} is none of channels, shuffle.")
         if 0 in (self.group_bits or ()):
             raise CameraError("camera_q_dagger can't remove micro-experts: take 0 off group_bits.")
-        if self.rank_scope == "model":
+        if self.rank_scope == "global":
             raise CameraError(
                 "camera_q_dagger ranks within a layer or expert: set rank_scope=layer."
             )

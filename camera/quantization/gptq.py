@@ -125,7 +125,7 @@ class GPTQ:
         if min(self.block_size, 1 if self.group_size is None else self.group_size) < 1:
             raise CameraError("group_size (null: one scale per row) and block_size start at 1.")
         if not 0 <= self.percdamp <= 1:
-            raise CameraError("percdamp must lie between 0 and 1.")
+            raise CameraError("damping must lie between 0 and 1.")
         if self.fallback not in ("rtn", "mean_hessian"):
             raise CameraError(f"fallback must be rtn or mean_hessian, not {self.fallback}.")
         if not self.clip or min(self.clip) <= 0:

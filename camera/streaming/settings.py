@@ -8,7 +8,7 @@ from camera.runtime.errors import CameraError
 CHOICES = {
     "phi": ("auto", "keep", "recompute"),
     "hidden": ("auto", "ram", "disk"),
-    "experts": ("auto", "layer", "visit"),
+    "experts": ("auto", "ram", "disk"),
 }
 
 
@@ -18,12 +18,12 @@ class Memory:
 
     phi: a layer's micro-expert outputs are kept until it is cut, or computed again. hidden: the
     hidden states between layers are in ram or memory-mapped from disk. experts: the layer's routed
-    experts are loaded together, or visited one by one from the shards.
+    experts are loaded together, to ram, or one at a time from disk.
     """
 
     phi: Literal["auto", "keep", "recompute"] = "auto"
     hidden: Literal["auto", "ram", "disk"] = "auto"
-    experts: Literal["auto", "layer", "visit"] = "auto"
+    experts: Literal["auto", "ram", "disk"] = "auto"
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():

@@ -173,7 +173,7 @@ class Streamer(Skeleton):
         target_TH, stream_TH = None, self._hidden(batches).float()
         if dense is not None:
             target_TH = self._hidden(dense).float().sub_(stream_TH).div_(ffn.residual_scale)
-        stream_TH = stream_TH if how.errors == "relative" else None
+        stream_TH = stream_TH if how.token_weights == "relative" else None
         y_TH, report = compensate(ffn, traces, kept, before, fitted, how, target_TH, stream_TH)
         parts = y_TH.split([trace.tokens for trace in traces])
         for batch, part_TH in zip(batches, parts, strict=True):

@@ -3,8 +3,9 @@
 `--model` is a name of conf/model, a folder or a config.json. `one_pass` is a run as camera/ does it
 (experiments/bench/support/costs.py), `dense_way` what the paper's released code computes: every
 expert on every token for the energies, and two forward passes of each layer. Devices: a100_40gb and
-h100 by their data sheets (dense bf16), cpu as measured here (one square product, one copy). `--efficiency` is the
-share of that which is reached, `--link` GB/s of the place the weights are read from and written to.
+h100 by their data sheets (dense bf16), cpu as measured here (one square product, one copy).
+`--efficiency` is the share of that which is reached, `--link` GB/s of the place the weights are
+read from and written to.
 `compensation` is compensate=layer (camera/compensation/least_squares.py) with target=dense, all of
 its ridges tried, beside the rest.
 """

@@ -19,7 +19,7 @@ from experiments.tiny_moe import layout
 
 # Settings of the machine: they change no result, so a run that ran out of memory continues with a
 # smaller batch.
-MACHINE = ("batch_size", "perplexity_batch_size", "stream", "unpack")
+MACHINE = ("batch_size", "perplexity_batch_size", "stream", "dequantize")
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def _load(settings: Settings, folders: Folders) -> tuple[Any, Any]:
         disable_progress_bar()
     with checkpoint(settings, folders) as path:
         model = load_model(path, settings.device, settings.dtype, remote)
-        if settings.evaluation["unpack"] and not settings.evaluation["speed"]["batch_sizes"]:
+        if settings.evaluation["dequantize"] and not settings.evaluation["speed"]["batch_sizes"]:
             camera.dequantize(model)
         return model, load_tokenizer(path, remote)
 

@@ -23,6 +23,7 @@ LIBRARY = (
     "camera.runtime.errors",
     "camera.runtime.files",
     "camera.runtime.renamed",
+    "camera.runtime.renamed",
     "camera.moe.families",
     "camera.calibration.corpora",
     "camera.calibration.settings",

@@ -23,7 +23,7 @@ from camera.moe.budget import Budget
 from camera.moe.feed_forward import FeedForward
 from camera.runtime.errors import CameraError
 
-Name = Literal["energy", "relative", "fisher", "product", "residual"]
+Name = Literal["energy", "hidden_share", "fisher", "product", "residual"]
 SCORES = get_args(Name)
 OBSERVERS = {
     "energy": EnergyObserver,
@@ -59,6 +59,7 @@ class Score:
     def kind(self) -> str:
         """What is seen of a layer for it."""
         kinds = {"fisher": "sensitivity", "product": "sensitivity", "residual": "grams"}
+        kinds["hidden_share"] = "relative"
         return kinds.get(self.name, self.name)
 
     def holds(self, widths: list[int]) -> int:
@@ -71,7 +72,7 @@ class Score:
 
     def of(self, seen: LayerStatistics) -> torch.Tensor:
         """fp64 [N], the lowest being the first to go."""
-        if self.name in ("energy", "relative"):
+        if self.name in ("energy", "hidden_share"):
             return seen.energy(self.alpha)
         if self.name == "residual":
             return seen.residual_N

@@ -28,7 +28,7 @@ def measure(
     if streamer.visit:
         raise CameraError(
             "method.rank_scope=measured silences micro-experts, which can't be done while experts "
-            "stay on disk: set memory.experts=layer, or method.rank_scope=global."
+            "stay on disk: set memory.experts=ram, or method.rank_scope=global."
         )
     (dense,) = streamer.embed([{"input_ids": ids_NL}])
     cut: dict[tuple[int, int], Batch] = {}

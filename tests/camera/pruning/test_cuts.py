@@ -129,7 +129,7 @@ def test_a_layer_that_may_lose_nothing_gives_nothing():
 
 
 def run(source, out, calibration, data, sparsity=0.4, **settings):
-    method = CameraPlus(sparsity=sparsity, score="relative", rank_scope="measured")
+    method = CameraPlus(sparsity=sparsity, score="hidden_share", rank_scope="measured")
     return camera.compress(
         source, method, out, calibration=calibration, data=data, progress=False, **settings
     )
@@ -170,7 +170,7 @@ def test_a_second_ratio_takes_the_costs_measured_for_the_first(
 def test_trial_cuts_are_refused_where_experts_stay_on_disk(
     checkpoints, calibration, data_folder, tmp_path
 ):
-    method = CameraPlus(sparsity=0.4, score="relative", rank_scope="measured", compensate="none")
+    method = CameraPlus(sparsity=0.4, score="hidden_share", rank_scope="measured", compensate="none")
     options = dict(calibration=calibration, data=data_folder, memory=Memory(experts="visit"))
     with pytest.raises(CameraError, match=r"set memory\.experts=layer"):
         camera.compress(checkpoints("qwen2_moe"), method, tmp_path / "out", **options)

@@ -93,7 +93,7 @@ def took(checkpoints, data_folder, tmp_path_factory):
     }
     cut, quantised = ("camera_p", {"sparsity": 0.3}), ("camera_q", {"bits": 3.0})
     refitted = ("camera_p", {"sparsity": 0.3, "compensate": "layer", "target": "dense"})
-    visited, jobs = {"experts": "visit"}, {}
+    visited, jobs = {"experts": "disk"}, {}
     for name, model, (method, settings), asked in (
         ("first", "tiny", cut, {}),
         ("second", "tiny", quantised, visited),
@@ -170,7 +170,7 @@ def shards(folder):
 
 
 @pytest.mark.parametrize("propagate", ["compressed", "dense"])
-@pytest.mark.parametrize("experts", ["layer", "visit"])
+@pytest.mark.parametrize("experts", ["ram", "disk"])
 def test_hidden_states_on_disk_change_no_byte(experts, propagate, run, tmp_path):
     for hidden in ("ram", "disk"):
         run(hidden, Memory(hidden=hidden, experts=experts), propagate=propagate)
@@ -249,7 +249,7 @@ def test_the_largest_layer_counts_where_they_differ(decide):
 def test_phi_is_kept_where_it_is_small_and_serves(decide, monkeypatch):
     assert decide().keep_phi and not decide(phi="recompute").keep_phi
     assert not decide(slices=False, phi="keep").keep_phi  # other columns than were seen
-    assert not decide(experts="visit", phi="keep").keep_phi
+    assert not decide(experts="disk", phi="keep").keep_phi
     assert not decide(tokens=0).keep_phi
     monkeypatch.setattr(memory, "PHI_LIMIT", 1000)
     assert not decide().keep_phi and decide(phi="keep").keep_phi
@@ -263,13 +263,13 @@ def test_hidden_states_go_to_disk_where_little_is_free(decide, monkeypatch):
 
 
 def test_experts_are_visited_where_three_layers_fit_no_memory(decide, monkeypatch):
-    assert not decide().visit and decide(experts="visit").visit
+    assert not decide().visit and decide(experts="disk").visit
     total = 3 * decide().layer
     for size, visits in ((total, False), (total - 1, True)):
         machine = memory.psutil.virtual_memory()._replace(total=size)
         monkeypatch.setattr(memory.psutil, "virtual_memory", lambda machine=machine: machine)
         assert decide().visit is visits
-        assert not decide(experts="layer").visit and not decide("llama").visit
+        assert not decide(experts="ram").visit and not decide("llama").visit
 
 
 def test_what_is_free_now_changes_no_rounding(decide, monkeypatch):
@@ -280,7 +280,7 @@ def test_what_is_free_now_changes_no_rounding(decide, monkeypatch):
 
 
 def test_the_peak_counts_only_what_is_in_memory(decide):
-    whole, spilled, visited = decide(), decide(hidden="disk"), decide(experts="visit")
+    whole, spilled, visited = decide(), decide(hidden="disk"), decide(experts="disk")
     assert whole.peak - spilled.peak == HIDDEN_HELD * whole.hidden
     assert decide(phi="recompute").peak > whole.peak - whole.phi  # the FFN runs instead
     assert visited.peak < LAYERS_HELD * visited.layer + visited.peak - visited.experts
@@ -296,7 +296,7 @@ def test_a_choice_that_is_none_is_refused_by_key():
 
 
 def test_a_visited_run_goes_on_where_it_was_killed(run, tmp_path, monkeypatch):
-    asked = Memory(experts="visit", hidden="disk")
+    asked = Memory(experts="disk", hidden="disk")
     run("whole", asked)
     with monkeypatch.context() as patch:
         count = []
@@ -318,7 +318,7 @@ def test_a_visited_run_goes_on_where_it_was_killed(run, tmp_path, monkeypatch):
             patch.setattr("camera.api.finish", lambda job: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 run("other", asked)
-        run("other", Memory(experts="layer"))
+        run("other", Memory(experts="ram"))
 
 
 def test_no_hidden_states_are_left_in_the_checkpoint(run, tmp_path):

@@ -86,8 +86,8 @@ def assert_same(visited, whole):
 )
 @pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_visited_experts_lose_what_they_lose_in_memory(family, layout, propagate, cut):
-    visited = cut(family, layout, "visit", propagate)
-    whole = cut(family, "as published", "layer", propagate)
+    visited = cut(family, layout, "disk", propagate)
+    whole = cut(family, "as published", "ram", propagate)
     assert_same(visited, whole)
     mine, theirs = (
         Statistics.load(folder / "statistics.safetensors") for folder, _ in (visited, whole)
@@ -98,18 +98,18 @@ def test_visited_experts_lose_what_they_lose_in_memory(family, layout, propagate
 
 
 def test_a_visited_expert_s_tokens_count_as_much(cut):
-    options = dict(method="camera_plus", score="relative", rank_scope="layer", compensate="none")
+    options = dict(method="camera_plus", score="hidden_share", rank_scope="layer", compensate="none")
     options["sparsity"] = 0.3
-    visited = cut("qwen2_moe", "fused", "visit", "compressed", **options)
-    assert_same(visited, cut("qwen2_moe", "as published", "layer", "compressed", **options))
+    visited = cut("qwen2_moe", "fused", "disk", "compressed", **options)
+    assert_same(visited, cut("qwen2_moe", "as published", "ram", "compressed", **options))
 
 
 @pytest.mark.parametrize("propagate", ["compressed", "dense"])
 @pytest.mark.parametrize("method", ["camera_q", "gptq"])
 def test_quantisers_visit_too(method, propagate, cut):
     options = dict(propagate=propagate, method=method, bits=3.0)
-    visited = cut("qwen2_moe", "as published", "visit", **options)
-    whole = cut("qwen2_moe", "as published", "layer", **options)
+    visited = cut("qwen2_moe", "as published", "disk", **options)
+    whole = cut("qwen2_moe", "as published", "ram", **options)
     mine, theirs = tensors(visited[0]), tensors(whole[0])
     assert mine.keys() == theirs.keys()
     differing = sum((mine[name] != theirs[name]).sum().item() for name in mine)
@@ -118,14 +118,14 @@ def test_quantisers_visit_too(method, propagate, cut):
 
 def test_whole_experts_are_dropped_from_the_disk_too(cut):
     options = dict(method="reap", sparsity=0.25)
-    visited = cut("qwen2_moe", "as published", "visit", **options)
-    assert_same(visited, cut("qwen2_moe", "as published", "layer", **options))
+    visited = cut("qwen2_moe", "as published", "disk", **options)
+    assert_same(visited, cut("qwen2_moe", "as published", "ram", **options))
 
 
 def test_a_method_that_leaves_the_experts_on_disk_is_refused(source, tmp_path, monkeypatch):
     monkeypatch.setattr("baselines.micro_experts.random.Random.compress", lambda *_: Outcome({}))
-    asked = dict(sparsity=0.3, memory=Memory(experts="visit"), device="cpu", progress=False)
-    with pytest.raises(CameraError, match=r"layer 0.*on disk: set memory\.experts=layer"):
+    asked = dict(sparsity=0.3, memory=Memory(experts="disk"), device="cpu", progress=False)
+    with pytest.raises(CameraError, match=r"layer 0.*on disk: set memory\.experts=ram"):
         camera.compress(source("olmoe", "fused"), "random", tmp_path / "out", **asked)
 
 
@@ -209,7 +209,7 @@ def test_places_of_an_expert_are_a_part_of_the_file(source):
 
 
 def test_compressed_and_dense_models_have_nothing_to_visit(checkpoints, cut, tmp_path):
-    ragged, _ = cut("mixtral", "as published", "layer")
-    asked = Memory(experts="visit")
+    ragged, _ = cut("mixtral", "as published", "ram")
+    asked = Memory(experts="disk")
     for folder in (ragged, checkpoints("llama")):
         assert not Streamer(folder).prepare(asked, 10, True, tmp_path).visit

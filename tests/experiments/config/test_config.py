@@ -10,6 +10,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import OmegaConf
 
 from camera.runtime.errors import CameraError
+from camera.runtime.renamed import KEYS, renaming
 from experiments.config.constructor import build, choice, typed_settings
 from experiments.config.schema import CONF
 from experiments.config.settings import Settings, check
@@ -207,6 +208,39 @@ def test_the_command_names_the_valid_keys(capsys):
     printed = "".join(capsys.readouterr())
     assert "Valid keys here: alpha, " in printed and "min_width" in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("method=heapr method.term=joint", "method.term is now method.score."),
+        ("method=gptq method.percdamp=0.1", "method.percdamp is now method.damping."),
+        ("evaluation.unpack=false", "evaluation.unpack is now evaluation.dequantize."),
+        ("memory.experts=visit", "memory.experts=visit is now memory.experts=disk."),
+        (
+            "method=camera_q method.rank_scope=model",
+            "method.rank_scope=model is now method.rank_scope=global.",
+        ),
+    ],
+)
+def test_an_old_setting_is_refused_with_its_new_name(arguments, told, capsys):
+    assert command(*arguments.split()) == 1
+    assert told in "".join(capsys.readouterr()).splitlines()
+
+
+def test_every_new_name_is_one():
+    assert set(KEYS["method"].values()) <= _keys("method")
+    assert not set(KEYS["method"]) & _keys("method")
+    config = config_of()
+    for group, renamed in KEYS.items():
+        if group != "method":
+            assert set(renamed.values()) <= set(config[group])
+    assert renaming("method", "norm", "product").endswith("now method.score=weight_product.")
+    assert renaming("method", "score", "product") is None
+
+
+def _keys(group):
+    return {key for name in choices(group) for key in config_of(f"{group}={name}")[group]}
 
 
 def test_ambiguous_sweeps_are_refused_by_hydra():
