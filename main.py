@@ -8,20 +8,7 @@
 `conf/` is the table of contents. Everything is written below `output` (default: outputs).
 """
 
-import hydra
-from omegaconf import DictConfig
-
-from camera.runtime.distributed import process_group
-from experiments.config.schema import naming_valid_keys
-from experiments.sweeps.job import job
-
-
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(config: DictConfig) -> str | None:
-    """One job of Hydra: a run, recorded in its folder whether it succeeds or fails."""
-    return job(config)
-
+from experiments.__main__ import command
 
 if __name__ == "__main__":
-    with naming_valid_keys(), process_group():
-        main()
+    command()

@@ -1,4 +1,4 @@
-"""How far the sweeps of a folder are: `python -m experiments.status DIR`, at any time.
+"""State of the sweeps in a folder: `python -m experiments.status DIR`, at any time.
 
 DIR is an output folder, or the folder of one sweep. Nothing is written there.
 """
@@ -15,10 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from camera.runtime.errors import CameraError
-from experiments.records.failures import failure
-from experiments.records.folders import LOG
-from experiments.sweeps.durations import Durations, elapsed, spoken
-from experiments.sweeps.jobs import PLAN, Job, read_plan
+from experiments.records.files import OutputFolder, RunFiles
+from experiments.sweeps.durations import Durations, elapsed, format_duration
+from experiments.sweeps.jobs import SweepJob, read_plan
 
 DONE, RUNNING, FAILED, TO_GO = "done", "running", "failed", "to go"
 
@@ -28,37 +27,38 @@ class Sweep:
     """Jobs, by the state that each is in."""
 
     name: str
-    states: list[tuple[Job, str]]
+    states: list[tuple[SweepJob, str]]
 
-    def those(self, which: str) -> list[Job]:
+    def jobs_in(self, which: str) -> list[SweepJob]:
         return [job for job, state in self.states if state == which]
 
     def grids(self) -> list[Sweep]:
         """Its jobs by the grid that asked for them first."""
-        parts: dict[str, list[tuple[Job, str]]] = {}
+        parts: dict[str, list[tuple[SweepJob, str]]] = {}
         for job, state in self.states:
             parts.setdefault(job.grids[0] if job.grids else "", []).append((job, state))
         return [Sweep(name, states) for name, states in parts.items()]
 
-    def told(self, job: Job) -> str:
-        """What sets the job apart from the others of its sweep."""
+    def distinct_overrides(self, job: SweepJob) -> str:
+        """The overrides of a job that not all jobs of its sweep share."""
         others = [set(other.overrides) for other, _ in self.states]
         common = set.intersection(*others) if len(others) > 1 else set()
         return " ".join(text for text in job.overrides if text not in common)
 
 
-def state(job: Job) -> str:
+def state(job: SweepJob) -> str:
     """done, running (a live process holds its lock), failed, or to go.
 
     What was interrupted is to go: it will go on where it stopped.
     """
     if job.run is None:
         return FAILED
-    if (job.run / "DONE").exists():
+    files = RunFiles(job.run)
+    if files.is_done:
         return DONE
-    if job.held:
+    if job.is_locked:
         return RUNNING
-    return FAILED if failure(job.run) else TO_GO
+    return FAILED if files.failure else TO_GO
 
 
 def sweeps_of(folder: Path) -> list[Sweep]:
@@ -66,13 +66,11 @@ def sweeps_of(folder: Path) -> list[Sweep]:
 
     One is left out where newer ones have all that isn't done of it. CameraError if there is none.
     """
-    own = folder / PLAN
-    plans = [own] if own.exists() else sorted(folder.glob(f"sweeps/*/{PLAN}"))
     shown: list[Sweep] = []
     planned: set[Path | None] = set()
-    for plan in reversed(plans):
-        jobs = read_plan(plan.parent)
-        sweep = Sweep(plan.parent.name, [(job, state(job)) for job in jobs])
+    for files in reversed([*OutputFolder(folder).sweeps()]):
+        jobs = read_plan(files.folder)
+        sweep = Sweep(files.name, [(job, state(job)) for job in jobs])
         if not shown or {job.run for job, found in sweep.states if found != DONE} - planned:
             shown.insert(0, sweep)
         planned |= {job.run for job in jobs}
@@ -108,32 +106,33 @@ def _table(sweeps: Sequence[Sweep], durations: Durations) -> Table:
 
 
 def _add(table: Table, name: str, sweep: Sweep, durations: Durations) -> None:
-    counts = [len(sweep.those(which)) for which in (DONE, RUNNING, FAILED, TO_GO)]
-    left = durations.left(sweep.those(TO_GO), sweep.those(RUNNING))
-    told = "unknown" if left is None else spoken(left)
-    table.add_row(name, *map(str, counts), told if counts[1] or counts[3] else "")
+    counts = [len(sweep.jobs_in(which)) for which in (DONE, RUNNING, FAILED, TO_GO)]
+    left = durations.left(sweep.jobs_in(TO_GO), sweep.jobs_in(RUNNING))
+    time = "unknown" if left is None else format_duration(left)
+    table.add_row(name, *map(str, counts), time if counts[1] or counts[3] else "")
 
 
 def _running(sweeps: Sequence[Sweep]) -> Iterator[str]:
     for sweep in sweeps:
-        for job in sweep.those(RUNNING):
+        for job in sweep.jobs_in(RUNNING):
             assert job.run
-            name, since = job.run.name, spoken(elapsed(job.run))
-            yield f"{name} ({sweep.told(job)}), for {since}{_last_line(job.run)}"
+            name, since = job.run.name, format_duration(elapsed(job.run))
+            yield f"{name} ({sweep.distinct_overrides(job)}), for {since}{_last_line(job.run)}"
 
 
 def _last_line(run: Path) -> str:
     """The last line of a run's log: how far it is."""
-    log = run / LOG
+    log = RunFiles(run).log
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     return f"\n    {lines[-1]}" if lines else ""
 
 
 def _failed(sweeps: Sequence[Sweep]) -> Iterator[str]:
     for sweep in sweeps:
-        for job in sweep.those(FAILED):
-            reason = failure(job.run) if job.run else job.refused
-            yield f"{job.run.name if job.run else 'a job'} ({sweep.told(job)}): {reason}"
+        for job in sweep.jobs_in(FAILED):
+            name = job.run.name if job.run else "a job"
+            reason = RunFiles(job.run).failure if job.run else job.refused
+            yield f"{name} ({sweep.distinct_overrides(job)}): {reason}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

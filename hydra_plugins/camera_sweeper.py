@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
@@ -15,9 +15,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from camera.runtime import distributed
-from experiments.sweeps.grids import overrides_of
-from experiments.sweeps.jobs import BUSY, Job, planned, write_plan
+if TYPE_CHECKING:  # Hydra loads this module at every --help and at each TAB
+    from experiments.sweeps.jobs import SweepJob
 
 log = logging.getLogger(__name__)
 PAUSE_S = 2
@@ -51,6 +50,11 @@ class GridSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         """Plan, launch, and wait for what others are doing; what each launch returned."""
+        from camera.runtime import distributed
+        from experiments.records.files import SweepFiles
+        from experiments.sweeps.grids import overrides_of
+        from experiments.sweeps.jobs import planned, write_plan
+
         assert self.config is not None and self.hydra_context is not None
         loader = self.hydra_context.config_loader
         asked = overrides_of(self.params, self.grids, arguments, loader)
@@ -58,15 +62,17 @@ class GridSweeper(Sweeper):
         jobs = planned(asked, self.config, loader)
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
+        OmegaConf.save(self.config, SweepFiles(folder).config)
         if distributed.rank() == 0:
             write_plan(jobs, folder, Path(self.config.output))
         return self._launch(jobs)
 
-    def _launch(self, jobs: list[Job]) -> list[Sequence[JobReturn]]:
+    def _launch(self, jobs: list[SweepJob]) -> list[Sequence[JobReturn]]:
+        from experiments.sweeps.jobs import BUSY
+
         assert self.launcher is not None
         returns: list[Sequence[JobReturn]] = []
-        busy: list[Job] = []
+        busy: list[SweepJob] = []
         while jobs:
             number = sum(map(len, returns))
             overrides = [job.overrides for job in jobs]
@@ -80,10 +86,10 @@ class GridSweeper(Sweeper):
         return returns
 
 
-def _freed(busy: list[Job]) -> list[Job]:
+def _freed(busy: list[SweepJob]) -> list[SweepJob]:
     """Those that no other process holds any more, as soon as there is one."""
     while busy:
-        free = [job for job in busy if not job.held]
+        free = [job for job in busy if not job.is_locked]
         if free:
             return free
         time.sleep(PAUSE_S)

@@ -104,7 +104,8 @@ def resolve(how: str, experts: int, drop: int, groups: int = 1, limit: int = 500
     if how == "enumerate" and sets > limit:
         raise CameraError(
             f"search=enumerate would try {float(sets):.3g} sets of {drop} out of {experts} experts "
-            f"in every layer, more than limit={limit}: use search=greedy or raise the limit."
+            f"in every layer, more than max_subsets={limit}: use search=greedy or raise "
+            "max_subsets."
         )
     if how == "auto":
         return "enumerate" if sets <= limit else "greedy"

@@ -1,7 +1,8 @@
 """Energies from routed tokens only, against every expert on every token.
 
 The shapes are those of DeepSeek-MoE-16B, Qwen2-57B-A14B and Qwen3-30B-A3B divided by --scale, the
-router is the model's own with random weights. `routed` is camera/moe/capture.py with camera/calibration/scores/energy.py;
+router is the model's own with random weights. `routed` is camera/moe/capture.py with the observer
+of camera/calibration/scores/energy.py;
 `dense` computes all experts on all tokens and multiplies by a routing weight that is mostly zero,
 as the paper's released code does. They take turns, the best turn of each counts. `goal` is E/k, how
 many times less there is to compute; `of_peak` is the routed side's FLOPs per second against a

@@ -1,12 +1,13 @@
 """FLOPs and bytes of compressing a model, and the time on a device: computed, not measured.
 
 `--model` is a name of conf/model, a folder or a config.json. `one_pass` is a run as camera/ does it
-(experiments/bench/support/costs.py), `dense_way` what the paper's released code computes: every expert on every
-token for the energies, and two forward passes of each layer. Devices: a100_40gb and h100 by their
-data sheets (dense bf16), cpu as measured here (one square product, one copy). `--efficiency` is the
-share of that which is reached, `--link` GB/s of the place the weights are read from and written to.
-`compensation` is compensate=layer (camera/compensation/least_squares.py) with target=dense, all of its ridges tried,
-beside the rest.
+(experiments/bench/support/costs.py), `dense_way` what the paper's released code computes: every
+expert on every token for the energies, and two forward passes of each layer. Devices: a100_40gb and
+h100 by their data sheets (dense bf16), cpu as measured here (one square product, one copy).
+`--efficiency` is the share of that which is reached, `--link` GB/s of the place the weights are
+read from and written to.
+`compensation` is compensate=layer (camera/compensation/least_squares.py) with target=dense, all of
+its ridges tried, beside the rest.
 """
 
 import argparse
@@ -22,9 +23,8 @@ from camera.runtime.errors import CameraError
 from experiments.bench.support.architectures import ARCHITECTURES
 from experiments.bench.support.costs import Device, fit_flops, run_cost
 from experiments.bench.support.timing import matmul_peak, take_turns
+from experiments.config.location import CONF, EMBEDDED_MODEL
 
-CONF = Path(__file__).parents[2] / "conf" / "model"
-TINY = Path(__file__).parents[1] / "tiny_moe" / "model"
 # FLOP/s in 16 bit, bytes/s, FLOP/s in fp32 (without TF32)
 SHEETS = {"a100_40gb": (312e12, 1555e9, 19.5e12), "h100": (989e12, 3350e9, 67e12)}
 COPIED = 2**28  # bytes
@@ -116,12 +116,12 @@ def config_of(name: str) -> Any:
     if path.exists():
         path = path.parent if path.is_file() else path
         return AutoConfig.from_pretrained(path)
-    if not (CONF / f"{name}.yaml").exists():
-        known = ", ".join(sorted(file.stem for file in CONF.glob("*.yaml")))
+    if not (CONF / "model" / f"{name}.yaml").exists():
+        known = ", ".join(sorted(file.stem for file in (CONF / "model").glob("*.yaml")))
         raise CameraError(f"--model {name} is neither a folder nor one of {known}.")
-    where = OmegaConf.load(CONF / f"{name}.yaml").path
+    where = OmegaConf.load(CONF / "model" / f"{name}.yaml").path
     if where == "embedded":
-        return AutoConfig.from_pretrained(TINY)
+        return AutoConfig.from_pretrained(EMBEDDED_MODEL)
     try:
         return AutoConfig.from_pretrained(where, local_files_only=True)
     except (OSError, ValueError) as error:

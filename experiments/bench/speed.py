@@ -25,9 +25,9 @@ from camera.moe.feed_forward import FeedForward
 from camera.moe.pool import rows_of_mask
 from camera.pruning.slicing import slice_layer
 from experiments.bench.support.timing import clock
+from experiments.config.location import EMBEDDED_MODEL
 from experiments.tiny_moe.layout import ensure_world
 
-TINY = Path(__file__).parents[1] / "tiny_moe" / "model"
 WIDE = {
     "vocab_size": 2048,
     "hidden_size": 1024,
@@ -79,17 +79,17 @@ def run(args: argparse.Namespace) -> dict:
 
 def _tiny(folder: Path, device: str):
     text = ensure_world(folder / "data")
-    dense = load_model(TINY, device)
+    dense = load_model(EMBEDDED_MODEL, device)
 
     def cut(sparsity: float) -> PreTrainedModel:
         out = folder / str(sparsity)
         few = camera.Calibration(source="wikitext2", samples=16, length=256)
         options = {"calibration": few, "data": str(text), "device": device, "progress": False}
-        camera.compress(TINY, "camera_p", out, sparsity=sparsity, **options)
+        camera.compress(EMBEDDED_MODEL, "camera_p", out, sparsity=sparsity, **options)
         return load_model(out, device)
 
     words = (text / "wikitext2" / "test.txt").read_text()[:20_000]
-    return dense, load_tokenizer(TINY)(words, return_tensors="pt").input_ids[0], cut
+    return dense, load_tokenizer(EMBEDDED_MODEL)(words, return_tensors="pt").input_ids[0], cut
 
 
 def _wide(folder: Path, device: str):

@@ -26,7 +26,7 @@ from camera.runtime.buffers import trim_heap
 from camera.runtime.errors import CameraError
 from camera.streaming.settings import MemoryChoices
 from experiments.bench.support.architectures import ARCHITECTURES
-from experiments.config.settings import EMBEDDED_MODEL
+from experiments.config.location import EMBEDDED_MODEL
 
 PAPER_TOKENS = 128 * 2048
 SCALED = ("hidden_size", "num_attention_heads", "num_key_value_heads")
@@ -42,7 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--sparsity", type=float, default=0.2)
-    parser.add_argument("--experts", default="layer", choices=("layer", "visit"))
+    parser.add_argument("--experts", default="ram", choices=("ram", "disk"))
     parser.add_argument("--hidden", default="ram", choices=("ram", "disk"))
     parser.add_argument("--threads", type=int, default=1, help="torch threads (0: as they are)")
     parser.add_argument("--folder", help="where to write (default: the system's temporary folder)")

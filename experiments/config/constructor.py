@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -45,8 +46,7 @@ def typed_settings(target: str) -> type | dict:
         cls = locate(target)
     except ImportError:
         return {}
-    # a dataclass's own hints, as its __init__ knows only the names of the last class's module
-    hints = typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)
+    hints = _hints(cls)
     known = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
     factories = {f.name: f.default_factory for f in known}
     fields: list[tuple] = [("_target_", str, field(default=target))]
@@ -62,6 +62,27 @@ def build(settings: dict[str, Any]) -> Any:
     """The object that a resolved group describes; the class's own errors pass through."""
     arguments = {key: value for key, value in settings.items() if key != "_target_"}
     return locate(settings["_target_"])(**arguments)
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """Types of the constructor's parameters, where a field is named by a base class in its module.
+
+    A type that its module imports for type checkers alone is left open.
+    """
+    if not dataclasses.is_dataclass(cls):
+        return typing.get_type_hints(cls.__init__)
+    return {
+        name: _evaluated(hint, vars(sys.modules[base.__module__]))
+        for base in reversed(cls.__mro__)
+        for name, hint in inspect.get_annotations(base).items()
+    }
+
+
+def _evaluated(hint: Any, names: dict[str, Any]) -> Any:
+    try:
+        return eval(hint, names) if isinstance(hint, str) else hint
+    except NameError:
+        return Any
 
 
 def _default(parameter: inspect.Parameter, factory: Any) -> Any:

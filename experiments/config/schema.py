@@ -1,4 +1,7 @@
-"""The types of the configuration: a wrong key, type or value is refused while Hydra composes it."""
+"""The types of the configuration: a wrong key, type or value is refused while Hydra composes it.
+
+Importing this module registers them with Hydra; CONF is here too, for those who compose.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,19 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    OmegaConfBaseException,
+    ValidationError,
+)
 
+from camera.evaluation.tasks.names import NINE_TASKS
+from camera.runtime.renamed import renaming
 from experiments.config.constructor import choice, typed_settings
+from experiments.config.location import CONF, EMBEDDED
 
-EMBEDDED = "embedded"
 KEY_ERRORS = (ConfigAttributeError, ConfigKeyError)
-CONF = Path(__file__).resolve().parents[2] / "conf"
 
 Fraction = choice("moe", "model", "routed")
 Propagate = choice("compressed", "dense")
@@ -52,7 +61,7 @@ class Evaluation:
     `batch_size` is of the tasks; `perplexity_batch_size` is of blocks, whose logits are as long as
     the context and by far the largest tensor there. `stream` says whether the model is read layer
     by layer (`auto`: where it doesn't fit the memory there is), in batches of its own size; else
-    `unpack` trades the memory that packed weights save for speed, which changes no number.
+    `dequantize` trades the memory that packed weights save for speed, which changes no number.
     """
 
     perplexity: list[Corpus] = field(default_factory=list)
@@ -64,17 +73,17 @@ class Evaluation:
     batch_size: int = 1
     perplexity_batch_size: int = 1
     stream: Stream = Stream.auto
-    unpack: bool = True
+    dequantize: bool = True
     speed: Speed = field(default_factory=Speed)
 
 
 @dataclass
 class MemoryUse:
-    """What is kept in memory while a model is compressed: see `camera.streaming.settings.MemoryChoices`."""
+    """Memory choices of a compression: see `camera.streaming.settings.MemoryChoices`."""
 
     phi: choice("auto", "keep", "recompute") = "auto"
     hidden: choice("auto", "ram", "disk") = "auto"
-    experts: choice("auto", "layer", "visit") = "auto"
+    experts: choice("auto", "ram", "disk") = "auto"
 
 
 @dataclass
@@ -121,6 +130,7 @@ def register() -> None:
     """
     OmegaConf.register_new_resolver("model_name", model_name, replace=True)
     OmegaConf.register_new_resolver("model_data", model_data, replace=True)
+    OmegaConf.register_new_resolver("nine_tasks", lambda: list(NINE_TASKS), replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for file in sorted(CONF.glob("*/*.yaml")):
@@ -132,16 +142,26 @@ def register() -> None:
 
 @contextlib.contextmanager
 def naming_valid_keys() -> Iterator[None]:
-    """Adds the valid keys to Hydra's refusal of a key, which names only the wrong one."""
+    """Adds to Hydra's refusal of a key the valid ones, and the new name of an old key or value."""
     try:
         yield
     except SystemExit as exit_:
         refusal = getattr(exit_.__context__, "__cause__", None)
         parent = getattr(refusal, "parent_node", None)
+        if told := _renaming(refusal):
+            print(told)
         if isinstance(refusal, KEY_ERRORS) and isinstance(parent, DictConfig):
             keys = sorted(str(key) for key in parent if key not in ("hydra", "_target_"))
             print(f"Valid keys here: {', '.join(keys)}")
         raise
+
+
+def _renaming(refusal: BaseException | None) -> str | None:
+    if not isinstance(refusal, OmegaConfBaseException) or not refusal.full_key:
+        return None
+    group, _, key = refusal.full_key.rpartition(".")
+    value = refusal.value if isinstance(refusal, ValidationError) else None
+    return renaming(group, key, value)
 
 
 register()

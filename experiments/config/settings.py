@@ -5,23 +5,21 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from camera.calibration.corpora import check_corpus, find_corpus
 from camera.calibration.settings import Calibration, check_calibration
-from camera.checkpoint.loading import resolve_device
 from camera.checkpoint.source import resolve_model
-from camera.evaluation.suite import EvaluationRequest
-from camera.evaluation.tasks.evaluate import check_tasks
 from camera.runtime.errors import CameraError
 from camera.streaming.settings import MemoryChoices
 from experiments.config.constructor import build, locate
-from experiments.config.schema import EMBEDDED
+from experiments.config.location import EMBEDDED, EMBEDDED_MODEL
 from experiments.tiny_moe.layout import ensure_world
 
-EMBEDDED_MODEL = Path(__file__).parents[1] / "tiny_moe" / "model"
+if TYPE_CHECKING:
+    from camera.evaluation.suite import EvaluationRequest
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,8 @@ class Settings:
 
     def measures(self) -> EvaluationRequest:
         """The texts and tasks that are asked for, and how much of each."""
+        from camera.evaluation.suite import EvaluationRequest
+
         asked = self.evaluation
         sizes = (asked[key] for key in ("length", "stride", "blocks", "limit"))
         return EvaluationRequest(self.texts(), asked["perplexity"], asked["tasks"], *sizes, self.seed)
@@ -98,8 +98,10 @@ class Settings:
 def check(settings: Settings) -> None:
     """Refuse values that can't work and files that aren't there, before any weight is read.
 
-    Raises CameraError that names the key and the mend.
+    Raises CameraError that names the key and the fix.
     """
+    from camera.checkpoint.loading import resolve_device
+
     method, evaluation = settings.method, settings.evaluation
     sparsity, alpha = method.get("sparsity"), method.get("alpha")
     if sparsity is not None and not 0 < sparsity < 1:
@@ -131,6 +133,8 @@ def _check_texts(settings: Settings) -> None:
     for corpus in corpora:
         check_corpus(settings.texts(), corpus, find_corpus(corpus).evaluated, key="evaluation")
     if tasks:
+        from camera.evaluation.tasks.evaluate import check_tasks
+
         check_tasks(tasks, data=settings.texts())
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from camera.runtime.errors import CameraError
 from experiments.figures.comparison import draw_comparisons
 from experiments.figures.run import draw_run
+from experiments.records.files import OutputFolder
 from experiments.tables.rows import runs_below
 
 
@@ -22,7 +23,7 @@ def main(arguments: list[str]) -> int:
     except CameraError as error:
         print(error, file=sys.stderr)
         return 1
-    drawn = draw_comparisons(runs, folder / "figures")
+    drawn = draw_comparisons(runs, OutputFolder(folder).figures)
     for run in runs["_path"]:
         drawn += draw_run(run)
     for file in drawn:

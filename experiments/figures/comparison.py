@@ -13,8 +13,8 @@ import pandas as pd
 from experiments.figures.curves import draw_curves
 from experiments.figures.pareto import draw_pareto
 from experiments.figures.points import ALPHA, BITS, SAMPLES, SPARSITY, Axis, Measure, points
-from experiments.records.folders import read_json
-from experiments.records.identity import measurement, telling_settings
+from experiments.records.files import RunFiles, read_json
+from experiments.records.identity import differing_settings, measurement_key
 from experiments.tables.aggregate import over_seeds
 from experiments.tables.rows import perplexity_columns
 
@@ -102,14 +102,14 @@ def _comparable(rows: pd.DataFrame) -> Iterator[Comparable]:
         parts.sort(key=len, reverse=True)
         firsts = [part["_identity"].iloc[0] for part in parts]
         measured = [{"evaluation": _counted(first["evaluation"])} for first in firsts]
-        told = telling_settings([("",)] * len(parts), measured)
+        told = differing_settings([("",)] * len(parts), measured)
         for number, (part, settings) in enumerate(zip(parts, told, strict=True), start=1):
             title = ", ".join(filter(None, (str(model), settings.replace("evaluation.", ""))))
             yield Comparable(name if number == 1 else f"{name}-{number}", title, part)
 
 
 def _measured(identity: dict[str, Any]) -> str:
-    return repr(measurement(identity))
+    return repr(measurement_key(identity))
 
 
 def _counted(evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _at_batch_sizes(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each batch size whose speed a run measured, the size part of its identity."""
     rows = []
     for row in runs.to_dict("records"):
-        batches = read_json(row["_path"] / "metrics.json").get("speed") or {}
+        batches = read_json(RunFiles(row["_path"]).metrics).get("speed") or {}
         for size, phases in batches.items():
             speeds = {f"{phase}_x": part["ratio"] for phase, part in phases.items()}
             rows.append(row | speeds | {"_identity": row["_identity"] | {"batch": int(size)}})

@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib import ticker
 
 from experiments.figures.points import Axis, Measure
-from experiments.figures.style import GREY, LINES, STYLE, Look, looks, save
+from experiments.figures.style import GREY, LINES, STYLE, MethodStyle, method_styles, save
 
 SIZE = (5.6, 4.2)
 LEGEND_LINES, LEGEND_LINE = 2, 0.17  # lines of a legend that there is room for; inches of one more
@@ -25,7 +25,7 @@ def draw_curves(
     reference: tuple[str, float] | None = None,
 ) -> Path:
     """Draw the points of `experiments.figures.points`, and what they compare with as a level."""
-    styles = looks(points["method"])
+    styles = method_styles(points["method"])
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=SIZE)
         axes.grid(True)
@@ -49,12 +49,12 @@ def draw_curves(
         return save(figure, file)
 
 
-def _draw_line(axes: plt.Axes, line: pd.DataFrame, look: Look, linestyle: str) -> None:
+def _draw_line(axes: plt.Axes, line: pd.DataFrame, style: MethodStyle, linestyle: str) -> None:
     axes.plot(
         line["x"],
         line["y"],
-        color=look.colour,
-        marker=look.marker,
+        color=style.colour,
+        marker=style.marker,
         linestyle=linestyle,
         label=line["label"].iloc[0],
     )
@@ -64,7 +64,7 @@ def _draw_line(axes: plt.Axes, line: pd.DataFrame, look: Look, linestyle: str) -
         known["y"],
         yerr=known["error"],
         fmt="none",
-        ecolor=look.colour,
+        ecolor=style.colour,
         elinewidth=0.7,
         capsize=2,
     )

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 
 from experiments.figures.curves import SIZE, legend, log_scale
-from experiments.figures.style import GREY, STYLE, looks, save
+from experiments.figures.style import GREY, STYLE, method_styles, save
 
 
 def pareto_front(rows: pd.DataFrame) -> pd.DataFrame:
@@ -26,7 +26,7 @@ def draw_pareto(rows: pd.DataFrame, title: str, file: Path) -> Path | None:
     if rows["size_mb"].nunique() < 2:
         return None
     front = pareto_front(rows)
-    styles = looks(rows["method"])
+    styles = method_styles(rows["method"])
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=SIZE)
         axes.grid(True)
@@ -40,13 +40,13 @@ def draw_pareto(rows: pd.DataFrame, title: str, file: Path) -> Path | None:
             zorder=1,
             label="Pareto front",
         )
-        for method, look in styles.items():
+        for method, style in styles.items():
             own = rows[rows["method"] == method]
             axes.scatter(
                 own["size_mb"],
                 own["average"],
-                color=look.colour,
-                marker=look.marker,
+                color=style.colour,
+                marker=style.marker,
                 s=26,
                 linewidths=0.8,
                 label=method,

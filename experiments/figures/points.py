@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.records.identity import telling_settings
+from experiments.records.identity import differing_settings
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _lines_worth_drawing(found: pd.DataFrame, over_ratio: bool) -> pd.Index:
 
 def _labelled(found: pd.DataFrame) -> pd.DataFrame:
     kinds = [(method,) for method in found["method"]]
-    settings = telling_settings(kinds, list(found["rest"]), leave_usual=True)
+    settings = differing_settings(kinds, list(found["rest"]), leave_usual=True)
     settings = [told.replace("calibration.", "") for told in settings]
     parts = zip(found["method"], found["ratio"], settings, strict=True)
     labels = [", ".join(filter(None, (" ".join(filter(None, p[:2])), p[2]))) for p in parts]

@@ -7,26 +7,26 @@ from pathlib import Path
 from experiments.figures.energies import draw_energies, draw_energy_shares
 from experiments.figures.experts import draw_bits, draw_expert_energies, draw_widths
 from experiments.records.energy_summary import read_energies
-from experiments.records.folders import read_json
+from experiments.records.files import COMPRESSION, RunFiles
 
 
 def draw_run(folder: Path) -> list[Path]:
-    """Draw what the run's compress.json and energies.json have to show; the PNGs, PDFs beside."""
+    """Draw the widths, bits and energies that the run recorded; the PNGs, PDFs beside them."""
+    files = RunFiles(folder)
     drawn = []
     energies = read_energies(folder)
     if energies:
-        drawn.append(draw_energies(energies.histograms, folder / "energies.png"))
+        drawn.append(draw_energies(energies.histograms, files.figure("energies")))
         drawn.append(
-            draw_energy_shares(energies.percents, energies.top, folder / "energy_shares.png")
+            draw_energy_shares(energies.percents, energies.top, files.figure("energy_shares"))
         )
-        drawn.append(draw_expert_energies(energies.experts, folder / "expert_energies.png"))
-    report = folder / "compress.json"
-    compressed = read_json(report) if report.exists() else {}
+        drawn.append(draw_expert_energies(energies.experts, files.figure("expert_energies")))
+    compressed = files.read_part(COMPRESSION) or {}
     widths, full = compressed.get("widths", {}), compressed.get("full_widths", {})
     if any(width < full[path] for path, kept in widths.items() for width in kept):
-        drawn.append(draw_widths(widths, full, folder / "widths.png"))
+        drawn.append(draw_widths(widths, full, files.figure("widths")))
     layers = compressed.get("layers", {}).values()
     bits = {path: mean for layer in layers for path, mean in layer.get("mean_bits", {}).items()}
     if bits:
-        drawn.append(draw_bits(bits, folder / "bits.png"))
+        drawn.append(draw_bits(bits, files.figure("bits")))
     return drawn

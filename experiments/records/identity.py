@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 # What every run has of its own, or what the table shows in columns of their own.
-UNNAMED = ("model", "method._target_", "method.sparsity", "method.sparsity_of", "method.bits")
+UNNAMED = ("model", "method.name", "method.sparsity", "method.sparsity_of", "method.bits")
 
 
-def measurement(identity: dict[str, Any]) -> dict[str, Any]:
+def measurement_key(identity: dict[str, Any]) -> dict[str, Any]:
     """How a run was measured and on which model: runs that agree in it can be compared.
 
     The seed isn't part of it: it draws what a method is calibrated on, not what is measured.
@@ -26,7 +26,7 @@ def without_seed(identity: dict[str, Any]) -> dict[str, Any]:
     return rest | {"method": method}
 
 
-def telling_settings(
+def differing_settings(
     kinds: Sequence[tuple[str, ...]],
     identities: Sequence[dict[str, Any]],
     *,

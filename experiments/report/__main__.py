@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from camera.runtime.errors import CameraError
+from experiments.records.files import OutputFolder
 from experiments.report.writing import write_report
 from experiments.tables.rows import runs_below
 
@@ -22,7 +23,7 @@ def main(arguments: list[str]) -> int:
     except CameraError as error:
         print(error, file=sys.stderr)
         return 1
-    print(write_report(runs, asked.folder, asked.out or asked.folder / "report.html"))
+    print(write_report(runs, asked.folder, asked.out or OutputFolder(asked.folder).report))
     return 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.tables.comparable import Block, comparable
+from experiments.tables.comparable import ComparableRuns, comparable_runs
 from experiments.tables.rows import perplexity_columns
 
 
@@ -36,11 +36,11 @@ class Headline:
 def headlines(means: pd.DataFrame) -> list[Headline]:
     """Of the finished rows of `over_seeds`: by the average of the tasks, else by perplexity."""
     done = means[means["n"] > 0]
-    found = (Headline(block.title, list(_bests(block))) for block in comparable(done))
+    found = (Headline(block.title, list(_bests(block))) for block in comparable_runs(done))
     return [headline for headline in found if headline.bests]
 
 
-def _bests(block: Block) -> Iterator[Best]:
+def _bests(block: ComparableRuns) -> Iterator[Best]:
     dense = {} if block.dense is None else block.dense.to_dict()
     for group in block.groups():
         group = group[group["method"] != "dense"]

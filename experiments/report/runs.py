@@ -15,7 +15,7 @@ from urllib.parse import quote
 import pandas as pd
 from PIL import Image
 
-from experiments.records.folders import read_json
+from experiments.records.files import RunFiles, read_json
 
 COLOURS = 128  # of an image's palette: a third of the bytes, and nothing that shows
 
@@ -66,10 +66,9 @@ class Run:
 
 def read_run(row: dict[str, Any], page: Path) -> Run:
     """The run of a row of `read_runs`, its files linked from the page that will be at `page`."""
-    folder = row["_path"]
-    report = folder / "metrics.json"
-    metrics = read_json(report) if report.exists() else {}
-    settings = read_json(folder / "settings.json")["settings"]
+    found = RunFiles(row["_path"])
+    metrics = read_json(found.metrics) if found.metrics.exists() else {}
+    settings = read_json(found.settings)["settings"]
     flat = pd.json_normalize(settings).iloc[0].to_dict()
     missing = {key for key, value in row.items() if not isinstance(value, dict) and _is_nan(value)}
     return Run(
@@ -78,8 +77,8 @@ def read_run(row: dict[str, Any], page: Path) -> Run:
         seconds=metrics.get("seconds", {}),
         environment=metrics.get("environment", {}),
         versions=metrics.get("versions", {}),
-        figures=[embedded(file, page) for file in sorted(folder.glob("*.png"))],
-        files=_files(folder, page),
+        figures=[embedded(file, page) for file in found.figures()],
+        files=_files(found.folder, page),
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from experiments.figures.comparison import draw_comparisons
+from experiments.records.files import OutputFolder
 from experiments.report.headlines import headlines
 from experiments.report.runs import Figure, Run, embedded, environments, read_run
 from experiments.tables.aggregate import over_seeds
@@ -17,7 +17,11 @@ from experiments.tables.renderers import to_html
 
 def write_report(runs: pd.DataFrame, folder: Path, page: Path) -> Path:
     """Draw the figures over these rows of `read_runs` to folder/figures, and write the page."""
-    figures = [embedded(file, page) for file in draw_comparisons(runs, folder / "figures")]
+    from experiments.figures.comparison import draw_comparisons
+
+    figures = [
+        embedded(file, page) for file in draw_comparisons(runs, OutputFolder(folder).figures)
+    ]
     told = [read_run(row, page) for row in runs.to_dict("records")]
     page.parent.mkdir(parents=True, exist_ok=True)
     part = page.with_name(f".{page.name}")

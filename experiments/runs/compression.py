@@ -16,7 +16,8 @@ from camera.runtime import distributed
 from camera.streaming.settings import MemoryChoices
 from experiments.config.constructor import build
 from experiments.config.settings import Settings, arguments
-from experiments.records.folders import Folders, read_json
+from experiments.records.files import lock_of, read_json
+from experiments.records.folders import Folders
 
 
 def compression(settings: Settings, folders: Folders) -> dict[str, Any]:
@@ -26,14 +27,14 @@ def compression(settings: Settings, folders: Folders) -> dict[str, Any]:
             settings.model_path, trust_remote_code=settings.trust_remote_code
         )
         return described.to_dict() | {"model": base_name(settings)}
-    with folders.lock(folders.checkpoint):
+    with lock_of(folders.checkpoint):
         compress_once(settings, folders)
-        return read_json(folders.checkpoint / "camera.json")
+        return read_json(folders.report)
 
 
 def compress_once(settings: Settings, folders: Folders) -> None:
     """Make the checkpoint, with whatever other ranks there are, if it isn't there."""
-    if not folders.compressed:
+    if not folders.is_compressed:
         distributed.start_workers()
         camera_compress(settings, folders)
 
@@ -50,9 +51,9 @@ def camera_compress(settings: Settings, folders: Folders) -> None:
         seed=settings.seed,
         device=settings.device,
         dtype=settings.dtype,
-        statistics=folders.statistics,
+        statistics=folders.output.statistics,
         memory=MemoryChoices(**settings.memory),
-        measures=rides_along(settings),
+        measures=evaluation_during_compression(settings),
         trust_remote_code=settings.trust_remote_code,
         name=base_name(settings),
     )
@@ -67,7 +68,7 @@ def base_name(settings: Settings) -> str:
 @contextmanager
 def checkpoint(settings: Settings, folders: Folders) -> Iterator[str | Path]:
     """What to evaluate, under a lock so that no other run takes it away while it is read."""
-    with folders.lock(folders.checkpoint):
+    with lock_of(folders.checkpoint):
         if settings.compresses:
             compress_once(settings, folders)
             yield folders.checkpoint
@@ -75,7 +76,7 @@ def checkpoint(settings: Settings, folders: Folders) -> Iterator[str | Path]:
             yield settings.model_path
 
 
-def rides_along(settings: Settings) -> EvaluationRequest | None:
+def evaluation_during_compression(settings: Settings) -> EvaluationRequest | None:
     """What is measured while the model is compressed, where even its source doesn't fit."""
     measures, asked = settings.measures(), settings.evaluation
     if asked["stream"] == "never" or not [*measures.corpora, *measures.tasks]:

@@ -1,4 +1,4 @@
-"""The other parts of a run: what is measured of the model, each by the name of its file."""
+"""Evaluation steps of a run, one file each."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from camera.evaluation.placement import should_stream
 from camera.evaluation.speed import measure_speed
 from camera.evaluation.suite import EvaluationRequest, evaluate_streamed
 from camera.evaluation.tasks.evaluate import evaluate_tasks
-from camera.pipeline.publish import EVALUATION
 from camera.runtime.files import write_json
 from camera.runtime.peak_memory import PeakMemory
 from experiments.config.settings import Settings
-from experiments.records.folders import Folders, read_json
+from experiments.records.files import PERPLEXITY, SPEED, TASK, read_json
+from experiments.records.folders import Folders
 from experiments.runs.compression import checkpoint
 
 log = logging.getLogger("camera")
@@ -59,7 +59,7 @@ def _load(settings: Settings, folders: Folders) -> tuple[Any, Any]:
         disable_progress_bar()
     with checkpoint(settings, folders) as path:
         model = load_model(path, settings.device, settings.dtype, remote)
-        if settings.evaluation["unpack"] and not settings.evaluation["speed"]["batch_sizes"]:
+        if settings.evaluation["dequantize"] and not settings.evaluation["speed"]["batch_sizes"]:
             camera.dequantize(model)
         return model, load_tokenizer(path, remote)
 
@@ -67,8 +67,8 @@ def _load(settings: Settings, folders: Folders) -> tuple[Any, Any]:
 def stream(settings: Settings, folders: Folders) -> None:
     """All that isn't measured yet in one read of the weights, where the model doesn't fit."""
     asked, remote = settings.evaluation, settings.trust_remote_code
-    rode = folders.checkpoint / EVALUATION
-    if rode.exists() and (found := read_json(rode))["measures"] == settings.measures().to_dict():
+    early = folders.evaluation
+    if early.exists() and (found := read_json(early))["measures"] == settings.measures().to_dict():
         _write_parts(folders, found)
     measures = _due(settings, folders)
     if asked["stream"] == "never" or not [*measures.corpora, *measures.tasks]:
@@ -84,25 +84,25 @@ def stream(settings: Settings, folders: Folders) -> None:
             device=settings.device,
             dtype=settings.dtype,
             trust_remote_code=remote,
-            folder=folders.output / "hidden",
+            folder=folders.output.hidden,
         )
     _write_parts(folders, found)
 
 
 def _write_parts(folders: Folders, found: dict[str, Any]) -> None:
-    parts = {f"perplexity-{corpus}": part for corpus, part in found["perplexity"].items()}
-    parts |= {f"task-{task}": part for task, part in found["tasks"].items()}
+    parts = {f"{PERPLEXITY}{corpus}": part for corpus, part in found["perplexity"].items()}
+    parts |= {f"{TASK}{task}": part for task, part in found["tasks"].items()}
     for name, part in parts.items():
-        if not folders.part(name).exists():
-            write_json(folders.part(name), part)
+        if not folders.files.part(name).exists():
+            write_json(folders.files.part(name), part)
 
 
 def _due(settings: Settings, folders: Folders) -> EvaluationRequest:
     asked = settings.measures()
     return replace(
         asked,
-        corpora=[c for c in asked.corpora if not folders.part(f"perplexity-{c}").exists()],
-        tasks=[t for t in asked.tasks if not folders.part(f"task-{t}").exists()],
+        corpora=[c for c in asked.corpora if not folders.files.part(f"{PERPLEXITY}{c}").exists()],
+        tasks=[t for t in asked.tasks if not folders.files.part(f"{TASK}{t}").exists()],
     )
 
 
@@ -111,7 +111,7 @@ def measurements(settings: Settings) -> dict[str, Callable[[Any, Any], dict[str,
     asked, data = settings.evaluation, settings.texts()
     measures: dict[str, Callable[[Any, Any], dict[str, Any]]] = {}
     for corpus in asked["perplexity"]:
-        measures[f"perplexity-{corpus}"] = partial(
+        measures[f"{PERPLEXITY}{corpus}"] = partial(
             perplexity,
             corpus=corpus,
             data=data,
@@ -121,9 +121,9 @@ def measurements(settings: Settings) -> dict[str, Callable[[Any, Any], dict[str,
             batch_size=asked["perplexity_batch_size"],
         )
     for task in asked["tasks"]:
-        measures[f"task-{task}"] = partial(_task, settings, task, data)
+        measures[f"{TASK}{task}"] = partial(_task, settings, task, data)
     if settings.compresses and asked["speed"]["batch_sizes"]:
-        measures["speed"] = partial(_speed, settings)
+        measures[SPEED] = partial(_speed, settings)
     return measures
 
 

@@ -12,6 +12,7 @@ import torch
 
 from camera.evaluation.tasks.names import average
 from experiments.config.settings import Settings
+from experiments.records.files import PERPLEXITY, SPEED, TASK
 
 PACKAGES = (
     "camera-moe",
@@ -36,12 +37,12 @@ def assemble(
     it, else acc), null without tasks; `bytes` are of the tensors on disk, `peak_memory_bytes` is
     of the compression (0 where nothing was compressed).
     """
-    perplexities = _named("perplexity-", results)
-    tasks = _named("task-", results)
+    perplexities = _named(PERPLEXITY, results)
+    tasks = _named(TASK, results)
     seconds = dict(compression["seconds"])
     seconds["perplexity"] = sum(part["seconds"] for part in perplexities.values())
     seconds["tasks"] = sum(part["seconds"] for part in tasks.values())
-    seconds["speed"] = results.get("speed", {}).get("seconds", 0.0)
+    seconds["speed"] = results.get(SPEED, {}).get("seconds", 0.0)
     seconds["evaluate"] = seconds["perplexity"] + seconds["tasks"] + seconds["speed"]
     return {
         "method": settings.method_name,
@@ -52,7 +53,7 @@ def assemble(
         "perplexity": {name: part["perplexity"] for name, part in perplexities.items()},
         "tasks": {name: {key: part[key] for key in SCORES} for name, part in tasks.items()},
         "average": average(tasks) if tasks else None,
-        "speed": results["speed"]["batches"] if "speed" in results else None,
+        "speed": results[SPEED]["batches"] if SPEED in results else None,
         "bytes": compression["bytes"],
         "seconds": seconds,
         "peak_memory_bytes": compression["peak_memory_bytes"],

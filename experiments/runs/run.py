@@ -12,24 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from camera.runtime import distributed
-from camera.runtime.errors import CameraError
 from camera.runtime.files import write_json
 from experiments.config.constructor import build
 from experiments.config.settings import Settings, check
 from experiments.figures.run import draw_run
 from experiments.records.energy_summary import keep_energies, read_energies
-from experiments.records.failures import failure, sentence
-from experiments.records.folders import LOG, Folders, held, newer, read_json
+from experiments.records.failures import FailedBeforeError, one_line
+from experiments.records.files import COMPRESSION, RunFiles, is_locked, lock_of, newer, read_json
+from experiments.records.folders import Folders
 from experiments.runs.compression import camera_compress, compression
 from experiments.runs.measurements import lazy_model, measured, measurements, stream
 from experiments.runs.metrics import assemble
 from experiments.runs.tracker import NullTracker
 
 log = logging.getLogger("camera")
-
-
-class FailedBeforeError(CameraError):
-    """A run of a sweep that failed the last time, and isn't tried again unless asked for."""
 
 
 def run(
@@ -58,23 +54,22 @@ def run(
 def _run(
     settings: Settings, folders: Folders, sweep: str | None, since: float | None, wait: bool
 ) -> Path:
-    if wait and held(folders.run):
+    if wait and is_locked(folders.run):
         log.info("%s is being done by another process: waiting for it.", folders.run)
-    with folders.lock(folders.run).acquire(timeout=-1 if wait else 0):
+    files = folders.files
+    with lock_of(folders.run).acquire(timeout=-1 if wait else 0):
         since = time.time() if since is None else since
         if settings.force:
-            folders.forget(before=since)
-        if folders.done:
+            folders.remove_outputs(before=since)
+        if files.is_done:
             log.info("%s is done already.", folders.run)
             return folders.run
-        tried = settings.retry == "none" or newer(folders.run / "error.txt", since)
-        if sweep and tried and (reason := failure(folders.run)):
+        tried = settings.retry == "none" or newer(files.error, since)
+        if sweep and tried and (reason := files.failure):
             raise FailedBeforeError(f"failed before: {reason} (retry=failed tries again)")
-        folders.run.mkdir(parents=True, exist_ok=True)
-        (folders.run / "error.txt").unlink(missing_ok=True)
         asked = {"method": settings.method_name, "settings": settings.to_dict()}
-        write_json(folders.run / "settings.json", asked | {"identity": folders.identity})
-        with _error_file(folders.run), _log_file(folders.run):
+        files.start(asked | {"identity": folders.identity})
+        with _error_file(files), _log_file(files):
             check(settings)
             tracker = build(settings.tracker)
             tracker.start(
@@ -87,20 +82,20 @@ def _run(
             )
             try:
                 metrics = _measure(settings, folders, tracker)
-                write_json(folders.run / "metrics.json", metrics)
+                files.finish(metrics)
                 tracker.finish(metrics)
             except BaseException as error:
-                tracker.fail(sentence(error))
+                tracker.fail(one_line(error))
                 raise
-            (folders.run / "DONE").touch()
+            files.done.touch()
     if not settings.keep_checkpoint:
         folders.discard_checkpoint()
     return folders.run
 
 
 def _measure(settings: Settings, folders: Folders, tracker: NullTracker) -> dict[str, Any]:
-    compressed = _part(folders, "compress", partial(compression, settings, folders))
-    tracker.log(_numbers("compress", compressed))
+    compressed = _part(folders, COMPRESSION, partial(compression, settings, folders))
+    tracker.log(_numbers(COMPRESSION, compressed))
     _show(settings, folders, tracker)
     results = {}
     stream(settings, folders)
@@ -113,7 +108,7 @@ def _measure(settings: Settings, folders: Folders, tracker: NullTracker) -> dict
 
 
 def _part(folders: Folders, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    file = folders.part(name)
+    file = folders.files.part(name)
     if not file.exists():
         log.info("%s: %s", folders.run.name, name)
         write_json(file, make())
@@ -121,9 +116,8 @@ def _part(folders: Folders, name: str, make: Callable[[], dict[str, Any]]) -> di
 
 
 def _show(settings: Settings, folders: Folders, tracker: NullTracker) -> None:
-    seen = folders.checkpoint / "statistics.safetensors"
-    if seen.exists():
-        keep_energies(seen, settings.method.get("alpha", settings.alpha), folders.run)
+    if folders.statistics.exists():
+        keep_energies(folders.statistics, settings.method.get("alpha", settings.alpha), folders.run)
     if energies := read_energies(folders.run):
         tracker.log_histograms(energies.histograms)
     tracker.log_figures(draw_run(folders.run))
@@ -147,17 +141,17 @@ def _headline(part: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _error_file(folder: Path) -> Iterator[None]:
+def _error_file(files: RunFiles) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        (folder / "error.txt").write_text(f"{sentence(error)}\n\n{traceback.format_exc()}")
+        files.fail(one_line(error), traceback.format_exc())
         raise
 
 
 @contextmanager
-def _log_file(folder: Path) -> Iterator[None]:
-    handler = logging.FileHandler(folder / LOG, encoding="utf-8")
+def _log_file(files: RunFiles) -> Iterator[None]:
+    handler = logging.FileHandler(files.log, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)

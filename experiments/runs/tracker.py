@@ -1,4 +1,4 @@
-"""Trackers mirror what a run writes to its folder; losing one loses nothing."""
+"""Trackers log what a run writes to its folder."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import pandas as pd
-
 from camera.evaluation.tasks.names import headline
 from camera.runtime.errors import CameraError
 
-if TYPE_CHECKING:  # it reads the configuration's types, which are this module's among others
+if TYPE_CHECKING:  # the configuration's types are made from this module, at every start
+    import pandas as pd
+
     from experiments.records.energy_summary import Histogram
 
 
@@ -142,6 +142,8 @@ def score_tables(metrics: dict[str, Any]) -> dict[str, pd.DataFrame]:
     A task's `score` is its acc_norm where it has one, else its acc, with the standard error of
     that one; all in percent. Nothing was measured: no table.
     """
+    import pandas as pd
+
     perplexity = pd.DataFrame(metrics["perplexity"].items(), columns=["text", "perplexity"])
     tasks = pd.DataFrame(_task_row(task, found) for task, found in metrics["tasks"].items())
     return {k: v for k, v in {"perplexity": perplexity, "tasks": tasks}.items() if len(v)}

@@ -15,15 +15,15 @@ from omegaconf import DictConfig, flag_override, open_dict
 
 from camera.runtime.files import write_json
 from experiments.config.settings import Settings
-from experiments.records.failures import sentence
-from experiments.records.folders import Folders, alike, held, read_json
+from experiments.records.failures import one_line
+from experiments.records.files import OutputFolder, SweepFiles, is_locked, read_json
+from experiments.records.folders import Folders, cost_class
 
-PLAN = "plan.json"
-BUSY = "busy"  # what a job returns that another process is doing
+BUSY = "busy"  # the return value of a job whose run is locked by another process
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepJob:
     """One run of a sweep: what was asked for, by which grids, and its folder.
 
     A request that is refused has no folder, and says why; `like` names what takes about as long.
@@ -36,20 +36,20 @@ class Job:
     refused: str | None = None
 
     @property
-    def held(self) -> bool:
+    def is_locked(self) -> bool:
         """Whether a live process is doing it."""
-        return self.run is not None and held(self.run)
+        return self.run is not None and is_locked(self.run)
 
 
 def planned(
     asked: Iterable[tuple[str | None, list[str]]], config: DictConfig, loader: ConfigLoader
-) -> list[Job]:
+) -> list[SweepJob]:
     """The jobs, in order, each run once: what ends in the same folder is the same run.
 
     `config` is that of the sweep. Hydra's errors, for what doesn't compose, pass through.
     """
-    composed: dict[tuple[str, ...], Job] = {}
-    jobs: dict[Path | tuple[str, ...], Job] = {}
+    composed: dict[tuple[str, ...], SweepJob] = {}
+    jobs: dict[Path | tuple[str, ...], SweepJob] = {}
     for grid, overrides in asked:
         said = tuple(overrides)
         if said not in composed:
@@ -60,7 +60,7 @@ def planned(
     return list(jobs.values())
 
 
-def _job(config: DictConfig, overrides: list[str]) -> Job:
+def _job(config: DictConfig, overrides: list[str]) -> SweepJob:
     asked = copy.deepcopy(config)
     with flag_override(asked, "readonly", False), open_dict(asked):
         del asked["hydra"]
@@ -69,26 +69,26 @@ def _job(config: DictConfig, overrides: list[str]) -> Job:
         folders = Folders.of(settings)
     except Exception as error:
         # The job will fail of it, and say so; the others go on.
-        return Job(overrides, [], refused=sentence(error))
-    like = alike(settings.model["name"], settings.method_name, folders.identity)
-    return Job(overrides, [], folders.run, like)
+        return SweepJob(overrides, [], refused=one_line(error))
+    like = cost_class(settings.model["name"], settings.method_name, folders.identity)
+    return SweepJob(overrides, [], folders.run, like)
 
 
-def write_plan(jobs: Iterable[Job], sweep: Path, output: Path) -> None:
+def write_plan(jobs: Iterable[SweepJob], sweep: Path, output: Path) -> None:
     """Write plan.json to the sweep's folder.
 
     Runs are named, and `output` is relative to that folder, so that the whole may move.
     """
     rows = [asdict(job) | {"run": job.run and job.run.name} for job in jobs]
     where = os.path.relpath(output.expanduser(), sweep)
-    write_json(sweep / PLAN, {"output": where, "started": time.time(), "jobs": rows})
+    write_json(SweepFiles(sweep).plan, {"output": where, "started": time.time(), "jobs": rows})
 
 
-def read_plan(sweep: Path) -> list[Job]:
+def read_plan(sweep: Path) -> list[SweepJob]:
     """The jobs that were written there."""
-    plan: dict[str, Any] = read_json(sweep / PLAN)
-    runs = Path(os.path.normpath(sweep / plan["output"])) / "runs"
+    plan: dict[str, Any] = read_json(SweepFiles(sweep).plan)
+    output = OutputFolder(Path(os.path.normpath(sweep / plan["output"])))
     return [
-        Job(**row | {"run": row["run"] and runs / row["run"], "like": tuple(row["like"])})
+        SweepJob(**row | {"run": row["run"] and output.run(row["run"]), "like": tuple(row["like"])})
         for row in plan["jobs"]
     ]

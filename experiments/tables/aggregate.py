@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from experiments.records.identity import telling_settings, without_seed
+from experiments.records.identity import differing_settings, without_seed
 from experiments.tables.rows import score_columns
 
 
@@ -30,7 +30,8 @@ def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     spreads = [f"{score}_std" for score in scores]
     rows = rows[[*runs.columns, *spreads, "n", "seeds", "folders"]]
     kinds = list(zip(rows["model"], rows["method"], strict=True))
-    return rows.assign(settings=telling_settings(kinds, list(rows["_identity"]), leave_usual=True))
+    settings = differing_settings(kinds, list(rows["_identity"]), leave_usual=True)
+    return rows.assign(settings=settings)
 
 
 def _key(run: dict[str, Any]) -> str:

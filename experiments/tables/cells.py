@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from camera.evaluation.tasks.names import PAPER_TASKS
+
 HEADERS = {
     "ratio": "Ratio",
     "method": "Method",
@@ -22,15 +24,7 @@ HEADERS = {
     "bits_model": "Bits of all",
     "wikitext2": "Wiki2",
     "c4": "C4",
-    "boolq": "BoolQ",
-    "openbookqa": "OBQA",
-    "rte": "RTE",
-    "arc_easy": "ARC-e",
-    "winogrande": "WinoG",
-    "hellaswag": "HellaS",
-    "arc_challenge": "ARC-c",
-    "piqa": "PIQA",
-    "mathqa": "MathQA",
+    **{task.name: task.short_name for task in PAPER_TASKS},
     "average": "Avg",
     "delta": "Δ",
     "size_mb": "MB",

@@ -1,4 +1,4 @@
-"""Runs that can be compared with each other, and among them those of one ratio."""
+"""Groups of comparable runs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.records.identity import measurement, telling_settings
+from experiments.records.identity import differing_settings, measurement_key
 
 OF = {"moe": "of the experts", "model": "of the whole model", "routed": "of the routed experts"}
 
 
 @dataclass(frozen=True)
-class Block:
+class ComparableRuns:
     """One model, measured in one way, and one meaning of sparsity."""
 
     title: str
@@ -41,12 +41,12 @@ class Block:
         return self.runs["method"] == "dense"
 
 
-def comparable(means: pd.DataFrame) -> Iterator[Block]:
+def comparable_runs(means: pd.DataFrame) -> Iterator[ComparableRuns]:
     """The finished rows of `over_seeds` in blocks: pruned before quantised, dense in each.
 
     `settings` then says only in what the runs of a method differ within the block.
     """
-    measured = means["_identity"].map(measurement)
+    measured = means["_identity"].map(measurement_key)
     ways = pd.Series(_ways(means["model"], measured), index=means.index, dtype=str)
     for _, part in means.groupby(["model", measured.map(repr)], sort=False):
         title, way = part["model"].iloc[0], ways[part.index[0]]
@@ -54,19 +54,21 @@ def comparable(means: pd.DataFrame) -> Iterator[Block]:
         for of, words in OF.items():
             pruned = part["sparsity_of"] == of
             if pruned.any():
-                yield Block(f"{title}, sparsity {words}{way}", of, _told(part[dense | pruned]))
+                yield ComparableRuns(
+                    f"{title}, sparsity {words}{way}", of, _with_settings(part[dense | pruned])
+                )
         others = part["sparsity_of"].isna()
         if (others & ~dense).any() or dense.all():
             title += ", quantised" if part.loc[others, "bits"].notna().any() else ""
-            yield Block(f"{title}{way}", None, _told(part[others]))
+            yield ComparableRuns(f"{title}{way}", None, _with_settings(part[others]))
 
 
 def _ways(models: pd.Series, measured: pd.Series) -> list[str]:
     """How each run was measured, in brackets, where runs of its model weren't all alike."""
     kinds = [(model,) for model in models]
     evaluations = [way["evaluation"] or {} for way in measured]
-    several = telling_settings(kinds, [{"evaluation": evaluation} for evaluation in evaluations])
-    others = telling_settings(kinds, [way | {"evaluation": None} for way in measured])
+    several = differing_settings(kinds, [{"evaluation": evaluation} for evaluation in evaluations])
+    others = differing_settings(kinds, [way | {"evaluation": None} for way in measured])
     ways = [
         ", ".join(filter(None, (_evaluation(evaluation) if differs else "", other)))
         for evaluation, differs, other in zip(evaluations, several, others, strict=True)
@@ -90,6 +92,8 @@ def _evaluation(asked: dict[str, Any]) -> str:
     return ", ".join(parts) or "nothing measured"
 
 
-def _told(runs: pd.DataFrame) -> pd.DataFrame:
+def _with_settings(runs: pd.DataFrame) -> pd.DataFrame:
     kinds = [(method,) for method in runs["method"]]
-    return runs.assign(settings=telling_settings(kinds, list(runs["_identity"]), leave_usual=True))
+    return runs.assign(
+        settings=differing_settings(kinds, list(runs["_identity"]), leave_usual=True)
+    )

@@ -10,7 +10,7 @@ import pandas as pd
 
 from experiments.tables.aggregate import over_seeds
 from experiments.tables.cells import Cell, Column, cell, ranked
-from experiments.tables.comparable import Block, comparable
+from experiments.tables.comparable import ComparableRuns, comparable_runs
 from experiments.tables.published.comparison import compare
 from experiments.tables.rows import BITS, COSTS, REALISED, perplexity_columns, score_columns
 
@@ -56,13 +56,15 @@ def paper_page(runs: pd.DataFrame, *, errors: Errors = "std", delta: bool = Fals
     done = means["status"] == "done"
     expected = compare(means)
     tables = []
-    for block in comparable(means[done]):
+    for block in comparable_runs(means[done]):
         tables += _tables(block, expected, errors, delta)
     notes = [_unfinished(run) for run in means[~done].to_dict("records")]
     return Page(tables, [*_legend(tables, errors, expected), *notes])
 
 
-def _tables(block: Block, expected: pd.DataFrame, errors: Errors, delta: bool) -> Iterator[Table]:
+def _tables(
+    block: ComparableRuns, expected: pd.DataFrame, errors: Errors, delta: bool
+) -> Iterator[Table]:
     runs, dense = block.runs, block.dense
     named = ["ratio", "method", *(["settings"] if runs["settings"].any() else [])]
     if scores := _known(runs, score_columns(runs)):
@@ -87,7 +89,7 @@ def _known(runs: pd.DataFrame, columns: list[str]) -> list[str]:
 
 
 def _table(
-    title: str, columns: list[Column], block: Block, expected: pd.DataFrame, errors: Errors
+    title: str, columns: list[Column], block: ComparableRuns, expected: pd.DataFrame, errors: Errors
 ) -> Table:
     groups = [_group(group, columns, expected, errors) for group in block.groups()]
     return Table(title, columns, groups)

@@ -12,8 +12,8 @@ import pandas as pd
 
 from camera.evaluation.tasks.names import NINE_TASKS, headline
 from camera.runtime.errors import CameraError
-from experiments.records.folders import read_json
-from experiments.records.identity import measurement, telling_settings
+from experiments.records.files import COMPRESSION, OutputFolder, RunFiles, read_json
+from experiments.records.identity import differing_settings, measurement_key
 
 KEYS = ["model", "method", "settings", "sparsity", "sparsity_of"]
 REALISED = ["moe", "model", "routed"]
@@ -37,14 +37,14 @@ def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
     standard error of a task's score, `average_se` that of the average (both in percent);
     `folder`, `_path` and `_identity` say where a row comes from and what its result depends on.
     """
-    rows = [_row(folder) for folder in folders if (folder / "settings.json").exists()]
+    rows = [_row(files) for files in map(RunFiles, folders) if files.is_run]
     frame = pd.DataFrame(rows).reindex(columns=_columns(rows))
     if frame.empty:
         return frame
     numbers = [*NUMBERS, *score_columns(frame), *(c for c in frame if c.endswith("_se"))]
     frame[numbers] = frame[numbers].astype(float)
     kinds = list(zip(frame["model"], frame["method"], strict=True))
-    frame["settings"] = telling_settings(kinds, list(frame["_identity"]), leave_usual=True)
+    frame["settings"] = differing_settings(kinds, list(frame["_identity"]), leave_usual=True)
     order = frame.assign(
         _compressed=frame["method"] != "dense", settings=_natural_ranks(frame["settings"])
     )
@@ -68,7 +68,7 @@ def with_dense_rows(runs: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     if runs.empty:
         return runs
     own = runs["folder"].isin(names)
-    measured = runs["_identity"].map(lambda identity: repr(measurement(identity)))
+    measured = runs["_identity"].map(lambda identity: repr(measurement_key(identity)))
     dense = (runs["method"] == "dense") & (runs["status"] == "done")
     return runs[own | (dense & measured.isin(set(measured[own])))].reset_index(drop=True)
 
@@ -89,16 +89,9 @@ def perplexity_columns(runs: pd.DataFrame) -> list[str]:
     return [s for s in score_columns(runs) if f"{s}_se" not in runs and not s.endswith("_x")]
 
 
-def find_runs(folder: Path) -> list[Path]:
-    """The run folders of an output folder, or whatever run folders lie below it."""
-    if (folder / "runs").is_dir():
-        return sorted((folder / "runs").iterdir())
-    return sorted(file.parent for file in folder.rglob("settings.json"))
-
-
 def runs_below(folder: Path) -> pd.DataFrame:
     """The rows of a folder's runs; CameraError where there are none."""
-    runs = read_runs(find_runs(folder))
+    runs = read_runs(OutputFolder(folder).runs())
     if runs.empty:
         raise CameraError(f"{folder} has no runs; give the folder that was `output`.")
     return runs
@@ -114,8 +107,8 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
     return [*first, *(column for column in found if column not in {*first, *last}), *last]
 
 
-def _row(folder: Path) -> dict[str, Any]:
-    stored = read_json(folder / "settings.json")
+def _row(files: RunFiles) -> dict[str, Any]:
+    stored = read_json(files.settings)
     settings, identity = stored["settings"], stored["identity"]
     method = settings["method"]
     row = {
@@ -127,14 +120,14 @@ def _row(folder: Path) -> dict[str, Any]:
         "seed": identity["seed"],
         "alpha": method.get("alpha"),
         "rank_scope": method.get("rank_scope"),
-        "status": _status(folder),
-        "folder": folder.name,
-        "_path": folder,
+        "status": _status(files),
+        "folder": files.folder.name,
+        "_path": files.folder,
         "_identity": identity,
-    } | _calibration(folder, identity.get("calibration"))
+    } | _calibration(files, identity.get("calibration"))
     if row["status"] != "done":
         return row
-    metrics = read_json(folder / "metrics.json")
+    metrics = read_json(files.metrics)
     realised = {f"sparsity_{of}": _percent(metrics["sparsity"][of]) for of in REALISED}
     bits = {f"bits_{of}": value for of, value in metrics["bits"].items()} if row["bits"] else {}
     scores = {task: 100 * headline(result) for task, result in metrics["tasks"].items()}
@@ -156,12 +149,11 @@ def _row(folder: Path) -> dict[str, Any]:
     )
 
 
-def _calibration(folder: Path, asked: dict[str, Any] | None) -> dict[str, Any]:
+def _calibration(files: RunFiles, asked: dict[str, Any] | None) -> dict[str, Any]:
     """The text that a run was calibrated on: as used where that is known, else as asked."""
     if asked is None:
         return {}
-    report = folder / "compress.json"
-    used = read_json(report).get("calibration") if report.exists() else None
+    used = (files.read_part(COMPRESSION) or {}).get("calibration")
     sizes = {key: (used or asked)[key] for key in ("samples", "length")}
     return {"calibration": asked["source"], **sizes}
 
@@ -187,12 +179,10 @@ def _speeds(batches: dict[str, dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _status(folder: Path) -> str:
-    if (folder / "DONE").exists():
+def _status(files: RunFiles) -> str:
+    if files.is_done:
         return "done"
-    error = folder / "error.txt"
-    lines = error.read_text(encoding="utf-8").splitlines() if error.exists() else []
-    return f"failed: {lines[0]}" if lines else "unfinished"
+    return f"failed: {files.reason}" if files.reason else "unfinished"
 
 
 def _percent(fraction: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""The tables of runs, made from their folders: `python -m experiments.tables.writing DIR` at any time.
+"""The tables of runs, made from their folders: `python -m experiments.tables DIR` at any time.
 
 DIR is an output folder, or any folder that has run folders below it. The page is table.md and
 table.tex, a row per setting with the mean over its seeds. Every single run is a row of table.csv;
@@ -65,7 +65,7 @@ def _csv(frame: pd.DataFrame) -> str:
 
 def main(arguments: list[str]) -> int:
     """Remake and print the tables of a folder."""
-    parser = argparse.ArgumentParser("python -m experiments.tables.writing", description=__doc__)
+    parser = argparse.ArgumentParser("python -m experiments.tables", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument(
         "--errors",

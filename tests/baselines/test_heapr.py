@@ -206,10 +206,10 @@ def compress(data_folder, calibration, tmp_path):
     ("family", "sparsity_of", "rank_scope", "term"),
     [
         ("qwen2_moe", "moe", "global", "product"),
-        ("qwen2_moe", "routed", "global", "joint"),
+        ("qwen2_moe", "routed", "global", "fisher"),
         ("deepseek", "model", "global", "product"),
         ("granitemoe", "moe", "layer", "product"),
-        ("llama", "moe", "global", "joint"),
+        ("llama", "moe", "global", "fisher"),
     ],
 )
 def test_the_pruned_model_is_the_masked_one_and_the_count_is_met(
@@ -221,7 +221,7 @@ def test_the_pruned_model_is_the_masked_one_and_the_count_is_met(
         sparsity=0.3,
         sparsity_of=sparsity_of,
         rank_scope=rank_scope,
-        term=term,
+        score=term,
         normalize="all",
     )
     dense, pruned = Streamer(folder).budget, Streamer(out).budget
@@ -256,7 +256,7 @@ def test_the_pruned_model_is_the_masked_one_and_the_count_is_met(
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [dict(term="sum"), dict(normalize="none")])
+@pytest.mark.parametrize("settings", [dict(score="sum"), dict(normalize="none")])
 def test_unknown_choices_are_refused(settings, checkpoints, compress):
     with pytest.raises(CameraError, match=r"method\.(term|normalize)="):
         compress(checkpoints("qwen3_moe"), sparsity=0.3, **settings)

@@ -33,16 +33,20 @@ def score(streamer, index, **settings):
     return method.scores(index, seen, sum(ffn.widths))
 
 
-@pytest.mark.parametrize("norm", ["product", "sum"])
+@pytest.mark.parametrize("norm", ["weight_product", "weight_sum"])
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "deepseek", "llama"])
 def test_scores_are_norms_of_the_three_vectors(family, norm, checkpoints):
     folder = checkpoints(family)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    found = score(Streamer(folder), 2, norm=norm)
+    found = score(Streamer(folder), 2, score=norm)
     gate, up = rows_of(ffn_of(model.model.layers[2]))
     down = basis(ffn_of(model.model.layers[2]))
     norms = [w.norm(dim=1) for w in (gate, up, down)]
-    want = norms[0] * norms[1] * norms[2] if norm == "product" else torch.stack(norms).norm(dim=0)
+    want = (
+        norms[0] * norms[1] * norms[2]
+        if norm == "weight_product"
+        else torch.stack(norms).norm(dim=0)
+    )
     torch.testing.assert_close(found, want, rtol=1e-5, atol=0)
 
 
@@ -55,9 +59,11 @@ def test_the_product_ignores_rescaling_that_keeps_the_function(checkpoints):
     ffn, method = streamer.feed_forward(0), Magnitude(sparsity=0.4)
     after = method.scores(0, method.observer(0, ffn).result(), len(before))
     torch.testing.assert_close(after, before, rtol=1e-6, atol=0)
-    other = Magnitude(sparsity=0.4, norm="sum")
+    other = Magnitude(sparsity=0.4, score="weight_sum")
     changed = other.scores(0, other.observer(0, ffn).result(), len(before))
-    assert not torch.allclose(changed[3 * 24 + 5], score(streamer, 0, norm="sum")[3 * 24 + 5])
+    assert not torch.allclose(
+        changed[3 * 24 + 5], score(streamer, 0, score="weight_sum")[3 * 24 + 5]
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek", "granitemoe", "llama"])
@@ -80,7 +86,7 @@ def test_it_removes_the_smallest_of_every_layer_without_calibration(family, chec
 
 @pytest.mark.parametrize(
     ("settings", "told"),
-    [(dict(norm="max"), r"method\.norm=max"), (dict(rank_scope="all"), "rank_scope=all is none")],
+    [(dict(score="max"), r"method\.score=max"), (dict(rank_scope="all"), "rank_scope=all is none")],
 )
 def test_what_it_does_not_know_is_refused(settings, told, checkpoints, tmp_path):
     method = Magnitude(sparsity=0.4, **settings)

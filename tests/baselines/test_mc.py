@@ -160,7 +160,7 @@ def test_refusals(checkpoints, tmp_path):
     for family, settings, why in (
         ("llama", {}, "method=gptq"),
         ("qwen2_moe", dict(bits=1.0), "between"),
-        ("qwen2_moe", dict(loss_of="some"), "loss_of"),
+        ("qwen2_moe", dict(loss_norm="some"), "loss_norm"),
         ("qwen2_moe", dict(shared_bits=9), "shared_bits"),
         ("qwen2_moe", dict(at_least_one=[4]), "at_least_one"),
     ):

@@ -239,8 +239,8 @@ def test_what_cannot_be_is_refused_with_the_nearest_that_can(checkpoints):
     )
     refused("between 0 and 1", olmoe, sparsity=1.0)
     refused("sparsity_of=all is none of moe", olmoe, sparsity_of="all")
-    refused("limit=0.*at least 1", olmoe, limit=0)
-    refused("search=enumerate would try", olmoe, search="enumerate", limit=3)
+    refused("max_subsets=0.*at least 1", olmoe, max_subsets=0)
+    refused("search=enumerate would try", olmoe, search="enumerate", max_subsets=3)
     refused("search=best is none of", olmoe, search="best")
 
 

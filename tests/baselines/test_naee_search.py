@@ -97,7 +97,9 @@ def test_auto_enumerates_up_to_the_limit_and_more_is_refused():
     assert resolve("auto", 8, 2) == "enumerate" and resolve("auto", 16, 8) == "greedy"
     assert resolve("auto", 64, 13) == "greedy"
     assert resolve("enumerate", 16, 8, limit=13000) == "enumerate"
-    with pytest.raises(CameraError, match=r"1\.31e\+13 sets of 13 out of 64.*limit=5000.*greedy"):
+    with pytest.raises(
+        CameraError, match=r"1\.31e\+13 sets of 13 out of 64.*max_subsets=5000.*greedy"
+    ):
         resolve("enumerate", 64, 13)
     with pytest.raises(CameraError, match="search=genetic is none of auto"):
         resolve("genetic", 8, 2)

@@ -85,7 +85,7 @@ def test_scores_and_pruned_experts_are_those_of_the_reference(reference, layer, 
         tolerance = {"rtol": compare.get("rtol", 0), "atol": compare.get("atol", 0)}
         torch.testing.assert_close(got.double(), want, **tolerance)
 
-    same("expert_frequency", Frequency(0.5).score(seen))
+    same("expert_frequency", Frequency(0.5).scores(seen))
     for score_by, key in {
         "reap": f"reap_{name}",
         "weighted_ean_sum": f"weighted_ean_sum_{name}",
@@ -93,8 +93,8 @@ def test_scores_and_pruned_experts_are_those_of_the_reference(reference, layer, 
         "ean_sum": "ean_sum",
         "ean_mean": "ean_mean",
     }.items():
-        same(key, Reap(0.5, score_by=score_by, gate=gate).score(seen))
-    score_E = Reap(0.5, gate=gate).score(seen)
+        same(key, Reap(0.5, score=score_by, routing_weights=gate).scores(seen))
+    score_E = Reap(0.5, routing_weights=gate).scores(seen)
     for ratio, number in hyper["n_prune"].items():
         gone = (~keep_best(score_E, number)).nonzero().flatten()
         assert torch.equal(gone, tensors[f"l{layer}_pruned_r{ratio}_{name}"])
@@ -118,7 +118,9 @@ def test_scores_use_the_weights_that_the_model_applies(family):
         norm_T = out_TH.norm(dim=-1)
         each = (weight_TK.double() * norm_T[:, None])[hit_TK]
         want.append(each.mean() if len(each) else torch.zeros((), dtype=torch.float64))
-    torch.testing.assert_close(Reap(0.5).score(seen), torch.stack(want).detach(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        Reap(0.5).scores(seen), torch.stack(want).detach(), rtol=1e-4, atol=0
+    )
     assert seen.routed_tokens().sum() == index_TK.numel()
     assert len(seen.tokens_E) == sum(len(group.widths) for group in ffn.groups)
 
@@ -127,9 +129,9 @@ def test_scores_use_the_weights_that_the_model_applies(family):
 def test_chunking_changes_nothing(score_by):
     model = build("olmoe")
     x_BLH = capture(model, 0, tokens())[0].detach().view(2, 24, 32)
-    block, method = model.model.layers[0].mlp, Reap(0.5, score_by=score_by)
-    whole = method.score(use(block, [(x_BLH, None)]))
-    parts = method.score(use(block, [(x.contiguous(), None) for x in x_BLH.split(5, dim=1)]))
+    block, method = model.model.layers[0].mlp, Reap(0.5, score=score_by)
+    whole = method.scores(use(block, [(x_BLH, None)]))
+    parts = method.scores(use(block, [(x.contiguous(), None) for x in x_BLH.split(5, dim=1)]))
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-9)
 
 
@@ -137,9 +139,9 @@ def test_an_experts_score_scales_with_its_output():
     model = build("olmoe")
     x_BLH = capture(model, 0, tokens())[0][None]
     block = model.model.layers[0].mlp
-    before = Reap(0.5).score(use(block, [(x_BLH, None)]))
+    before = Reap(0.5).scores(use(block, [(x_BLH, None)]))
     block.experts.down_proj.data[3] *= 2.5
-    after = Reap(0.5).score(use(block, [(x_BLH, None)]))
+    after = Reap(0.5).scores(use(block, [(x_BLH, None)]))
     before[3] *= 2.5
     assert before[3] > 0
     torch.testing.assert_close(after, before, rtol=1e-5, atol=0)
@@ -147,11 +149,11 @@ def test_an_experts_score_scales_with_its_output():
 
 def test_the_same_pass_serves_reap_and_frequency_unless_the_gate_differs():
     assert Reap(0.2).statistics_key() == Frequency(0.6).statistics_key()
-    assert Reap(0.2, score_by="ean_sum").statistics_key() == Frequency(0.6).statistics_key()
-    assert Reap(0.2, gate="softmax").statistics_key() != Reap(0.2).statistics_key()
+    assert Reap(0.2, score="ean_sum").statistics_key() == Frequency(0.6).statistics_key()
+    assert Reap(0.2, routing_weights="softmax").statistics_key() != Reap(0.2).statistics_key()
 
 
-@pytest.mark.parametrize(("key", "value"), [("score_by", "best"), ("gate", "sigmoid")])
+@pytest.mark.parametrize(("key", "value"), [("score", "best"), ("routing_weights", "sigmoid")])
 def test_unknown_options_are_refused(key, value):
     with pytest.raises(CameraError, match=f"{key}={value} is none of"):
         Reap(0.5, **{key: value}).check(None)

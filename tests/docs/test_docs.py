@@ -15,7 +15,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from experiments.config.schema import CONF
+from experiments.config.location import CONF
 from experiments.config.settings import Settings
 from tests.helpers.composing import choices, config_of
 from tests.helpers.documents import PAGES, README, ROOT, blocks, spans, text_of, without_blocks

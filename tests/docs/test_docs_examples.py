@@ -18,7 +18,7 @@ from camera.calibration.statistics import KINDS
 from camera.method import METHODS
 from camera.moe.families import FAMILIES
 from experiments.config.constructor import typed_settings
-from experiments.records.folders import read_json
+from experiments.records.files import read_json
 from experiments.runs import run
 from experiments.runs.metrics import SCORES
 from experiments.runs.tracker import NullTracker

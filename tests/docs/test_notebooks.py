@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from experiments.config.schema import CONF
+from experiments.config.location import CONF
 
 NOTEBOOKS = sorted((CONF.parent / "notebooks").glob("*.ipynb"))
 LINK = re.compile(r"\]\(([^)#:]+)\)")

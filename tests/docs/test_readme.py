@@ -11,7 +11,7 @@ import pytest
 import camera
 from camera.__main__ import main as camera_main
 from experiments import mirror, status
-from experiments.config.schema import CONF
+from experiments.config.location import CONF
 from experiments.tables import writing
 from tests.helpers.composing import choices, command, config_of
 
@@ -107,7 +107,7 @@ def test_snippets_run_one_after_the_other(output, checkpoints, data_folder, tmp_
 @pytest.mark.parametrize("arguments", MODULES, ids=" ".join)
 def test_modules_do_what_the_readme_says(arguments, output, tmp_path, monkeypatch, capsys):
     match arguments:
-        case ["experiments.tables.writing", "outputs"]:
+        case ["experiments.tables", "outputs"]:
             (output / "table.md").unlink(missing_ok=True)
             assert writing.main([str(output)]) == 0
             assert "camera_p" in (output / "table.md").read_text()

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from experiments.config.schema import CONF
+from experiments.config.location import CONF
 
 ROOT = CONF.parent
 README = ROOT / "README.md"

@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.config.schema import CONF
 from experiments.sweeps.grids import overrides_of
-from experiments.sweeps.jobs import Job, planned
+from experiments.sweeps.jobs import SweepJob, planned
 
 
 def asked_of(*arguments: str, params=None, grids=None) -> list[list[str]]:
@@ -16,7 +16,7 @@ def asked_of(*arguments: str, params=None, grids=None) -> list[list[str]]:
         return [overrides for _, overrides in _asked(_config(*arguments), params, grids)]
 
 
-def jobs_of(*arguments: str, grids=None) -> list[Job]:
+def jobs_of(*arguments: str, grids=None) -> list[SweepJob]:
     """The runs of a command, composed."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = _config(*arguments)

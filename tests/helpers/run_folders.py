@@ -35,7 +35,7 @@ def add(
     """
     folder = output / "runs" / name
     folder.mkdir(parents=True)
-    chosen = {"_target_": method, **settings}
+    chosen = dict(settings)
     if sparsity is not None:
         chosen |= {"sparsity": sparsity, "sparsity_of": sparsity_of}
     if seeded:
@@ -45,7 +45,7 @@ def add(
     identity = {
         "camera": "0.1.0",
         "model": model,
-        "method": chosen,
+        "method": {"name": method, **chosen},
         "evaluation": EVALUATION | (evaluation or {}),
         "seed": seed,
     }

@@ -1,6 +1,7 @@
 """Architectures of the models in conf/model, for machines that can't read their config.json.
 
-Only what decides counts; tests/experiments/bench/test_roofline.py holds the parameters against the models' names.
+Only what decides counts; tests/experiments/bench/test_roofline.py holds the parameters against the
+models' names.
 """
 
 ARCHITECTURES = {

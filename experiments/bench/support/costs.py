@@ -94,7 +94,8 @@ def run_cost(
     all experts lose the same; by energy those that are used more keep more.
 
     Bytes moved are the weights, once for each batch of tokens, and what every matrix product reads
-    and writes. Source: the counts of the operations in camera/moe/capture.py and camera/streaming/streamer.py.
+    and writes. Source: the counts of the operations in camera/moe/capture.py and
+    camera/streaming/streamer.py.
     """
     model, layers = _on_paper(config, dtype)
     cut = (sparsity, 1 - sparsity if still_used is None else still_used)

@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from camera.evaluation.tasks.names import NINE_TASKS
-from experiments.records.folders import read_json
+from camera.evaluation.tasks.names import NINE_TASKS, PAPER_TASKS
+from experiments.records.files import PERPLEXITY, TASK, RunFiles
 
 # The published models by the names they are given here, with the last part of their hub id.
 MODELS = {
@@ -21,17 +21,7 @@ MODELS = {
     "qwen3_30b_a3b": "Qwen3-30B-A3B",
 }
 # Questions of the split that lm-eval evaluates: fewer of them are another measurement.
-QUESTIONS = {
-    "boolq": 3270,
-    "openbookqa": 500,
-    "rte": 277,
-    "arc_easy": 2376,
-    "winogrande": 1267,
-    "hellaswag": 10042,
-    "arc_challenge": 1172,
-    "piqa": 1838,
-    "mathqa": 2985,
-}
+QUESTIONS = {task.name: task.questions for task in PAPER_TASKS}
 LENGTH = 2048  # of a block of text, in tokens
 SETTINGS = ("model", "method", "sparsity", "sparsity_of", "bits", "rank_scope", "split")
 SETTINGS += ("calibration", "samples", "length")
@@ -138,15 +128,14 @@ def _combined_error(run: dict[str, Any], score: str) -> float | None:
 
 def _in_full(run: dict[str, Any], score: str) -> bool:
     """Whether a score was measured as the published ones were."""
-    folder = run["_path"]
+    files = RunFiles(run["_path"])
     if score == "average":
         return all(_in_full(run, task) for task in NINE_TASKS)
     if score in QUESTIONS:
-        part = folder / f"task-{score}.json"
-        return part.exists() and read_json(part)["n"] == QUESTIONS[score]
-    part = folder / f"perplexity-{score}.json"
-    if not part.exists() or run["_identity"]["evaluation"].get("blocks") is not None:
+        part = files.read_part(f"{TASK}{score}")
+        return part is not None and part["n"] == QUESTIONS[score]
+    text = files.read_part(f"{PERPLEXITY}{score}")
+    if text is None or run["_identity"]["evaluation"].get("blocks") is not None:
         return False
-    text = read_json(part)
     whole = text["length"] == text["stride"] == LENGTH and text["split"] != "train"
     return whole and "not comparable" not in text["stream"]

@@ -80,7 +80,7 @@ def test_relative_energies_are_shares_of_the_hidden_states(
     checkpoints, compress, calibration, data_folder, tmp_path
 ):
     source = checkpoints("deepseek")
-    compress(source, "camera_plus", score="relative", compensate="none", sparsity=0.3)
+    compress(source, "camera_plus", score="hidden_share", compensate="none", sparsity=0.3)
     model = AutoModelForCausalLM.from_pretrained(source).eval()
     ids = calibration_tokens(
         load_tokenizer(source, False), calibration, data=str(data_folder), seed=1234, max_length=128

@@ -100,14 +100,14 @@ def test_the_first_layer_s_output_comes_closer_in_every_family(
     assert json.loads((tmp_path / "fitted" / "camera.json").read_text())["layers"]
 
 
-@pytest.mark.parametrize("errors", ["relative", "absolute"])
+@pytest.mark.parametrize("errors", ["relative", "uniform"])
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "granitemoe", "llama"])
 def test_with_one_ridge_the_weights_are_those_of_the_joint_solution(
     family, errors, checkpoints, compress, tokens, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(camera.compensation.least_squares, "ENOUGH", 1e-8)
     source, ridge = checkpoints(family), 1.0
-    result = compress(source, compensate="layer", errors=errors, ridges=[ridge], sweeps=400)
+    result = compress(source, compensate="layer", token_weights=errors, ridges=[ridge], sweeps=400)
     model = AutoModelForCausalLM.from_pretrained(source).eval()
     index = min(map(int, result.layers))
     assert result.layers[str(index)]["ridges"] == [ridge]

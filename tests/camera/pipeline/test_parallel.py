@@ -18,7 +18,7 @@ from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.runtime import distributed
 from camera.runtime.errors import CameraError
-from experiments.config.schema import CONF
+from experiments.config.location import CONF
 from tests.helpers.composing import command, tiny
 from tests.helpers.damage import damage
 from tests.helpers.models import build_model

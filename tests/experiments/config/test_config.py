@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -9,6 +10,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import OmegaConf
 
 from camera.runtime.errors import CameraError
+from camera.runtime.renamed import KEYS, renaming
 from experiments.config.constructor import build, choice, typed_settings
 from experiments.config.schema import CONF
 from experiments.config.settings import Settings, check
@@ -47,6 +49,22 @@ def test_groups_combine(method, evaluation):
     settings = settings_of(f"method={method}", f"evaluation={evaluation}", "model=mixtral_8x7b")
     assert settings.method_name == method
     assert settings.data == "hub"
+
+
+@pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: file.stem)
+def test_a_comment_is_one_short_line(file):
+    lines = file.read_text(encoding="utf-8").splitlines()
+    comments = [found[1] for line in lines if (found := re.search(r"(?:^|\s)# ?(.*)$", line))]
+    assert [comment for comment in comments if len(comment) > 80] == []
+
+
+def test_every_choice_says_what_it_is():
+    silent = [
+        (group, name)
+        for group, name in EVERY_CHOICE
+        if group != "model" and not (CONF / group / f"{name}.yaml").read_text().startswith("# ")
+    ]
+    assert silent == []
 
 
 def test_every_model_of_the_table_of_contents_is_a_hub_id_or_the_embedded_one():
@@ -190,6 +208,39 @@ def test_the_command_names_the_valid_keys(capsys):
     printed = "".join(capsys.readouterr())
     assert "Valid keys here: alpha, " in printed and "min_width" in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("method=heapr method.term=joint", "method.term is now method.score."),
+        ("method=gptq method.percdamp=0.1", "method.percdamp is now method.damping."),
+        ("evaluation.unpack=false", "evaluation.unpack is now evaluation.dequantize."),
+        ("memory.experts=visit", "memory.experts=visit is now memory.experts=disk."),
+        (
+            "method=camera_q method.rank_scope=model",
+            "method.rank_scope=model is now method.rank_scope=global.",
+        ),
+    ],
+)
+def test_an_old_setting_is_refused_with_its_new_name(arguments, told, capsys):
+    assert command(*arguments.split()) == 1
+    assert told in "".join(capsys.readouterr()).splitlines()
+
+
+def test_every_new_name_is_one():
+    assert set(KEYS["method"].values()) <= _keys("method")
+    assert not set(KEYS["method"]) & _keys("method")
+    config = config_of()
+    for group, renamed in KEYS.items():
+        if group != "method":
+            assert set(renamed.values()) <= set(config[group])
+    assert renaming("method", "norm", "product").endswith("now method.score=weight_product.")
+    assert renaming("method", "score", "product") is None
+
+
+def _keys(group):
+    return {key for name in choices(group) for key in config_of(f"{group}={name}")[group]}
 
 
 def test_ambiguous_sweeps_are_refused_by_hydra():

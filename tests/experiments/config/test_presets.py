@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 from omegaconf import OmegaConf
 
-from experiments.config.schema import CONF
+from experiments.config.location import CONF
 from experiments.config.settings import Settings, check
 from experiments.records.folders import Folders
 from experiments.tables.rows import read_runs

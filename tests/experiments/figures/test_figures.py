@@ -14,7 +14,7 @@ from camera.calibration.statistics import Statistics
 from experiments.figures.energies import draw_energies
 from experiments.figures.experts import by_layer, draw_bits, draw_expert_energies, draw_widths
 from experiments.figures.run import draw_run
-from experiments.figures.style import COLOURS, MARKERS, METHODS, looks
+from experiments.figures.style import COLOURS, MARKERS, METHODS, method_styles
 from experiments.records.energy_summary import (
     BINS,
     PERCENTS,
@@ -152,8 +152,8 @@ def test_the_same_figure_is_the_same_bytes(tmp_path):
 
 
 def test_a_method_looks_the_same_in_every_company_and_like_no_other():
-    everyone = looks([*METHODS, "my_own"])
-    assert looks(["mc"])["mc"] == everyone["mc"]
+    everyone = method_styles([*METHODS, "my_own"])
+    assert method_styles(["mc"])["mc"] == everyone["mc"]
     assert len({(look.colour, look.marker) for look in everyone.values()}) == len(everyone)
     assert len({everyone[method].marker for method in METHODS}) == len(METHODS) <= len(MARKERS)
 

@@ -12,7 +12,7 @@ from camera.calibration.corpora import CORPORA, read_jsonl
 from camera.evaluation.tasks.definitions import hub_address
 from camera.evaluation.tasks.names import NINE_TASKS
 from experiments import mirror
-from experiments.config.schema import CONF
+from experiments.config.location import CONF
 from experiments.tiny_moe.held_out import held_out_rows
 from experiments.tiny_moe.world import build_world
 from tests.helpers.without_network import TRIED

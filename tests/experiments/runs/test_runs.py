@@ -10,7 +10,6 @@ import camera
 from camera.evaluation.tasks.names import NINE_TASKS
 from camera.pruning import micro_experts
 from camera.runtime.errors import CameraError
-from experiments.config import settings as settings_module
 from experiments.records.folders import Folders
 from experiments.runs import measurements
 from experiments.runs.run import run
@@ -55,7 +54,7 @@ def tasks(monkeypatch):
         return {name: {**SCORE, "data_hash": "0", "seconds": 0.0} for name in names}
 
     monkeypatch.setattr(measurements, "evaluate_tasks", evaluate)
-    monkeypatch.setattr(settings_module, "check_tasks", lambda *_, **__: None)
+    monkeypatch.setattr("camera.evaluation.tasks.evaluate.check_tasks", lambda *_, **__: None)
     return asked
 
 
@@ -193,7 +192,7 @@ def test_a_refused_run_leaves_its_reason(make):
 
 def test_one_dense_pass_serves_every_alpha_and_sparsity(make):
     shared = ("propagate=dense", "evaluation=none")
-    folder = Folders.of(make(*shared)).statistics
+    folder = Folders.of(make(*shared)).output.statistics
     run(make(*shared))
     (measured,) = folder.glob("*.safetensors")
     written = measured.stat().st_mtime_ns
@@ -203,7 +202,7 @@ def test_one_dense_pass_serves_every_alpha_and_sparsity(make):
 
 
 def test_methods_that_see_the_same_share_what_was_seen(make):
-    folder = Folders.of(make()).statistics
+    folder = Folders.of(make()).output.statistics
     run(make("method=camera_plus", "method.rank_scope=global", "evaluation=none"))
     (measured,) = folder.glob("*.safetensors")
     written = measured.stat().st_mtime_ns
@@ -262,7 +261,7 @@ def test_a_run_killed_while_it_measures_does_not_look_finished(make, monkeypatch
         "error.txt",
         "log.txt",
     }
-    assert not folders.done
+    assert not folders.files.is_done
     assert list(read_runs([folders.run])["status"]) == ["failed: RuntimeError: killed"]
 
 
@@ -284,12 +283,12 @@ def test_a_run_killed_while_it_compresses_leaves_no_checkpoint_and_force_starts_
         with pytest.raises(RuntimeError, match="killed"):
             run(settings)
     assert folders.partial.exists() and not folders.checkpoint.exists()
-    assert not (folders.done or folders.compressed)
+    assert not (folders.files.is_done or folders.is_compressed)
     assert not (folders.run / "metrics.json").exists()
-    folders.forget(before=time.time())
+    folders.remove_outputs(before=time.time())
     assert not folders.partial.exists() and not folders.run.exists()
     run(replace(settings, force=True))
-    assert folders.done and folders.compressed and not folders.partial.exists()
+    assert folders.files.is_done and folders.is_compressed and not folders.partial.exists()
 
 
 def test_a_changed_embedded_world_is_another_run(make, monkeypatch):
@@ -307,3 +306,9 @@ def test_cards_and_reports_name_the_model_not_this_machines_folder(make, checkpo
     assert str(checkpoints("qwen2_moe")) not in (checkpoint / "README.md").read_text()
     dense = run(make("model.name=mine", "evaluation=none", "method=dense"))
     assert json.loads((dense / "compress.json").read_text())["model"] == "mine"
+
+
+def test_a_folder_is_named_by_no_import_path(make):
+    identity = Folders.of(make("method=heapr")).identity
+    assert identity["method"]["name"] == "heapr"
+    assert "_target_" not in json.dumps(identity)

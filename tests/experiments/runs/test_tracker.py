@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from camera.runtime.errors import CameraError
-from experiments.config import settings as settings_module
 from experiments.config.settings import Settings
 from experiments.runs import measurements
 from experiments.runs.run import run
@@ -38,7 +37,7 @@ def good(make) -> tuple[Settings, Path, Kept]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("WANDB_DATA_DIR", raising=False)
         patch.setattr(measurements, "evaluate_tasks", answers)
-        patch.setattr(settings_module, "check_tasks", lambda *_, **__: None)
+        patch.setattr("camera.evaluation.tasks.evaluate.check_tasks", lambda *_, **__: None)
         folder = run(settings, sweep="sweep-1")
     (kept,) = read_back(folder)
     return settings, folder, kept

@@ -93,7 +93,7 @@ def test_a_refused_request_is_a_job_that_says_why():
     refused = jobs_of("+sparsty=0.2,0.3", "method=dense")
     assert [job.run for job in refused] == [None, None]
     assert all("sparsty is not a key" in job.refused for job in refused)
-    assert not any(job.held for job in refused)
+    assert not any(job.is_locked for job in refused)
     (missing,) = jobs_of("model.path=???")
     assert missing.run is None and "model.path" in missing.refused
 

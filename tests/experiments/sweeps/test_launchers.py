@@ -12,7 +12,7 @@ from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
 import camera
-from experiments.config.schema import CONF
+from experiments.config.location import CONF
 from tests.helpers.composing import command, tiny
 
 SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"

@@ -5,12 +5,11 @@ import os
 import time
 
 import pytest
-from filelock import FileLock
 
-from experiments.records.folders import lock_file
+from experiments.records.files import lock_of
 from experiments.status import main, state, sweeps_of
-from experiments.sweeps.durations import Durations, spoken
-from experiments.sweeps.jobs import Job, write_plan
+from experiments.sweeps.durations import Durations, format_duration
+from experiments.sweeps.jobs import SweepJob, write_plan
 
 LIKE = ("m", "camera_p", "quick")
 
@@ -22,7 +21,9 @@ class Output:
         self.folder = folder
 
     def job(self, name, grid="pruning", like=LIKE, **more):
-        return Job([f"method={name}", "seed=1"], [grid], self.folder / "runs" / name, like, **more)
+        return SweepJob(
+            [f"method={name}", "seed=1"], [grid], self.folder / "runs" / name, like, **more
+        )
 
     def sweep(self, name, *jobs):
         (self.folder / "sweeps" / name).mkdir(parents=True)
@@ -47,9 +48,7 @@ class Output:
         return run
 
     def lock(self, name):
-        file = lock_file(self.folder / "runs" / name)
-        file.parent.mkdir(exist_ok=True)
-        return FileLock(file)
+        return lock_of(self.folder / "runs" / name)
 
 
 @pytest.fixture
@@ -84,7 +83,7 @@ def test_every_state_is_told_apart(output):
         "new": "to go",
     }
     assert state(output.job("running")) == "to go", "its process is gone"
-    assert state(Job(["sparsty=1"], [], refused="no such key")) == "failed"
+    assert state(SweepJob(["sparsty=1"], [], refused="no such key")) == "failed"
 
 
 def test_a_retried_run_is_running_and_a_finished_one_done_whoever_looks_at_it(output):
@@ -101,7 +100,7 @@ def test_the_page_counts_and_names_what_runs_and_why_others_failed(output, capsy
     output.started("c", log="compress\ncompress: 1 of 6 layers")
     jobs = [output.job(name, like=LIKE) for name in "abcd"]
     other = output.job("e", grid="alpha")
-    refused = Job(["method=f", "seed=1"], ["alpha"], refused="f is no method.")
+    refused = SweepJob(["method=f", "seed=1"], ["alpha"], refused="f is no method.")
     output.sweep("20260101", *jobs, other, refused)
     with output.lock("c"):
         text = printed(capsys, output.folder)
@@ -149,9 +148,9 @@ def test_time_left_is_by_the_nearest_finished_runs(output):
     runs = [output.finished(f"r{n}", seconds) for n, seconds in enumerate((10, 20, 90))]
     durations = Durations([*runs, output.started("unfinished")])
     same = output.job("x", like=next(like for like in durations.seconds if len(like) == 3))
-    assert durations.of(same) == 20
-    assert durations.of(output.job("x", like=("other", "other", "other"))) == 20
-    assert Durations([]).of(same) is None
+    assert durations.expected_seconds(same) == 20
+    assert durations.expected_seconds(output.job("x", like=("other", "other", "other"))) == 20
+    assert Durations([]).expected_seconds(same) is None
     assert Durations([]).left([same], []) is None
     assert durations.left([same, same], []) == 40
 
@@ -170,12 +169,12 @@ def test_waiting_for_the_disk_counts(output):
     run = output.finished("done", 10)
     ago = time.time() - 500
     os.utime(run / "settings.json", (ago, ago))
-    assert Durations([run]).of(output.job("x")) == pytest.approx(500, abs=5)
+    assert Durations([run]).expected_seconds(output.job("x")) == pytest.approx(500, abs=5)
 
 
 @pytest.mark.parametrize(
     ("seconds", "told"),
     [(0, "0 s"), (119, "119 s"), (720, "12 min"), (9000, "2.5 h"), (2e5, "2.3 days")],
 )
-def test_durations_are_spoken_in_their_unit(seconds, told):
-    assert spoken(seconds) == told
+def test_durations_are_given_in_their_unit(seconds, told):
+    assert format_duration(seconds) == told

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from experiments.config.schema import CONF
+from experiments.config.location import CONF
 from tests.helpers.composing import command, tiny
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from experiments.records.folders import lock, lock_file
+from experiments.records.files import lock_of
 from experiments.runs import run
 from hydra_plugins import camera_sweeper
 from tests.helpers.composing import command, tiny
@@ -55,7 +55,7 @@ def test_two_processes_share_the_runs(sweep, tmp_path, monkeypatch):
 def test_a_run_that_is_held_comes_last(sweep, tmp_path, monkeypatch):
     jobs = jobs_of(*sweep[1:])
     first, *others = [job.run / "DONE" for job in jobs]
-    held, sleep = lock(lock_file(jobs[0].run)), time.sleep
+    held, sleep = lock_of(jobs[0].run), time.sleep
     held.acquire()
 
     def others_are_done(seconds):

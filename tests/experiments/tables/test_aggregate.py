@@ -5,8 +5,9 @@ import statistics
 import pandas as pd
 import pytest
 
+from experiments.records.files import OutputFolder
 from experiments.tables.aggregate import over_seeds
-from experiments.tables.rows import find_runs, read_runs
+from experiments.tables.rows import read_runs
 from tests.helpers.run_folders import add
 
 SCORES = {1: 40.0, 2: 43.0, 3: 50.0}
@@ -32,7 +33,7 @@ def output(tmp_path):
 
 
 def means_of(output):
-    return over_seeds(read_runs(find_runs(output))).set_index("folder")
+    return over_seeds(read_runs(OutputFolder(output).runs())).set_index("folder")
 
 
 def test_scores_are_mean_and_standard_deviation_of_a_sample(output):
@@ -49,7 +50,7 @@ def test_scores_are_mean_and_standard_deviation_of_a_sample(output):
 
 
 def test_a_run_without_another_seed_stays_as_it_is(output):
-    runs = read_runs(find_runs(output)).set_index("folder")
+    runs = read_runs(OutputFolder(output).runs()).set_index("folder")
     means = means_of(output)
     assert means.loc["dense", "n"] == 1
     assert pd.isna(means.loc["dense", "boolq_std"])
@@ -81,7 +82,7 @@ def test_what_differs_in_more_than_the_seed_is_not_merged(output):
 
 def test_settings_tell_apart_without_the_seed(output):
     add(output, "half", "camera_p", 0.4, seed=9, alpha=0.5)
-    runs = read_runs(find_runs(output)).set_index("folder")
+    runs = read_runs(OutputFolder(output).runs()).set_index("folder")
     assert "seed=9" in runs.loc["half", "settings"]
     means = means_of(output)
     assert means.loc["half", "settings"] == "alpha=0.5"
@@ -99,7 +100,7 @@ def test_failed_and_unfinished_runs_stay_rows_of_their_own(output):
 
 
 def test_standard_errors_do_not_shrink_with_seeds(output):
-    runs = read_runs(find_runs(output)).set_index("folder")
+    runs = read_runs(OutputFolder(output).runs()).set_index("folder")
     own = runs.loc[["s1", "s2", "s3"], "average_se"]
     assert means_of(output).loc["s1", "average_se"] == pytest.approx(own.mean())
 

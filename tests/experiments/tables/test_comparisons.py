@@ -13,8 +13,9 @@ from experiments.figures.curves import SIZE, legend
 from experiments.figures.pareto import draw_pareto, pareto_front
 from experiments.figures.points import ALPHA, BITS, SAMPLES, SPARSITY, Measure, points
 from experiments.figures.style import STYLE
+from experiments.records.files import OutputFolder
 from experiments.tables.aggregate import over_seeds
-from experiments.tables.rows import find_runs, read_runs
+from experiments.tables.rows import read_runs
 from tests.helpers.run_folders import add
 
 AVERAGE = Measure("average", "average")
@@ -22,7 +23,7 @@ WIKI = Measure("wikitext2", "perplexity", log=True)
 
 
 def points_of(output, axis, measure=AVERAGE):
-    return points(over_seeds(read_runs(find_runs(output))), axis, measure)
+    return points(over_seeds(read_runs(OutputFolder(output).runs())), axis, measure)
 
 
 def metrics(folder, **changes):
@@ -130,7 +131,7 @@ def test_one_ratio_alone_is_no_figure(tmp_path):
     add(tmp_path, "b", "camera_p", 0.4)
     assert points_of(tmp_path, SPARSITY["moe"]).empty
     assert points_of(tmp_path, ALPHA).empty
-    assert draw_comparisons(read_runs(find_runs(tmp_path)), tmp_path / "figures") == []
+    assert draw_comparisons(read_runs(OutputFolder(tmp_path).runs()), tmp_path / "figures") == []
     assert not (tmp_path / "figures").exists()
 
 
@@ -154,7 +155,7 @@ def test_the_front_is_what_no_smaller_run_beats():
 def test_one_size_is_no_front(tmp_path):
     add(tmp_path, "a", "naee", 0.4)
     add(tmp_path, "b", "camera_p", 0.4)
-    rows = over_seeds(read_runs(find_runs(tmp_path)))
+    rows = over_seeds(read_runs(OutputFolder(tmp_path).runs()))
     assert draw_pareto(rows, "m", tmp_path / "pareto.png") is None
 
 
@@ -168,7 +169,7 @@ def test_each_figure_shows_runs_that_can_be_compared(tmp_path):
             tmp_path / "runs" / f"b{i}", sparsity={"moe": sparsity, "model": sparsity, "routed": 0}
         )
         add(tmp_path, f"d{i}", "naee", sparsity, **once, model="a/b")
-    drawn = draw_comparisons(read_runs(find_runs(tmp_path)), tmp_path / "figures")
+    drawn = draw_comparisons(read_runs(OutputFolder(tmp_path).runs()), tmp_path / "figures")
     assert {file.stem for file in drawn} == {
         "tiny_moe-wikitext2-sparsity_moe",
         "tiny_moe-wikitext2-sparsity_model",
@@ -183,7 +184,7 @@ def test_speed_has_a_line_for_each_batch_size(tmp_path):
         phase = {"dense": 1.0, "compressed": 2.0, "ratio": 1 + sparsity, "implementation": None}
         batches = {size: {"prefill": phase, "decode": phase} for size in ("1", "16")}
         metrics(run, speed=batches, perplexity={})
-    drawn = draw_comparisons(read_runs(find_runs(tmp_path)), tmp_path / "figures")
+    drawn = draw_comparisons(read_runs(OutputFolder(tmp_path).runs()), tmp_path / "figures")
     assert [file.stem for file in drawn] == [
         f"tiny_moe-{phase}_x-sparsity" for phase in ("prefill", "decode")
     ]

@@ -6,9 +6,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from experiments.records.files import OutputFolder
 from experiments.tables.pages import paper_page
 from experiments.tables.renderers import print_page, to_html, to_latex, to_markdown
-from experiments.tables.rows import find_runs, read_runs
+from experiments.tables.rows import read_runs
 from tests.helpers.run_folders import add
 
 ODD = r"50% & more_of {this} $\x$ #1 ~ ^ <b> | α ≠ é 語"
@@ -24,7 +25,7 @@ def page(tmp_path):
     add(tmp_path, "plain", "naee", 0.4, search="auto")
     add(tmp_path, "odd", "naee", 0.4, search=ODD)
     add(tmp_path, "odd2", "camera_p", 0.2, error=ODD)
-    return paper_page(read_runs(find_runs(tmp_path)), delta=True)
+    return paper_page(read_runs(OutputFolder(tmp_path).runs()), delta=True)
 
 
 def test_markdown_has_a_cell_for_every_header(page):

@@ -4,14 +4,15 @@ import random
 
 import pytest
 
+from experiments.records.files import OutputFolder
 from experiments.tables.cells import Cell, Column, cell, ranked
 from experiments.tables.pages import paper_page
-from experiments.tables.rows import find_runs, read_runs
+from experiments.tables.rows import read_runs
 from tests.helpers.run_folders import add
 
 
 def page_of(output, **options):
-    return paper_page(read_runs(find_runs(output)), **options)
+    return paper_page(read_runs(OutputFolder(output).runs()), **options)
 
 
 def texts(table, column):

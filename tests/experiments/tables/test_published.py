@@ -6,13 +6,15 @@ import pytest
 from omegaconf import OmegaConf
 
 from camera.evaluation.tasks.names import NINE_TASKS
-from experiments.config.schema import CONF
+from experiments.config.location import CONF
+from experiments.records.files import OutputFolder
 from experiments.tables.aggregate import over_seeds
 from experiments.tables.pages import paper_page
 from experiments.tables.published.comparison import MODELS, QUESTIONS, compare, published_scores
 from experiments.tables.renderers import to_html, to_markdown
-from experiments.tables.rows import find_runs, read_runs
+from experiments.tables.rows import read_runs
 from experiments.tables.writing import write
+from experiments.tiny_moe.tasks import TASKS
 from tests.helpers.run_folders import add, add_parts
 
 FULL = {"limit": None, "blocks": None}
@@ -37,7 +39,7 @@ def camera_p(
 
 
 def compared(output):
-    found = compare(over_seeds(read_runs(find_runs(output))))
+    found = compare(over_seeds(read_runs(OutputFolder(output).runs())))
     return {(row["name"], row["score"]): row for row in found.to_dict("records")}
 
 
@@ -97,7 +99,7 @@ def test_a_run_without_a_result_is_not_compared(tmp_path):
 
 def test_the_error_is_that_of_both_measurements(tmp_path):
     camera_p(tmp_path, "a", AVERAGE)
-    run = read_runs(find_runs(tmp_path)).iloc[0]
+    run = read_runs(OutputFolder(tmp_path).runs()).iloc[0]
     assert compared(tmp_path)["CAMERA", "average"]["error"] == pytest.approx(
         math.sqrt(2) * run["average_se"]
     )
@@ -129,7 +131,7 @@ def test_a_perplexity_has_an_error_only_of_several_seeds(tmp_path):
 
 def test_the_page_shows_both_and_flags_what_differs(tmp_path):
     camera_p(tmp_path, "a", AVERAGE - 10)
-    page = paper_page(read_runs(find_runs(tmp_path)))
+    page = paper_page(read_runs(OutputFolder(tmp_path).runs()))
     text = to_markdown(page)
     got, expected = (line for line in text.splitlines() if "51.0" in line or "61.0" in line)
     assert "| camera_p |" in got and "| 51.0 ≠ |" in got
@@ -142,7 +144,7 @@ def test_the_page_shows_both_and_flags_what_differs(tmp_path):
 def test_a_published_row_takes_no_place_in_the_ranking(tmp_path):
     camera_p(tmp_path, "a", AVERAGE - 10)
     camera_p(tmp_path, "b", AVERAGE - 20, method="random")
-    group = paper_page(read_runs(find_runs(tmp_path))).tables[0].groups[0]
+    group = paper_page(read_runs(OutputFolder(tmp_path).runs())).tables[0].groups[0]
     published = [row for row in group if not row.folders]
     assert published and all(cell.place == 0 for row in published for cell in row.cells)
     assert [row.cells[-1].place for row in group if row.folders] == [1, 2]
@@ -150,7 +152,7 @@ def test_a_published_row_takes_no_place_in_the_ranking(tmp_path):
 
 def test_a_file_holds_the_comparison_as_long_as_there_is_one(tmp_path):
     camera_p(tmp_path, "a")
-    write(read_runs(find_runs(tmp_path)), tmp_path)
+    write(read_runs(OutputFolder(tmp_path).runs()), tmp_path)
     assert "CAMERA,the paper (AAAI 2026)" in (tmp_path / "table_published.csv").read_text().replace(
         '"', ""
     )
@@ -170,7 +172,7 @@ def test_the_published_rows_are_whole_and_of_models_and_methods_that_exist():
         assert row.scores and set(row.scores) <= known
         assert all(0 < score < 100 for score in row.scores.values())
         assert row.setting["method"] == "dense" or {"sparsity", "bits"} & set(row.setting)
-    assert set(QUESTIONS) == set(NINE_TASKS)
+    assert set(QUESTIONS) == set(NINE_TASKS) == set(TASKS)
 
 
 def test_the_models_names_are_those_of_the_configuration():

@@ -6,8 +6,8 @@ import math
 import pandas as pd
 import pytest
 
+from experiments.records.files import OutputFolder
 from experiments.tables.rows import (
-    find_runs,
     perplexity_columns,
     read_runs,
     score_columns,
@@ -27,7 +27,7 @@ def output(tmp_path):
 
 
 def rows_of(output):
-    return read_runs(find_runs(output)).set_index("folder")
+    return read_runs(OutputFolder(output).runs()).set_index("folder")
 
 
 def test_rows_are_in_the_order_of_the_paper(output):
@@ -87,7 +87,7 @@ def test_runs_without_tasks_have_no_average(tmp_path):
 
 
 def test_scores_are_told_from_costs_and_settings(output):
-    runs = read_runs(find_runs(output))
+    runs = read_runs(OutputFolder(output).runs())
     assert score_columns(runs) == ["wikitext2", "c4", "boolq", "arc_easy", "average"]
     assert perplexity_columns(runs) == ["wikitext2", "c4"]
 
@@ -105,17 +105,17 @@ def test_a_sweep_shows_its_runs_and_the_dense_ones_that_compare(output):
     add(output, "e", "dense", evaluation={"limit": None})
     add(output, "f", "dense", model="other")
     add(output, "g", "dense", seed=7)
-    runs = with_dense_rows(read_runs(find_runs(output)), ["c"])
+    runs = with_dense_rows(read_runs(OutputFolder(output).runs()), ["c"])
     assert list(runs["folder"]) == ["b", "g", "c"]
 
 
 def test_a_single_run_folder_is_found_wherever_it_is(output):
-    assert find_runs(output / "runs" / "c") == [output / "runs" / "c"]
+    assert OutputFolder(output / "runs" / "c").runs() == [output / "runs" / "c"]
 
 
 def test_the_csv_holds_the_numbers_of_every_run(output):
     add(output, "e", "camera_p", 0.2, alpha=0.9, rank_scope="layer", seed=7)
-    write(read_runs(find_runs(output)), output)
+    write(read_runs(OutputFolder(output).runs()), output)
     read = pd.read_csv(output / "table.csv").set_index("folder")
     assert set(read.index) == set("abcde")
     assert read.loc["c", "wikitext2"] == 12.345
@@ -125,7 +125,7 @@ def test_the_csv_holds_the_numbers_of_every_run(output):
 
 def test_the_other_csv_holds_means_over_seeds(output):
     add(output, "e", "camera_p", 0.2, alpha=0.9, rank_scope="layer", seed=7, tasks={"boolq": 30.0})
-    write(read_runs(find_runs(output)), output)
+    write(read_runs(OutputFolder(output).runs()), output)
     read = pd.read_csv(output / "table_seeds.csv").set_index("folder")
     assert (read.loc["e", "boolq"], read.loc["e", "n"]) == (27.5, 2)
     assert (read.loc["e", "seeds"], read.loc["e", "folders"]) == ("7 1234", "e d")

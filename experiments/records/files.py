@@ -1,0 +1,238 @@
+"""The files of a run and the folders of an output: the one place that names them.
+
+output/
+  runs/RUN/          settings.json, PART.json, metrics.json, DONE, error.txt, log.txt, figures
+  checkpoints/RUN/   the compressed model
+  statistics/        statistics of dense models, shared by runs
+  sweeps/SWEEP/      multirun.yaml, plan.json, jobs/NUMBER.json, tables
+  locks/             one file a lock
+  figures/           figures over several runs
+  hidden/            hidden states of an evaluation that is streamed
+  data/              texts of the embedded model
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from camera.runtime.files import write_json
+
+COMPRESSION, SPEED = "compress", "speed"  # parts of a run
+PERPLEXITY, TASK = "perplexity-", "task-"  # parts of a run, before the name of a text or a task
+# A user who presses Ctrl+C, a queue that takes a job off: no reason not to go on.
+INTERRUPTIONS = ("KeyboardInterrupt", "SystemExit")
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of one run's folder; each is whole or absent."""
+
+    folder: Path
+
+    @property
+    def settings(self) -> Path:
+        """What was asked for, written anew at every start."""
+        return self.folder / "settings.json"
+
+    @property
+    def metrics(self) -> Path:
+        """The report of a finished run."""
+        return self.folder / "metrics.json"
+
+    @property
+    def error(self) -> Path:
+        """Why the run failed: one line, then the traceback."""
+        return self.folder / "error.txt"
+
+    @property
+    def done(self) -> Path:
+        """The last file of a run: an empty marker."""
+        return self.folder / "DONE"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    @property
+    def energies(self) -> Path:
+        """The summary of the energies that the run saw."""
+        return self.folder / "energies.json"
+
+    def part(self, name: str) -> Path:
+        """The file of one part of the run: compress, speed, perplexity-TEXT, task-NAME."""
+        return self.folder / f"{name}.json"
+
+    def figure(self, name: str) -> Path:
+        """The PNG of a figure; its PDF has the same name."""
+        return self.folder / f"{name}.png"
+
+    def figures(self) -> list[Path]:
+        """The PNGs that were drawn."""
+        return sorted(self.folder.glob("*.png"))
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run was ever started in this folder."""
+        return self.settings.exists()
+
+    @property
+    def is_done(self) -> bool:
+        return self.done.exists()
+
+    @property
+    def reason(self) -> str | None:
+        """The line that says why the run ended early, failed or interrupted."""
+        text = self.error.read_text(encoding="utf-8") if self.error.exists() else ""
+        return text.splitlines()[0] if text else None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the run failed; None where it didn't, or was interrupted and would go on."""
+        reason = self.reason
+        return None if reason is None or reason.startswith(INTERRUPTIONS) else reason
+
+    def read_part(self, name: str) -> dict[str, Any] | None:
+        """What a part reported, None before it is done."""
+        file = self.part(name)
+        return read_json(file) if file.exists() else None
+
+    def start(self, settings: dict[str, Any]) -> None:
+        """Write settings.json, and forget why the run ended early before."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.error.unlink(missing_ok=True)
+        write_json(self.settings, settings)
+
+    def fail(self, reason: str, details: str) -> None:
+        """Write error.txt: the reason in one line, then the details."""
+        partial = self.error.with_name(f".{self.error.name}.partial")
+        partial.write_text(f"{reason}\n\n{details}", encoding="utf-8")
+        partial.replace(self.error)
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Write metrics.json; DONE follows once the trackers have it too."""
+        write_json(self.metrics, metrics)
+
+
+@dataclass(frozen=True)
+class SweepFiles:
+    """The files of one sweep's folder."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def config(self) -> Path:
+        """Hydra's configuration of the sweep, written when it starts."""
+        return self.folder / "multirun.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """The jobs, written before the first one starts."""
+        return self.folder / "plan.json"
+
+    @property
+    def table(self) -> Path:
+        return self.folder / "table.md"
+
+    def record(self, number: int, content: dict[str, Any]) -> None:
+        """Write how a job of the sweep ended."""
+        file = self.folder / "jobs" / f"{number:04d}.json"
+        file.parent.mkdir(exist_ok=True)
+        write_json(file, content)
+
+    def records(self) -> list[dict[str, Any]]:
+        """How its jobs ended, in their order."""
+        return [read_json(file) for file in sorted((self.folder / "jobs").glob("*.json"))]
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """What `output` names: all that runs and sweeps write is below it."""
+
+    folder: Path
+
+    def run(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def checkpoint(self, name: str) -> Path:
+        return self.folder / "checkpoints" / name
+
+    @property
+    def statistics(self) -> Path:
+        return self.folder / "statistics"
+
+    @property
+    def hidden(self) -> Path:
+        return self.folder / "hidden"
+
+    @property
+    def figures(self) -> Path:
+        return self.folder / "figures"
+
+    @property
+    def report(self) -> Path:
+        """The HTML page about all runs."""
+        return self.folder / "report.html"
+
+    def runs(self) -> list[Path]:
+        """The folders of its runs; where it has none of that name, those anywhere below it."""
+        own = self.folder / "runs"
+        if own.is_dir():
+            return sorted(own.iterdir())
+        name = RunFiles(self.folder).settings.name
+        return sorted(file.parent for file in self.folder.rglob(name))
+
+    def sweeps(self) -> Iterator[SweepFiles]:
+        """Its sweeps that have a plan, oldest first, or the one that the folder itself is."""
+        own = SweepFiles(self.folder)
+        others = map(SweepFiles, sorted(self.folder.glob("sweeps/*")))
+        yield from [own] if own.plan.exists() else (s for s in others if s.plan.exists())
+
+    def lock(self, name: str) -> FileLock:
+        """A lock between processes, by its name."""
+        file = self._lock_file(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(file)
+
+    def _lock_file(self, name: str) -> Path:
+        return self.folder / "locks" / f"{name}.lock"
+
+
+def lock_of(folder: Path) -> FileLock:
+    """The lock of a run's, or a checkpoint's, folder."""
+    return OutputFolder(folder.parent.parent).lock(_lock_name(folder))
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a live process holds the lock of a run's, or a checkpoint's, folder."""
+    file = OutputFolder(folder.parent.parent)._lock_file(_lock_name(folder))
+    if not file.exists():
+        return False
+    try:
+        with FileLock(file).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def newer(file: Path, than: float) -> bool:
+    """Whether the file was written at that time or later."""
+    return file.exists() and file.stat().st_mtime >= than
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _lock_name(folder: Path) -> str:
+    return f"{folder.parent.name}-{folder.name}"

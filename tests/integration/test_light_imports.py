@@ -1,0 +1,109 @@
+"""What starts at once: no entry below loads torch, transformers or another heavy package."""
+
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import experiments
+from experiments.config.location import CONF
+from tests.helpers.run_folders import add
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "transformers", "scipy", "matplotlib", "lm_eval", "datasets", "wandb")
+ROOMS = ("config", "records", "sweeps", "tables", "report")
+LIBRARY = (
+    "camera",
+    "camera.method",
+    "camera.runtime.errors",
+    "camera.runtime.files",
+    "camera.runtime.renamed",
+    "camera.runtime.renamed",
+    "camera.moe.families",
+    "camera.calibration.corpora",
+    "camera.calibration.settings",
+    "camera.compensation.settings",
+    "camera.streaming.settings",
+    "camera.evaluation.tasks.names",
+)
+OTHERS = ("experiments.status", "experiments.mirror", "hydra_plugins.camera_sweeper", "main")
+FOUND = "print('loaded', *sorted(set(sys.modules) & set(json.loads(sys.argv.pop(1)))))"
+PROGRAM = f"""
+import json, runpy, sys
+heavy = sys.argv.pop(1)
+try:
+    {{}}
+except SystemExit as end:
+    assert not end.code, end.code
+sys.argv.insert(1, heavy)
+{FOUND}
+"""
+
+
+def modules():
+    """The modules of the light rooms, and the classes that conf/ names."""
+    for room in ROOMS:
+        folder = Path(experiments.__file__).parent / room
+        for found in pkgutil.iter_modules([str(folder)]):
+            if found.name != "__main__":
+                yield f"experiments.{room}.{found.name}"
+    targets = {OmegaConf.load(file).get("_target_") for file in CONF.glob("*/*.yaml")}
+    yield from sorted({target.rpartition(".")[0] for target in targets if target})
+
+
+def loaded(code, *arguments):
+    """The heavy modules that a fresh process has after running this code."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(code), json.dumps(HEAVY), *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1].split()[1:]
+
+
+@pytest.mark.parametrize("name", dict.fromkeys([*LIBRARY, *modules(), *OTHERS]))
+def test_an_import_is_light(name):
+    assert loaded(f"import {name}") == []
+
+
+def test_the_public_names_are_listed_lightly():
+    assert loaded("import camera; dir(camera); camera.CameraError") == []
+
+
+def test_help_is_light():
+    assert loaded("runpy.run_path('main.py', run_name='__main__')", "--help") == []
+
+
+@pytest.mark.parametrize("preset", sorted(file.stem for file in (CONF / "experiment").glob("*")))
+def test_composing_is_light(preset):
+    code = (
+        "from hydra import compose, initialize_config_dir; "
+        "from experiments.config.schema import CONF; "
+        "initialize_config_dir(str(CONF), version_base='1.3').__enter__(); "
+        f"compose('config', ['experiment={preset}'])"
+    )
+    assert loaded(code) == []
+
+
+@pytest.mark.parametrize("command", ["tables", "status"])
+def test_a_command_over_finished_runs_is_light(command, tmp_path):
+    run = add(tmp_path, "a", "camera_p", 0.2)
+    sweep = tmp_path / "sweeps" / "1"
+    sweep.mkdir(parents=True)
+    job = {"overrides": ["method=camera_p"], "grids": [], "run": run.name, "refused": None}
+    plan = {
+        "output": "../..",
+        "started": 0.0,
+        "jobs": [job | {"like": ["tiny_moe", "camera_p", ""]}],
+    }
+    (sweep / "plan.json").write_text(json.dumps(plan))
+    code = f"runpy.run_module('experiments.{command}', run_name='__main__', alter_sys=True)"
+    assert loaded(code, tmp_path) == []
