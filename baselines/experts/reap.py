@@ -26,8 +26,8 @@ class Reap(ScoredExperts):
 
     `routing_weights` model takes g as the model applies it; softmax is the reference's for a config
     without norm_topk_prob (Mixtral): the softmax over all logits, not renormalised. Other `score`s
-    of the same pass: weighted_ean_sum = sum of g * ||f||, ean_sum and ean_mean = sum and mean of ||f||,
-    weighted_frequency = sum of g.
+    of the same pass: weighted_ean_sum = sum of g * ||f||, ean_sum and ean_mean = sum and mean of
+    ||f||, weighted_frequency = sum of g.
 
     The reference is one-shot: that is the framework's propagate=dense. With propagate=compressed,
     its default for all methods, a layer is scored on what the pruned layers before it put out.
