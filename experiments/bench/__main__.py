@@ -15,7 +15,11 @@ from camera.runtime.errors import CameraError
 
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark that the first argument names; every file of the package is one."""
-    found = [m.name for m in pkgutil.iter_modules(bench.__path__) if not m.name.startswith("_")]
+    found = [
+        module.name
+        for module in pkgutil.iter_modules(bench.__path__)
+        if not module.ispkg and not module.name.startswith("_")
+    ]
     modules = {name: importlib.import_module(f"{bench.__name__}.{name}") for name in found}
     parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=bench.__doc__)
     names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
