@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 import camera
 from baselines.micro_experts.magnitude import Magnitude
 from camera.runtime.errors import CameraError
-from camera.streaming.streamer import Streamer
+from camera.streaming.skeleton import MetaModel
 from tests.helpers.oracles import basis, ffn_of, shared_of, zero_lowest
 
 
@@ -26,38 +26,39 @@ def rows_of(ffn):
     return torch.cat(gates).double().detach(), torch.cat(ups).double().detach()
 
 
-def score(streamer, index, **settings):
-    streamer.load_layer(index)
-    method, ffn = Magnitude(sparsity=0.4, **settings), streamer.feed_forward(index)
-    seen = method.observer(index, ffn).result()
-    return method.scores(index, seen, sum(ffn.widths))
+def score_of(ffn, index, **settings):
+    """The scores of a loaded layer as it is now."""
+    score = Magnitude(sparsity=0.4, **settings).ranked_by()
+    seen = score.observer().build(index, ffn).result()
+    return score.of_layer(index, seen, sum(ffn.widths))
 
 
-@pytest.mark.parametrize("norm", ["product", "sum"])
+@pytest.mark.parametrize("score", ["weight_product", "weight_sum"])
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "deepseek", "llama"])
-def test_scores_are_norms_of_the_three_vectors(family, norm, checkpoints):
+def test_scores_are_norms_of_the_three_vectors(family, score, checkpoints):
     folder = checkpoints(family)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    found = score(Streamer(folder), 2, norm=norm)
+    model, streamed = AutoModelForCausalLM.from_pretrained(folder), MetaModel(folder)
+    streamed.load_layer(2)
+    found = score_of(streamed.feed_forward(2), 2, score=score)
     gate, up = rows_of(ffn_of(model.model.layers[2]))
     down = basis(ffn_of(model.model.layers[2]))
     norms = [w.norm(dim=1) for w in (gate, up, down)]
-    want = norms[0] * norms[1] * norms[2] if norm == "product" else torch.stack(norms).norm(dim=0)
+    product = score == "weight_product"
+    want = norms[0] * norms[1] * norms[2] if product else torch.stack(norms).norm(dim=0)
     torch.testing.assert_close(found, want, rtol=1e-5, atol=0)
 
 
 def test_the_product_ignores_rescaling_that_keeps_the_function(checkpoints):
-    streamer = Streamer(checkpoints("qwen3_moe"))
-    before = score(streamer, 0)
-    experts = streamer.feed_forward(0).module.experts
+    model = MetaModel(checkpoints("qwen3_moe"))
+    model.load_layer(0)
+    ffn = model.feed_forward(0)
+    before, sums_before = score_of(ffn, 0), score_of(ffn, 0, score="weight_sum")
+    experts = ffn.module.experts
     experts.gate_up_proj.data[3, 24 + 5] *= 4.0  # up row of micro-expert 5 of expert 3
     experts.down_proj.data[3, :, 5] /= 4.0
-    ffn, method = streamer.feed_forward(0), Magnitude(sparsity=0.4)
-    after = method.scores(0, method.observer(0, ffn).result(), len(before))
-    torch.testing.assert_close(after, before, rtol=1e-6, atol=0)
-    other = Magnitude(sparsity=0.4, norm="sum")
-    changed = other.scores(0, other.observer(0, ffn).result(), len(before))
-    assert not torch.allclose(changed[3 * 24 + 5], score(streamer, 0, norm="sum")[3 * 24 + 5])
+    torch.testing.assert_close(score_of(ffn, 0), before, rtol=1e-6, atol=0)
+    changed = score_of(ffn, 0, score="weight_sum")
+    assert not torch.allclose(changed[3 * 24 + 5], sums_before[3 * 24 + 5])
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek", "granitemoe", "llama"])
@@ -67,7 +68,7 @@ def test_it_removes_the_smallest_of_every_layer_without_calibration(family, chec
     result = camera.compress(folder, method, out, device="cpu", progress=False)
     assert 0.38 < result.sparsity["moe"] <= 0.4
     masked, pruned = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, out))
-    for index in Streamer(folder).budget.layers:
+    for index in MetaModel(folder).budget.layers:
         ffn = ffn_of(masked.model.layers[index])
         gate, up = rows_of(ffn)
         norm_N = gate.norm(dim=1) * up.norm(dim=1) * basis(ffn).norm(dim=1)
@@ -80,7 +81,7 @@ def test_it_removes_the_smallest_of_every_layer_without_calibration(family, chec
 
 @pytest.mark.parametrize(
     ("settings", "told"),
-    [(dict(norm="max"), r"method\.norm=max"), (dict(rank_scope="all"), "rank_scope=all is none")],
+    [(dict(score="max"), r"method\.score=max"), (dict(rank_scope="all"), "rank_scope=all is none")],
 )
 def test_what_it_does_not_know_is_refused(settings, told, checkpoints, tmp_path):
     method = Magnitude(sparsity=0.4, **settings)

@@ -1,19 +1,18 @@
 """REAP and frequency: the reference's numbers, and what must hold of any score of experts."""
 
-import json
+from typing import get_args
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from baselines.experts.base import UseObserver
 from baselines.experts.frequency import Frequency
-from baselines.experts.reap import SCORES, Reap
+from baselines.experts.reap import Reap, ReapScore
 from baselines.experts.subset_search import keep_best
-from camera.moe.capture import observe
+from camera.moe.capture import run_ffn
 from camera.moe.families import Family
 from camera.moe.feed_forward import FeedForward
 from camera.runtime.errors import CameraError
@@ -29,18 +28,8 @@ def use(block, batches, softmax=False, family=Family()):  # noqa: B008 (it is fr
     observer = UseObserver(ffn, softmax)
     with torch.no_grad():
         for x_BLH, mask_T in batches:
-            observe(ffn, x_BLH, observer, mask_T)
+            run_ffn(ffn, x_BLH, observer, mask_T=mask_T)
     return observer.result()
-
-
-@pytest.fixture(scope="module")
-def reference(golden):
-    index = golden / "index.json"
-    cases = json.loads(index.read_text())["cases"] if index.exists() else []
-    found = next((case for case in cases if case["method"] == "reap"), None)
-    if found is None:
-        pytest.skip(f"{golden} has no golden case of REAP: pass --golden DIR")
-    return found, load_file(golden / found["file"])
 
 
 def block_of(tensors, hyper, layer, kind):
@@ -65,39 +54,40 @@ def block_of(tensors, hyper, layer, kind):
     return block
 
 
-# the model renormalises, doesn't, or does and is scored without (the reference on Mixtral)
-@pytest.mark.parametrize(
-    ("kind", "gate"), [("renorm", "model"), ("norenorm", "model"), ("always", "softmax")]
-)
-@pytest.mark.parametrize("layer", [0, 1])
-def test_scores_and_pruned_experts_are_those_of_the_reference(reference, layer, kind, gate):
-    about, tensors = reference
-    hyper, name = about["hyper"], "renorm" if kind == "renorm" else "norenorm"
+# what the reference's block does, and the ways here to score it: a model that renormalises,
+# one that doesn't, one that does and is scored without (the reference on Mixtral)
+WAYS = {
+    "renorm": [("renorm", "model")],
+    "norenorm": [("norenorm", "model"), ("always", "softmax")],
+}
+
+
+@pytest.mark.golden("reap", r"l(\d+)_reap_(\w+)")
+def test_scores_and_pruned_experts_are_those_of_the_reference(expected):
+    (layer, name), tensors, hyper = expected.parts, expected.tensors, expected.hyper
     batches = [
         (tensors[f"l{layer}_x_b{i}"], tensors[f"mask_b{i}"].bool().flatten())
         for i in range(len(hyper["batches"]))
     ]
-    seen = use(block_of(tensors, hyper, layer, kind), batches, gate == "softmax")
-
-    def same(key, got):
-        compare = about["expected"][f"l{layer}_{key}"]["compare"]
-        want = tensors[f"l{layer}_{key}"].double()
-        tolerance = {"rtol": compare.get("rtol", 0), "atol": compare.get("atol", 0)}
-        torch.testing.assert_close(got.double(), want, **tolerance)
-
-    same("expert_frequency", Frequency(0.5).score(seen))
-    for score_by, key in {
+    keys = {
         "reap": f"reap_{name}",
         "weighted_ean_sum": f"weighted_ean_sum_{name}",
         "weighted_frequency": f"weighted_expert_frequency_sum_{name}",
         "ean_sum": "ean_sum",
         "ean_mean": "ean_mean",
-    }.items():
-        same(key, Reap(0.5, score_by=score_by, gate=gate).score(seen))
-    score_E = Reap(0.5, gate=gate).score(seen)
-    for ratio, number in hyper["n_prune"].items():
-        gone = (~keep_best(score_E, number)).nonzero().flatten()
-        assert torch.equal(gone, tensors[f"l{layer}_pruned_r{ratio}_{name}"])
+    }
+    for kind, weights in WAYS[name]:
+        block = block_of(tensors, hyper, layer, kind)
+        seen = use(block, batches, weights == "softmax")
+        counts_E = Frequency(0.5).expert_scores(seen)
+        expected.compare(counts_E, f"l{layer}_expert_frequency")
+        for score, key in keys.items():
+            method = Reap(0.5, score=score, routing_weights=weights)
+            expected.compare(method.expert_scores(seen), f"l{layer}_{key}")
+        score_E = Reap(0.5, routing_weights=weights).expert_scores(seen)
+        for ratio, number in hyper["n_prune"].items():
+            gone = (~keep_best(score_E, number)).nonzero().flatten()
+            expected.compare(gone, f"l{layer}_pruned_r{ratio}_{name}")
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "phimoe", "granitemoe"])
@@ -108,7 +98,7 @@ def test_scores_use_the_weights_that_the_model_applies(family):
     x_TH, (index_TK, weight_TK) = capture(model, i, tokens())
     observer = UseObserver(ffn)
     with torch.no_grad():
-        observe(ffn, x_TH[None], observer)
+        run_ffn(ffn, x_TH[None], observer)
     seen, want = observer.result(), []
     experts = ffn.module.experts
     for e in range(experts.num_experts):
@@ -118,18 +108,22 @@ def test_scores_use_the_weights_that_the_model_applies(family):
         norm_T = out_TH.norm(dim=-1)
         each = (weight_TK.double() * norm_T[:, None])[hit_TK]
         want.append(each.mean() if len(each) else torch.zeros((), dtype=torch.float64))
-    torch.testing.assert_close(Reap(0.5).score(seen), torch.stack(want).detach(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        Reap(0.5).expert_scores(seen), torch.stack(want).detach(), rtol=1e-4, atol=0
+    )
     assert seen.routed_tokens().sum() == index_TK.numel()
     assert len(seen.tokens_E) == sum(len(group.widths) for group in ffn.groups)
 
 
-@pytest.mark.parametrize("score_by", SCORES)
-def test_chunking_changes_nothing(score_by):
+@pytest.mark.parametrize("score", get_args(ReapScore))
+def test_chunking_changes_nothing(score):
     model = build("olmoe")
     x_BLH = capture(model, 0, tokens())[0].detach().view(2, 24, 32)
-    block, method = model.model.layers[0].mlp, Reap(0.5, score_by=score_by)
-    whole = method.score(use(block, [(x_BLH, None)]))
-    parts = method.score(use(block, [(x.contiguous(), None) for x in x_BLH.split(5, dim=1)]))
+    block, method = model.model.layers[0].mlp, Reap(0.5, score=score)
+    whole = method.expert_scores(use(block, [(x_BLH, None)]))
+    parts = method.expert_scores(
+        use(block, [(x.contiguous(), None) for x in x_BLH.split(5, dim=1)])
+    )
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-9)
 
 
@@ -137,21 +131,22 @@ def test_an_experts_score_scales_with_its_output():
     model = build("olmoe")
     x_BLH = capture(model, 0, tokens())[0][None]
     block = model.model.layers[0].mlp
-    before = Reap(0.5).score(use(block, [(x_BLH, None)]))
+    before = Reap(0.5).expert_scores(use(block, [(x_BLH, None)]))
     block.experts.down_proj.data[3] *= 2.5
-    after = Reap(0.5).score(use(block, [(x_BLH, None)]))
+    after = Reap(0.5).expert_scores(use(block, [(x_BLH, None)]))
     before[3] *= 2.5
     assert before[3] > 0
     torch.testing.assert_close(after, before, rtol=1e-5, atol=0)
 
 
-def test_the_same_pass_serves_reap_and_frequency_unless_the_gate_differs():
-    assert Reap(0.2).statistics_key() == Frequency(0.6).statistics_key()
-    assert Reap(0.2, score_by="ean_sum").statistics_key() == Frequency(0.6).statistics_key()
-    assert Reap(0.2, gate="softmax").statistics_key() != Reap(0.2).statistics_key()
+def test_the_same_pass_serves_reap_and_frequency_unless_routing_weights_differ():
+    used = Frequency(0.6).observer().key()
+    assert Reap(0.2).observer().key() == used
+    assert Reap(0.2, score="ean_sum").observer().key() == used
+    assert Reap(0.2, routing_weights="softmax").observer().key() != used
 
 
-@pytest.mark.parametrize(("key", "value"), [("score_by", "best"), ("gate", "sigmoid")])
+@pytest.mark.parametrize(("key", "value"), [("score", "best"), ("routing_weights", "sigmoid")])
 def test_unknown_options_are_refused(key, value):
     with pytest.raises(CameraError, match=f"{key}={value} is none of"):
         Reap(0.5, **{key: value}).check(None)
