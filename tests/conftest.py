@@ -8,7 +8,7 @@ import torch
 
 import camera
 from tests.helpers import gptq_problem
-from tests.helpers.golden import golden_folder
+from tests.helpers.golden import golden_folder, golden_values
 from tests.helpers.models import build_model, build_tokenizer, write_layout
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,6 +26,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--golden", default=None, help="folder of golden vectors (default: ../shared/golden)"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "golden(method, pattern): run with `expected`, each golden value of that method and name",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for mark in metafunc.definition.iter_markers("golden"):
+        values = golden_values(golden_folder(metafunc.config), *mark.args)
+        metafunc.parametrize("expected", values, ids=str)
 
 
 @pytest.fixture(scope="session")

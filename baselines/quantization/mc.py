@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from camera.moe.budget import Budget
     from camera.moe.feed_forward import FeedForward
     from camera.quantization.bit_plan import LayerBits
-    from camera.quantization.gptq import GPTQ
+    from camera.quantization.quantizers.gptq import GPTQ
 
 
 @dataclass(frozen=True)

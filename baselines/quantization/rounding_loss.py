@@ -15,7 +15,7 @@ from camera.calibration.hessians import HessianObserver, HessianSpec, HessianSta
 from camera.moe.capture import ExpertCall
 from camera.moe.feed_forward import ExpertGroup, FeedForward
 from camera.moe.pool import LayerShape
-from camera.quantization.gptq import GPTQ
+from camera.quantization.quantizers.gptq import GPTQ
 
 LEVELS = (1, 2, 3)
 

@@ -13,8 +13,7 @@ from camera.checkpoint.source import copy_companions
 from camera.pipeline.context import PassContext
 from camera.pipeline.model_card import model_card
 from camera.pipeline.passes.compressed import CompressedPass
-from camera.pipeline.report import report
-from camera.pipeline.result import CompressionResult
+from camera.pipeline.result import CompressionResult, report
 from camera.pipeline.resume import PassProgress
 from camera.runtime import distributed
 from camera.runtime.files import CheckpointFiles, write_json

@@ -1,8 +1,21 @@
 """The facts of one compression, as they stand in `camera.json` and later in `metrics.json`."""
 
+from __future__ import annotations
+
+import logging
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from camera.checkpoint.sizes import bits, count
+from camera.runtime.files import CheckpointFiles
+
+if TYPE_CHECKING:
+    from camera.calibration.statistics import Statistics
+    from camera.checkpoint.shards import ShardWriter
+    from camera.pipeline.context import PassContext
+
+log = logging.getLogger("camera")
 
 
 @dataclass
@@ -36,3 +49,64 @@ class CompressionResult:
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     return {name: version(name) for name in ("camera-moe", "torch", "transformers", "safetensors")}
+
+
+def report(
+    context: PassContext, statistics: Statistics | None, writer: ShardWriter
+) -> CompressionResult:
+    """The facts of a run whose tensors are all written."""
+    request, state, budget = context.request, context.state, context.budget
+    sizes, method = writer.sizes, request.method
+    compressed = count(sizes, {path: path in state.routed for path in state.widths}, state.modules)
+    coverage = _coverage(context, statistics)
+    _warn_of_unreached(coverage.get("unreached", []))
+    return CompressionResult(
+        method=method.name,
+        model=request.model,
+        settings=method.settings(),
+        sparsity={
+            "asked": getattr(method, "sparsity", None),
+            "of": getattr(method, "sparsity_of", None),
+            **budget.dense.sparsity(compressed),
+        },
+        bits=bits(sizes, state.modules, compressed, budget.weights),
+        bytes={"dense": context.streamer.model.reader.bytes, "compressed": writer.bytes},
+        seconds={name: round(spent, 3) for name, spent in state.seconds.items()},
+        peak_memory_bytes=context.memory.bytes,
+        expected_memory_bytes=context.memory.before + context.estimate.peak,
+        coverage=coverage,
+        widths=state.widths,
+        full_widths=state.full_widths,
+        calibration=request.tokens.describe() if request.tokens else None,
+        statistics=CheckpointFiles.STATISTICS if statistics and statistics.travels else None,
+        layers=state.layer_reports,
+        versions=versions(),
+        checkpoint=str(request.out),
+        native=method.native,
+    )
+
+
+def _coverage(context: PassContext, statistics: Statistics | None) -> dict[str, Any]:
+    experts = sum(len(pool.widths) for pool in context.budget.layers.values())
+    found: dict[str, Any] = {"experts": experts}
+    if statistics is not None:
+        unreached = [
+            [index, path, expert]
+            for index, layer in statistics
+            for path, expert in layer.unreached()
+        ]
+        found |= {"reached": experts - len(unreached), "unreached": unreached}
+    return found
+
+
+def _warn_of_unreached(unreached: list[list[Any]]) -> None:
+    layers: dict[int, list[int]] = {}
+    for index, _, expert in unreached:
+        layers.setdefault(index, []).append(expert)
+    for index, experts in layers.items():
+        log.warning(
+            "layer %d: no calibration token reached expert %s, so nothing is known of them: raise "
+            "calibration.samples to reach more",
+            index,
+            ", ".join(map(str, experts)),
+        )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from camera.moe.feed_forward import FeedForward
     from camera.moe.pool import LayerShape
     from camera.quantization.bit_plan import LayerBits
-    from camera.quantization.quantizer import Quantizer
+    from camera.quantization.quantizers.quantizer import Quantizer
 
 GROUP_SIZE = 128
 
@@ -31,9 +31,9 @@ class Quantization(Method):
 
     bits: the target, stored bits per weight on average over the quantised weights, scales and zeros
     included (null: given by the other settings). group_size: inputs that share a scale, -1 for the
-    whole row, null to have it chosen. quantizer: a name of camera.quantization.quantizer. sym: no
+    whole row, null to have it chosen. quantizer: a name of camera.quantization.quantizers.quantizer. sym: no
     zeros. clip: range search (none, gptq, mc).
-    act_order, static_groups, damping, fallback, min_tokens: see camera.quantization.gptq.GPTQ.
+    act_order, static_groups, damping, fallback, min_tokens: see camera.quantization.quantizers.gptq.GPTQ.
     weighted_hessian counts a token by its squared routing weight. true_sequential takes down's
     Hessian from the quantised gate and up, on the first `sequential_tokens` inputs of an expert;
     compensate expert refits down to these before it is quantised (see
@@ -81,7 +81,7 @@ class Quantization(Method):
         """The least and the most stored bits that the settings can give this model."""
 
     def check(self, budget: Budget) -> None:
-        from camera.quantization.grids import CLIPS
+        from camera.quantization.quantizers.grids import CLIPS
 
         if self.clip not in CLIPS:
             raise CameraError(f"clip={self.clip} is none of {', '.join(CLIPS)}.")
@@ -133,8 +133,8 @@ class Quantization(Method):
         16 bits can store."""
         import torch
 
-        from camera.quantization.grids import CLIPS
-        from camera.quantization.quantizer import QUANTIZERS
+        from camera.quantization.quantizers.grids import CLIPS
+        from camera.quantization.quantizers.quantizer import QUANTIZERS
 
         cls = QUANTIZERS[self.quantizer]
         settings = {

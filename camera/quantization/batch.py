@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from camera.checkpoint.formats.packed.segments import QuantizedMatrix
-from camera.quantization.gptq import output_error
-from camera.quantization.quantizer import Quantizer
+from camera.quantization.quantizers.gptq import output_error
+from camera.quantization.quantizers.quantizer import Quantizer
 
 
 def quantize_batch(

@@ -9,7 +9,7 @@ import torch
 
 from camera.calibration.hessians import HessianStatistics
 from camera.moe.feed_forward import FeedForward
-from camera.quantization.quantizer import Quantizer
+from camera.quantization.quantizers.quantizer import Quantizer
 
 TRIED = 8  # experts of a layer, those of the most tokens
 

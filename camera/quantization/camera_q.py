@@ -151,6 +151,8 @@ class CameraQ(Quantization):
         if not self.of_dense_model:
             return last
         spec = self.ranked_by().observer()
+        if spec is None:
+            return last
         kinds = {"gradients": PassKind.BACKWARD, "weights": PassKind.WEIGHTS}
         return (Pass(kinds.get(spec.reads, PassKind.DENSE), spec), *last)
 
@@ -160,9 +162,9 @@ class CameraQ(Quantization):
         plan = replace(plan, shared={"levels": levels})
         if not self.of_dense_model:
             return plan
-        statistics, score = next(iter(seen.values())), self.ranked_by()
+        statistics, score = next(iter(seen.values()), {}), self.ranked_by()
         scores = {
-            index: score.of_layer(index, statistics[index], pool.micro_experts)
+            index: score.of_layer(index, statistics.get(index), pool.micro_experts)
             for index, pool in budget.layers.items()
         }
         if self.rank_scope != "global":

@@ -27,7 +27,7 @@ from camera.compensation.settings import CompensationSettings
 from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
 from camera.quantization.batch import QuantizationReport, quantize_batch
 from camera.quantization.bit_plan import ExpertBits, falling
-from camera.quantization.quantizer import Quantizer
+from camera.quantization.quantizers.quantizer import Quantizer
 
 SOLVE_BYTES = 4 * 2**30  # of Hessians, factors and weights that are solved as one batch
 

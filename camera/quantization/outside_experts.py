@@ -8,7 +8,7 @@ from camera.checkpoint.formats.packed.linear import PackedLinear, PackedRouter
 from camera.checkpoint.formats.packed.segments import BitSegments
 from camera.checkpoint.formats.packed.spec import linear_spec, router_spec
 from camera.moe.feed_forward import FeedForward
-from camera.quantization.quantizer import Quantizer
+from camera.quantization.quantizers.quantizer import Quantizer
 
 
 def round_outside(

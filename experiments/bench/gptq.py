@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from camera.quantization.gptq import GPTQ, Factor
+from camera.quantization.quantizers.gptq import GPTQ, Factor
 
 HIDDEN, WIDTH = 2048, 768
 

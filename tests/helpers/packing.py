@@ -2,7 +2,7 @@
 
 import torch
 
-from camera.quantization.gptq import GPTQ
+from camera.quantization.quantizers.gptq import GPTQ
 
 
 def solver(group_size=8, sym=False, **options) -> GPTQ:

@@ -9,7 +9,7 @@ from torch import nn
 
 from camera.calibration.scores.energy import EnergyObserver
 from camera.moe.budget import to_remove
-from camera.moe.capture import observe
+from camera.moe.capture import run_ffn
 from camera.moe.families import Family
 from camera.moe.feed_forward import FeedForward
 from camera.pruning.ranking import keep_highest
@@ -89,7 +89,7 @@ def measured(case):
     ffn = FeedForward(layer, family, "layer")
     observer = EnergyObserver(ffn)
     with torch.no_grad():
-        observe(ffn, tensors["hidden_states"][None], observer)
+        run_ffn(ffn, tensors["hidden_states"][None], observer)
     return observer.result()
 
 

@@ -9,16 +9,16 @@ import torch
 import camera
 from camera.calibration.hessians import HessianObserver
 from camera.checkpoint.loading import load_model
-from camera.compensation.settings import Refit
-from camera.moe.capture import observe
+from camera.compensation.settings import CompensationSettings
+from camera.moe.capture import run_ffn
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.quantization.bit_plan import ExpertBits
 from camera.quantization.camera_q import CameraQ
-from camera.quantization.gptq import GPTQ
+from camera.quantization.quantizers.gptq import GPTQ
 from camera.quantization.layer import quantize_layer
 from camera.runtime.errors import CameraError
-from camera.streaming.streamer import Streamer
+from camera.streaming.skeleton import MetaModel
 from tests.helpers.models import build_model
 from tests.helpers.oracles import capture
 
@@ -43,7 +43,7 @@ def lost(family, bits, compensation):
     ffn, x_TH, new_TH = layer_of(family)
     observer = HessianObserver(ffn, keep=10_000)
     with torch.no_grad():
-        observe(ffn, x_TH[None], observer)
+        run_ffn(ffn, x_TH[None], observer)
     before_TH = output(ffn, new_TH)
     plan = [ExpertBits.matched(torch.full((width,), bits)) for width in ffn.widths]
     if bits == 3:  # and a quarter removed
@@ -67,7 +67,7 @@ def lost(family, bits, compensation):
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_less_is_lost_on_other_tokens(family, bits):
     plain, _ = lost(family, bits, None)
-    compensated, reports = lost(family, bits, Refit("expert"))
+    compensated, reports = lost(family, bits, CompensationSettings("expert"))
     assert compensated < plain
     for report in reports.values():
         assert 0 < report["missing"] < 1
@@ -75,7 +75,7 @@ def test_less_is_lost_on_other_tokens(family, bits):
 
 def test_what_is_almost_exact_stays_so():
     plain, _ = lost("llama", 8, None)
-    compensated, _ = lost("llama", 8, Refit("expert"))
+    compensated, _ = lost("llama", 8, CompensationSettings("expert"))
     assert compensated < max(2 * plain, 1e-4)
 
 
@@ -103,5 +103,6 @@ def test_from_the_settings_to_a_model_that_runs(
     "options", [dict(compensate="expert"), dict(compensate="layer", true_sequential=True)], ids=str
 )
 def test_impossible_settings_are_refused(options, checkpoints):
+    budget = MetaModel(checkpoints("llama")).budget
     with pytest.raises(CameraError, match="compensate="):
-        CameraQ(bits=2.9, group_size=16, **options).check(Streamer(checkpoints("llama")).budget)
+        CameraQ(bits=2.9, group_size=16, **options).check(budget)

@@ -12,10 +12,10 @@ from camera.checkpoint.formats.packed.footprint import StoredBits
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.quantization.bit_plan import ExpertBits
-from camera.quantization.gptq import GPTQ
+from camera.quantization.quantizers.gptq import GPTQ
 from camera.quantization.layer import quantize_layer
-from camera.quantization.nearest import RoundToNearest
-from camera.quantization.quantizer import QUANTIZERS
+from camera.quantization.quantizers.nearest import RoundToNearest
+from camera.quantization.quantizers.quantizer import QUANTIZERS
 from camera.runtime.errors import CameraError
 from tests.helpers.models import build_model
 

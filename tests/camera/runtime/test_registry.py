@@ -1,12 +1,10 @@
-"""Classes by name: registered, shipped, announced by installed packages, unknown."""
+"""Classes by name: registered, found in packages, announced by installed ones, unknown."""
 
 import subprocess
 import sys
-from importlib.metadata import EntryPoint
 
 import pytest
 
-from camera.runtime import registry
 from camera.runtime.errors import CameraError
 from camera.runtime.registry import Registry
 
@@ -15,46 +13,99 @@ class Round:
     name = "round"
 
 
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """package(files): the name of a package with these modules, which can be imported."""
+    name = "shapes_of_a_test"
+
+    def write(files):
+        for path, text in {"__init__.py": "", **files}.items():
+            file = tmp_path / name / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        return name
+
+    yield write
+    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+        del sys.modules[module]
+
+
+@pytest.fixture
+def announced(tmp_path, monkeypatch):
+    """announced(**classes): entry points of the group camera.shapes of an installed distribution."""
+
+    def install(**classes):
+        folder = tmp_path / "site" / "shapes-1.0.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: shapes\nVersion: 1.0\n")
+        lines = [f"{name} = {place}" for name, place in classes.items()]
+        (folder / "entry_points.txt").write_text("\n".join(["[camera.shapes]", *lines]))
+        monkeypatch.syspath_prepend(folder.parent)
+
+    return install
+
+
 def test_a_registered_class_is_found_by_its_name():
     shapes = Registry("shape", "shape")
     assert shapes.register(Round) is Round
     assert shapes["round"] is Round and dict(shapes) == {"round": Round}
 
 
-def test_shipped_classes_are_named_without_being_imported():
-    shapes = Registry(
-        "shape", "shape", {"flat": "no_such_module:Flat", "many": "collections:Counter"}
-    )
-    assert list(shapes) == ["flat", "many"] and "flat" in shapes and len(shapes) == 2
-    assert shapes["many"].__name__ == "Counter"
-    with pytest.raises(ModuleNotFoundError):
-        shapes["flat"]
+REGISTERS = """
+from {package} import SHAPES
+
+@SHAPES.register
+class {name}:
+    name = "{name}"
+"""
 
 
-def test_an_installed_entry_point_is_loaded_when_it_is_asked_for(monkeypatch):
-    entries = [
-        EntryPoint("pair", "collections:OrderedDict", "camera.shapes"),
-        EntryPoint("broken", "no_such_module:Broken", "camera.shapes"),
-    ]
-    asked = []
-    monkeypatch.setattr(registry, "entry_points", lambda group: asked.append(group) or entries)
+def test_classes_of_a_package_are_found_when_a_name_is_first_asked_for(package):
+    name = "shapes_of_a_test"
+    made = f"from camera.runtime.registry import Registry\nSHAPES = Registry('a', 'b', ('{name}',))"
+    files = {"__init__.py": made, "more/__init__.py": ""}
+    for path, cls in (("flat.py", "flat"), ("more/deep.py", "deep")):
+        files[path] = REGISTERS.format(package=name, name=cls)
+    package(files)
+    shapes = __import__(name).SHAPES
+    shapes.register(Round)
+    assert shapes["round"] is Round and f"{name}.flat" not in sys.modules
+    assert "deep" in shapes and sorted(shapes) == ["deep", "flat", "round"] and len(shapes) == 3
+    assert shapes["deep"].__module__ == f"{name}.more.deep"
+
+
+def test_a_package_that_can_t_be_imported_says_so_each_time(package):
+    shapes = Registry("shape", "shape", (package({"broken.py": "import no_such_module"}),))
+    shapes.register(Round)
+    for _ in range(2):
+        with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+            list(shapes)
+    assert shapes["round"] is Round
+
+
+def test_an_installed_entry_point_is_loaded_when_it_is_asked_for(announced):
     shapes = Registry("shape", "shape", entry_points="camera.shapes")
-    assert not asked
-    assert set(shapes) == {"pair", "broken"}
-    assert shapes["pair"].__name__ == "OrderedDict" and asked == ["camera.shapes"]
+    announced(pair="collections:OrderedDict", broken="no_such_module:Broken")
+    assert set(shapes) == {"pair", "broken"} and len(shapes) == 2 and "broken" in shapes
+    assert shapes["pair"].__name__ == "OrderedDict"
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        shapes["broken"]
 
 
-def test_what_registers_comes_before_what_ships():
-    shapes = Registry("shape", "shape", {"round": "collections:Counter"})
+def test_what_registers_comes_before_what_is_installed(announced):
+    announced(round="collections:Counter")
+    shapes = Registry("shape", "shape", entry_points="camera.shapes")
+    assert shapes["round"].__name__ == "Counter"
     shapes.register(Round)
     assert shapes["round"] is Round and list(shapes) == ["round"]
 
 
-def test_an_unknown_name_is_refused_with_the_nearest_one():
-    shapes = Registry("shape", "method.shape", {"flat": "a:A", "round": "b:B"})
-    with pytest.raises(
-        CameraError, match=r"method\.shape=ruond is no shape: choose from flat, round"
-    ) as e:
+def test_an_unknown_name_is_refused_with_the_nearest_one(announced):
+    shapes = Registry("shape", "method.shape", entry_points="camera.shapes")
+    announced(flat="a:A")
+    shapes.register(Round)
+    with pytest.raises(CameraError, match=r"method\.shape=ruond is none of flat, round") as e:
         shapes["ruond"]
     assert str(e.value).endswith("Did you mean round?")
     with pytest.raises(CameraError) as e:

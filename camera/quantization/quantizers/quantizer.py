@@ -12,7 +12,7 @@ from camera.runtime.registry import Registry
 if TYPE_CHECKING:
     import torch
 
-    from camera.quantization.grids import QuantizedWeight
+    from camera.quantization.quantizers.grids import QuantizedWeight
 
 
 class Factored(Protocol):

@@ -20,14 +20,14 @@ import torch
 
 from camera.checkpoint.formats.packed.codes import check_bits
 from camera.checkpoint.formats.packed.layout import metadata_bits
-from camera.quantization.grids import (
+from camera.quantization.quantizers.grids import (
     ColumnGroups,
     Grid,
     QuantizedWeight,
     Scales,
     dequantize,
 )
-from camera.quantization.quantizer import QUANTIZERS
+from camera.quantization.quantizers.quantizer import QUANTIZERS
 from camera.runtime.errors import CameraError
 
 # What the reference does and this solver does not, unless asked to (GPTQ(quirks=...)).

@@ -1,19 +1,18 @@
 """REAP and frequency: the reference's numbers, and what must hold of any score of experts."""
 
-import json
+from typing import get_args
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from baselines.experts.base import UseObserver
 from baselines.experts.frequency import Frequency
-from baselines.experts.reap import SCORES, Reap
+from baselines.experts.reap import Reap, ReapScore
 from baselines.experts.subset_search import keep_best
-from camera.moe.capture import observe
+from camera.moe.capture import run_ffn
 from camera.moe.families import Family
 from camera.moe.feed_forward import FeedForward
 from camera.runtime.errors import CameraError
@@ -29,18 +28,8 @@ def use(block, batches, softmax=False, family=Family()):  # noqa: B008 (it is fr
     observer = UseObserver(ffn, softmax)
     with torch.no_grad():
         for x_BLH, mask_T in batches:
-            observe(ffn, x_BLH, observer, mask_T)
+            run_ffn(ffn, x_BLH, observer, mask_T=mask_T)
     return observer.result()
-
-
-@pytest.fixture(scope="module")
-def reference(golden):
-    index = golden / "index.json"
-    cases = json.loads(index.read_text())["cases"] if index.exists() else []
-    found = next((case for case in cases if case["method"] == "reap"), None)
-    if found is None:
-        pytest.skip(f"{golden} has no golden case of REAP: pass --golden DIR")
-    return found, load_file(golden / found["file"])
 
 
 def block_of(tensors, hyper, layer, kind):
@@ -65,18 +54,22 @@ def block_of(tensors, hyper, layer, kind):
     return block
 
 
-# the model renormalises, doesn't, or does and is scored without (the reference on Mixtral)
-@pytest.mark.parametrize(
-    ("kind", "gate"), [("renorm", "model"), ("norenorm", "model"), ("always", "softmax")]
-)
-@pytest.mark.parametrize("layer", [0, 1])
-def test_scores_and_pruned_experts_are_those_of_the_reference(reference, layer, kind, gate):
-    about, tensors = reference
-    hyper, name = about["hyper"], "renorm" if kind == "renorm" else "norenorm"
+# what the reference's block does, and the ways here to score it: a model that renormalises,
+# one that doesn't, one that does and is scored without (the reference on Mixtral)
+WAYS = {
+    "renorm": [("renorm", "model")],
+    "norenorm": [("norenorm", "model"), ("always", "softmax")],
+}
+
+
+@pytest.mark.golden("reap", r"l(\d+)_reap_(\w+)")
+def test_scores_and_pruned_experts_are_those_of_the_reference(expected):
+    (layer, name), tensors, hyper = expected.parts, expected.tensors, expected.hyper
     batches = [
         (tensors[f"l{layer}_x_b{i}"], tensors[f"mask_b{i}"].bool().flatten())
         for i in range(len(hyper["batches"]))
     ]
+<<<<<<< HEAD:tests/baselines/test_reap.py
     seen = use(block_of(tensors, hyper, layer, kind), batches, gate == "softmax")
 
     def same(key, got):
@@ -87,17 +80,36 @@ def test_scores_and_pruned_experts_are_those_of_the_reference(reference, layer, 
 
     same("expert_frequency", Frequency(0.5).scores(seen))
     for score_by, key in {
+=======
+    keys = {
+>>>>>>> w-core:tests/baselines/experts/test_reap.py
         "reap": f"reap_{name}",
         "weighted_ean_sum": f"weighted_ean_sum_{name}",
         "weighted_frequency": f"weighted_expert_frequency_sum_{name}",
         "ean_sum": "ean_sum",
         "ean_mean": "ean_mean",
+<<<<<<< HEAD:tests/baselines/test_reap.py
     }.items():
         same(key, Reap(0.5, score=score_by, routing_weights=gate).scores(seen))
     score_E = Reap(0.5, routing_weights=gate).scores(seen)
     for ratio, number in hyper["n_prune"].items():
         gone = (~keep_best(score_E, number)).nonzero().flatten()
         assert torch.equal(gone, tensors[f"l{layer}_pruned_r{ratio}_{name}"])
+=======
+    }
+    for kind, weights in WAYS[name]:
+        block = block_of(tensors, hyper, layer, kind)
+        seen = use(block, batches, weights == "softmax")
+        counts_E = Frequency(0.5).expert_scores(seen)
+        expected.compare(counts_E, f"l{layer}_expert_frequency")
+        for score, key in keys.items():
+            method = Reap(0.5, score=score, routing_weights=weights)
+            expected.compare(method.expert_scores(seen), f"l{layer}_{key}")
+        score_E = Reap(0.5, routing_weights=weights).expert_scores(seen)
+        for ratio, number in hyper["n_prune"].items():
+            gone = (~keep_best(score_E, number)).nonzero().flatten()
+            expected.compare(gone, f"l{layer}_pruned_r{ratio}_{name}")
+>>>>>>> w-core:tests/baselines/experts/test_reap.py
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "phimoe", "granitemoe"])
@@ -108,7 +120,7 @@ def test_scores_use_the_weights_that_the_model_applies(family):
     x_TH, (index_TK, weight_TK) = capture(model, i, tokens())
     observer = UseObserver(ffn)
     with torch.no_grad():
-        observe(ffn, x_TH[None], observer)
+        run_ffn(ffn, x_TH[None], observer)
     seen, want = observer.result(), []
     experts = ffn.module.experts
     for e in range(experts.num_experts):
@@ -119,19 +131,31 @@ def test_scores_use_the_weights_that_the_model_applies(family):
         each = (weight_TK.double() * norm_T[:, None])[hit_TK]
         want.append(each.mean() if len(each) else torch.zeros((), dtype=torch.float64))
     torch.testing.assert_close(
+<<<<<<< HEAD:tests/baselines/test_reap.py
         Reap(0.5).scores(seen), torch.stack(want).detach(), rtol=1e-4, atol=0
+=======
+        Reap(0.5).expert_scores(seen), torch.stack(want).detach(), rtol=1e-4, atol=0
+>>>>>>> w-core:tests/baselines/experts/test_reap.py
     )
     assert seen.routed_tokens().sum() == index_TK.numel()
     assert len(seen.tokens_E) == sum(len(group.widths) for group in ffn.groups)
 
 
-@pytest.mark.parametrize("score_by", SCORES)
-def test_chunking_changes_nothing(score_by):
+@pytest.mark.parametrize("score", get_args(ReapScore))
+def test_chunking_changes_nothing(score):
     model = build("olmoe")
     x_BLH = capture(model, 0, tokens())[0].detach().view(2, 24, 32)
+<<<<<<< HEAD:tests/baselines/test_reap.py
     block, method = model.model.layers[0].mlp, Reap(0.5, score=score_by)
     whole = method.scores(use(block, [(x_BLH, None)]))
     parts = method.scores(use(block, [(x.contiguous(), None) for x in x_BLH.split(5, dim=1)]))
+=======
+    block, method = model.model.layers[0].mlp, Reap(0.5, score=score)
+    whole = method.expert_scores(use(block, [(x_BLH, None)]))
+    parts = method.expert_scores(
+        use(block, [(x.contiguous(), None) for x in x_BLH.split(5, dim=1)])
+    )
+>>>>>>> w-core:tests/baselines/experts/test_reap.py
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-9)
 
 
@@ -139,18 +163,32 @@ def test_an_experts_score_scales_with_its_output():
     model = build("olmoe")
     x_BLH = capture(model, 0, tokens())[0][None]
     block = model.model.layers[0].mlp
+<<<<<<< HEAD:tests/baselines/test_reap.py
     before = Reap(0.5).scores(use(block, [(x_BLH, None)]))
     block.experts.down_proj.data[3] *= 2.5
     after = Reap(0.5).scores(use(block, [(x_BLH, None)]))
+=======
+    before = Reap(0.5).expert_scores(use(block, [(x_BLH, None)]))
+    block.experts.down_proj.data[3] *= 2.5
+    after = Reap(0.5).expert_scores(use(block, [(x_BLH, None)]))
+>>>>>>> w-core:tests/baselines/experts/test_reap.py
     before[3] *= 2.5
     assert before[3] > 0
     torch.testing.assert_close(after, before, rtol=1e-5, atol=0)
 
 
+<<<<<<< HEAD:tests/baselines/test_reap.py
 def test_the_same_pass_serves_reap_and_frequency_unless_the_gate_differs():
     assert Reap(0.2).statistics_key() == Frequency(0.6).statistics_key()
     assert Reap(0.2, score="ean_sum").statistics_key() == Frequency(0.6).statistics_key()
     assert Reap(0.2, routing_weights="softmax").statistics_key() != Reap(0.2).statistics_key()
+=======
+def test_the_same_pass_serves_reap_and_frequency_unless_routing_weights_differ():
+    used = Frequency(0.6).observer().key()
+    assert Reap(0.2).observer().key() == used
+    assert Reap(0.2, score="ean_sum").observer().key() == used
+    assert Reap(0.2, routing_weights="softmax").observer().key() != used
+>>>>>>> w-core:tests/baselines/experts/test_reap.py
 
 
 @pytest.mark.parametrize(("key", "value"), [("score", "best"), ("routing_weights", "sigmoid")])

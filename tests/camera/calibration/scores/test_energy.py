@@ -5,7 +5,7 @@ import torch
 
 from camera.calibration.scores.energy import EnergyObserver
 from camera.calibration.statistics import Statistics
-from camera.moe.capture import Output, observe
+from camera.moe.capture import OutputSum, run_ffn
 from camera.moe.families import FAMILIES as DECLARED
 from camera.moe.feed_forward import FeedForward
 from camera.runtime.errors import CameraError
@@ -19,8 +19,8 @@ def measure(family, ffn, x_TH, mask_T=None, chunks=1, output=False):
     masks = [None] * chunks if mask_T is None else mask_T.chunk(chunks)
     with torch.no_grad():
         for x, mask in zip(x_TH.chunk(chunks), masks, strict=True):
-            sink = Output(x) if output else None
-            observe(view, x[None], observer, mask, sink)
+            sink = OutputSum(x) if output else None
+            run_ffn(view, x[None], observer, mask_T=mask, sink=sink)
             outputs.append(sink and sink.y_TH)
     return observer.result(), outputs
 

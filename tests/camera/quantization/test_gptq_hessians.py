@@ -6,7 +6,7 @@ Shapes: E experts, R rows, C columns, N tokens.
 import pytest
 import torch
 
-from camera.quantization.gptq import GPTQ
+from camera.quantization.quantizers.gptq import GPTQ
 from tests.helpers.gptq_problem import C, inputs
 
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 
 from camera.checkpoint.formats.packed.layout import metadata_bits
-from camera.quantization.gptq import GPTQ
-from camera.quantization.grids import QuantizedWeight
-from camera.quantization.quantizer import QUANTIZERS
+from camera.quantization.quantizers.gptq import GPTQ
+from camera.quantization.quantizers.grids import QuantizedWeight
+from camera.quantization.quantizers.quantizer import QUANTIZERS
 
 
 @QUANTIZERS.register
@@ -19,7 +19,7 @@ from camera.quantization.quantizer import QUANTIZERS
 class RoundToNearest:
     """Rounds every weight to the nearest level of its group's grid: GPTQ with H = I.
 
-    Settings of the grid are those of `camera.quantization.grids.Grid`.
+    Settings of the grid are those of `camera.quantization.quantizers.grids.Grid`.
     """
 
     name: ClassVar[str] = "rtn"

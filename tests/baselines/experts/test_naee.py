@@ -3,12 +3,10 @@
 Shapes: T tokens, C candidates, E experts, H hidden.
 """
 
-import json
 from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -21,7 +19,7 @@ from baselines.experts.rerouting import Rerouter
 from baselines.experts.subset_search import OutputError, search
 from camera.calibration.tokens import calibration_tokens
 from camera.checkpoint.loading import load_tokenizer
-from camera.moe.capture import observe
+from camera.moe.capture import run_ffn
 from camera.moe.families import Family
 from camera.moe.feed_forward import FeedForward
 from camera.moe.routing import router_constraints
@@ -52,23 +50,17 @@ def ffn_of(block):
 def seen_by(ffn, batches, sample=0, seed=0):
     """What calibration gathers of a layer that is shown these batches [B, L, H]."""
     observer = OutputObserver(ffn, sample, seed)
-    for x_BLH in batches:
-        observer.begin(x_BLH.flatten(0, 1), None)
-        observe(ffn, x_BLH, observer)
+    for i, x_BLH in enumerate(batches):
+        observer.ffn_input(i, x_BLH.flatten(0, 1), None, None)
+        run_ffn(ffn, x_BLH, observer, batch=i)
     return observer.result()
 
 
 # --- against the reference ---
 
 
-@pytest.fixture(scope="module")
-def reference(golden):
-    index = golden / "index.json"
-    cases = json.loads(index.read_text())["cases"] if index.exists() else []
-    found = next((case for case in cases if case["method"] == "naee"), None)
-    if found is None:
-        pytest.skip(f"{golden} has no golden case of NAEE: pass --golden DIR")
-    tensors, hyper = load_file(golden / found["file"]), found["hyper"]
+def block_of(expected):
+    tensors, hyper = expected.tensors, expected.hyper
     config = MixtralConfig(
         hidden_size=tensors["X"].shape[-1],
         intermediate_size=tensors["down_proj"].shape[-1],
@@ -79,35 +71,32 @@ def reference(golden):
     block.gate.weight.copy_(tensors["router_weight"])
     block.experts.gate_up_proj.copy_(tensors["gate_up_proj"])
     block.experts.down_proj.copy_(tensors["down_proj"])
-    return found, tensors, block
+    return block
 
 
-@pytest.mark.parametrize("keep", [3, 4, 5])
-def test_every_subset_has_the_error_of_the_reference(reference, keep):
-    about, tensors, block = reference
-    ffn, expected = ffn_of(block), about["expected"][f"J_r{keep}"]["compare"]
+@pytest.mark.golden("naee", r"J_r(\d+)")
+def test_every_subset_has_the_error_of_the_reference(expected):
+    keep, experts = int(expected.parts[0]), expected.hyper["num_experts"]
+    tensors, ffn = expected.tensors, ffn_of(block_of(expected))
     seen = seen_by(ffn, tensors["X"])
     batch = tensors["X"].shape[1] * tensors["X"].shape[2]
     error = OutputError(seen.gram_TEE, Rerouter(ffn, seen.x_TH), norm_tokens=batch)
     sets = tensors[f"subsets_r{keep}"].tolist()
-    keep_CE = ~candidates(sets, 6)
-    torch.testing.assert_close(
-        error(keep_CE), tensors[f"J_r{keep}"], rtol=expected["rtol"], atol=expected["atol"]
-    )
-    found = search(error, 6, 6 - keep, how="enumerate")
+    expected.compare(error(~candidates(sets, experts)))
+    found = search(error, experts, experts - keep, how="enumerate")
     assert found.drop == tensors[f"best_r{keep}"].tolist()
     assert found.evaluations == len(sets)
 
 
-def test_the_pruned_block_puts_out_what_the_reference_does(reference):
-    _, tensors, block = reference
+@pytest.mark.golden("naee", r"Z_pruned_r(\d+)_batch(\d+)")
+def test_the_pruned_block_puts_out_what_the_reference_does(expected):
+    (keep, batch), tensors, block = expected.parts, expected.tensors, block_of(expected)
     pruned = MixtralSparseMoeBlock(block.experts.config).eval().requires_grad_(False)
     pruned.load_state_dict(block.state_dict())
-    drop = tensors["best_r4"].tolist()
-    remove_experts(ffn_of(pruned), [e for e in range(6) if e not in drop])
-    want_TH = tensors["Z_pruned_r4_batch0"]
-    got_TH = pruned(tensors["X"][0]).flatten(0, 1)
-    assert (got_TH - want_TH).abs().max() <= 1e-5 * want_TH.abs().max()
+    drop = tensors[f"best_r{keep}"].tolist()
+    stay = [e for e in range(expected.hyper["num_experts"]) if e not in drop]
+    remove_experts(ffn_of(pruned), stay)
+    expected.compare(pruned(tensors["X"][int(batch)]).flatten(0, 1))
 
 
 # --- cached outputs ---
@@ -144,8 +133,9 @@ def test_padding_is_not_sampled_and_the_sample_is_seeded():
 
     def sample(number, seed, batch):
         observer = OutputObserver(ffn, number, seed)
-        for part, mask in zip(x_TH.split(batch), mask_T.split(batch), strict=True):
-            observer.begin(part, mask)
+        parts = zip(x_TH.split(batch), mask_T.split(batch), strict=True)
+        for i, (part, mask) in enumerate(parts):
+            observer.ffn_input(i, part, None, mask)
         with torch.no_grad():
             return observer.result().x_TH
 
@@ -174,7 +164,7 @@ def test_the_asked_fraction_is_hit_within_one_expert_a_layer_and_never_exceeded(
     family, overrides = family_and_overrides(case)
     folder = checkpoints(family, **overrides)
     budget, method = budget_of(folder), Frequency(sparsity=asked, sparsity_of=of)
-    drop, routing = method.dropped(budget), method.routing(budget)
+    drop, routing = method.removed(budget), method.routing(budget)
     written = method.native_config(MetaModel(folder).config, budget)
     assert list(written.values()) == [routing.experts - drop]
 
@@ -228,8 +218,8 @@ def test_what_cannot_be_is_refused_with_the_nearest_that_can(checkpoints):
         sparsity_of="routed",
     )
     budget = budget_of(olmoe)
-    assert NAEE(0.125, "routed").dropped(budget) == 1
-    assert NAEE(0.625, "routed").dropped(budget) == 5
+    assert NAEE(0.125, "routed").removed(budget) == 1
+    assert NAEE(0.625, "routed").removed(budget) == 5
     refused("none of which its top-3 router can spare", checkpoints("deepseek_v3"))
     refused(
         r"smallest possible.*is 0\.25 \(4 experts; .* from 4 groups of equal size",
@@ -259,7 +249,7 @@ def test_the_nearest_possible_named_is_accepted(checkpoints):
 # --- whole runs ---
 
 
-METHODS = {"naee": partial(NAEE, tokens=100), "reap": Reap, "frequency": Frequency}
+METHODS = {"naee": partial(NAEE, sample_tokens=100), "reap": Reap, "frequency": Frequency}
 
 
 @pytest.mark.parametrize(
@@ -288,7 +278,7 @@ def test_runs_write_plain_smaller_models(
     assert not any(info.values())
     assert getattr(model.config, "quantization_config", None) is None
     budget = budget_of(source)
-    drop, experts = chosen.dropped(budget), chosen.routing(budget).experts
+    drop, experts = chosen.removed(budget), chosen.routing(budget).experts
     layers = views(model)
     original = AutoModelForCausalLM.from_pretrained(source)
     for i, ffn in views(original).items():
@@ -316,7 +306,7 @@ def test_no_other_expert_of_a_layer_would_be_missed_less(
     source = checkpoints("mixtral", num_hidden_layers=1)
     result = camera.compress(
         source,
-        NAEE(0.25, "routed", tokens=0),
+        NAEE(0.25, "routed", sample_tokens=0),
         tmp_path / "out",
         calibration=calibration,
         data=str(data_folder),

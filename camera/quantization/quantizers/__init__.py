@@ -1,0 +1,1 @@
+"""How weights become codes: rounding grids and the quantisers that choose among their values."""
