@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from camera.method import METHODS, Method, Plan, Propagate
 from camera.runtime.errors import CameraError
+from camera.runtime.renamed import renaming
 
 if TYPE_CHECKING:
     from camera.calibration.settings import Calibration
@@ -200,8 +201,16 @@ def as_method(method: Method | str, settings: dict[str, Any]) -> Method:
             )
         return method
     cls = METHODS[method]
+    known = inspect.signature(cls).parameters
+    for key in settings:
+        if key not in known:
+            told = renaming("method", key, settings[key])
+            listed = f"the settings of method {method} are {', '.join(known) or 'none'}."
+            raise CameraError(told or f"method {method} has no setting {key}: {listed}")
     try:
         return cls(**settings)
+    except CameraError as error:
+        told = [renaming("method", key, value) for key, value in settings.items()]
+        raise CameraError(" ".join([str(error), *filter(None, told)])) from error
     except TypeError as error:
-        known = ", ".join(inspect.signature(cls).parameters) or "none"
-        raise CameraError(f"method {method}: {error}; its settings are {known}.") from error
+        raise CameraError(f"method {method}: {error}.") from error

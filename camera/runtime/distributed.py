@@ -4,23 +4,28 @@ Every rank runs its share through the same streamed layers; what was seen is add
 anything is decided, so that all make the same plan. Rank 0 writes.
 """
 
+from __future__ import annotations
+
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch
-from torch import distributed
-
-OPERATIONS = {"sum": distributed.ReduceOp.SUM, "max": distributed.ReduceOp.MAX}
+if TYPE_CHECKING:
+    import torch
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
     """Join the other processes that torchrun started; nothing to do in a process of its own."""
-    if "WORLD_SIZE" not in os.environ or distributed.is_initialized():
+    if "WORLD_SIZE" not in os.environ or _joined():
         yield
         return
+    import torch
+    from torch import distributed
+
     timeout = timedelta(days=7)  # rank 0 may evaluate long
     store, rank, world = next(iter(distributed.rendezvous("env://", timeout=timeout)))
     # processes that torchrun starts anew find in its store the addresses of those that were killed
@@ -39,12 +44,12 @@ def process_group() -> Iterator[None]:
 
 def rank() -> int:
     """Which of the processes this is, from 0."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    return sys.modules["torch.distributed"].get_rank() if _joined() else 0
 
 
 def world() -> int:
     """How many processes there are."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    return sys.modules["torch.distributed"].get_world_size() if _joined() else 1
 
 
 def shard_samples(ids_NL: torch.Tensor) -> torch.Tensor:
@@ -54,8 +59,10 @@ def shard_samples(ids_NL: torch.Tensor) -> torch.Tensor:
 
 def all_combined(tensor: torch.Tensor, how: str) -> torch.Tensor:
     """All ranks' tensors, added up (sum) or element by element the largest (max)."""
+    from torch import distributed
+
     tensor = tensor.contiguous()
-    distributed.all_reduce(tensor, OPERATIONS[how])
+    distributed.all_reduce(tensor, getattr(distributed.ReduceOp, how.upper()))
     return tensor
 
 
@@ -63,6 +70,8 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of all ranks' tensors."""
     if world() == 1:
         return tensor
+    from torch import distributed
+
     summed = tensor.cpu()
     distributed.all_reduce(summed)
     return summed.to(tensor.device)
@@ -72,6 +81,9 @@ def all_min(number: int) -> int:
     """The smallest of all ranks' numbers."""
     if world() == 1:
         return number
+    import torch
+    from torch import distributed
+
     tensor = torch.tensor(number)
     distributed.all_reduce(tensor, distributed.ReduceOp.MIN)
     return int(tensor)
@@ -80,6 +92,8 @@ def all_min(number: int) -> int:
 def barrier() -> None:
     """Wait for the other ranks."""
     if world() > 1:
+        from torch import distributed
+
         distributed.barrier()
 
 
@@ -102,6 +116,15 @@ def work_for_rank_0(part: Callable[[], object]) -> None:
 def _tell(word: int) -> int:
     if world() == 1:
         return word
+    import torch
+    from torch import distributed
+
     tensor = torch.tensor(word)
     distributed.broadcast(tensor, src=0)
     return int(tensor)
+
+
+def _joined() -> bool:
+    # a process that never loaded torch is in no group
+    module = sys.modules.get("torch.distributed")
+    return module is not None and module.is_initialized()
