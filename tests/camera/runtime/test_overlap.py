@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import camera
+from camera.checkpoint.shards import ShardReader, ShardWriter, write_tensors
+from camera.pipeline.resume import PassProgress
 from camera.runtime.errors import CameraError
-from camera.runtime.overlap import Background, LayerPrefetcher
+from camera.runtime.overlap import BackgroundWriter, LayerPrefetcher
 from camera.streaming.settings import MemoryChoices
 from camera.streaming.skeleton import MetaModel
 
@@ -37,6 +39,12 @@ def shards(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("model*"))}
 
 
+def layer_of(wanted):
+    """The layer whose keys are asked for; None for what is outside the layers."""
+    keys = {i: f"model.layers.{i}.input_layernorm.weight" for i in range(LAYERS)}
+    return next((i for i, key in keys.items() if wanted(key)), None)
+
+
 @pytest.fixture
 def events(monkeypatch):
     """(what, layer) in the order it happened; reading and writing are made to take long."""
@@ -57,10 +65,11 @@ def events(monkeypatch):
 
         monkeypatch.setattr(target, name, telling)
 
-    told(MetaModel, "_read_layer", lambda _, index: index, 0.03)
-    told(MetaModel, "load_layer", lambda _, index: index)
-    told(camera.pipeline.compression.Job, "_keep", lambda _, index, *__: index, 0.03)
-    told(camera.pipeline.compression.Job, "_compress", lambda _, index, *__: index)
+    told(ShardReader, "read", lambda _, wanted: layer_of(wanted), 0.03)
+    told(MetaModel, "load_layer", lambda _, index, *__: index)
+    told(ShardWriter, "add", lambda _, index, *__: index, 0.03)
+    told(PassProgress, "commit", lambda _, done, *__: done - 1)
+    told(camera.CameraP, "plan_layer", lambda _, index, *__: index)
     return found
 
 
@@ -72,15 +81,15 @@ def test_never_more_than_one_layer_ahead_and_one_behind(run, events):
     run()
     for i in range(LAYERS):
         if i:  # begun once the layer before it was there, and not earlier
-            begun = place(events, "begin _read_layer", i)
-            assert begun > place(events, "end _read_layer", i - 1)
+            begun = place(events, "begin read", i)
+            assert begun > place(events, "end read", i - 1)
             assert begun > place(events, "begin load_layer", i - 1)
             assert begun < place(events, "begin load_layer", i), "it was not read ahead"
         if i > 1:  # the one before last is written before this one is cut
-            assert place(events, "end _keep", i - 2) < place(events, "begin _compress", i - 1)
-            assert place(events, "end _keep", i - 2) < place(events, "begin _keep", i - 1)
+            assert place(events, "end commit", i - 2) < place(events, "begin plan_layer", i - 1)
+            assert place(events, "end commit", i - 2) < place(events, "begin add", i - 1)
     overlapped = [
-        place(events, "end _keep", i) > place(events, "begin load_layer", i + 1)
+        place(events, "end commit", i) > place(events, "begin load_layer", i + 1)
         for i in range(LAYERS - 1)
     ]
     assert any(overlapped), "nothing was written behind"
@@ -89,7 +98,7 @@ def test_never_more_than_one_layer_ahead_and_one_behind(run, events):
 def test_overlap_changes_no_byte(run, tmp_path, monkeypatch):
     run("overlapped")
     monkeypatch.setattr(LayerPrefetcher, "start_next", lambda self: None)
-    monkeypatch.setattr(Background, "submit", lambda self, work: work())
+    monkeypatch.setattr(BackgroundWriter, "submit", lambda self, work: work())
     run("in turn")
     assert shards(tmp_path / "overlapped") == shards(tmp_path / "in turn")
 
@@ -116,29 +125,31 @@ def test_what_is_damaged_in_a_later_layer_stops_the_run_with_its_name(run, sourc
 
 
 def test_a_shard_that_vanishes_while_it_runs_is_a_refusal(run, source, tmp_path, monkeypatch):
-    original = MetaModel._read_layer
+    original = ShardReader.read
 
-    def vanish(self, index):
-        if index == 2:
+    def vanish(self, wanted):
+        if layer_of(wanted) == 2:
             raise CameraError("shard 2 ends early: download it again.")
-        return original(self, index)
+        return original(self, wanted)
 
-    monkeypatch.setattr(MetaModel, "_read_layer", vanish)
+    monkeypatch.setattr(ShardReader, "read", vanish)
     with pytest.raises(CameraError, match="shard 2 ends early"):
         run()
     assert not (tmp_path / "out").exists()
     # what was finished before is there to go on from
-    monkeypatch.setattr(MetaModel, "_read_layer", original)
+    monkeypatch.setattr(ShardReader, "read", original)
     loaded = []
     load = MetaModel.load_layer
-    monkeypatch.setattr(MetaModel, "load_layer", lambda s, i: loaded.append(i) or load(s, i))
+    monkeypatch.setattr(
+        MetaModel, "load_layer", lambda s, i, *more: loaded.append(i) or load(s, i, *more)
+    )
     run()
     assert loaded == [2, 3, 4]
 
 
 @pytest.mark.parametrize("layer", [1, LAYERS - 1])
 def test_a_full_disk_behind_the_run_stops_it(layer, run, tmp_path, monkeypatch):
-    original = camera.checkpoint.shards.write_tensors
+    original = write_tensors
 
     def full(tensors, path):
         if f"-{layer + 1:05d}-of" in path.name:
@@ -162,7 +173,7 @@ def test_a_full_disk_for_hidden_states_is_a_refusal(run, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def read(index):
+def read(index, without_experts=False):
     return {"x": torch.full((2,), float(index))}
 
 
@@ -170,16 +181,16 @@ def read(index):
 def test_layers_are_what_was_asked_for_in_any_order(order):
     ahead = LayerPrefetcher(read, 4, CPU)
     for index in order:
-        assert ahead.take(index)["x"].tolist() == [index, index]
+        assert ahead.get(index)["x"].tolist() == [index, index]
         ahead.start_next()
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]])
 def test_the_next_layer_is_read_while_this_one_is_worked_on(order):
     asked = []
-    ahead = LayerPrefetcher(lambda i: asked.append(i) or time.sleep(0.02) or read(i), 4, CPU)
+    ahead = LayerPrefetcher(lambda i, _: asked.append(i) or time.sleep(0.02) or read(i), 4, CPU)
     for index in order:
-        ahead.take(index)
+        ahead.get(index)
         ahead.start_next()
         ahead.start_next()  # a second call begins nothing
         time.sleep(0.05)
@@ -189,19 +200,35 @@ def test_the_next_layer_is_read_while_this_one_is_worked_on(order):
     assert ahead.seconds_waited < ahead.seconds_read - (hidden - 1) * 0.02
 
 
+def test_a_layer_is_read_with_or_without_its_experts_as_it_is_asked_for():
+    asked = []
+
+    def read_parts(index, without_experts):
+        asked.append((index, without_experts))
+        return {"x": torch.tensor(float(without_experts))}
+
+    ahead = LayerPrefetcher(read_parts, 4, CPU)
+    assert ahead.get(0, True)["x"] == 1
+    ahead.start_next()  # the next one in the same way
+    assert ahead.get(1, True)["x"] == 1
+    ahead.start_next()
+    assert ahead.get(2, False)["x"] == 0, "what was read ahead is not what was asked for"
+    assert asked == [(0, True), (1, True), (2, True), (2, False)]
+
+
 def test_the_error_of_a_layer_surfaces_where_it_is_taken_and_nowhere_else():
-    def broken(index):
+    def broken(index, _):
         if index == 1:
             raise CameraError("layer 1 is broken")
         return read(index)
 
     ahead = LayerPrefetcher(broken, 4, CPU)
-    ahead.take(0), ahead.start_next()
-    assert ahead.take(2)["x"][0] == 2  # nobody wanted layer 1
-    ahead.take(0), ahead.start_next()
+    ahead.get(0), ahead.start_next()
+    assert ahead.get(2)["x"][0] == 2  # nobody wanted layer 1
+    ahead.get(0), ahead.start_next()
     with pytest.raises(CameraError, match="layer 1 is broken"):
-        ahead.take(1)
-    assert ahead.take(3)["x"][0] == 3
+        ahead.get(1)
+    assert ahead.get(3)["x"][0] == 3
 
 
 def test_one_piece_of_work_at_a_time_and_errors_at_the_next_call():
@@ -217,14 +244,14 @@ def test_one_piece_of_work_at_a_time_and_errors_at_the_next_call():
 
         return go
 
-    with Background() as behind:
+    with BackgroundWriter() as behind:
         for number in range(3):
             behind.submit(work(number))
     assert done == [0, 1, 2] and set(most) == {1}
     assert behind.seconds_waited > 0.03
 
     for call in ("wait", "submit", "exit"):
-        with pytest.raises(CameraError, match="disk"), Background() as behind:
+        with pytest.raises(CameraError, match="disk"), BackgroundWriter() as behind:
             behind.submit(fail)
             if call == "wait":
                 behind.wait()

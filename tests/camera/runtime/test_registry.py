@@ -33,7 +33,7 @@ def package(tmp_path, monkeypatch):
 
 @pytest.fixture
 def announced(tmp_path, monkeypatch):
-    """announced(**classes): entry points of the group camera.shapes of an installed distribution."""
+    """announced(**classes): what an installed distribution announces under camera.shapes."""
 
     def install(**classes):
         folder = tmp_path / "site" / "shapes-1.0.dist-info"
