@@ -29,8 +29,9 @@ class MixtureCompressor(Quantization):
 
     Minimises sum_e n_e^alpha w_e^beta eps_{e,b}^loss_exponent exactly, with at least one expert of
     3 and one of 2 bits; the layer's budget is the largest that keeps the stored average (shared
-    experts included, at `shared_bits`) within `bits`. loss_norm batches sums one norm per calibration
-    batch, as the released code; all takes one norm over all tokens, which no batch size changes.
+    experts included, at `shared_bits`) within `bits`. loss_norm batches sums one norm per
+    calibration batch, as the released code; all takes one norm over all tokens, which no batch
+    size changes.
     `expert_alpha` and `expert_beta` are the paper's alpha and beta; its loss_exponent is 2, the
     released code's 1. Routing weights are those the model applies; the released code sums them
     before they are renormalised.

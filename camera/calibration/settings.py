@@ -9,8 +9,8 @@ from camera.runtime.errors import CameraError
 KEY = "calibration.source"
 
 
-# A source is a corpus of `camera.calibration.corpora.CORPORA`, a local file, or one of these: equal shares of
-# several corpora.
+# A source is a corpus of `camera.calibration.corpora.CORPORA`, a local file, or one of these:
+# equal shares of several corpora.
 MIXTURES: dict[str, tuple[str, ...]] = {"mixed": ("wikitext2", "c4")}
 
 

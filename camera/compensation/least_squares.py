@@ -153,7 +153,7 @@ def coordinate_descent(
     fitted: int,
     how: CompensationSettings,
 ) -> FitReport:
-    """FitReport the blocks' weights so that little of `residual_TH` is left (fp32, changed in place).
+    """Fit the blocks' weights so that little of `residual_TH` is left (fp32, changed in place).
 
     The ridge is that after which the held-out tokens, those from `fitted` on, are closest; with it
     all tokens are then fitted. Where no ridge helps, weights and residual are left as they were.

@@ -130,8 +130,8 @@ def evaluate_streamed(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Measure a model, compressed or not, in one read of its weights, a layer in memory at a time.
 
-    Returns what `EvaluationSuite.results` does, with `peak_memory_bytes` in each part; `options` are
-    StreamedEvaluation's. Raises CameraError for what a user can mend.
+    Returns what `EvaluationSuite.results` does, with `peak_memory_bytes` in each part; `options`
+    are StreamedEvaluation's. Raises CameraError for what a user can mend.
     """
     folder = resolve_model(str(model), code=trust_remote_code)
     meta = MetaModel(folder, resolve_device(device), dtype, trust_remote_code)

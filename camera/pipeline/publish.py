@@ -23,7 +23,7 @@ from camera.streaming.skeleton import tied_names
 def publish(
     context: PassContext, done: CompressedPass, progress: PassProgress, writer: ShardWriter
 ) -> CompressionResult:
-    """Write what is outside the layers, config, plan and reports; then the folder appears, whole."""
+    """Write what lies outside the layers, config, plan and reports; then the folder appears."""
     request = context.request
     distributed.barrier()  # no process writes to the folder any more
     if distributed.rank() > 0:

@@ -88,7 +88,9 @@ class Settings:
 
         asked = self.evaluation
         sizes = (asked[key] for key in ("length", "stride", "blocks", "limit"))
-        return EvaluationRequest(self.texts(), asked["perplexity"], asked["tasks"], *sizes, self.seed)
+        return EvaluationRequest(
+            self.texts(), asked["perplexity"], asked["tasks"], *sizes, self.seed
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values, for the tracker and the run's folder."""

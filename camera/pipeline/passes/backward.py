@@ -158,7 +158,7 @@ class BackwardWay:
                 self.gradients.append(_finite(gradient, "the head").view_as(hidden_BLH))
 
     def back(self, index: int, spec: ObserverSpec | None = None) -> LayerStatistics | None:
-        """Turn gradients at a layer's output into those at its input; what `spec` saw of its FFN."""
+        """Gradients at a layer's output become those at its input; what `spec` saw of its FFN."""
         model = self.streamer.model
         layer, ffn, device = (
             self.streamer.load_layer(index),
