@@ -66,9 +66,9 @@ def compensate(
     """Refit the pruned layer `ffn` in place: its output y_TH on all tokens, and what the fit did.
 
     `phi` holds tokens and calls of every batch of the unpruned layer; the calls are emptied;
-    tokens from `fitted` on are held out. What the layer is to put out is `target_TH`, else what it did. With
-    `stream_TH`, the hidden states that its output is added to, errors count relative to the sum.
-    Both, fp32, are used up.
+    tokens from `fitted` on are held out. What the layer is to put out is `target_TH`, else what it
+    did. With `stream_TH`, the hidden states that its output is added to, errors count relative to
+    the sum. Both, fp32, are used up.
     """
     tokens = sum(count for count, _ in phi)
     seen = _by_expert(phi)

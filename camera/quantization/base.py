@@ -31,9 +31,9 @@ class Quantization(Method):
 
     bits: the target, stored bits per weight on average over the quantised weights, scales and zeros
     included (null: given by the other settings). group_size: inputs that share a scale, -1 for the
-    whole row, null to have it chosen. quantizer: a name of camera.quantization.quantizers.quantizer. sym: no
-    zeros. clip: range search (none, gptq, mc).
-    act_order, static_groups, damping, fallback, min_tokens: see camera.quantization.quantizers.gptq.GPTQ.
+    whole row, null to have it chosen. quantizer: a name of `camera.quantization.quantizers`. sym:
+    no zeros. clip: range search (none, gptq, mc). act_order, static_groups, damping, fallback,
+    min_tokens: see `GPTQ`.
     weighted_hessian counts a token by its squared routing weight. true_sequential takes down's
     Hessian from the quantised gate and up, on the first `sequential_tokens` inputs of an expert;
     compensate expert refits down to these before it is quantised (see

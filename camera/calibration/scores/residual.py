@@ -118,7 +118,8 @@ def unexplained(gram_WW: torch.Tensor, basis_W: torch.Tensor) -> torch.Tensor:
 
     (1 / [(C + ridge)^-1]_ii - ridge) / C_ii with C_ij = |w_i| |w_j| phi_i . phi_j, the ridge a
     share of C's mean diagonal: as in `camera.compensation.least_squares`, what changes weights
-    much counts as little as it explains. 0 for a micro-expert that does nothing. `basis_W` is |w_i^down|^2.
+    much counts as little as it explains. 0 for a micro-expert that does nothing. `basis_W` is
+    |w_i^down|^2.
     """
     scale_W = basis_W.double().sqrt()
     scaled_WW = gram_WW.double() * scale_W * scale_W[:, None]

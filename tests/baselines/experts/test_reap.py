@@ -69,33 +69,12 @@ def test_scores_and_pruned_experts_are_those_of_the_reference(expected):
         (tensors[f"l{layer}_x_b{i}"], tensors[f"mask_b{i}"].bool().flatten())
         for i in range(len(hyper["batches"]))
     ]
-<<<<<<< HEAD:tests/baselines/test_reap.py
-    seen = use(block_of(tensors, hyper, layer, kind), batches, gate == "softmax")
-
-    def same(key, got):
-        compare = about["expected"][f"l{layer}_{key}"]["compare"]
-        want = tensors[f"l{layer}_{key}"].double()
-        tolerance = {"rtol": compare.get("rtol", 0), "atol": compare.get("atol", 0)}
-        torch.testing.assert_close(got.double(), want, **tolerance)
-
-    same("expert_frequency", Frequency(0.5).scores(seen))
-    for score_by, key in {
-=======
     keys = {
->>>>>>> w-core:tests/baselines/experts/test_reap.py
         "reap": f"reap_{name}",
         "weighted_ean_sum": f"weighted_ean_sum_{name}",
         "weighted_frequency": f"weighted_expert_frequency_sum_{name}",
         "ean_sum": "ean_sum",
         "ean_mean": "ean_mean",
-<<<<<<< HEAD:tests/baselines/test_reap.py
-    }.items():
-        same(key, Reap(0.5, score=score_by, routing_weights=gate).scores(seen))
-    score_E = Reap(0.5, routing_weights=gate).scores(seen)
-    for ratio, number in hyper["n_prune"].items():
-        gone = (~keep_best(score_E, number)).nonzero().flatten()
-        assert torch.equal(gone, tensors[f"l{layer}_pruned_r{ratio}_{name}"])
-=======
     }
     for kind, weights in WAYS[name]:
         block = block_of(tensors, hyper, layer, kind)
@@ -109,7 +88,6 @@ def test_scores_and_pruned_experts_are_those_of_the_reference(expected):
         for ratio, number in hyper["n_prune"].items():
             gone = (~keep_best(score_E, number)).nonzero().flatten()
             expected.compare(gone, f"l{layer}_pruned_r{ratio}_{name}")
->>>>>>> w-core:tests/baselines/experts/test_reap.py
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "phimoe", "granitemoe"])
@@ -131,11 +109,7 @@ def test_scores_use_the_weights_that_the_model_applies(family):
         each = (weight_TK.double() * norm_T[:, None])[hit_TK]
         want.append(each.mean() if len(each) else torch.zeros((), dtype=torch.float64))
     torch.testing.assert_close(
-<<<<<<< HEAD:tests/baselines/test_reap.py
-        Reap(0.5).scores(seen), torch.stack(want).detach(), rtol=1e-4, atol=0
-=======
         Reap(0.5).expert_scores(seen), torch.stack(want).detach(), rtol=1e-4, atol=0
->>>>>>> w-core:tests/baselines/experts/test_reap.py
     )
     assert seen.routed_tokens().sum() == index_TK.numel()
     assert len(seen.tokens_E) == sum(len(group.widths) for group in ffn.groups)
@@ -145,17 +119,11 @@ def test_scores_use_the_weights_that_the_model_applies(family):
 def test_chunking_changes_nothing(score):
     model = build("olmoe")
     x_BLH = capture(model, 0, tokens())[0].detach().view(2, 24, 32)
-<<<<<<< HEAD:tests/baselines/test_reap.py
-    block, method = model.model.layers[0].mlp, Reap(0.5, score=score_by)
-    whole = method.scores(use(block, [(x_BLH, None)]))
-    parts = method.scores(use(block, [(x.contiguous(), None) for x in x_BLH.split(5, dim=1)]))
-=======
     block, method = model.model.layers[0].mlp, Reap(0.5, score=score)
     whole = method.expert_scores(use(block, [(x_BLH, None)]))
     parts = method.expert_scores(
         use(block, [(x.contiguous(), None) for x in x_BLH.split(5, dim=1)])
     )
->>>>>>> w-core:tests/baselines/experts/test_reap.py
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-9)
 
 
@@ -163,32 +131,19 @@ def test_an_experts_score_scales_with_its_output():
     model = build("olmoe")
     x_BLH = capture(model, 0, tokens())[0][None]
     block = model.model.layers[0].mlp
-<<<<<<< HEAD:tests/baselines/test_reap.py
-    before = Reap(0.5).scores(use(block, [(x_BLH, None)]))
-    block.experts.down_proj.data[3] *= 2.5
-    after = Reap(0.5).scores(use(block, [(x_BLH, None)]))
-=======
     before = Reap(0.5).expert_scores(use(block, [(x_BLH, None)]))
     block.experts.down_proj.data[3] *= 2.5
     after = Reap(0.5).expert_scores(use(block, [(x_BLH, None)]))
->>>>>>> w-core:tests/baselines/experts/test_reap.py
     before[3] *= 2.5
     assert before[3] > 0
     torch.testing.assert_close(after, before, rtol=1e-5, atol=0)
 
 
-<<<<<<< HEAD:tests/baselines/test_reap.py
-def test_the_same_pass_serves_reap_and_frequency_unless_the_gate_differs():
-    assert Reap(0.2).statistics_key() == Frequency(0.6).statistics_key()
-    assert Reap(0.2, score="ean_sum").statistics_key() == Frequency(0.6).statistics_key()
-    assert Reap(0.2, routing_weights="softmax").statistics_key() != Reap(0.2).statistics_key()
-=======
 def test_the_same_pass_serves_reap_and_frequency_unless_routing_weights_differ():
     used = Frequency(0.6).observer().key()
     assert Reap(0.2).observer().key() == used
     assert Reap(0.2, score="ean_sum").observer().key() == used
     assert Reap(0.2, routing_weights="softmax").observer().key() != used
->>>>>>> w-core:tests/baselines/experts/test_reap.py
 
 
 @pytest.mark.parametrize(("key", "value"), [("score", "best"), ("routing_weights", "sigmoid")])

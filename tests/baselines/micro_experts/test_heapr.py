@@ -205,11 +205,7 @@ def test_the_pruned_model_is_the_masked_one_and_the_count_is_met(
         sparsity=0.3,
         sparsity_of=sparsity_of,
         rank_scope=rank_scope,
-<<<<<<< HEAD:tests/baselines/test_heapr.py
-        score=term,
-=======
         score=score,
->>>>>>> w-core:tests/baselines/micro_experts/test_heapr.py
         normalize="all",
     )
     dense, pruned = MetaModel(folder).budget, MetaModel(out).budget

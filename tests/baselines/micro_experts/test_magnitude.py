@@ -33,26 +33,10 @@ def score_of(ffn, index, **settings):
     return score.of_layer(index, seen, sum(ffn.widths))
 
 
-<<<<<<< HEAD:tests/baselines/test_magnitude.py
-@pytest.mark.parametrize("norm", ["weight_product", "weight_sum"])
-=======
 @pytest.mark.parametrize("score", ["weight_product", "weight_sum"])
->>>>>>> w-core:tests/baselines/micro_experts/test_magnitude.py
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "deepseek", "llama"])
 def test_scores_are_norms_of_the_three_vectors(family, score, checkpoints):
     folder = checkpoints(family)
-<<<<<<< HEAD:tests/baselines/test_magnitude.py
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    found = score(Streamer(folder), 2, score=norm)
-    gate, up = rows_of(ffn_of(model.model.layers[2]))
-    down = basis(ffn_of(model.model.layers[2]))
-    norms = [w.norm(dim=1) for w in (gate, up, down)]
-    want = (
-        norms[0] * norms[1] * norms[2]
-        if norm == "weight_product"
-        else torch.stack(norms).norm(dim=0)
-    )
-=======
     model, streamed = AutoModelForCausalLM.from_pretrained(folder), MetaModel(folder)
     streamed.load_layer(2)
     found = score_of(streamed.feed_forward(2), 2, score=score)
@@ -61,7 +45,6 @@ def test_scores_are_norms_of_the_three_vectors(family, score, checkpoints):
     norms = [w.norm(dim=1) for w in (gate, up, down)]
     product = score == "weight_product"
     want = norms[0] * norms[1] * norms[2] if product else torch.stack(norms).norm(dim=0)
->>>>>>> w-core:tests/baselines/micro_experts/test_magnitude.py
     torch.testing.assert_close(found, want, rtol=1e-5, atol=0)
 
 
@@ -73,20 +56,9 @@ def test_the_product_ignores_rescaling_that_keeps_the_function(checkpoints):
     experts = ffn.module.experts
     experts.gate_up_proj.data[3, 24 + 5] *= 4.0  # up row of micro-expert 5 of expert 3
     experts.down_proj.data[3, :, 5] /= 4.0
-<<<<<<< HEAD:tests/baselines/test_magnitude.py
-    ffn, method = streamer.feed_forward(0), Magnitude(sparsity=0.4)
-    after = method.scores(0, method.observer(0, ffn).result(), len(before))
-    torch.testing.assert_close(after, before, rtol=1e-6, atol=0)
-    other = Magnitude(sparsity=0.4, score="weight_sum")
-    changed = other.scores(0, other.observer(0, ffn).result(), len(before))
-    assert not torch.allclose(
-        changed[3 * 24 + 5], score(streamer, 0, score="weight_sum")[3 * 24 + 5]
-    )
-=======
     torch.testing.assert_close(score_of(ffn, 0), before, rtol=1e-6, atol=0)
     changed = score_of(ffn, 0, score="weight_sum")
     assert not torch.allclose(changed[3 * 24 + 5], sums_before[3 * 24 + 5])
->>>>>>> w-core:tests/baselines/micro_experts/test_magnitude.py
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek", "granitemoe", "llama"])

@@ -15,8 +15,8 @@ from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.quantization.bit_plan import ExpertBits
 from camera.quantization.camera_q import CameraQ
-from camera.quantization.quantizers.gptq import GPTQ
 from camera.quantization.layer import quantize_layer
+from camera.quantization.quantizers.gptq import GPTQ
 from camera.runtime.errors import CameraError
 from camera.streaming.skeleton import MetaModel
 from tests.helpers.models import build_model

@@ -8,7 +8,6 @@ import pytest
 
 import camera
 from camera.evaluation.tasks.names import NINE_TASKS
-from camera.pruning import micro_experts
 from camera.runtime.errors import CameraError
 from experiments.records.folders import Folders
 from experiments.runs import measurements
@@ -268,7 +267,7 @@ def test_a_run_killed_while_it_measures_does_not_look_finished(make, monkeypatch
 def test_a_run_killed_while_it_compresses_leaves_no_checkpoint_and_force_starts_anew(
     make, monkeypatch
 ):
-    sliced, slice_layer = [], micro_experts.slice_layer
+    sliced, slice_layer = [], slicing.slice_layer
 
     def killed(*arguments):
         sliced.append(arguments)
@@ -279,7 +278,7 @@ def test_a_run_killed_while_it_compresses_leaves_no_checkpoint_and_force_starts_
     settings = make("evaluation=none")
     folders = Folders.of(settings)
     with monkeypatch.context() as patch:
-        patch.setattr(micro_experts, "slice_layer", killed)
+        patch.setattr(slicing, "slice_layer", killed)
         with pytest.raises(RuntimeError, match="killed"):
             run(settings)
     assert folders.partial.exists() and not folders.checkpoint.exists()

@@ -59,7 +59,7 @@ def test_a_job_put_back_into_the_queue_goes_on_where_it_was(
     queue, overrides, tmp_path, monkeypatch
 ):
     original, written = camera.pipeline.resume.write_json, []
-    load, loaded = camera.streaming.streamer.Streamer.load_layer, []
+    load, loaded = camera.streaming.streamer.LayerStreamer.load_layer, []
 
     def time_is_up(*args):
         original(*args)
@@ -72,7 +72,7 @@ def test_a_job_put_back_into_the_queue_goes_on_where_it_was(
         return load(self, index)
 
     monkeypatch.setattr("camera.pipeline.resume.write_json", time_is_up)
-    monkeypatch.setattr("camera.streaming.streamer.Streamer.load_layer", counted)
+    monkeypatch.setattr("camera.streaming.streamer.LayerStreamer.load_layer", counted)
     assert command(*overrides, "hydra/launcher=slurm") == 0
     assert queue.lives == 2
     first = [index for life, index in loaded if life == 1]
