@@ -139,7 +139,7 @@ class OutputSpec(ObserverSpec):
         experts = sum(layer.pool.routed)
         tokens = min(self.tokens or layer.tokens, layer.tokens)
         sample = 2 * layer.hidden * layer.itemsize + 4 * experts**2
-        return tokens * sample + CHUNK_BYTES
+        return tokens * sample + min(CHUNK_BYTES, 4 * tokens * experts * layer.hidden)
 
     def build(self, index: int, ffn: FeedForward) -> OutputObserver:
         return OutputObserver(ffn, self.tokens, layer_seed(self.seed, index))

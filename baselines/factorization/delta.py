@@ -88,11 +88,12 @@ class DeltaSpec(ObserverSpec):
         return None  # the sums add up, before they are factored
 
     def nbytes(self, layer: LayerShape) -> int:
-        """8 E (H^2 + I^2), and the factors of one expert."""
+        """8 E (H^2 + I^2), one expert being factored, and all factors: no more than the layer."""
         widths, hidden = layer.routed_widths, layer.hidden
         grams = 8 * sum(hidden**2 + width**2 for width in widths)
         widest = max(widths, default=0)
-        return grams + 8 * (4 * hidden**2 + 4 * widest**2 + 6 * hidden * widest)
+        one = 8 * (4 * hidden**2 + 4 * widest**2 + 6 * hidden * widest)
+        return grams + one + 3 * hidden * sum(widths) * layer.itemsize
 
     def build(self, index: int, ffn: FeedForward) -> DeltaObserver:
         return DeltaObserver(ffn)

@@ -74,10 +74,12 @@ class HessianSpec(ObserverSpec):
     keep: int = 0
 
     def nbytes(self, layer: LayerShape) -> int:
-        """4 sum(H^2 + W^2), and the inputs that are kept."""
-        widths = layer.pool.widths
+        """4 sum(H^2 + W^2), and the inputs that are kept: by expert, and put together."""
+        widths, routed = layer.pool.widths, len(layer.routed_widths)
         hessians = 4 * sum(layer.hidden**2 + width**2 for width in widths)
-        return hessians + len(widths) * self.keep * layer.hidden * layer.itemsize
+        shown = layer.tokens * (len(widths) - routed + min(layer.top_k, routed))
+        kept = min(len(widths) * self.keep, shown)
+        return hessians + 2 * kept * layer.hidden * layer.itemsize
 
     def single_process(self) -> str | None:
         if not self.keep:
@@ -125,7 +127,7 @@ class HessianObserver(LayerObserver):
         )
         left = self._keep - self._kept_count[e]
         if left > 0:
-            self._kept[e].append(x_NH[:left].cpu())
+            self._kept[e].append(x_NH[:left].to("cpu", copy=True))  # no view of all inputs
             self._kept_count[e] += len(self._kept[e][-1])
         x_NH, h_NW = x_NH.float(), h_NW.float()
         self._max2_EH[e] = torch.maximum(self._max2_EH[e], x_NH.square().amax(0))

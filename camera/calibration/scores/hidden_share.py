@@ -14,6 +14,7 @@ from camera.calibration.observers import ObserverSpec
 from camera.calibration.scores.energy import EnergyObserver, EnergyScore, EnergyStatistics
 from camera.moe.capture import ExpertCall
 from camera.moe.feed_forward import FeedForward
+from camera.moe.pool import LayerShape
 
 
 @dataclass
@@ -64,6 +65,10 @@ class HiddenShareSpec(ObserverSpec):
     """Relative energies of every alpha."""
 
     statistics: ClassVar[type[HiddenShareStatistics]] = HiddenShareStatistics
+
+    def nbytes(self, layer: LayerShape) -> int:
+        """A number per token."""
+        return 4 * layer.tokens
 
     def build(self, index: int, ffn: FeedForward) -> HiddenShareObserver:
         return HiddenShareObserver(ffn)

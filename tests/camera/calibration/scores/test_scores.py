@@ -147,7 +147,7 @@ def test_bits_go_by_any_score(score, method, checkpoints, compress, tmp_path):
     by_energy = compress(source, method, "energy", **options)
     result = compress(source, method, "scored", score=score, **options)
     assert 0.9 * target < result.bits["stored"] <= target
-    if score != "weight_sum":  # nearly the same everywhere: one width of bits is best for all
+    if score != "weight_sum":  # hardly varies: fewer widths of bits are best, with fewer scales
         assert result.bits["stored"] == pytest.approx(by_energy.bits["stored"], rel=0.05)
     maps = [{k: v["mean_bits"] for k, v in r.layers.items()} for r in (by_energy, result)]
     assert maps[0] != maps[1]
