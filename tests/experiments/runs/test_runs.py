@@ -8,6 +8,7 @@ import pytest
 
 import camera
 from camera.evaluation.tasks.names import NINE_TASKS
+from camera.pruning import slicing
 from camera.runtime.errors import CameraError
 from experiments.records.folders import Folders
 from experiments.runs import measurements
