@@ -1,5 +1,5 @@
-"""Benchmarks: one file each, with `arguments(parser)` and `run(args) -> dict`.
+"""Benchmarks: one module each, with `arguments(parser)` and `run(args) -> dict`.
 
-`python -m experiments.bench NAME` runs the file of that name and prints what it measured, as one
+`python -m experiments.bench NAME` runs the module of that name and prints its measurements as one
 line of JSON; `--help` lists the names.
 """

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import json
 import pkgutil
 import platform
@@ -24,8 +25,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=bench.__doc__)
     names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
     for name, module in modules.items():
-        about = module.__doc__.strip().splitlines()[0]
-        module.arguments(names.add_parser(name, help=about, description=module.__doc__))
+        about = inspect.getdoc(module.run)
+        module.arguments(names.add_parser(name, help=module.__doc__, description=about))
     args = parser.parse_args(argv)
     where = {"torch": torch.__version__, "machine": platform.machine()}
     print(json.dumps({"benchmark": args.name, **modules[args.name].run(args), **where}))

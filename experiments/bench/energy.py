@@ -1,20 +1,11 @@
-"""Energies from routed tokens only, against every expert on every token.
-
-The shapes are those of DeepSeek-MoE-16B, Qwen2-57B-A14B and Qwen3-30B-A3B divided by --scale, the
-router is the model's own with random weights. `routed` is camera/moe/capture.py with the observer
-of camera/calibration/scores/energy.py;
-`dense` computes all experts on all tokens and multiplies by a routing weight that is mostly zero,
-as the paper's released code does. They take turns, the best turn of each counts. `goal` is E/k, how
-many times less there is to compute; `of_peak` is the routed side's FLOPs per second against a
-square matrix product of the same run.
-"""
+"""Energies from routed tokens, against every expert on every token."""
 
 import argparse
 
 import torch
 
 from camera.calibration.scores.energy import EnergyObserver
-from camera.moe.capture import observe
+from camera.moe.capture import run_ffn
 from experiments.bench.support.layers import SHAPES, feed_forward, random_model
 from experiments.bench.support.timing import clock, matmul_peak, take_turns
 
@@ -31,7 +22,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> dict:
-    """Seconds of both sides for each shape, their ratio, and the share of the machine's peak."""
+    """Seconds of both sides for each shape, their ratio, and the share of the machine's peak.
+
+    The shapes are those of DeepSeek-MoE-16B, Qwen2-57B-A14B and Qwen3-30B-A3B divided by --scale;
+    the router is the model's own with random weights. `routed` runs the FFN with the observer of
+    energies. `dense` computes all experts on all tokens and multiplies by a routing weight that is
+    mostly zero, as the paper's released code does. Both take turns, the best turn of each counts.
+    `goal` is E/k, the ratio of the operations. `of_peak` is the routed side's FLOP/s against a
+    square matrix product of the same run. `same` compares the results.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     return {
@@ -54,7 +53,7 @@ def _shape(shape: str, args: argparse.Namespace) -> dict:
 
     def routed() -> None:
         observer = EnergyObserver(ffn)
-        observe(ffn, x_TH[None], observer)
+        run_ffn(ffn, x_TH[None], observer)
         seen = observer.result()
         found["routed"] = torch.cat((seen.sum2_N, seen.max2_N.double()))
 

@@ -1,19 +1,11 @@
-"""GPTQ of a layer's experts as one batch, against the same solver expert by expert.
-
-The shape is an expert of Qwen3-30B-A3B (hidden 2048, width 768) divided by --scale. Both sides
-solve gate and up together, on one Hessian, and down on its own; they take turns, and the best turn
-of each counts, because other work on the machine only ever adds time. `ratio` is the whole work;
-`ratio_solve` leaves out damping and factorising the Hessians, whose arithmetic is the same for both
-and, on a CPU, grows to be most of the work. One thread is the default: matrices this small gain
-nothing from more, and expert by expert they lose.
-"""
+"""GPTQ of a layer's experts as one batch, against the same solver expert by expert."""
 
 import argparse
-import time
 
 import torch
 
 from camera.quantization.quantizers.gptq import GPTQ, Factor
+from experiments.bench.support.timing import clock, now
 
 HIDDEN, WIDTH = 2048, 768
 
@@ -30,7 +22,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Seconds of both sides, their ratio, and whether they agree on every code."""
+    """Seconds of both sides, their ratio, and whether they agree on every code.
+
+    The shape is an expert of Qwen3-30B-A3B (hidden 2048, width 768) divided by --scale. Both sides
+    solve gate and up together, on one Hessian, and down on its own. They take turns, the best turn
+    of each counts. `ratio` is of the whole work, `ratio_solve` of the solving without damping and
+    factorising the Hessians: arithmetic that both sides share and that dominates on a CPU at full
+    widths. One thread is the default: more threads don't speed up matrices this small.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     hidden, width = HIDDEN // args.scale, WIDTH // args.scale
@@ -56,6 +55,7 @@ def run(args: argparse.Namespace) -> dict:
         "group_size": args.group_size,
         "block_size": solver.block_size,
         "threads": torch.get_num_threads(),
+        "clock": clock().__name__,
         "device": args.device,
         "repeats": args.repeats,
         "batched_s": {step: round(took, 4) for step, took in fast.items()},
@@ -80,19 +80,13 @@ def _once(
 ) -> tuple[list[torch.Tensor], dict[str, float]]:
     """Solve all matrices in so many parts; their codes, and the seconds of both steps."""
     codes, seconds = [], {}
-    start = _now()
+    start = now()
     factors: list[list[Factor]] = [
         [solver.factor(H) for H in H_ECC.chunk(parts)] for _, H_ECC in work
     ]
-    middle = _now()
+    middle = now()
     for (W_ERC, _), some in zip(work, factors, strict=True):
         pairs = zip(W_ERC.chunk(parts), some, strict=True)
         codes.append(torch.cat([solver.solve(W, f, bits=bits).codes_ERC for W, f in pairs]))
-    seconds["factor"], seconds["solve"] = middle - start, _now() - middle
+    seconds["factor"], seconds["solve"] = middle - start, now() - middle
     return codes, seconds
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()

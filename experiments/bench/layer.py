@@ -1,12 +1,4 @@
-"""A layer compressed in one pass, against "dense energies, two layer forwards, zeroing".
-
-The shape is a model's that the paper measures, divided by --scale. `one_pass` is what a run does
-with a layer: attention and router once, gate and up once per routed token, energies from phi, the
-cut, `down_proj` of the kept columns only. `reference` is what the paper's released code does: run
-the layer, compute every expert on every token for the energies, set the pruned micro-experts to
-zero one by one, run the layer again, by transformers' own fastest experts. Both prune the same and
-give the next layer the same input. They take turns, the best turn of each counts.
-"""
+"""A layer pruned in one pass, against dense energies, two layer forwards and zeroing."""
 
 import argparse
 import copy
@@ -15,7 +7,14 @@ import torch
 from torch import nn
 
 from camera.calibration.scores.energy import EnergyObserver
-from camera.moe.capture import Output, Tap, Trace, observe, swapped
+from camera.moe.capture import (
+    ModuleStub,
+    OutputSum,
+    PhiRecord,
+    project_phi,
+    replaced_submodule,
+    run_ffn,
+)
 from camera.moe.pool import rows_of_mask
 from camera.pruning.ranking import keep_highest
 from camera.pruning.slicing import slice_layer
@@ -40,7 +39,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> dict:
-    """Seconds of both sides, their ratio, and whether they leave the same behind."""
+    """Seconds of both sides, their ratio, and whether they leave the same hidden states.
+
+    The shape is a model's that the paper measures, divided by --scale. `one_pass` is a run of the
+    pipeline on a layer: attention and router once, gate and up once per routed token, energies from
+    phi, the removal, `down_proj` of the kept columns. `reference` is the paper's released code: a
+    forward of the layer, every expert on every token for the energies, the pruned micro-experts set
+    to zero one by one, a second forward by transformers' own fastest experts. Both prune the same
+    micro-experts. They take turns, the best turn of each counts.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     model = random_model(args.shape, args.scale).to(args.device)
@@ -51,7 +58,7 @@ def run(args: argparse.Namespace) -> dict:
     found, copies = {}, {}
 
     def fresh() -> None:
-        # each turn cuts a layer of its own; copying them is not timed
+        # each turn prunes a layer of its own; copying it is not timed
         for name in ("one_pass", "reference"):
             copies[name] = copy.deepcopy(model)
 
@@ -87,13 +94,13 @@ def _one_pass(model: nn.Module, x_BLH: torch.Tensor, rotary: dict, args) -> torc
         seen.append(ffn_input_BLH)
         return torch.zeros_like(ffn_input_BLH)
 
-    with swapped(layer, ffn.family.ffn, Tap(record)):
+    with replaced_submodule(layer, ffn.family.ffn, ModuleStub(record)):
         residual_BLH = layer(x_BLH, **rotary)
-    observer, trace = EnergyObserver(ffn), Trace()
-    observe(ffn, seen[0], observer, sink=trace)
+    observer, phi = EnergyObserver(ffn), PhiRecord()
+    run_ffn(ffn, seen[0], observer, sink=phi)
     kept = rows_of_mask(ffn, _plan(observer.result().energy(ALPHA), ffn.widths, args.sparsity))
     slice_layer(ffn, kept)
-    y_TH = trace.finish(feed_forward(model), kept, Output(seen[0]))
+    y_TH = project_phi(feed_forward(model), phi.calls, kept, OutputSum(seen[0]))
     return residual_BLH + y_TH.view_as(x_BLH)
 
 

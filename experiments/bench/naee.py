@@ -1,16 +1,6 @@
-"""NAEE's search on cached expert outputs, against running the experts for every candidate.
-
-The shape is a layer of DeepSeek-MoE-16B (64 experts, top-6, hidden 2048, width 1408), hidden and
-width divided by --scale. Both sides evaluate J of the same candidates with the same routing: one
-from the inner products of the outputs cached for a sample of tokens, the other by running the
-layer's experts on it (transformers' own forward: only the experts a token is routed to). They take
-turns, and the best turn of each counts. `ratio` is per candidate; `search` is a whole greedy search
-of one layer with its cache, and beside it what as many candidates would take by running experts.
-A layer of full size favours the cache more: inner products don't grow with hidden size and width.
-"""
+"""NAEE's search on cached expert outputs, against running the experts per candidate."""
 
 import argparse
-import time
 from collections.abc import Callable
 
 import torch
@@ -23,6 +13,7 @@ from baselines.experts.rerouting import Rerouter
 from baselines.experts.subset_search import OutputError, search
 from camera.moe.families import Family
 from camera.moe.feed_forward import FeedForward
+from experiments.bench.support.timing import clock, now
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 2048, 1408, 64, 6
 
@@ -40,14 +31,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> dict:
-    """Seconds per candidate of both sides, their ratio, and seconds of whole searches."""
+    """Seconds per candidate of both sides, their ratio, and seconds of whole searches.
+
+    The shape is a layer of DeepSeek-MoE-16B (64 experts, top-6, hidden 2048, width 1408), hidden
+    and width divided by --scale. Both sides evaluate J of the same candidates with the same
+    routing: `cached` from inner products of the outputs cached for a sample of tokens, `running` by
+    transformers' own forward of the experts. They take turns, the best turn of each counts. `ratio`
+    is per candidate. `search` is a whole greedy search of one layer with its cache, beside the time
+    of as many candidates by running experts. The ratio grows with the widths: the size of the inner
+    products doesn't depend on them.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     ffn = _layer(args.scale, args.device)
     x_TH = torch.randn(args.tokens, HIDDEN // args.scale, device=args.device)
     observer = OutputObserver(ffn, args.tokens, seed=0)
-    observer.begin(x_TH)
+    observer.ffn_input(0, x_TH, None, None)
     cache_s, seen = _timed(observer.result)
     route = Rerouter(ffn, seen.x_TH)
     error = OutputError(seen.gram_TEE, route)
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> dict:
         "width": WIDTH // args.scale,
         "tokens": args.tokens,
         "threads": torch.get_num_threads(),
+        "clock": clock().__name__,
         "device": args.device,
         "cache_s": round(cache_s, 4),
         "cached_s": round(per_cached, 6),
@@ -117,12 +118,6 @@ def _output(ffn: FeedForward, x_TH: torch.Tensor, gates_TE: torch.Tensor) -> tor
 
 
 def _timed(function: Callable) -> tuple[float, object]:
-    start = _now()
+    start = now()
     found = function()
-    return _now() - start, found
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    return now() - start, found

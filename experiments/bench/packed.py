@@ -1,25 +1,14 @@
-"""Packed experts of a layer against the same experts unpacked, prefill and decoding one token.
-
-The shape is an expert of Qwen3-30B-A3B (hidden 2048, width 768, 8 of a token's) divided by --scale,
-cut as Camera-Q cuts it: 3, 2 and 1 bit in shares 1/8, 3/4, 1/8. Packed experts dequantise an expert
-whenever tokens reach it; plain ones hold their weights in the same dtype. All sides take turns, and
-the best turn of each counts, because other work on the machine only ever adds time. `ratio` is
-packed seconds over plain seconds: above 1 packing costs time. `memory` is packed bytes over plain.
-"""
+"""Packed experts of a layer, against the same experts dequantised."""
 
 import argparse
-import time
 from collections.abc import Callable
 
 import torch
 
 from camera.checkpoint.formats.packed.experts import PackedExperts
 from camera.checkpoint.formats.packed.segments import BitSegments
-from camera.checkpoint.formats.packed.spec import (
-    experts_spec,
-    spec_bytes,
-    spec_weights,
-)
+from camera.checkpoint.formats.packed.spec import experts_spec, spec_bytes, spec_weights
+from experiments.bench.support.timing import clock, take_turns
 
 HIDDEN, WIDTH, TOP_K = 2048, 768, 8
 
@@ -36,8 +25,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
 
 
+@torch.inference_mode()
 def run(args: argparse.Namespace) -> dict:
-    """Seconds and ratios by dtype and tokens, and what dequantising alone costs."""
+    """Seconds and ratios by dtype and number of tokens, and the seconds of dequantising alone.
+
+    The shape is an expert of Qwen3-30B-A3B (hidden 2048, width 768, top-8) divided by --scale, with
+    the segments of Camera-Q: 3, 2 and 1 bit in shares 1/8, 3/4, 1/8. Packed experts dequantise an
+    expert whenever tokens reach it; plain ones hold their weights in the same dtype. All sides take
+    turns, the best turn of each counts. `ratio` is packed seconds over plain seconds: above 1
+    packing costs time. `memory` is packed bytes over plain bytes.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     hidden, width = HIDDEN // args.scale, WIDTH // args.scale
@@ -56,7 +53,7 @@ def run(args: argparse.Namespace) -> dict:
                 "plain": lambda p=plain, c=call: p(*c),
                 "dequantize": lambda h=hit: _dequantize(packed, h),
             }
-            best = _best(sides, args.repeats)
+            best = take_turns(sides, args.repeats)
             results.append(
                 {
                     "dtype": name,
@@ -74,6 +71,7 @@ def run(args: argparse.Namespace) -> dict:
         "average_bits": round(8 * spec_bytes(spec) / spec_weights(spec), 4),
         "group_size": args.group_size,
         "threads": torch.get_num_threads(),
+        "clock": clock().__name__,
         "device": args.device,
         "repeats": args.repeats,
         "results": results,
@@ -86,8 +84,8 @@ def _random_experts(
     """Any codes will do: the time doesn't depend on them."""
     few = width // 8
     bits = [[3] * few + [2] * (width - 2 * few) + [1] * few] * experts
-    cuts = BitSegments.of("rows", bits), BitSegments.of("columns", bits)
-    spec = experts_spec(hidden, [width] * experts, *cuts, group_size, False)
+    segments = BitSegments.of("rows", bits), BitSegments.of("columns", bits)
+    spec = experts_spec(hidden, [width] * experts, *segments, group_size, False)
     packed = PackedExperts(spec, torch.nn.SiLU(), device)
     torch.manual_seed(0)
     for name, tensor in packed.named_buffers():
@@ -111,21 +109,3 @@ def _dequantize(packed: PackedExperts, experts: list[int]) -> None:
     for expert in experts:
         packed.gate_up(expert)
         packed.down(expert)
-
-
-@torch.inference_mode()
-def _best(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of every side's best turn; the first turn warms up."""
-    spent: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(repeats + 1):
-        for side, call in sides.items():
-            start = _now()
-            call()
-            spent[side].append(_now() - start)
-    return {side: min(turns[1:]) for side, turns in spent.items()}
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()

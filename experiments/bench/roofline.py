@@ -1,14 +1,4 @@
-"""FLOPs and bytes of compressing a model, and the time on a device: computed, not measured.
-
-`--model` is a name of conf/model, a folder or a config.json. `one_pass` is a run as camera/ does it
-(experiments/bench/support/costs.py), `dense_way` what the paper's released code computes: every
-expert on every token for the energies, and two forward passes of each layer. Devices: a100_40gb and
-h100 by their data sheets (dense bf16), cpu as measured here (one square product, one copy).
-`--efficiency` is the share of that which is reached, `--link` GB/s of the place the weights are
-read from and written to.
-`compensation` is compensate=layer (camera/compensation/least_squares.py) with target=dense, all of
-its ridges tried, beside the rest.
-"""
+"""FLOPs and bytes of compressing a model, and the time on a device: computed, not measured."""
 
 import argparse
 from pathlib import Path
@@ -18,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig
 
-from camera.compensation.settings import Refit
+from camera.compensation.settings import CompensationSettings
 from camera.runtime.errors import CameraError
 from experiments.bench.support.architectures import ARCHITECTURES
 from experiments.bench.support.costs import Device, fit_flops, run_cost
@@ -45,7 +35,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Totals of the run, and minutes on each device, bound by what."""
+    """Totals of the run, and minutes on each device.
+
+    `--model` is a name of conf/model, a folder or a config.json. The counts are those of a one-pass
+    run of the pipeline; `dense_way` is the paper's released code: every expert on every token for
+    the energies, and two forward passes of each layer. Devices: a100_40gb and h100 by their data
+    sheets (dense bf16), cpu as measured (one square product, one copy). `--efficiency` is the share
+    of the peak that is reached, `--link` GB/s of the disk that weights are read from and written
+    to. `compensation` is compensate=layer with target=dense, all ridges tried, on top of the run.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     tokens = args.samples * args.length
@@ -58,9 +56,9 @@ def run(args: argparse.Namespace) -> dict:
         config,
         tokens,
         sparsity=args.sparsity,
-        ridges=len(Refit.ridges),
+        ridges=len(CompensationSettings.ridges),
         sweeps=args.sweeps,
-        held_out=Refit.held_out,
+        held_out=CompensationSettings.held_out,
         attention=True,
     )
     devices = {name: device_of(name, args.link * 1e9) for name in args.device}
@@ -76,7 +74,7 @@ def run(args: argparse.Namespace) -> dict:
         "dense_way_tflops": round(dense / 1e12, 3),
         "compensation_tflops": round(fit / 1e12, 3),
         "times_fewer": round(dense / cost.total("flops"), 2),
-        "format_bytes": {
+        "gigabytes": {
             "read": round((cost.total("bytes_read") + cost.bytes_rest) / 1e9, 2),
             "written": round((cost.total("bytes_written") + cost.bytes_rest) / 1e9, 2),
             "moved": round(cost.total("bytes_moved") / 1e9, 1),

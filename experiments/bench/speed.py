@@ -1,12 +1,4 @@
-"""Tokens per second of a compressed model against the original: camera/evaluation/speed.py.
-
-`--model tiny` is the default model, cut by Camera-P on its own text, which it also reads here;
-`--model wide` is a random one of OLMoE's shape divided by two (hidden 1024, 64 experts of width
-512, 8 per token), cut at random, on random tokens: what kernels give where memory is read. The
-original runs in the fastest of transformers' own implementations. `ceiling` is the ratio of a model
-whose routed experts cost nothing at all: no way to run experts can do better. On one CPU thread the
-clock is the process's own, which stands still while other programs run.
-"""
+"""Tokens per second of a compressed model against the original."""
 
 import argparse
 import copy
@@ -55,15 +47,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Speeds and ratios by sparsity and batch size, the goal of each, and the ceiling."""
+    """Speeds and ratios by sparsity and batch size, the goal of each, and the ceiling.
+
+    `--model tiny` is the default model, pruned by Camera-P on its own text, which is also the
+    prompt. `--model wide` is a random one of OLMoE's shape divided by two (hidden 1024, 64 experts
+    of width 512, top-8), pruned at random, on random tokens: there kernels are bound by memory. The
+    original runs in the fastest of transformers' own implementations. `ceiling` is the ratio of a
+    model whose routed experts cost nothing, an upper bound for any implementation of the experts.
+    On one CPU thread the clock is the process's own time.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     with TemporaryDirectory() as folder:
-        dense, text, cut = MODELS[args.model](Path(folder), args.device)
+        dense, text, prune = MODELS[args.model](Path(folder), args.device)
         counts = (args.batch_sizes, args.prompt_length, args.new_tokens, args.repeats, clock())
         found = {}
         for sparsity in args.sparsity:
-            measured = measure_speed(dense, cut(sparsity), text, *counts)
+            measured = measure_speed(dense, prune(sparsity), text, *counts)
             found[str(sparsity)] = measured["batches"] | {"goal": GOALS.get(sparsity)}
         ceiling = measure_speed(dense, _free(dense), text, *counts)["batches"]
     return {
@@ -81,7 +81,7 @@ def _tiny(folder: Path, device: str):
     text = ensure_world(folder / "data")
     dense = load_model(EMBEDDED_MODEL, device)
 
-    def cut(sparsity: float) -> PreTrainedModel:
+    def prune(sparsity: float) -> PreTrainedModel:
         out = folder / str(sparsity)
         few = camera.Calibration(source="wikitext2", samples=16, length=256)
         options = {"calibration": few, "data": str(text), "device": device, "progress": False}
@@ -89,7 +89,7 @@ def _tiny(folder: Path, device: str):
         return load_model(out, device)
 
     words = (text / "wikitext2" / "test.txt").read_text()[:20_000]
-    return dense, load_tokenizer(EMBEDDED_MODEL)(words, return_tensors="pt").input_ids[0], cut
+    return dense, load_tokenizer(EMBEDDED_MODEL)(words, return_tensors="pt").input_ids[0], prune
 
 
 def _wide(folder: Path, device: str):
@@ -98,7 +98,7 @@ def _wide(folder: Path, device: str):
     dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     dense.requires_grad_(False).to(device)
 
-    def cut(sparsity: float) -> PreTrainedModel:
+    def prune(sparsity: float) -> PreTrainedModel:
         model, draw = _shell(dense), torch.Generator().manual_seed(1)
         for i, layer in enumerate(model.model.layers):
             ffn = FeedForward(layer, family_of("olmoe"), f"model.layers.{i}")
@@ -108,7 +108,7 @@ def _wide(folder: Path, device: str):
             slice_layer(ffn, rows_of_mask(ffn, torch.rand(len(share_N), generator=draw) >= share_N))
         return model
 
-    return dense, config.vocab_size, cut
+    return dense, config.vocab_size, prune
 
 
 MODELS = {"tiny": _tiny, "wide": _wide}

@@ -1,12 +1,4 @@
-"""A checkpoint of real layer shapes, streamed: seconds a layer, bytes, memory, overlap.
-
-Some layers of a published model (default: three of Qwen3-30B-A3B, 1.2 GB each in bf16; --scale
-divides all widths) are written to disk with random weights and forgotten by the page cache, then
-cut by Camera-P as any model is. `overlapped` is the share of reading and writing that computing
-hid. From a layer's time follows that of the whole model on this machine: with as few calibration
-tokens as here, and with the 128 x 2048 of the paper, whose computing is extrapolated. A small
-vocabulary stands for the real one: what is outside the layers is read and written once.
-"""
+"""A checkpoint of real layer shapes, streamed: seconds a layer, bytes, memory, overlap."""
 
 import argparse
 import os
@@ -50,7 +42,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Seconds a layer, bytes read and written, peak memory, overlap, the whole model's minutes."""
+    """Seconds a layer, bytes read and written, peak memory, overlap, the whole model's minutes.
+
+    Some layers of a published model (default: three of Qwen3-30B-A3B, 1.2 GB each in bf16; --scale
+    divides all widths) are written to disk with random weights, dropped from the page cache, then
+    pruned by Camera-P. `overlapped` is the share of reading and writing that computing hid.
+    `whole_model_minutes` follows from a layer's time with as few calibration tokens as here, and
+    with the 128 x 2048 of the paper, whose computing is extrapolated. The vocabulary is small: what
+    is outside the layers is read and written once.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="camera-stream-") as folder:
@@ -99,8 +99,8 @@ def _streamed(args: argparse.Namespace, source: Path, folder: Path) -> dict:
         "from_disk_gb": round(moved[0] / 1e9, 3),
         "to_disk_gb": round(moved[1] / 1e9, 3),
         "disk_s": round(seconds["disk"], 2),
-        "waited_s": round(seconds["waited for disk"], 2),
-        "overlapped": round(max(1 - seconds["waited for disk"] / seconds["disk"], 0.0), 3),
+        "waited_s": round(seconds["waited_for_disk"], 2),
+        "overlapped": round(max(1 - seconds["waited_for_disk"] / seconds["disk"], 0.0), 3),
         "peak_gb": round(peak / 1e9, 3),
         "expected_peak_gb": round((result.expected_memory_bytes - before) / 1e9, 3),
         "whole_model_minutes": round(total * took / args.layers / 60, 1),

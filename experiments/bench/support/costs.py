@@ -98,10 +98,17 @@ def run_cost(
     camera/streaming/streamer.py.
     """
     model, layers = _on_paper(config, dtype)
-    cut = (sparsity, 1 - sparsity if still_used is None else still_used)
+    shares = (sparsity, 1 - sparsity if still_used is None else still_used)
     costs = [
         _layer(
-            config, layer, view, tokens, length, *(cut if pooled else (0.0, 1.0)), keep_phi, dtype
+            config,
+            layer,
+            view,
+            tokens,
+            length,
+            *(shares if pooled else (0.0, 1.0)),
+            keep_phi,
+            dtype,
         )
         for layer, view, pooled in layers
     ]

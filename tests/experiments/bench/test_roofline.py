@@ -12,10 +12,10 @@ from transformers import AutoConfig
 import camera
 from camera.calibration.statistics import Statistics
 from camera.checkpoint.formats import ragged
-from camera.compensation.least_squares import Block, fit
-from camera.compensation.settings import Refit
-from camera.pipeline.report import STATISTICS
+from camera.compensation.least_squares import ExpertRegression, coordinate_descent
+from camera.compensation.settings import CompensationSettings
 from camera.runtime.errors import CameraError
+from camera.runtime.files import CheckpointFiles
 from camera.streaming.settings import MemoryChoices
 from experiments.bench import roofline
 from experiments.bench.support.architectures import ARCHITECTURES
@@ -51,7 +51,7 @@ def real_run(checkpoints, data_folder, tmp_path_factory):
                 progress=False,
             )
         visited = stayed = 0
-        for layer in Statistics.load(out / STATISTICS).layers.values():
+        for layer in Statistics.load(out / CheckpointFiles.STATISTICS).layers.values():
             kept = [width for path in layer.groups for width in result.widths[path]]
             visited += layer.tokens_E @ torch.tensor(layer.widths)
             stayed += layer.tokens_E @ torch.tensor(kept)
@@ -70,7 +70,7 @@ def test_flops_are_those_of_a_real_run(family, phi, checkpoints, real_run, monke
     config = AutoConfig.from_pretrained(checkpoints(family))
     exact = run_cost(config, SAMPLES * LENGTH, LENGTH, still_used=still_used, **options)
     assert exact.total("flops") == pytest.approx(measured, rel=0.01)
-    if phi == "keep":  # without knowing which experts were cut
+    if phi == "keep":  # without knowing which experts were pruned
         assert run_cost(config, SAMPLES * LENGTH, LENGTH, **options).total(
             "flops"
         ) == pytest.approx(measured, rel=0.05)
@@ -132,7 +132,7 @@ def test_flops_of_a_refit_are_those_counted(checkpoints):
     generator = torch.Generator().manual_seed(0)
     each = tokens * top_k // experts
     blocks = [
-        Block(
+        ExpertRegression(
             torch.arange(each) * tokens // each,
             torch.randn(each, kept, generator=generator),
             torch.randn(kept, hidden, generator=generator),
@@ -142,9 +142,9 @@ def test_flops_of_a_refit_are_those_counted(checkpoints):
     residual_TH = torch.zeros(tokens, hidden)
     for block in blocks:
         residual_TH[block.tokens_N] += block.phi_NW @ block.old_WH
-    how = Refit(ridges=(100.0,), sweeps=sweeps, held_out=held_out)
+    how = CompensationSettings(ridges=(100.0,), sweeps=sweeps, held_out=held_out)
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
-        found = fit(blocks, residual_TH, round(tokens * (1 - held_out)), how)
+        found = coordinate_descent(blocks, residual_TH, round(tokens * (1 - held_out)), how)
     assert (found.ridge, found.sweeps) == (100.0, sweeps)
     # the counter sees no solving, nor what was before the fit
     solving = experts * (2 * kept**3 / 3 + 2 * sweeps * 2 * kept**2 * hidden)
@@ -161,10 +161,12 @@ def test_refitting_attention_is_one_fit_of_all_its_heads(checkpoints):
     tokens, hidden, layers = 4096, config.hidden_size, config.num_hidden_layers
     heads = config.num_attention_heads * config.v_head_dim
     fitted = tokens * 3 // 4
-    block = Block(None, torch.randn(tokens, heads), torch.randn(heads, hidden))
+    block = ExpertRegression(None, torch.randn(tokens, heads), torch.randn(heads, hidden))
     residual_TH = block.phi_NW @ block.old_WH
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
-        found = fit([block], residual_TH, fitted, Refit(ridges=[100.0], held_out=0.25))
+        found = coordinate_descent(
+            [block], residual_TH, fitted, CompensationSettings(ridges=[100.0], held_out=0.25)
+        )
     assert found.ridge == 100.0
     without, counted = (fit_flops(config, tokens, attention=a, **options) for a in (False, True))
     solving = 2 * (heads**3 / 3 + 2 * heads**2 * hidden)
