@@ -16,8 +16,8 @@ test: $(READY)
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 # Words of the names of tests and of their files, so that the choice outlives a move of the files.
-NUMERICAL := (gptq or naee or visited or parallel or heapr or d2_moe or energy or quantize \
-	or ragged or reap or refit or compensate or low_rank) \
+NUMERICAL := (gptq or naee or visited or processes or heapr or d2_moe or energy or quantize \
+	or ragged or reap or refit or compensate or compensation or low_rank) \
 	and not (docs or tracker or runs or config or test_compress)
 
 test-cpus: $(READY)

@@ -71,8 +71,7 @@ def _holds(path: Path, kind: type[LayerStatistics]) -> bool:
 def code_and_device(model: MetaModel, owner: type) -> dict[str, str]:
     """What else than the inputs decides the bytes of a result of this class's code."""
     package = sys.modules[owner.__module__.partition(".")[0]]
-    if hasattr(package, "__path__"):
-        files = sorted(Path(package.__file__).parent.rglob("*.py"))
-    else:
-        files = [Path(inspect.getfile(owner))]
+    files = [Path(inspect.getfile(owner))]
+    if hasattr(package, "__path__"):  # a namespace package has no file of its own
+        files = sorted(path for folder in package.__path__ for path in Path(folder).rglob("*.py"))
     return {"code": code_version(*files), "device": model.device.type}

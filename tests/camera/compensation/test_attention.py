@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 import camera
 from camera.calibration.tokens import calibration_tokens
 from camera.checkpoint.loading import load_model, load_tokenizer
+from camera.pipeline.passes import tokens
+from camera.streaming.streamer import LayerStreamer
 from tests.helpers.models import FAMILIES
 
 RIDGE = 10.0
@@ -100,13 +102,13 @@ def test_a_layer_runs_again_only_where_its_attention_changed(
     checkpoints, compress, monkeypatch, tmp_path
 ):
     run, _ = compress
-    ran, attend = [], camera.streaming.streamer.Streamer.attend
+    ran, attend = [], LayerStreamer.attend
 
     def counted(self, index, batches):
         ran.append(index)
         return attend(self, index, batches)
 
-    monkeypatch.setattr(camera.streaming.streamer.Streamer, "attend", counted)
+    monkeypatch.setattr(LayerStreamer, "attend", counted)
     source = checkpoints("qwen3_moe", num_hidden_layers=3)
     run(source, "d", target="dense")
     report = json.loads((tmp_path / "d" / "camera.json").read_text())
@@ -126,13 +128,13 @@ def test_aiming_at_the_layer_leaves_attention_alone(checkpoints, compress):
 
 def test_ranking_the_dense_model_refits_nothing(checkpoints, compress, monkeypatch):
     run, _ = compress
-    refitted, refit = [], camera.streaming.streamer.Streamer.attend_refitted
+    refitted, refit = [], tokens.refit_attention
 
-    def counted(self, index, *args):
-        refitted.append(index)
-        return refit(self, index, *args)
+    def counted(output, *args):
+        refitted.append(output)
+        return refit(output, *args)
 
-    monkeypatch.setattr(camera.streaming.streamer.Streamer, "attend_refitted", counted)
+    monkeypatch.setattr(tokens, "refit_attention", counted)
     source = checkpoints("qwen3_moe", num_hidden_layers=3)
     run(source, "global", target="dense", rank_scope="global")
-    assert refitted == [0, 1, 2]
+    assert len(refitted) == 3 == len(set(refitted))

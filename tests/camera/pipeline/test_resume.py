@@ -1,5 +1,6 @@
 """A run that was killed goes on at the right layer and ends in the same bytes."""
 
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -8,15 +9,16 @@ import textwrap
 import pytest
 
 import camera
-import camera.checkpoint.shards
-import camera.pipeline.resume
-from camera.pipeline.resume import Progress
+from camera.pipeline.resume import PassProgress
 from camera.runtime.errors import CameraError
+from camera.streaming.streamer import LayerStreamer
 
 LAYERS = 5
+PER_LAYER = 5  # files: shard, statistics, plan, hidden states, state
 CALLS = (
     "camera.checkpoint.shards.write_tensors",
-    "camera.calibration.statistics.save_file",
+    "camera.calibration.statistics.Statistics.save",
+    "camera.method.Plan.save",
     "camera.pipeline.resume.write_tensors",
     "camera.pipeline.resume.write_json",
 )
@@ -43,8 +45,10 @@ def compress(checkpoints, data_folder, calibration, tmp_path):
     return go
 
 
-def shards(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("model*"))}
+def written(folder):
+    """Bytes of a checkpoint's shards and of its plan, by file."""
+    paths = [*sorted(folder.glob("model*")), folder / "plan.safetensors"]
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def interrupt(monkeypatch, at, after):
@@ -52,8 +56,7 @@ def interrupt(monkeypatch, at, after):
     count = [0]
 
     def wrap(target):
-        module, name = target.rpartition(".")[::2]
-        original = getattr(sys.modules[module], name)
+        original = pkgutil.resolve_name(target)
 
         def wrapped(*args, **kwargs):
             count[0] += 1
@@ -73,11 +76,11 @@ def interrupt(monkeypatch, at, after):
 @pytest.fixture
 def uninterrupted(compress, tmp_path):
     compress("whole")
-    return shards(tmp_path / "whole")
+    return written(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before writing", "after writing"])
-@pytest.mark.parametrize("at", [1, 4, 8, 9, 10, 16])
+@pytest.mark.parametrize("at", [1, 5, 10, 11, 12, 13, 20])
 def test_killed_at_any_file_it_goes_on_to_the_same_bytes(
     at, after, compress, uninterrupted, tmp_path, monkeypatch
 ):
@@ -86,17 +89,11 @@ def test_killed_at_any_file_it_goes_on_to_the_same_bytes(
         with pytest.raises(Killed):
             compress()
     assert not (tmp_path / "out").exists()
-    loaded = []
-    original = camera.streaming.streamer.Streamer.load_layer
-    monkeypatch.setattr(
-        camera.streaming.streamer.Streamer,
-        "load_layer",
-        lambda s, i: loaded.append(i) or original(s, i),
-    )
+    loaded, load = [], LayerStreamer.load_layer
+    monkeypatch.setattr(LayerStreamer, "load_layer", lambda s, i: loaded.append(i) or load(s, i))
     compress()
-    assert shards(tmp_path / "out") == uninterrupted
-    written_per_layer = 4  # shard, statistics, hidden states, state
-    finished = (at if after else at - 1) // written_per_layer
+    assert written(tmp_path / "out") == uninterrupted
+    finished = (at if after else at - 1) // PER_LAYER
     assert loaded == list(range(finished, LAYERS))
 
 
@@ -107,7 +104,7 @@ def test_a_dense_pass_goes_on_too(compress, tmp_path, monkeypatch):
         with pytest.raises(Killed):
             compress(propagate="dense", statistics=tmp_path / "b")
     compress(propagate="dense", statistics=tmp_path / "b")
-    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+    assert written(tmp_path / "out") == written(tmp_path / "whole")
     (one,), (other,) = ((tmp_path / n).glob("*.safetensors") for n in "ab")
     assert one.read_bytes() == other.read_bytes()
 
@@ -117,11 +114,11 @@ def test_a_compensated_run_goes_on_too(target, compress, tmp_path, monkeypatch):
     options = dict(compensate="layer", target=target)
     compress("whole", **options)
     with monkeypatch.context() as patch:
-        interrupt(patch, 9, after=True)
+        interrupt(patch, 2 * PER_LAYER + 1, after=True)
         with pytest.raises(Killed):
             compress(**options)
     compress(**options)
-    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+    assert written(tmp_path / "out") == written(tmp_path / "whole")
 
 
 KILLED_FOR_REAL = """
@@ -145,7 +142,7 @@ def test_kill_minus_nine(compress, checkpoints, data_folder, uninterrupted, tmp_
     done = subprocess.run([*command, source, tmp_path / "out", data_folder], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
     compress()
-    assert shards(tmp_path / "out") == uninterrupted
+    assert written(tmp_path / "out") == uninterrupted
     assert not list(tmp_path.glob(".out*"))
 
 
@@ -153,19 +150,19 @@ def test_a_truncated_shard_starts_the_work_anew(
     compress, uninterrupted, tmp_path, monkeypatch, caplog
 ):
     with monkeypatch.context() as patch:
-        interrupt(patch, 12, after=True)
+        interrupt(patch, 3 * PER_LAYER, after=True)
         with pytest.raises(Killed):
             compress()
     last = sorted((tmp_path / ".out.partial").glob("model-*"))[-1]
     last.write_bytes(last.read_bytes()[:-10])
     compress()
     assert "starting anew" in caplog.text
-    assert shards(tmp_path / "out") == uninterrupted
+    assert written(tmp_path / "out") == uninterrupted
 
 
 def test_work_of_other_settings_is_refused_with_the_difference(compress, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        interrupt(patch, 9, after=True)
+        interrupt(patch, 2 * PER_LAYER + 1, after=True)
         with pytest.raises(Killed):
             compress(alpha=0.9)
     with pytest.raises(CameraError, match=r"alpha: 0\.9 there, 0\.5 here\): delete it"):
@@ -178,13 +175,13 @@ def test_work_of_another_version_or_device_is_dropped_with_a_warning(
     compress, uninterrupted, tmp_path, monkeypatch, caplog
 ):
     with monkeypatch.context() as patch:
-        interrupt(patch, 9, after=True)
-        patch.setattr("camera.pipeline.passes.dense.code_version", lambda *_: "older")
+        interrupt(patch, 2 * PER_LAYER + 1, after=True)
+        patch.setattr("camera.pipeline.cache.code_version", lambda *_: "older")
         with pytest.raises(Killed):
             compress()
     compress()
     assert "starting anew (code: older there" in caplog.text
-    assert shards(tmp_path / "out") == uninterrupted
+    assert written(tmp_path / "out") == uninterrupted
 
 
 def test_a_full_disk_can_be_mended_and_gone_on_from(compress, uninterrupted, tmp_path, monkeypatch):
@@ -192,7 +189,7 @@ def test_a_full_disk_can_be_mended_and_gone_on_from(compress, uninterrupted, tmp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        interrupt(patch, 6, after=True)
+        interrupt(patch, PER_LAYER + 2, after=True)
         with pytest.raises(Killed):
             compress()
     with monkeypatch.context() as patch:
@@ -200,16 +197,16 @@ def test_a_full_disk_can_be_mended_and_gone_on_from(compress, uninterrupted, tmp
         with pytest.raises(CameraError, match="run the same command again"):
             compress()
     compress()
-    assert shards(tmp_path / "out") == uninterrupted
+    assert written(tmp_path / "out") == uninterrupted
 
 
 def test_only_the_newest_hidden_states_are_kept(compress, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        interrupt(patch, 13, after=True)
+        interrupt(patch, 3 * PER_LAYER + 1, after=True)
         with pytest.raises(Killed):
             compress()
     assert len(list((tmp_path / ".out.partial" / "progress").glob("hidden-*"))) == 1
 
 
 def test_progress_of_nothing_restores_nothing(tmp_path):
-    assert not Progress(tmp_path / "a" / "progress", {}).restore()
+    assert not PassProgress(tmp_path / "a" / "progress", {}).restore()

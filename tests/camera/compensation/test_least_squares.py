@@ -6,16 +6,16 @@ Shapes: T tokens, H hidden, N tokens of one expert, W its width.
 import pytest
 import torch
 
-import camera.compensation.least_squares
-from camera.compensation.least_squares import Block, fit
-from camera.compensation.settings import Refit
+from camera.compensation import least_squares
+from camera.compensation.least_squares import ExpertRegression, coordinate_descent
+from camera.compensation.settings import CompensationSettings
 from camera.runtime.errors import CameraError
 
 T, H = 400, 24
 
 
 def experts(widths=(10, 7, 12), seed=0):
-    """Blocks of which the first sees all tokens, and phi of all on all tokens (0 where not)."""
+    """Experts of which the first sees all tokens, and phi of all on all tokens (0 where not)."""
     generator = torch.Generator().manual_seed(seed)
     blocks, columns = [], []
     for e, width in enumerate(widths):
@@ -23,7 +23,9 @@ def experts(widths=(10, 7, 12), seed=0):
         count = T if tokens_N is None else len(tokens_N)
         scale_W = 10 ** torch.randn(width, generator=generator)
         phi_NW = torch.randn(count, width, generator=generator) * scale_W
-        blocks.append(Block(tokens_N, phi_NW, torch.randn(width, H, generator=generator)))
+        blocks.append(
+            ExpertRegression(tokens_N, phi_NW, torch.randn(width, H, generator=generator))
+        )
         phi_TW = torch.zeros(T, width)
         phi_TW[slice(None) if tokens_N is None else tokens_N] = phi_NW
         columns.append(phi_TW)
@@ -42,12 +44,14 @@ def removed(phi_TN, noise=1.0, seed=1):
 
 @pytest.mark.parametrize(("ridge", "piece"), [(0.3, 1000), (0.03, 1000), (0.3, 60)])
 def test_the_descent_ends_at_the_joint_solution(ridge, piece, monkeypatch):
-    monkeypatch.setattr(camera.compensation.least_squares, "ENOUGH", 1e-9)
-    monkeypatch.setattr(camera.compensation.least_squares, "PIECE", piece)  # of 400 tokens
+    monkeypatch.setattr(least_squares, "ENOUGH", 1e-9)
+    monkeypatch.setattr(least_squares, "PIECE", piece)  # of 400 tokens
     blocks, phi_TN = experts()
     target_TH = removed(phi_TN)
     residual_TH = target_TH.clone()
-    found = fit(blocks, residual_TH, 350, Refit(ridges=[ridge], sweeps=500))
+    found = coordinate_descent(
+        blocks, residual_TH, 350, CompensationSettings(ridges=[ridge], sweeps=500)
+    )
     gram_NN = phi_TN.T @ phi_TN
     norm2_N = torch.cat([block.old_WH for block in blocks]).double().square().sum(1)
     energy = (gram_NN.diagonal() * norm2_N).mean()
@@ -56,13 +60,15 @@ def test_the_descent_ends_at_the_joint_solution(ridge, piece, monkeypatch):
     fitted, best = phi_TN @ changes(blocks), phi_TN @ want
     assert (fitted - best).norm() < 1e-3 * best.norm()
     torch.testing.assert_close(residual_TH.double(), target_TH - fitted, rtol=1e-3, atol=1e-2)
-    assert found.missing == pytest.approx(residual_TH.double().square().sum().item(), rel=1e-4)
+    assert found.residual == pytest.approx(residual_TH.double().square().sum().item(), rel=1e-4)
 
 
 def test_one_expert_is_solved_at_once():
     blocks, phi_TN = experts(widths=(10,))
     residual_TH = removed(phi_TN)
-    found = fit(blocks, residual_TH, 350, Refit(ridges=[0.01], sweeps=8))
+    found = coordinate_descent(
+        blocks, residual_TH, 350, CompensationSettings(ridges=[0.01], sweeps=8)
+    )
     assert found.sweeps == 1
     again = residual_TH.clone()
     blocks[0].step(again)
@@ -75,9 +81,10 @@ def test_the_scale_of_a_micro_expert_does_not_matter():
         blocks, phi_TN = experts(widths=(10, 7))
         residual_TH = removed(phi_TN)
         scaled = [
-            Block(block.tokens_N, block.phi_NW * scale, block.old_WH / scale) for block in blocks
+            ExpertRegression(block.tokens_N, block.phi_NW * scale, block.old_WH / scale)
+            for block in blocks
         ]
-        fit(scaled, residual_TH, 350, Refit(ridges=[0.1, 0.01]))
+        coordinate_descent(scaled, residual_TH, 350, CompensationSettings(ridges=[0.1, 0.01]))
         results.append(residual_TH)
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-2)
 
@@ -86,8 +93,8 @@ def test_where_no_ridge_helps_held_out_tokens_nothing_changes():
     blocks, _ = experts(widths=(200, 100))
     noise_TH = torch.randn(T, H, generator=torch.Generator().manual_seed(2))
     residual_TH = noise_TH.clone()
-    found = fit(blocks, residual_TH, 350, Refit())
-    assert found.ridge == 0 and found.missing == found.removed
+    found = coordinate_descent(blocks, residual_TH, 350, CompensationSettings())
+    assert found.ridge == 0 and found.residual == found.removed
     assert not changes(blocks).any()
     torch.testing.assert_close(residual_TH, noise_TH, rtol=0, atol=1e-2)
 
@@ -96,7 +103,12 @@ def test_held_out_tokens_choose_a_smaller_ridge_where_there_is_less_noise():
     chosen = []
     for noise in (300.0, 0.01):
         blocks, phi_TN = experts(widths=(60, 60))
-        found = fit(blocks, removed(phi_TN, noise), 350, Refit(ridges=[1.0, 0.1, 0.01, 0.001]))
+        found = coordinate_descent(
+            blocks,
+            removed(phi_TN, noise),
+            350,
+            CompensationSettings(ridges=[1.0, 0.1, 0.01, 0.001]),
+        )
         chosen.append(found.ridge)
     assert chosen[0] > chosen[1] > 0
 
@@ -118,18 +130,18 @@ def test_the_residual_never_grows():
 def test_what_the_text_hardly_uses_hardly_changes():
     """An expert whose energy here is a millionth of the others', as far as it is known."""
     blocks, phi_TN = experts()
-    rare = Block(None, 1e-3 * torch.randn(T, 10), torch.randn(10, H))
-    fit([*blocks, rare], removed(phi_TN), 350, Refit(ridges=[0.1]))
+    rare = ExpertRegression(None, 1e-3 * torch.randn(T, 10), torch.randn(10, H))
+    coordinate_descent([*blocks, rare], removed(phi_TN), 350, CompensationSettings(ridges=[0.1]))
     relative = (rare.weight_WH - rare.old_WH).norm() / rare.old_WH.norm()
     others = torch.cat([b.weight_WH - b.old_WH for b in blocks]).norm()
     assert relative < 1e-3 < others / torch.cat([b.old_WH for b in blocks]).norm()
 
 
 def test_experts_without_tokens_or_micro_experts_are_left_alone():
-    empty = Block(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 5), torch.ones(5, H))
-    gone = Block(None, torch.zeros(T, 0), torch.zeros(0, H))
+    empty = ExpertRegression(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 5), torch.ones(5, H))
+    gone = ExpertRegression(None, torch.zeros(T, 0), torch.zeros(0, H))
     blocks, phi_TN = experts()
-    fit([empty, *blocks, gone], removed(phi_TN), 350, Refit())
+    coordinate_descent([empty, *blocks, gone], removed(phi_TN), 350, CompensationSettings())
     assert torch.equal(empty.weight_WH, torch.ones(5, H))
     assert all(torch.isfinite(block.weight_WH).all() for block in blocks)
 
@@ -139,6 +151,7 @@ def test_experts_without_tokens_or_micro_experts_are_left_alone():
     [
         dict(scope="model"),
         dict(target="none"),
+        dict(token_weights="none"),
         dict(scope="expert", target="dense"),
         dict(ridges=[]),
         dict(ridges=[0.1, 0.0]),
@@ -149,4 +162,4 @@ def test_experts_without_tokens_or_micro_experts_are_left_alone():
 )
 def test_impossible_settings_are_refused(options):
     with pytest.raises(CameraError, match=r"must|none of|needs"):
-        Refit(**options)
+        CompensationSettings(**options)

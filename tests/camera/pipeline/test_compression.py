@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import camera
+from camera.calibration.scores.energy import EnergyScore, EnergySpec
 from camera.calibration.statistics import Statistics
 from camera.calibration.tokens import calibration_tokens
 from camera.checkpoint.loading import load_model
-from camera.method import METHODS
 from camera.pruning.camera_p import CameraP
 from camera.runtime.errors import CameraError
 from camera.streaming.settings import MemoryChoices
@@ -143,14 +143,11 @@ def test_peak_memory_of_an_accelerator_is_reported_while_it_runs(monkeypatch):
 def test_dense_energies_are_measured_once_for_all_alphas_and_sparsities(
     run, checkpoints, tmp_path, monkeypatch
 ):
-    import camera.pipeline.passes.dense
-
-    passes = []
-    original = camera.pipeline.passes.dense.Measurement._measure_dense
+    measured, build = [], EnergySpec.build
     monkeypatch.setattr(
-        camera.pipeline.passes.dense.Measurement,
-        "_measure_dense",
-        lambda self, *args: passes.append(1) or original(self, *args),
+        EnergySpec,
+        "build",
+        lambda self, index, ffn: measured.append(index) or build(self, index, ffn),
     )
     source, kept = checkpoints("qwen2_moe"), tmp_path / "statistics"
     for alpha in (0.0, 0.9):
@@ -163,9 +160,9 @@ def test_dense_energies_are_measured_once_for_all_alphas_and_sparsities(
                 alpha=alpha,
                 sparsity=sparsity,
             )
-    assert len(passes) == 1
+    assert measured == [0, 1, 2]
     alone = run(source, name="alone", propagate="dense", alpha=0.9, sparsity=0.4)
-    assert len(passes) == 2 and alone.statistics
+    assert measured == [0, 1, 2] * 2 and alone.statistics
     shared, own = tensors(tmp_path / "0.9-0.4"), tensors(tmp_path / "alone")
     assert all(torch.equal(shared[name], tensor) for name, tensor in own.items())
 
@@ -179,39 +176,40 @@ def test_other_weights_or_tokens_do_not_share_energies(run, checkpoints, calibra
     assert len(list(kept.glob("*.safetensors"))) == 3
 
 
-def test_a_method_that_looks_for_itself_shares_with_none_but_its_heirs(
-    run, checkpoints, tmp_path, monkeypatch
-):
-    known = dict(METHODS)
-    monkeypatch.setattr("camera.method.METHODS", known)
-    monkeypatch.setattr("camera.api.METHODS", known)
+class OwnSpec(EnergySpec):
+    """A spec of another package than camera."""
 
-    class Own(CameraP):
-        name = "own"
 
-        def observer(self, index, ffn):
-            return super().observer(index, ffn)
+class OwnScore(EnergyScore):
+    def observer(self):
+        return OwnSpec()
 
-    class Heir(Own):
-        name = "heir"
 
+class Own(CameraP):
+    def ranked_by(self):
+        return OwnScore(self.alpha)
+
+
+class Heir(Own):
+    pass
+
+
+def test_a_method_with_a_spec_of_its_own_shares_with_none_but_its_heirs(run, checkpoints, tmp_path):
     kept = tmp_path / "statistics"
-    for name, files in (("camera_p", 1), ("own", 2), ("heir", 2)):
-        options = dict(propagate="dense", statistics=kept, sparsity=0.3)
-        run(checkpoints("qwen2_moe"), name, name=name, **options)
+    for method, files in ((CameraP, 1), (Own, 2), (Heir, 2)):
+        name, options = method.__name__, dict(propagate="dense", statistics=kept)
+        run(checkpoints("qwen2_moe"), method(sparsity=0.3), name, **options)
         assert len(list(kept.glob("*.safetensors"))) == files
 
 
 def _compress_in_a_process(source, out, data, kept, queue):
-    import camera.pipeline.passes.dense
+    build = EnergySpec.build
 
-    original = camera.pipeline.passes.dense.Measurement._measure_dense
+    def counted(self, index, ffn):
+        queue.put(index)
+        return build(self, index, ffn)
 
-    def counted(self, *args):
-        queue.put("measured")
-        return original(self, *args)
-
-    camera.pipeline.passes.dense.Measurement._measure_dense = counted
+    EnergySpec.build = counted
     calibration = camera.Calibration(samples=4, length=32)
     camera.compress(
         source,
@@ -243,7 +241,7 @@ def test_parallel_jobs_measure_once(checkpoints, data_folder, tmp_path):
     for job in jobs:
         job.join(120)
     assert [job.exitcode for job in jobs] == [0, 0]
-    assert queue.get(timeout=5) == "measured" and queue.empty()
+    assert [queue.get(timeout=5) for _ in range(3)] == [0, 1, 2] and queue.empty()
 
 
 @pytest.mark.parametrize("of", ["moe", "model", "routed"])

@@ -12,10 +12,14 @@ from safetensors.torch import load_file
 
 import camera
 from camera.calibration.hessians import HessianObserver
+from camera.calibration.observers import ObserverSpec
 from camera.calibration.scores.energy import EnergyStatistics
-from camera.calibration.statistics import LayerStatistics, add_up
+from camera.calibration.statistics import LayerStatistics
+from camera.method import Pass, PassKind
+from camera.moe.capture import run_ffn
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
+from camera.pipeline.compression import refuse_unshared
 from camera.runtime import distributed
 from camera.runtime.errors import CameraError
 from experiments.config.location import CONF
@@ -41,12 +45,14 @@ REFUSED = "outputs"
 JOB = textwrap.dedent("""
     import json, os, signal, sys
     from pathlib import Path
-    import baselines.experts.naee
-    import camera, camera.pipeline.resume
+    import camera
+    from camera.pipeline import resume
     from camera.runtime.distributed import process_group, rank
+    from camera.runtime.errors import CameraError
+    from camera.streaming.streamer import LayerStreamer
 
     source, folder, data, jobs = sys.argv[1:]
-    folder, jobs, original, written = Path(folder), json.loads(jobs), camera.pipeline.resume.write_json, []
+    folder, jobs, original, written = Path(folder), json.loads(jobs), resume.write_json, []
 
     def killed(*args):
         original(*args)
@@ -55,11 +61,10 @@ JOB = textwrap.dedent("""
             os.kill(os.getpid(), signal.SIGKILL)
 
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        camera.pipeline.resume.write_json = killed
+        resume.write_json = killed
 
-    load = camera.streaming.streamer.Streamer.load_layer
-    loaded = []
-    camera.streaming.streamer.Streamer.load_layer = lambda self, i: loaded.append(i) or load(self, i)
+    loaded, load = [], LayerStreamer.load_layer
+    LayerStreamer.load_layer = lambda self, i: loaded.append(i) or load(self, i)
     with process_group():
         for name, options in jobs.items():
             try:
@@ -68,7 +73,7 @@ JOB = textwrap.dedent("""
                     calibration=camera.Calibration(samples=5, length=16), **options,
                 )
                 said = result.widths
-            except camera.runtime.errors.CameraError as error:
+            except CameraError as error:
                 said = str(error)
             line = json.dumps({"job": name, "said": said, "loaded": loaded})
             loaded.clear()
@@ -255,7 +260,7 @@ def test_each_field_is_combined_by_its_rule(monkeypatch):
     mine, other, basis = energy(0), energy(1), energy(0).basis_N
     fields = sorted(EnergyStatistics.reduced)  # the same order in every process
     Summed(monkeypatch, [getattr(other, field) for field in fields])
-    both = add_up(mine)
+    both = mine.all_reduced()
     assert torch.equal(both.sum2_N, energy(0).sum2_N + energy(1).sum2_N)
     assert torch.equal(both.max2_N, energy(0).max2_N.max(energy(1).max2_N))
     assert torch.equal(both.tokens_E, energy(0).tokens_E + energy(1).tokens_E)
@@ -270,12 +275,12 @@ def test_hessians_of_shares_add_up_to_those_of_all_tokens(monkeypatch):
     @torch.no_grad()
     def seen(part_BLH):
         observer = HessianObserver(ffn)
-        observe(ffn, part_BLH, observer)
+        run_ffn(ffn, part_BLH, observer)
         return observer.result()
 
     mine, other, whole = seen(x_BLH[:1]), seen(x_BLH[1:]), seen(x_BLH)
     Summed(monkeypatch, [getattr(other, field) for field in sorted(mine.reduced)])
-    both = parallel.add_up(mine)
+    both = mine.all_reduced()
     assert torch.equal(both.tokens_E, whole.tokens_E)
     for name in ("input_EHH", "hidden_F", "input_max2_EH"):  # fp32 sums, in another order
         got, want = getattr(both, name), getattr(whole, name)
@@ -286,10 +291,17 @@ def test_statistics_without_a_rule_are_refused(monkeypatch):
     class Odd(LayerStatistics):
         kind = "odd"
 
-    assert add_up(Odd({})) is not None  # one process adds nothing up
+    class OddSpec(ObserverSpec):
+        statistics = Odd
+
+        def build(self, index, ffn):
+            raise AssertionError("a layer is observed before the refusal")
+
+    passes, method = [Pass(PassKind.COMPRESSED, OddSpec())], camera.CameraP(sparsity=0.3)
+    refuse_unshared(passes, method)  # one process adds nothing up
     monkeypatch.setattr(distributed, "world", lambda: 2)
     with pytest.raises(CameraError, match=r"\(odd\) can't be added up.*without torchrun"):
-        add_up(Odd({}))
+        refuse_unshared(passes, method)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])

@@ -1,20 +1,23 @@
 """Gradients streamed layer by layer equal ordinary autograd through the whole model."""
 
 import gc
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from camera.calibration.scores.gradient import SensitivityObserver
+import camera
+from camera.calibration.observers import LayerObserver, ObserverSpec
+from camera.calibration.scores.gradient import GradientObserver, GradientSpec
+from camera.calibration.statistics import LayerStatistics
 from camera.pipeline.passes import backward
-from camera.pipeline.passes.backward import BackwardPass, measure
-from camera.pipeline.resume import Progress
+from camera.pipeline.passes.backward import BackwardWay
+from camera.pipeline.resume import PassProgress
 from camera.runtime.errors import CameraError
 from camera.streaming import lm_head
-from camera.streaming.streamer import Streamer
+from camera.streaming.skeleton import MetaModel
+from camera.streaming.streamer import LayerStreamer, Placement
 from tests.helpers.models import FAMILIES, MOE_FAMILIES
 from tests.helpers.oracles import ffn_of, shared_of
 
@@ -65,8 +68,14 @@ def sample_losses(model, batch):
         yield model(ids[None], attention_mask=mask[None], labels=labels[None]).loss
 
 
-class Recorder:
-    """Weight gradients per sample, as a backward method sees them."""
+class Squares(LayerStatistics):
+    """Squared weight gradients by expert and matrix."""
+
+    kind = "squares"
+
+
+class Recorder(LayerObserver):
+    """Weight gradients per sample, as an observer of gradients sees them."""
 
     def __init__(self):
         self.squares = {}
@@ -78,22 +87,34 @@ class Recorder:
                 self.squares[key] = self.squares.get(key, 0) + gradient.square()
 
     def result(self):
-        return self
+        found = Squares({})
+        found.squares = self.squares
+        return found
 
-    stored = result
+
+class RecorderSpec(ObserverSpec):
+    statistics = Squares
+    reads = "gradients"
+
+    def build(self, index, ffn):
+        return Recorder()
 
 
-def there_and_back(streamer, batches, folder, observer=None):
+def streamer_of(folder, dtype="auto", **placement):
+    return LayerStreamer(MetaModel(folder, dtype=dtype), Placement(**placement))
+
+
+def there_and_back(streamer, batches, folder, spec=None):
     """Gradients at every layer's output (last: the embedding) and what observers saw."""
-    run, seen = BackwardPass(streamer, batches, folder), {}
+    run, seen = BackwardWay(streamer, batches, folder), {}
     run.start()
-    for index in range(len(streamer.layers)):
+    for index in range(LAYERS):
         run.forward(index)
     run.head()
     gradients = [run.gradients]
-    for index in reversed(range(len(streamer.layers))):
+    for index in reversed(range(LAYERS)):
         run.gradients = list(run.gradients)
-        seen[index] = run.back(index, observer)
+        seen[index] = run.back(index, spec)
         gradients.append(run.gradients)
     return gradients[::-1], seen
 
@@ -102,9 +123,10 @@ def there_and_back(streamer, batches, folder, observer=None):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_those_of_the_whole_model(family, make, checkpoints, tmp_path):
     """Of every layer's input, and of every sample's loss for every expert's weights."""
-    streamer, batches = Streamer(checkpoints(family)), make()
-    hidden, seen = there_and_back(streamer, batches, tmp_path, lambda ffn: Recorder())
-    model, inputs, squares = whole(streamer.folder), {}, {}
+    folder, batches = checkpoints(family), make()
+    streamer = streamer_of(folder)
+    hidden, seen = there_and_back(streamer, batches, tmp_path, RecorderSpec())
+    model, inputs, squares = whole(folder), {}, {}
     for index, layer in enumerate(model.model.layers):
 
         def keep(_, args, kwargs, index=index):
@@ -117,7 +139,7 @@ def test_gradients_equal_those_of_the_whole_model(family, make, checkpoints, tmp
         for loss in sample_losses(model, batch):
             model.zero_grad()
             loss.backward()
-            for index in streamer.budget.layers:
+            for index in streamer.model.budget.layers:
                 found = squares.setdefault(index, {})
                 for key, gradient in expert_gradients(ffn_of(model.model.layers[index])):
                     found[key] = found.get(key, 0) + gradient.square()
@@ -147,28 +169,18 @@ def expert_gradients(ffn):
             yield (True, e, "down"), down[e]
 
 
-def tokens_of(ids):
-    return SimpleNamespace(ids_NL=ids)
-
-
 def forwards(title, start):
     return range(start, LAYERS)
 
 
-def sensitivities(folder, ids, work, size=10**6, progress=None):
-    progress = progress or Progress(work / "progress", {})
+def sensitivities(streamer, ids, work, size=10**6, spec=None):
+    """Statistics of gradients of all layers, `size` samples together."""
+    progress = PassProgress(work / "progress", {})
     progress.restore()
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as patch:
-        patch.setattr(backward, "BACKWARD_TOKENS", size)
-        return measure(
-            Streamer(folder),
-            tokens_of(ids),
-            lambda index, ffn: SensitivityObserver(ffn),
-            forwards,
-            progress,
-            work / "inputs",
-        )
+    inputs = [{"input_ids": part} for part in ids.split(size)]
+    return BackwardWay(streamer, inputs, work / "inputs").run(
+        spec or GradientSpec(), forwards, progress
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek", "granitemoe", "llama"])
@@ -176,7 +188,7 @@ def test_sensitivities_equal_those_of_output_gradients(family, checkpoints, tmp_
     """dloss/dh_i is w_i^down . dloss/d(expert output), taken from whole-model autograd."""
     folder, batches = checkpoints(family), plain_batches()
     ids = torch.cat([batch["input_ids"] for batch in batches])
-    found = sensitivities(folder, ids, tmp_path)
+    found = sensitivities(streamer_of(folder), ids, tmp_path)
     model = whole(folder)
     want = {index: {} for index in found}
     hooks = []
@@ -234,24 +246,41 @@ def watch_outputs(ffn, sums):
 def test_batching_and_order_of_samples_do_not_matter(checkpoints, tmp_path):
     folder = checkpoints("qwen2_moe")
     ids = torch.cat([batch["input_ids"] for batch in plain_batches(6)])
-    one = sensitivities(folder, ids, tmp_path / "a", size=1)
-    many = sensitivities(folder, ids.flip(0), tmp_path / "b", size=80)
+    one = sensitivities(streamer_of(folder), ids, tmp_path / "a", size=1)
+    many = sensitivities(streamer_of(folder), ids.flip(0), tmp_path / "b", size=4)
     for index, layer in one.items():
         assert torch.equal(layer.tokens_E, many[index].tokens_E)
         for name in ("h2_N", "dh2_N", "joint_N", "sum2_N", "max2_N"):
             assert_equal(getattr(layer, name), getattr(many[index], name))
 
 
+@pytest.mark.parametrize(("tokens", "sizes"), [(1, [1] * 6), (100, [2] * 3), (10**6, [6])])
+def test_as_many_samples_go_back_together_as_the_tokens_allow(
+    tokens, sizes, checkpoints, calibration, data_folder, tmp_path, monkeypatch
+):
+    found, run = [], BackwardWay.run
+
+    def counted(self, *args):
+        found.extend(len(batch["input_ids"]) for batch in self.inputs)
+        return run(self, *args)
+
+    monkeypatch.setattr(BackwardWay, "run", counted)
+    monkeypatch.setattr(backward, "BACKWARD_TOKENS", tokens)
+    options = dict(calibration=calibration, data=str(data_folder), progress=False, device="cpu")
+    camera.compress(checkpoints("llama"), "heapr", tmp_path / "out", sparsity=0.3, **options)
+    assert found == sizes
+
+
 def test_the_head_is_computed_in_chunks_of_tokens(checkpoints, tmp_path, monkeypatch):
     folder, batches = checkpoints("granitemoe"), plain_batches()
-    whole_head, _ = there_and_back(Streamer(folder), batches, tmp_path / "a")
+    whole_head, _ = there_and_back(streamer_of(folder), batches, tmp_path / "a")
     seen = []
     original = F.cross_entropy
     monkeypatch.setattr(
         backward.F, "cross_entropy", lambda x, *a, **k: seen.append(len(x)) or original(x, *a, **k)
     )
     monkeypatch.setattr(lm_head, "HEAD_LOGITS", 6 * 7 * 256)  # six tables of them
-    chunked, _ = there_and_back(Streamer(folder), batches, tmp_path / "b")
+    chunked, _ = there_and_back(streamer_of(folder), batches, tmp_path / "b")
     assert max(seen) == 7
     for a, b in zip(whole_head, chunked, strict=True):
         assert_equal(torch.cat(a), torch.cat(b))
@@ -261,37 +290,35 @@ def test_the_head_is_computed_in_chunks_of_tokens(checkpoints, tmp_path, monkeyp
 def test_no_two_layers_are_in_memory_and_no_weight_gets_a_gradient(
     family, checkpoints, tmp_path, monkeypatch
 ):
-    streamer, counts = Streamer(checkpoints(family)), []
+    streamer, counts = streamer_of(checkpoints(family)), []
+    model = streamer.model
 
     def real(layer):
         return any(not p.is_meta for p in layer.parameters())
 
-    original = Streamer.load_layer
+    original = LayerStreamer.load_layer
 
     def counted(self, index):
         layer = original(self, index)
-        counts.append(sum(real(layer) for layer in self.layers))
+        counts.append(sum(real(layer) for layer in self.model.layers))
         return layer
 
-    class Observer(SensitivityObserver):
-        def __call__(self, seen):
-            super().__call__(seen)
-            assert sum(real(layer) for layer in streamer.layers) == 1
-            assert all(p.grad is None for p in streamer.model.parameters())
+    class Observer(GradientObserver):
+        def __call__(self, call):
+            super().__call__(call)
+            assert sum(real(layer) for layer in model.layers) == 1
+            assert all(p.grad is None for p in model.model.parameters())
 
-    monkeypatch.setattr(Streamer, "load_layer", counted)
+    class Spec(GradientSpec):
+        def build(self, index, ffn):
+            return Observer(ffn)
+
+    monkeypatch.setattr(LayerStreamer, "load_layer", counted)
     ids = torch.cat([batch["input_ids"] for batch in plain_batches()])
-    found = measure(
-        streamer,
-        tokens_of(ids),
-        lambda index, ffn: Observer(ffn),
-        forwards,
-        Progress(tmp_path / "progress", {}),
-        tmp_path / "inputs",
-    )
-    assert sorted(found) == sorted(streamer.budget.layers)
-    assert counts == [1] * (2 * LAYERS - min(streamer.budget.layers))
-    assert all(p.is_meta for p in streamer.model.parameters())
+    found = sensitivities(streamer, ids, tmp_path, spec=Spec())
+    assert sorted(found) == sorted(model.budget.layers)
+    assert counts == [1] * (2 * LAYERS - min(model.budget.layers))
+    assert all(p.is_meta for p in model.model.parameters())
     assert not list((tmp_path / "inputs").iterdir()), "inputs that nobody needs are left"
 
 
@@ -306,8 +333,8 @@ def test_a_killed_pass_goes_on_and_ends_in_the_same_numbers(
 ):
     folder = checkpoints("deepseek")
     ids = torch.cat([batch["input_ids"] for batch in plain_batches()])
-    want = sensitivities(folder, ids, tmp_path / "whole", size=40)
-    original, count, loads = Progress.commit, [0], []
+    want = sensitivities(streamer_of(folder), ids, tmp_path / "whole", size=2)
+    original, count, loads = PassProgress.commit, [0], []
 
     def commit(self, *args):
         count[0] += 1
@@ -318,11 +345,11 @@ def test_a_killed_pass_goes_on_and_ends_in_the_same_numbers(
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Progress, "commit", commit)
-        sensitivities(folder, ids, tmp_path / "killed", size=40)
-    load = Streamer.load_layer
-    monkeypatch.setattr(Streamer, "load_layer", lambda s, i: loads.append(i) or load(s, i))
-    got = sensitivities(folder, ids, tmp_path / "killed", size=40)
+        patch.setattr(PassProgress, "commit", commit)
+        sensitivities(streamer_of(folder), ids, tmp_path / "killed", size=2)
+    load = LayerStreamer.load_layer
+    monkeypatch.setattr(LayerStreamer, "load_layer", lambda s, i: loads.append(i) or load(s, i))
+    got = sensitivities(streamer_of(folder), ids, tmp_path / "killed", size=2)
     steps = [*range(LAYERS), *reversed(range(1, LAYERS))]  # layer 0 is dense: nothing is asked
     assert loads == steps[at if after else at - 1 :]
     assert list(got) == list(want)
@@ -332,28 +359,36 @@ def test_a_killed_pass_goes_on_and_ends_in_the_same_numbers(
 
 
 def test_inputs_that_are_gone_are_named(checkpoints, tmp_path):
-    run = BackwardPass(Streamer(checkpoints("qwen3_moe")), plain_batches(), tmp_path)
+    run = BackwardWay(streamer_of(checkpoints("qwen3_moe")), plain_batches(), tmp_path)
     with pytest.raises(CameraError, match=r"input-00002\.safetensors can.t be read"):
         run.start(2)
 
 
-def test_float16_is_refused(checkpoints, tmp_path):
-    streamer = Streamer(checkpoints("qwen3_moe"), dtype="float16")
+def test_float16_is_refused(checkpoints, calibration, data_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(BackwardWay, "run", None)  # can't be called
+    options = dict(calibration=calibration, data=str(data_folder), progress=False, device="cpu")
     with pytest.raises(CameraError, match="dtype=bfloat16"):
-        measure(streamer, None, None, forwards, None, tmp_path)
+        camera.compress(
+            checkpoints("qwen3_moe"),
+            "heapr",
+            tmp_path / "out",
+            sparsity=0.3,
+            dtype="float16",
+            **options,
+        )
 
 
 def test_gradients_that_are_not_finite_are_refused(checkpoints, tmp_path, monkeypatch):
     batches = plain_batches()
-    streamer = Streamer(checkpoints("qwen3_moe"))
-    original = Streamer.load_rest
+    streamer = streamer_of(checkpoints("qwen3_moe"))
+    original = MetaModel.load_rest
 
     def broken(self, only=""):
         original(self, only)
         if only == "lm_head":
             self.model.lm_head.weight.data[3] = torch.inf
 
-    monkeypatch.setattr(Streamer, "load_rest", broken)
+    monkeypatch.setattr(MetaModel, "load_rest", broken)
     with pytest.raises(CameraError, match="gradients at the head hold NaN or inf"):
         there_and_back(streamer, batches, tmp_path)
 
@@ -361,18 +396,17 @@ def test_gradients_that_are_not_finite_are_refused(checkpoints, tmp_path, monkey
 @pytest.mark.parametrize("family", ["qwen2_moe", "granitemoe"])
 def test_experts_that_stay_on_disk_have_the_same_gradients(family, checkpoints, tmp_path):
     folder, batches = checkpoints(family), plain_batches()
-    loaded, _ = there_and_back(Streamer(folder), batches, tmp_path / "a", SensitivityObserver)
-    streamer = Streamer(folder)
-    streamer.visit = True
-    visited, _ = there_and_back(streamer, batches, tmp_path / "b", SensitivityObserver)
-    for a, b in zip(loaded, visited, strict=True):
+    loaded, _ = there_and_back(streamer_of(folder), batches, tmp_path / "a", GradientSpec())
+    streamer = streamer_of(folder, experts_on_disk=True)
+    on_disk, _ = there_and_back(streamer, batches, tmp_path / "b", GradientSpec())
+    for a, b in zip(loaded, on_disk, strict=True):
         assert_equal(torch.cat(a), torch.cat(b))
 
 
 def test_bfloat16_follows_float32(checkpoints, tmp_path):
     folder, batches = checkpoints("qwen2_moe"), plain_batches()
-    want, _ = there_and_back(Streamer(folder), batches, tmp_path / "a")
-    got, _ = there_and_back(Streamer(folder, dtype="bfloat16"), batches, tmp_path / "b")
+    want, _ = there_and_back(streamer_of(folder), batches, tmp_path / "a")
+    got, _ = there_and_back(streamer_of(folder, dtype="bfloat16"), batches, tmp_path / "b")
     for a, b in zip(want, got, strict=True):
         a, b = torch.cat(a).flatten(), torch.cat(b).float().flatten()
         assert b.dtype == torch.float32 and F.cosine_similarity(a, b, dim=0) > 0.98

@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import baselines.micro_experts.heapr
-import baselines.micro_experts.magnitude  # noqa: F401 (registers the method)
 import camera
 from camera.calibration.tokens import calibration_tokens
 from camera.checkpoint.loading import load_model, load_tokenizer
+from camera.compensation import least_squares
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.runtime.errors import CameraError
 from camera.streaming.settings import MemoryChoices
+from camera.streaming.streamer import LayerStreamer
 from tests.helpers.models import FAMILIES
 from tests.helpers.oracles import basis, capture, dense_phi, ffn_of
 
@@ -71,10 +71,10 @@ def outputs(model, module, ids):
     return seen[0].flatten(0, 1)
 
 
-def token_weights(model, index, ids, errors):
+def squared_weights(model, index, ids, token_weights):
     """[T, 1]: what the errors of each token count."""
     norm2_T1 = outputs(model, model.model.layers[index], ids).square().sum(1, keepdim=True)
-    return 1 / norm2_T1 if errors == "relative" else torch.ones_like(norm2_T1)
+    return 1 / norm2_T1 if token_weights == "relative" else torch.ones_like(norm2_T1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,7 +86,7 @@ def test_the_first_layer_s_output_comes_closer_in_every_family(
     result = compress(source, "fitted", compensate="layer")
     original, ids = AutoModelForCausalLM.from_pretrained(source).eval(), tokens(source)
     index = min(map(int, result.layers))  # the first in the pool: its input is the same in all
-    counts_T1 = token_weights(original, index, ids, "relative")
+    counts_T1 = squared_weights(original, index, ids, "relative")
     errors = []
     for name in ("plain", "fitted"):
         model = load_model(tmp_path / name, "cpu", "float32")
@@ -100,14 +100,15 @@ def test_the_first_layer_s_output_comes_closer_in_every_family(
     assert json.loads((tmp_path / "fitted" / "camera.json").read_text())["layers"]
 
 
-@pytest.mark.parametrize("errors", ["relative", "uniform"])
+@pytest.mark.parametrize("token_weights", ["relative", "uniform"])
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "granitemoe", "llama"])
 def test_with_one_ridge_the_weights_are_those_of_the_joint_solution(
-    family, errors, checkpoints, compress, tokens, tmp_path, monkeypatch
+    family, token_weights, checkpoints, compress, tokens, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(camera.compensation.least_squares, "ENOUGH", 1e-8)
+    monkeypatch.setattr(least_squares, "ENOUGH", 1e-8)
     source, ridge = checkpoints(family), 1.0
-    result = compress(source, compensate="layer", token_weights=errors, ridges=[ridge], sweeps=400)
+    options = dict(token_weights=token_weights, ridges=[ridge], sweeps=400)
+    result = compress(source, compensate="layer", **options)
     model = AutoModelForCausalLM.from_pretrained(source).eval()
     index = min(map(int, result.layers))
     assert result.layers[str(index)]["ridges"] == [ridge]
@@ -120,7 +121,7 @@ def test_with_one_ridge_the_weights_are_those_of_the_joint_solution(
     keep_N = kept_mask(model, index, tmp_path / "out", source)
     stays_TN = phi_TN[:, keep_N]
     gone_TH = phi_TN[:, ~keep_N] @ basis_NH[~keep_N]
-    counts_T1 = token_weights(model, index, ids, errors)
+    counts_T1 = squared_weights(model, index, ids, token_weights)
     counted_TN = counts_T1 * stays_TN
     gram_NN = counted_TN.T @ stays_TN
     norm2_N = basis_NH[keep_N].square().sum(1)
@@ -177,21 +178,21 @@ def test_what_flows_on_is_what_the_refitted_layer_puts_out(
     checkpoints, compress, tokens, tmp_path, monkeypatch
 ):
     """The last hidden states of calibration are those of the model that was written."""
-    seen = {}
-    original = camera.pipeline.passes.dense.Measurement.hidden
+    last, add = {}, LayerStreamer.add
 
-    def hidden(self):
-        seen["last"] = original(self)
-        return seen["last"]
+    def added(self, index, output):
+        found = add(self, index, output)
+        last.setdefault(index, []).append(found.hidden_BLH)
+        return found
 
-    monkeypatch.setattr(camera.pipeline.passes.dense.Measurement, "hidden", hidden)
+    monkeypatch.setattr(LayerStreamer, "add", added)
     source = checkpoints("deepseek")
     compress(source, compensate="layer")
     model, states = load_model(tmp_path / "out", "cpu", "float32"), []
     model.model.norm.register_forward_pre_hook(lambda _, args: states.append(args[0]))
     with torch.no_grad():
         model(tokens(source))
-    torch.testing.assert_close(torch.cat(seen["last"]), states[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(last[max(last)]), states[0], rtol=1e-4, atol=1e-4)
 
 
 def test_aiming_at_the_dense_model_ends_closer_to_it(checkpoints, compress, tokens, tmp_path):

@@ -1,8 +1,6 @@
 """A model evaluated layer by layer scores what the same model scores in memory."""
 
-import errno
 import gc
-import os
 
 import pytest
 import torch
@@ -11,19 +9,16 @@ from transformers import AutoModelForCausalLM
 
 import camera
 from camera.checkpoint.loading import load_model, load_tokenizer
-from camera.evaluation import placement
 from camera.evaluation.perplexity import perplexity
-from camera.evaluation.placement import free_memory, should_stream, weight_bytes
 from camera.evaluation.streamed import StreamedEvaluation
-from camera.evaluation.suite import EvaluationRequest, Parts, evaluate_streamed
+from camera.evaluation.suite import EvaluationRequest, EvaluationSuite, evaluate_streamed
 from camera.evaluation.tasks.definitions import quiet
 from camera.evaluation.tasks.evaluate import evaluate_tasks, read_tasks
 from camera.evaluation.tasks.streamed_model import StreamedLM
 from camera.runtime.errors import CameraError
-from camera.runtime.mapped import MappedTable
-from camera.streaming.streamer import Streamer
-from tests.camera.evaluation.test_packed_lm import requests
-from tests.camera.evaluation.test_tasks import ROWS, write
+from camera.streaming.skeleton import MetaModel
+from tests.camera.evaluation.tasks.test_evaluate import ROWS, write
+from tests.camera.evaluation.tasks.test_hf_model import requests
 from tests.helpers.models import build_tokenizer, write_layout
 
 STREAMED = ("qwen2_moe", "deepseek", "deepseek_v3", "granitemoe", "phimoe", "llama")
@@ -71,7 +66,7 @@ def whole(folder, asked, **options):
 
 
 def streamed(checkpoint, asked, longest=128, **options):
-    evaluation = StreamedEvaluation(Streamer(checkpoint), **options)
+    evaluation = StreamedEvaluation(MetaModel(checkpoint), **options)
     evaluation.add([(context, answer) for _, context, answer in asked], longest)
     evaluation.run(progress=False)
     return evaluation.answers
@@ -121,31 +116,31 @@ def test_attention_that_looks_back_only_so_far_is_left_its_limit(checkpoints):
 
 
 def test_a_context_is_read_once_and_a_single_layer_is_in_memory(folder_of, monkeypatch):
-    most, loads, load = [0], [], Streamer.load_layer
+    most, loads, load = [0], [], MetaModel.load_layer
 
-    def count(streamer, index):
+    def count(model, index):
         loads.append(index)
-        load(streamer, index)
-        held = [layer for layer in streamer.layers if not next(layer.parameters()).is_meta]
+        load(model, index)
+        held = [layer for layer in model.layers if not next(layer.parameters()).is_meta]
         most.append(len(held))
-        assert streamer.base.embed_tokens.weight.is_meta
+        assert model.base.embed_tokens.weight.is_meta
 
-    monkeypatch.setattr(Streamer, "load_layer", count)
+    monkeypatch.setattr(MetaModel, "load_layer", count)
     context = list(range(3, 63))
-    evaluation = StreamedEvaluation(Streamer(folder_of("llama", False)))
+    evaluation = StreamedEvaluation(MetaModel(folder_of("llama", False)))
     evaluation.add([(context, [7 + i, 8, 9]) for i in range(4)])
     evaluation.run(progress=False)
     assert evaluation.tokens == 60 + 4 * 2
     assert loads == [0, 1, 2] and max(most) == 1
-    assert all(parameter.is_meta for parameter in evaluation.streamer.model.parameters())
+    assert all(parameter.is_meta for parameter in evaluation.model.model.parameters())
 
 
 @pytest.mark.parametrize(("family", "compressed"), [("qwen2_moe", True), ("granitemoe", False)])
 def test_texts_and_tasks_of_one_pass_score_as_in_memory(
     folder_of, data, family, compressed, monkeypatch
 ):
-    folder, loads, load = folder_of(family, compressed), [], Streamer.load_layer
-    monkeypatch.setattr(Streamer, "load_layer", lambda s, i: (loads.append(i), load(s, i)))
+    folder, loads, load = folder_of(family, compressed), [], MetaModel.load_layer
+    monkeypatch.setattr(MetaModel, "load_layer", lambda s, i: (loads.append(i), load(s, i)))
     measures = EvaluationRequest(
         data, corpora=["wikitext2", "c4"], tasks=TASKS, length=64, stride=40, blocks=12, limit=3
     )
@@ -179,7 +174,7 @@ def test_the_wrapper_alone_answers_lm_eval_in_one_pass(folder_of, data, monkeypa
     tokenizer = load_tokenizer(folder)
     with quiet():
         (task,) = read_tasks(["arc_easy"], data=data)
-        lm = StreamedLM(StreamedEvaluation(Streamer(folder)), tokenizer, progress=False)
+        lm = StreamedLM(StreamedEvaluation(MetaModel(folder)), tokenizer, progress=False)
         got = task.score(lm)
         with pytest.raises(CameraError, match="only tasks of multiple choice"):
             lm.generate_until([])
@@ -188,20 +183,20 @@ def test_the_wrapper_alone_answers_lm_eval_in_one_pass(folder_of, data, monkeypa
     assert got["acc_norm"] == expected["arc_easy"]["acc_norm"]
 
 
-def test_it_rides_along_with_whoever_reads_and_changes_the_layers(checkpoints, data, tmp_path):
+def test_layers_are_evaluated_as_they_are_when_another_pass_changes_them(checkpoints, data):
     folder = checkpoints("llama")
-    streamer, tokenizer = Streamer(folder), load_tokenizer(folder)
-    evaluation = StreamedEvaluation(streamer)
-    parts = Parts(
+    meta, tokenizer = MetaModel(folder), load_tokenizer(folder)
+    evaluation = StreamedEvaluation(meta)
+    suite = EvaluationSuite(
         evaluation, tokenizer, EvaluationRequest(data, corpora=["wikitext2"], tasks=TASKS)
     )
     evaluation.begin()
-    for index in range(len(streamer.layers)):
-        halve(streamer.load_layer(index))
+    for index in range(len(meta.layers)):
+        halve(meta.load_layer(index))
         evaluation.layer(index)
-        streamer.free(streamer.layers[index])
+        meta.free_layer(index)
     evaluation.finish()
-    got = parts.results()
+    got = suite.results()
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     for layer in model.model.layers:
@@ -219,19 +214,19 @@ def halve(layer):
     layer.mlp.down_proj.weight.mul_(0.5)
 
 
-def test_the_streamer_goes_on_as_if_nothing_rode_along(checkpoints):
-    streamer = Streamer(checkpoints("granitemoe"))
-    evaluation = StreamedEvaluation(streamer)
+def test_an_evaluation_leaves_the_streamed_model_as_it_was(checkpoints):
+    meta = MetaModel(checkpoints("granitemoe"))
+    evaluation = StreamedEvaluation(meta)
     evaluation.add([([5, 6, 7], [8, 9])])
     evaluation.run(progress=False)
     first = evaluation.answers[0]
     evaluation.add([([5, 6, 7], [8, 9])])
     evaluation.run(progress=False)
     assert evaluation.answers == [first, first]
-    streamer.load_rest()
+    meta.load_rest()
     tied = "lm_head.weight"
-    expected = AutoModelForCausalLM.from_pretrained(streamer.folder).state_dict()
-    for name, tensor in streamer.model.state_dict().items():
+    expected = AutoModelForCausalLM.from_pretrained(meta.folder).state_dict()
+    for name, tensor in meta.model.state_dict().items():
         if ".layers." not in name and name != tied:
             assert torch.equal(tensor, expected[name])
 
@@ -251,43 +246,7 @@ def test_numbers_that_are_not_finite_are_refused(checkpoints, data, tmp_path):
 
 
 def test_requests_without_context_or_answer_are_refused(folder_of):
-    evaluation = StreamedEvaluation(Streamer(folder_of("llama", False)))
+    evaluation = StreamedEvaluation(MetaModel(folder_of("llama", False)))
     for context, answer, longest in (([], [3], None), ([3], [], None), ([3], [3] * 9, 4)):
         with pytest.raises(CameraError, match="it takes a context and an answer"):
             evaluation.add([(context, answer)], longest)
-
-
-def test_hidden_states_on_disk_are_kept_and_a_full_disk_is_refused(tmp_path, monkeypatch):
-    rows_BLH = torch.randn(2, 300, 40).bfloat16()
-    for ram in (0, 10**9):
-        table = MappedTable(700, 40, torch.bfloat16, ram, tmp_path)
-        assert table.on_disk == (ram == 0)
-        table.write(100, rows_BLH)
-        assert torch.equal(table.read(100, 600), rows_BLH.flatten(0, 1))
-        table.write(0, rows_BLH[0] * 2)
-        assert torch.equal(table.read(0, 300), rows_BLH[0] * 2)
-        assert torch.equal(table.read(300, 400), rows_BLH.flatten(0, 1)[200:])
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(CameraError, match=r"no room for 0.1 GB.*No space left"):
-        MappedTable(10**6, 40, torch.bfloat16, 0, tmp_path)
-
-
-def test_a_model_is_streamed_if_it_does_not_fit(checkpoints, monkeypatch):
-    folder = checkpoints("llama")
-    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
-    assert weight_bytes(folder, "cpu") == 4 * parameters
-    assert weight_bytes(folder, "cpu", "bfloat16") == 2 * parameters
-    assert free_memory("cpu") > 0
-    for free, expected in ((4.9 * parameters, False), (4.7 * parameters, True)):
-        monkeypatch.setattr(placement, "free_memory", lambda device, free=free: free)
-        assert should_stream(folder, "cpu") is expected
-        assert should_stream(folder, "cpu", mode="always")
-        assert not should_stream(folder, "cpu", mode="never")
-    with pytest.raises(
-        CameraError, match=r"evaluation.stream=maybe is none of auto, always, never"
-    ):
-        should_stream(folder, mode="maybe")

@@ -17,7 +17,7 @@ from camera.evaluation.tasks.evaluate import check_tasks, evaluate_tasks
 from camera.evaluation.tasks.names import NINE_TASKS, average, headline
 from camera.runtime.errors import CameraError
 
-SHARED = Path(__file__).parents[4] / "shared/data"
+SHARED = Path(__file__).parents[5] / "shared/data"
 CHOICES = {"text": ["a dog", "an owl", "rain", "the old stone"], "label": ["A", "B", "C", "D"]}
 ROWS = {
     "boolq": [
