@@ -15,7 +15,6 @@ run: $(READY)
 test: $(READY)
 	$(VENV)/bin/python -m pytest $(ARGS)
 
-# Words of the names of tests and of their files, so that the choice outlives a move of the files.
 NUMERICAL := tests/baselines $(addprefix tests/camera/,calibration/scores compensation pruning \
 	quantization pipeline/test_processes.py streaming/test_disk_experts.py)
 
