@@ -206,7 +206,7 @@ def as_method(method: Method | str, settings: dict[str, Any]) -> Method:
         if key not in known:
             told = renaming("method", key, settings[key])
             listed = f"the settings of method {method} are {', '.join(known) or 'none'}."
-            raise CameraError(told or f"method {method} has no setting {key}: {listed}")
+            raise CameraError(told or f"method {method}: no setting is called {key}; {listed}")
     try:
         return cls(**settings)
     except CameraError as error:

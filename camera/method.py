@@ -169,6 +169,7 @@ class Plan:
                 for key in file.keys():  # noqa: SIM118 (a file is no dict)
                     index, _, name = key.partition(".")
                     tensors[index][name] = file.get_tensor(key)
+            METHODS[header["method"]]  # what defines its kinds of plan is imported with it
             layers = {
                 int(index): PLANS[entry["kind"]].of(tensors[index], entry["facts"])
                 for index, entry in header["layers"].items()

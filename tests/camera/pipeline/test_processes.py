@@ -243,11 +243,12 @@ class Summed:
     def __init__(self, monkeypatch, other):
         self.other = iter(other)
         monkeypatch.setattr(distributed, "world", lambda: 2)
-        monkeypatch.setattr(distributed.distributed, "all_reduce", self)
+        monkeypatch.setattr(torch.distributed, "all_reduce", self)
 
     def __call__(self, tensor, how):
         other = next(self.other)
-        tensor.copy_(tensor + other if how == distributed.OPERATIONS["sum"] else tensor.max(other))
+        summed = how == torch.distributed.ReduceOp.SUM
+        tensor.copy_(tensor + other if summed else tensor.max(other))
 
 
 def energy(seed):

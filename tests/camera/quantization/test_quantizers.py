@@ -21,7 +21,7 @@ from tests.helpers.models import build_model
 
 
 def test_quantizers_are_found_by_name():
-    assert list(QUANTIZERS) == ["gptq", "rtn"]
+    assert {"gptq", "rtn"} <= set(QUANTIZERS)
     assert QUANTIZERS["gptq"] is GPTQ and QUANTIZERS["rtn"] is RoundToNearest
     assert GPTQ.needs_hessian and not RoundToNearest.needs_hessian
     with pytest.raises(CameraError, match=r"method\.quantizer=gptp.*Did you mean gptq"):
