@@ -1,7 +1,7 @@
-"""Which experts of a layer to drop: searches over sets of experts, on cached expert outputs.
+"""Search for the subset of a layer's experts to remove, on cached expert outputs.
 
-Pure functions of tensors. Shapes: T tokens, E routed experts, C candidates (sets of experts that
-stay, bool [C, E]), R = E - dropped.
+Pure functions of tensors. Shapes: T tokens, E routed experts, C candidates (sets of kept experts,
+bool [C, E]), R = E - dropped.
 """
 
 from collections.abc import Callable, Iterator
@@ -79,9 +79,9 @@ def search(
 ) -> Found:
     """The set of `drop` experts with the smallest error found; the same number from each group.
 
-    `how` is enumerate (all sets; CameraError if more than `limit`), greedy (backward elimination:
-    the expert whose loss hurts least goes, again and again), independent (those whose loss alone
-    hurts least), random (the best of `limit` drawn sets) or auto (enumerate up to `limit`, else
+    `how` is enumerate (all sets; CameraError if more than `limit`), greedy (backward elimination of
+    the expert with the smallest error), independent (the experts with the smallest errors when
+    removed alone), random (the best of `limit` drawn sets) or auto (enumerate up to `limit`, else
     greedy). Of equals the first in order of index wins. `error` is J of candidates [C, E], [C].
     """
     how = resolve(how, experts, drop, groups, limit)

@@ -44,11 +44,11 @@ class LayerFactors(LayerPlan):
 
 @dataclass(frozen=True)
 class D2Moe(Method):
-    """D2-MoE: W_e = W_base + A_e B_e, the base a weighted mean, the deltas cut to one rank.
+    """D2-MoE: W_e = W_base + A_e B_e, the base a weighted mean, the deltas of one rank.
 
     `merge` says by what the mean is weighted (Fisher and selection counts, either, or neither);
-    `pp_ratio` is the share of intermediate channels that the base gives up; the rank, the same in
-    all projections, experts and layers, is the smallest that removes no more than `sparsity` of
+    `pp_ratio` is the pruned share of the base's intermediate channels; the rank, the same in all
+    projections, experts and layers, is the smallest that removes no more than `sparsity` of
     `sparsity_of` (moe | model | routed). `damping` of the Grams is in units of their mean diagonal.
     Statistics are those of the original model. Source: D2-MoE (ICML 2025).
     """

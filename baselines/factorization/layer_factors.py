@@ -21,8 +21,8 @@ AXES = (0, 0, 1)  # of gate, up and down: where the intermediate channels lie
 
 @dataclass(frozen=True)
 class Factoring:
-    """How a layer is factored: what weighs the base (`merge`), the share of its intermediate
-    channels that it gives up, rank, damping of the Grams."""
+    """How a layer is factored: weights of the base (`merge`), pruned share of its intermediate
+    channels, rank, damping of the Grams."""
 
     merge: str
     pp_ratio: float

@@ -1,4 +1,4 @@
-"""Maps of layer x expert: what of each expert stays, in how many bits, and its energy."""
+"""Maps of layer x expert: kept share, bits and energy of each expert."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs as points of lines: what stands on the x axis, and what makes runs one line."""
+"""Runs as points of lines: the axes, and the runs of one line."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
 """A dense Llama's FFNs split into experts: a real language model with real routing, in minutes.
 
 `python -m experiments.models.split_ffn DENSE OUT` writes OUT as a qwen2_moe checkpoint. It needs no
-data and no training: the model writes the text itself on which its micro-experts are watched. In
-each layer those that put out most become the shared expert; the others are clustered, by when they
-are active, into experts of equal size; the router is a ridge regression of each expert's output
-norm on the hidden states; the output weights are refitted to what the dense FFN puts out. The
-router's logits are small, so that every chosen expert weighs the same, and the output weights make
-up for that weight.
+data and no training: the model generates the text on which its micro-experts are measured. In each
+layer those of the largest output become the shared expert; the others are clustered by their
+activity into experts of equal size; the router is a ridge regression of each expert's output norm
+on the hidden states; the output weights are refitted to the output of the dense FFN. The router's
+logits are small, so that all selected experts have the same weight, and the output weights
+compensate for that weight.
 
-What it loses is what the experts would add that a token isn't sent to: the result is an object to
+The output of experts that aren't selected for a token is lost: the result is an object to
 experiment on, not a better model.
 
 Shapes: N texts, L tokens of one, T tokens of all, H hidden size, I width of the dense FFN, E routed

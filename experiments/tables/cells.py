@@ -1,4 +1,4 @@
-"""Columns and cells of a table: what a number looks like, and how it stands out of its column."""
+"""Formatting and ranking of table cells."""
 
 from __future__ import annotations
 

@@ -90,8 +90,8 @@ def run_cost(
     2 T L heads (d_qk + d_v), not halved for its mask; of the pool 4 T K H W for gate and up and
     2 T K H W still_used for down, shared experts and dense FFNs with K = 1. Without `keep_phi`
     router, gate and up of what was kept run once more. `sparsity` is the share removed of the pool,
-    `still_used` the share that stays of what tokens visit. That is 1 - sparsity (the default) where
-    all experts lose the same; by energy those that are used more keep more.
+    `still_used` the kept share of the micro-experts that a token is routed to: 1 - sparsity (the
+    default) if all experts are pruned alike; energy keeps more of experts that are used more.
 
     Bytes moved are the weights, once for each batch of tokens, and what every matrix product reads
     and writes. Source: the counts of the operations in camera/moe/capture.py and
@@ -127,11 +127,11 @@ def fit_flops(
     held_out: float,
     attention: bool = False,
 ) -> int:
-    """fp32 FLOPs of refitting what stays of every layer, each of `ridges` and the last fit taking
-    `sweeps` over its experts, all experts losing the same; with `attention` also its output weights
-    (target=dense), which one sweep solves.
+    """fp32 FLOPs of the refit of every layer: each of `ridges` and the last fit take `sweeps` over
+    its experts, all experts pruned alike; with `attention` also its output weights (target=dense),
+    which one sweep solves.
 
-    Of an expert with N tokens and w micro-experts that stay, of W: 2 N (W - w) H for what it lost,
+    Of an expert with N tokens and w kept micro-experts of W: 2 N (W - w) H for the removed output,
     2 N w^2 for its Gram matrix, of the tokens fitted to and of all; for each ridge w^3 / 3, and a
     sweep 2 N w H (1 - held_out) to read the residual, 2 w^2 H to solve, 2 N w H to change it.
     Source: the counts of the operations in camera/compensation/least_squares.py.
