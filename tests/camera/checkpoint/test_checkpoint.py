@@ -210,12 +210,19 @@ def test_export_refuses_what_is_not_compressed(checkpoints, tmp_path):
         camera.export(checkpoints("mixtral"), tmp_path / "x")
 
 
-def test_export_from_the_command_line(compressed, tmp_path, monkeypatch, capsys):
+def test_export_from_the_command_line(compressed, tmp_path, capsys):
     from camera.__main__ import main
 
     folder, _ = compressed("mixtral")
-    monkeypatch.setattr("sys.argv", ["camera", "export", str(folder), str(tmp_path / "x")])
-    main()
+    assert main(["export", str(folder), str(tmp_path / "x")]) == 0
     assert "native, uniform width" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="exists already"):
-        main()
+    assert main(["export", str(folder), str(tmp_path / "x")]) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_model_is_described_from_the_command_line(checkpoints, capsys):
+    from camera.__main__ import main
+
+    assert main(["describe", str(checkpoints("mixtral"))]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["method"] == "dense" and said["bytes"]["dense"] == said["bytes"]["compressed"] > 0

@@ -1,0 +1,92 @@
+"""The console script `camera`."""
+
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from experiments import command
+from experiments.command import SUBCOMMANDS, Subcommand, main
+from tests.helpers.run_folders import add
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_installed_script_is_this_command():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts["camera"].partition(":")
+    assert getattr(import_module(module), name) is main
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_help_names_every_subcommand(arguments, capsys):
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n  {name} " in said for name in SUBCOMMANDS)
+
+
+def test_an_unknown_subcommand_is_answered_with_the_known_ones(capsys):
+    assert main(["tabels"]) == 2
+    assert "camera tabels is none of run, sweep, status" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in SUBCOMMANDS if name not in ("run", "sweep")])
+def test_every_subcommand_has_help_of_its_own(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["camera", name])
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert not end.value.code and "usage:" in capsys.readouterr().out
+
+
+def test_hydra_gets_the_overrides_and_a_sweep_its_flag(monkeypatch):
+    seen = []
+    entry = import_module("experiments.__main__")
+    monkeypatch.setattr(entry, "command", lambda: seen.append(sys.argv))
+    monkeypatch.setattr(sys, "argv", ["camera"])
+    main(["run", "sparsity=0.2"])
+    main(["sweep", "sparsity=0.2,0.4"])
+    assert seen == [["camera run", "sparsity=0.2"], ["camera sweep", "-m", "sparsity=0.2,0.4"]]
+
+
+def test_tables_of_an_output_folder(tmp_path, capsys):
+    add(tmp_path, "a", "camera_p", 0.2)
+    assert main(["tables", str(tmp_path)]) == 0
+    assert "camera_p" in capsys.readouterr().out
+
+
+def test_a_refusal_is_one_sentence_and_exit_code_1(capsys):
+    assert main(["describe", "no/such/folder/at/all"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "Traceback" not in said
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    def missing(program, arguments):
+        raise ModuleNotFoundError("No module named 'pandas'", name="pandas")
+
+    monkeypatch.setitem(command.SUBCOMMANDS, "tables", Subcommand("", missing))
+    assert main(["tables"]) == 1
+    assert "pip install 'camera-moe[experiments]'" in capsys.readouterr().err
+
+
+def test_a_fault_of_a_subcommand_is_not_hidden(monkeypatch):
+    def broken(program, arguments):
+        raise ModuleNotFoundError("No module named 'nothing'", name="nothing")
+
+    monkeypatch.setitem(command.SUBCOMMANDS, "tables", Subcommand("", broken))
+    with pytest.raises(ModuleNotFoundError):
+        main(["tables"])
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from experiments.command import main; main([]); "
+        "print(sorted({'torch', 'transformers', 'hydra', 'pandas'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
