@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from camera.checkpoint.config import CameraConfig
@@ -22,6 +22,7 @@ from camera.checkpoint.formats.narrow import padded_mlp
 from camera.checkpoint.loading import load_model
 from camera.checkpoint.source import copy_companions
 from camera.moe.families import family_of
+from camera.moe.feed_forward import FeedForward
 from camera.runtime.errors import CameraError
 
 
@@ -38,7 +39,7 @@ def export(checkpoint: str | Path, out: str | Path, width_multiple: int = 8) -> 
         raise CameraError(f"width_multiple={width_multiple} must be at least 1.")
     if out.exists():
         raise CameraError(f"{out} exists already: delete it or choose another folder.")
-    model = dequantize(load_model(checkpoint, device="cpu"))
+    model = dequantize(load_model(checkpoint, device="cpu", dtype=_stored_dtype(checkpoint)))
     stored = getattr(model.config, "quantization_config", None)
     if not isinstance(stored, CameraConfig):
         raise CameraError(f"{checkpoint} is not a compressed checkpoint: nothing to export.")
@@ -62,6 +63,15 @@ def export(checkpoint: str | Path, out: str | Path, width_multiple: int = 8) -> 
             f"can't write {out} ({error}): free space on that disk or choose another folder."
         ) from error
     return out
+
+
+def _stored_dtype(checkpoint: str | Path) -> str:
+    """The dtype that config.json names: what is exported stays in it, on a CPU too."""
+    try:
+        dtype = AutoConfig.from_pretrained(str(checkpoint)).dtype
+    except (OSError, ValueError):
+        return "auto"  # `load_model` says what is wrong
+    return "auto" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def native_widths(config: Any, stored: CameraConfig, multiple: int) -> dict[str, int]:
@@ -91,6 +101,18 @@ def padded_state(
             padded = padded_mlp(module, native.up_proj.out_features)
         state |= {f"{path}.{name}": tensor for name, tensor in padded.items()}
     return state
+
+
+@torch.no_grad()
+def native_modules(ffn: FeedForward) -> None:
+    """Put plain tensors, by their native names, in the place of formats whose widths are equal."""
+    for group in ffn.groups:
+        if not isinstance(group.module, Format):
+            continue
+        plain = nn.Module()
+        for name, tensor in group.module.to_native(max(group.widths)).items():
+            plain.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        ffn.replace(group, plain)
 
 
 def native_state(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from camera.compensation.settings import CompensationSettings, Scope, Target, TokenWeights
 from camera.method import (
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from camera.moe.budget import Budget
     from camera.moe.feed_forward import FeedForward
     from camera.pruning.plan import KeptMicroExperts
+    from camera.pruning.uniform import UniformWidths
+
+
+ExpertWidths = Literal["ragged", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,11 @@ class MicroExpertPruning(Method):
     The ratio is solved from `sparsity` of `sparsity_of` (moe | model | routed; with `routed` the
     shared experts are left alone). `rank_scope` layer gives every layer the same ratio, global
     ranks all layers together, by scores of the dense model, measured sets each layer's count by
-    trial pruning (`camera.calibration.trials`). `width_multiple` rounds each expert's kept width
-    for kernels, `min_width` keeps every expert at least that wide, `layer_floor` every layer's
-    pool. `compensate` and what follows it: see `camera.compensation.settings`.
+    trial pruning (`camera.calibration.trials`). `expert_widths` ragged lets every expert keep as
+    many as rank; uniform gives all routed experts of the model one width, and the shared ones one,
+    so that the checkpoint is native: serving engines take it. `width_multiple` rounds each expert's
+    kept width for kernels, `min_width` keeps every expert at least that wide, `layer_floor` every
+    layer's pool. `compensate` and what follows it: see `camera.compensation.settings`.
     """
 
     slices: ClassVar[bool] = True
@@ -53,6 +59,7 @@ class MicroExpertPruning(Method):
     sparsity: float
     sparsity_of: SparsityOf = "moe"
     rank_scope: RankScope = "layer"
+    expert_widths: ExpertWidths = "ragged"
     width_multiple: int = 1
     min_width: int = 0
     layer_floor: float = 0.0
@@ -101,12 +108,40 @@ class MicroExpertPruning(Method):
                 f"{self.name} doesn't read: use rank_scope=global or layer."
             )
         self.compensation  # noqa: B018 (refuses its own settings)
+        if self.expert_widths not in get_args(ExpertWidths):
+            raise CameraError(f"expert_widths={self.expert_widths} is none of ragged, uniform.")
+        if self.native:
+            self._refuse_with_uniform()
+            self.uniform(budget)
         ratio = self._ratio(budget)
         if not 0 <= self.layer_floor <= 1 - ratio:
             raise CameraError(
                 f"layer_floor={self.layer_floor} must lie between 0 and the {1 - ratio:.3f} of all "
                 "micro-experts that stay."
             )
+
+    def _refuse_with_uniform(self) -> None:
+        for key, only in (("rank_scope", "layer"), ("layer_floor", 0.0)):
+            if getattr(self, key) != only:
+                raise CameraError(
+                    f"expert_widths=uniform ranks within each expert, which {key}="
+                    f"{getattr(self, key)} contradicts: set {key}={only}."
+                )
+
+    @property
+    def native(self) -> bool:
+        return self.expert_widths == "uniform"
+
+    def uniform(self, budget: Budget) -> UniformWidths:
+        """The one width of all routed experts and that of the shared ones."""
+        from camera.pruning.uniform import uniform_widths
+
+        return uniform_widths(
+            budget, self.sparsity, self.sparsity_of, self.width_multiple, self.min_width
+        )
+
+    def native_config(self, config: Any, budget: Budget) -> dict[str, Any]:
+        return self.uniform(budget).config(budget.model_type)
 
     def passes(self, budget: Budget, propagate: Propagate) -> tuple[Pass, ...]:
         spec, refits = self.ranked_by().observer(), self.compensate != "none"
@@ -197,6 +232,7 @@ class MicroExpertPruning(Method):
         import torch
 
         from camera.pruning.ranking import below_floor, keep_highest
+        from camera.pruning.uniform import keep_uniform
 
         score = self.ranked_by()
         pools = [budget.layers[i] for i in layers]
@@ -206,6 +242,12 @@ class MicroExpertPruning(Method):
             for i, size in zip(layers, sizes, strict=True)
         ]
         widths = [width for pool in pools for width in pool.widths]
+        if self.native:
+            kept = self.uniform(budget)
+            return {
+                i: keep_uniform(score_N, pool.widths, kept.of(pool.routed))
+                for i, score_N, pool in zip(layers, scores, pools, strict=True)
+            }
         candidates_N = None
         if self.sparsity_of == "routed":
             routed = torch.tensor([routed for pool in pools for routed in pool.routed])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from camera.calibration.statistics import LayerStatistics, Statistics
-from camera.checkpoint.native import native_state
+from camera.checkpoint.native import native_modules, native_state
 from camera.checkpoint.shards import ShardWriter
 from camera.compensation.experts import output_weights
 from camera.method import Pass, PassKind, Plan, Seen
@@ -209,6 +209,8 @@ class CompressedPass:
         """Move a layer's tensors out of the model; returns the write-behind task."""
         context, model = self._context, self._context.streamer.model
         with context.state.timed("compress"):
+            if context.method.native:
+                native_modules(model.feed_forward(index))
             layer = model.take_out(model.layers[index], f"{model.root}.{index}.")
         hidden = tokens.hidden() if tokens is not None else []
         plan = None

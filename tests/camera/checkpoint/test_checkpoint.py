@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,7 +16,7 @@ import camera
 from camera.checkpoint.formats.ragged import RaggedExperts
 from camera.checkpoint.loading import load_model
 from camera.runtime.errors import CameraError
-from tests.helpers.models import FAMILIES
+from tests.helpers.models import FAMILIES, build_model, build_tokenizer
 
 IDS = torch.randint(3, 250, (2, 17), generator=torch.Generator().manual_seed(5))
 
@@ -226,3 +227,18 @@ def test_a_model_is_described_from_the_command_line(checkpoints, capsys):
     assert main(["describe", str(checkpoints("mixtral"))]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["method"] == "dense" and said["bytes"]["dense"] == said["bytes"]["compressed"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_export_stays_in_the_dtype_of_its_source(dtype, data_folder, calibration, tmp_path):
+    source = tmp_path / "source"
+    build_model("qwen3_moe", dtype=dtype).save_pretrained(source)
+    build_tokenizer().save_pretrained(source)
+    camera.compress(source, "random", tmp_path / "small", sparsity=0.4, device="cpu")
+    camera.export(tmp_path / "small", tmp_path / "native")
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "native", dtype="auto")
+    assert stored.dtype == dtype
+    with safe_open(next((tmp_path / "native").glob("*.safetensors")), "pt") as file:
+        names = list(file.keys())
+        assert {file.get_tensor(name).dtype for name in names} == {dtype}
+    assert "model.layers.0.mlp.experts.0.up_proj.weight" in names

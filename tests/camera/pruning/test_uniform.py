@@ -1,0 +1,164 @@
+"""Experts of one width: native checkpoints, whatever the family."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import camera
+from camera.moe.families import FAMILIES, family_of
+from camera.moe.feed_forward import FeedForward
+from camera.pruning.ranking import keep_highest
+from camera.pruning.uniform import keep_uniform
+from camera.runtime.errors import CameraError
+
+IDS = torch.arange(40).view(2, 20) * 7 % 250
+
+
+def pruned(checkpoints, data_folder, calibration, out, family, **settings):
+    settings = dict(expert_widths="uniform", sparsity=0.5, data=str(data_folder)) | settings
+    method = settings.pop("method", "camera_p")
+    return camera.compress(
+        checkpoints(family), method, out, calibration=calibration, device="cpu", **settings
+    )
+
+
+def silenced(folder, plan):
+    """The original model with the output weights of the micro-experts that were pruned set to 0."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for index, layer_plan in plan.layers.items():
+        layer = model.get_submodule(f"model.layers.{index}")
+        ffn = FeedForward(layer, family_of(model.config.model_type), "")
+        start = 0
+        for group in ffn.groups:
+            for expert, width in enumerate(group.widths):
+                gone = ~layer_plan.keep_N[start : start + width]
+                group.down(expert).data[:, gone] = 0
+                start += width
+    return model
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_checkpoint_is_native_and_computes_what_was_planned(
+    family, checkpoints, data_folder, calibration, tmp_path
+):
+    out = tmp_path / "out"
+    result = pruned(checkpoints, data_folder, calibration, out, family)
+    config = json.loads((out / "config.json").read_text())
+    assert result.native and "quantization_config" not in config
+    assert all(len(set(widths)) == 1 for widths in result.widths.values())
+    assert abs(result.sparsity["moe"] - 0.5) <= 0.01
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    want = silenced(checkpoints(family), camera.Plan.load(out))
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, want(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_tensors_have_the_names_of_the_source(checkpoints, data_folder, calibration, tmp_path):
+    source, out = checkpoints("qwen2_moe"), tmp_path / "out"
+    pruned(checkpoints, data_folder, calibration, out, "qwen2_moe")
+
+    def tensors(folder):
+        return {
+            name: (len(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype())
+            for part in folder.glob("*.safetensors")
+            if part.name.startswith("model")
+            for file in [safe_open(part, "pt")]
+            for name in file.keys()  # noqa: SIM118 (a file is no dict)
+        }
+
+    assert tensors(out) == tensors(source)
+
+
+def test_experts_on_disk_give_the_same_bytes(checkpoints, data_folder, calibration, tmp_path):
+    for name in ("ram", "disk"):
+        memory = camera.MemoryChoices(experts=name)
+        pruned(checkpoints, data_folder, calibration, tmp_path / name, "mixtral", memory=memory)
+    for file in (tmp_path / "ram").glob("model*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "disk" / file.name).read_bytes()
+
+
+def test_what_stays_may_be_refitted(checkpoints, data_folder, calibration, tmp_path):
+    out = tmp_path / "out"
+    result = pruned(checkpoints, data_folder, calibration, out, "qwen2_moe", compensate="layer")
+    assert all(0 < layer["missing"] < 0.95 for layer in result.layers.values())
+    model = AutoModelForCausalLM.from_pretrained(out)
+    plain = silenced(checkpoints("qwen2_moe"), camera.Plan.load(out))
+    kept = (
+        camera.Plan.load(out).layers[0].keep_N[: model.config.shared_expert_intermediate_size * 2]
+    )
+    refitted, before = (
+        m.model.layers[0].mlp.shared_expert.down_proj.weight for m in (model, plain)
+    )
+    assert refitted.shape == before[:, kept].shape and not torch.equal(refitted, before[:, kept])
+
+
+@pytest.mark.parametrize("method", ["heapr", "magnitude", "random", "camera_plus"])
+def test_every_score_can_rank_within_experts(
+    method, checkpoints, data_folder, calibration, tmp_path
+):
+    result = pruned(
+        checkpoints, data_folder, calibration, tmp_path / "out", "qwen3_moe",
+        method=method, rank_scope="layer",
+    )  # fmt: skip
+    assert result.native
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_routed_experts_alone_leave_the_shared_one_whole(
+    checkpoints, data_folder, calibration, tmp_path
+):
+    result = pruned(
+        checkpoints, data_folder, calibration, tmp_path / "out", "qwen2_moe", sparsity_of="routed"
+    )
+    for path, widths in result.widths.items():
+        whole = widths[0] == result.full_widths[path]
+        assert whole == ("shared" in path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(width_multiple=16, sparsity=0.3), "use sparsity=.* or .*, or a smaller"),
+        (dict(rank_scope="global"), "set rank_scope=layer"),
+        (dict(layer_floor=0.1), "set layer_floor=0.0"),
+        (dict(expert_widths="equal"), "none of ragged, uniform"),
+    ],
+)
+def test_what_can_not_be_uniform_is_refused_before_text_is_read(
+    settings, message, checkpoints, tmp_path
+):
+    with pytest.raises(CameraError, match=message):
+        settings = dict(sparsity=0.5, expert_widths="uniform") | settings
+        camera.compress(
+            checkpoints("qwen2_moe"), "camera_p", tmp_path / "out", data=str(tmp_path), **settings
+        )
+
+
+def test_the_refusal_names_sparsities_that_fit(checkpoints, data_folder, calibration, tmp_path):
+    asked = dict(width_multiple=16)
+    with pytest.raises(CameraError) as refusal:
+        pruned(checkpoints, data_folder, calibration, tmp_path / "a", "qwen3_moe",
+               sparsity=0.3, **asked)  # fmt: skip
+    named = float(str(refusal.value).split("use sparsity=")[1].split()[0])
+    result = pruned(checkpoints, data_folder, calibration, tmp_path / "b", "qwen3_moe",
+                    sparsity=named, **asked)  # fmt: skip
+    assert abs(result.sparsity["moe"] - named) < 1e-3
+
+
+def test_a_latent_deepseek_has_one_width_for_both_kinds(checkpoints, tmp_path):
+    with pytest.raises(CameraError, match="one width for routed and shared"):
+        camera.compress(
+            checkpoints("deepseek_v3"), "camera_p", tmp_path / "out",
+            sparsity=0.5, sparsity_of="routed", expert_widths="uniform",
+        )  # fmt: skip
+
+
+def test_one_expert_keeps_what_the_ragged_ranking_keeps():
+    score_N = torch.tensor([3.0, 1.0, 1.0, 2.0, 5.0, 0.0])
+    assert torch.equal(keep_uniform(score_N, [6], [3]), keep_highest(score_N, [6], 3))
+    assert keep_uniform(score_N, [3, 3], [1, 2]).tolist() == [True, False, False, True, True, False]
