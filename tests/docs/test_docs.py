@@ -18,7 +18,16 @@ from omegaconf import OmegaConf
 from experiments.config.location import CONF
 from experiments.config.settings import Settings
 from tests.helpers.composing import choices, config_of
-from tests.helpers.documents import PAGES, README, ROOT, blocks, spans, text_of, without_blocks
+from tests.helpers.documents import (
+    PAGES,
+    README,
+    ROOT,
+    blocks,
+    reference_settings,
+    spans,
+    text_of,
+    without_blocks,
+)
 
 TEXTS = {name: text_of(path) for name, path in PAGES.items()}
 MEASURED = ("differences.md", "performance.md", "results.md")  # name settings without their group
@@ -214,3 +223,11 @@ def test_a_quoted_message_is_in_the_code(message):
         if len("".join(parts)) >= least and all(part in message for part in parts)
     ]
     assert any(re.fullmatch(".*".join(map(re.escape, parts)), message) for parts in close)
+
+
+@pytest.mark.parametrize("method", ["naee", "reap", "heapr", "d2_moe", "gptq", "mc"])
+def test_settings_of_the_references_are_settings_of_the_methods(method):
+    """Their golden tests take them from the page; a name or value that is none is refused here."""
+    settings = reference_settings(method)
+    config = config_of(f"method={method}", *(f"method.{k}={v}" for k, v in settings.items()))
+    assert {key: config.method[key] for key in settings} == settings

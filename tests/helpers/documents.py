@@ -2,6 +2,9 @@
 
 import re
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from experiments.config.location import CONF
 
@@ -13,6 +16,14 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 def text_of(page: Path) -> str:
     return page.read_text(encoding="utf-8")
+
+
+def reference_settings(method: str) -> dict[str, Any]:
+    """The settings that docs/differences.md names to reproduce a method's reference."""
+    _, _, table = page("differences.md").partition("## To reproduce the reference, set")
+    (row,) = re.findall(rf"^\| {method} \| `([^`]+)` \|", table, re.MULTILINE)
+    pairs = (pair.partition("=") for pair in row.split())
+    return {key: yaml.safe_load(value) for key, _, value in pairs}
 
 
 def page(name: str) -> str:

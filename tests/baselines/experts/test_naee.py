@@ -26,6 +26,7 @@ from camera.moe.routing import router_constraints
 from camera.pruning.whole_experts import remove_experts
 from camera.runtime.errors import CameraError
 from camera.streaming.skeleton import MetaModel
+from tests.helpers.documents import reference_settings
 from tests.helpers.dropping import (
     ALL,
     CASES,
@@ -80,10 +81,11 @@ def test_every_subset_has_the_error_of_the_reference(expected):
     tensors, ffn = expected.tensors, ffn_of(block_of(expected))
     seen = seen_by(ffn, tensors["X"])
     batch = tensors["X"].shape[1] * tensors["X"].shape[2]
-    error = OutputError(seen.gram_TEE, Rerouter(ffn, seen.x_TH), norm_tokens=batch)
+    method = NAEE(1 - keep / experts, **reference_settings("naee") | {"norm_tokens": batch})
+    error = OutputError(seen.gram_TEE, Rerouter(ffn, seen.x_TH), method.norm_tokens)
     sets = tensors[f"subsets_r{keep}"].tolist()
     expected.compare(error(~candidates(sets, experts)))
-    found = search(error, experts, experts - keep, how="enumerate")
+    found = search(error, experts, experts - keep, how=method.search)
     assert found.drop == tensors[f"best_r{keep}"].tolist()
     assert found.evaluations == len(sets)
 

@@ -16,6 +16,7 @@ from camera.moe.capture import run_ffn
 from camera.moe.families import Family
 from camera.moe.feed_forward import FeedForward
 from camera.runtime.errors import CameraError
+from tests.helpers.documents import reference_settings
 from tests.helpers.dropping import build, tokens, views
 from tests.helpers.oracles import capture
 
@@ -58,7 +59,7 @@ def block_of(tensors, hyper, layer, kind):
 # one that doesn't, one that does and is scored without (the reference on Mixtral)
 WAYS = {
     "renorm": [("renorm", "model")],
-    "norenorm": [("norenorm", "model"), ("always", "softmax")],
+    "norenorm": [("norenorm", "model"), ("always", reference_settings("reap")["routing_weights"])],
 }
 
 

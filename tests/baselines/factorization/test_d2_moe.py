@@ -17,10 +17,12 @@ from camera.moe.budget import Budget, Count
 from camera.moe.pool import LayerPool
 from camera.runtime.errors import CameraError
 from camera.streaming.skeleton import MetaModel
+from tests.helpers.documents import reference_settings
 from tests.helpers.golden import golden_cases
 from tests.helpers.models import MOE_FAMILIES
 from tests.helpers.oracles import capture, ffn_of
 
+REFERENCE = D2Moe(0.5, **reference_settings("d2_moe"))
 MERGES = {"fisher_freq": (1, 1), "fisher": (1, 0), "freq": (0, 1), "mean": (0, 0)}
 
 
@@ -39,7 +41,7 @@ def test_bases_equal_the_released_implementation(expected):
 @pytest.mark.golden("d2_moe", r"scale_(in|mid)")
 def test_whiteners_equal_the_released_implementation(expected):
     grams = expected.tensors[f"gram_{expected.parts[0]}"].double()
-    expected.compare(torch.stack([whitener(gram, 0.0) for gram in grams]))
+    expected.compare(torch.stack([whitener(gram, REFERENCE.damping) for gram in grams]))
 
 
 def factored(found, part, rank, kind):
@@ -50,7 +52,10 @@ def factored(found, part, rank, kind):
     products, errors = [], []
     for weight, gram in zip(found[f"{part}_proj"].double(), found[f"gram_{end}"], strict=True):
         gram = gram.double()
-        scales = {"white": whitener(gram, 0.0), "plain": torch.eye(len(gram)).double()}
+        scales = {
+            "white": whitener(gram, REFERENCE.damping),
+            "plain": torch.eye(len(gram)).double(),
+        }
         deltas = (weight - base).chunk(chunks)
         pairs = [low_rank(delta, scales[kind], rank) for delta in deltas]
         products.append(torch.cat([a @ b for a, b in pairs]))

@@ -25,6 +25,7 @@ from camera.pipeline.resume import PassProgress
 from camera.runtime.errors import CameraError
 from camera.streaming.skeleton import MetaModel
 from camera.streaming.streamer import LayerStreamer
+from tests.helpers.documents import reference_settings
 from tests.helpers.golden import compare, golden_case
 from tests.helpers.models import build_model
 from tests.helpers.oracles import ffn_of, zero_lowest
@@ -100,7 +101,7 @@ def test_global_plans_and_pruned_logits_equal_the_reference_s(expected, qwen3):
     (about, tensors, folder, seen), (ratio,) = qwen3, expected.parts
     keep, total = about["hyper"]["n_keep"][ratio], tensors["score"].numel()
     # the reference keeps int(N (1 - ratio)); a sparsity of exactly as many is the same budget
-    method = HEAPr(sparsity=(total - keep) / total, sparsity_of="routed")
+    method = HEAPr((total - keep) / total, **reference_settings("heapr"))
     budget = MetaModel(folder).budget
     method.check(budget)
     plan = method.plan({PassKind.BACKWARD: seen}, budget)

@@ -19,7 +19,10 @@ from camera.moe.capture import run_ffn
 from camera.moe.families import Family
 from camera.moe.feed_forward import FeedForward
 from camera.quantization.quantizers.gptq import GPTQ
+from tests.helpers.documents import reference_settings
 from tests.helpers.golden import compare, golden_case
+
+REFERENCE = MixtureCompressor(**reference_settings("mc"))
 
 # --- the integer program ---
 
@@ -31,7 +34,12 @@ def test_allocations_equal_the_reference(golden):
         factors = [tensors[f"{problem['prefix']}_{name}"] for name in ("count", "weight", "eps")]
         want, prices = (tensors[f"{problem['prefix']}_{name}"] for name in ("bits", "cost"))
         for layer in range(problem["layers"]):
-            cost_EB = expert_costs(*(factor[layer] for factor in factors))
+            cost_EB = expert_costs(
+                *(factor[layer] for factor in factors),
+                alpha=REFERENCE.expert_alpha,
+                beta=REFERENCE.expert_beta,
+                loss_exponent=REFERENCE.loss_exponent,
+            )
             table = Allocations(cost_EB, levels, max(levels) * problem["E"])
             for row, budget in enumerate(problem["budgets"]):
                 bits_E = table.within(budget)
@@ -115,6 +123,7 @@ def test_losses_equal_the_reference(golden):
             run_ffn(ffn, x_BLH.flatten(0, 1), observer)
     seen = observer.result()
     columns = [LEVELS.index(bits) for bits in case["hyper"]["bits"]]
+    assert REFERENCE.loss_norm == "batches"  # that of loss_EB
     compare(seen.loss_EB[:, columns], case, tensors, "eps")
     compare(seen.count_E, case, tensors, "act_count")
     # one norm over all tokens: between the largest batch's and the sum of all

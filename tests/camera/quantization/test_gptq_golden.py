@@ -7,9 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from baselines.quantization.gptq import Gptq
 from camera.quantization.quantizers.gptq import GPTQ, QUIRKS, Hessian
 from camera.quantization.quantizers.grids import CLIPS
+from tests.helpers.documents import reference_settings
 from tests.helpers.golden import golden_cases
+
+REFERENCE = Gptq(bits=4, **reference_settings("gptq"))
 
 
 def seen(x_SNC: torch.Tensor) -> Hessian:
@@ -31,6 +35,7 @@ def test_weights_and_losses(expected):
         static_groups=hyper["static_groups"],
         block_size=hyper["blocksize"],
         damping=hyper["percdamp"],
+        clip=CLIPS[REFERENCE.clip],
         quirks=tuple(QUIRKS),
     )
     factor = solver.factor(tensors["H"][None])
