@@ -23,7 +23,8 @@ from omegaconf.errors import (
 from camera.evaluation.tasks.names import NINE_TASKS
 from camera.runtime.renamed import renaming
 from experiments.config.constructor import choice, typed_settings
-from experiments.config.location import CONF, EMBEDDED
+from experiments.config.location import CONF, EMBEDDED, user_path
+from experiments.config.started import started
 
 KEY_ERRORS = (ConfigAttributeError, ConfigKeyError)
 
@@ -115,7 +116,7 @@ class Config:
 
 def model_name(path: str) -> str:
     """The name of a model that no YAML names: the last part of its path or hub id."""
-    return "tiny_moe" if path == EMBEDDED else Path(path).expanduser().absolute().name
+    return "tiny_moe" if path == EMBEDDED else Path(user_path(path)).absolute().name
 
 
 def model_data(path: str) -> str:
@@ -131,6 +132,8 @@ def register() -> None:
     OmegaConf.register_new_resolver("model_name", model_name, replace=True)
     OmegaConf.register_new_resolver("model_data", model_data, replace=True)
     OmegaConf.register_new_resolver("nine_tasks", lambda: list(NINE_TASKS), replace=True)
+    OmegaConf.register_new_resolver("user_path", user_path, replace=True)
+    OmegaConf.register_new_resolver("started", started, replace=True, use_cache=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for file in sorted(CONF.glob("*/*.yaml")):

@@ -18,6 +18,7 @@ from experiments.config.constructor import build
 from experiments.config.settings import Settings, arguments
 from experiments.records.files import lock_of, read_json
 from experiments.records.folders import Folders
+from experiments.runs import ranks
 
 
 def compression(settings: Settings, folders: Folders) -> dict[str, Any]:
@@ -35,8 +36,10 @@ def compression(settings: Settings, folders: Folders) -> dict[str, Any]:
 def compress_once(settings: Settings, folders: Folders) -> None:
     """Make the checkpoint, with whatever other ranks there are, if it isn't there."""
     if not folders.is_compressed:
+        folders.remove_damaged_checkpoint()
         distributed.start_workers()
-        camera_compress(settings, folders)
+        with ranks.together():
+            camera_compress(settings, folders)
 
 
 def camera_compress(settings: Settings, folders: Folders) -> None:
@@ -62,7 +65,7 @@ def camera_compress(settings: Settings, folders: Folders) -> None:
 def base_name(settings: Settings) -> str:
     """The hub id, or for a folder the model's name: a path says nothing on another machine."""
     path = settings.model_path
-    return settings.model["name"] if Path(path).expanduser().is_dir() else path
+    return settings.model["name"] if Path(path).is_dir() else path
 
 
 @contextmanager
