@@ -19,6 +19,8 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
+from camera.runtime.errors import CameraError
+from experiments.config.arguments import as_typed
 from experiments.config.location import CONF
 from experiments.config.schema import naming_valid_keys
 from experiments.config.started import start
@@ -34,6 +36,10 @@ def main(config: DictConfig) -> dict[str, Any] | str | None:
 
 def command() -> None:
     """Compose the command line and do what it asks for, with the other ranks of a torchrun."""
+    try:
+        sys.argv[1:] = as_typed(sys.argv[1:])
+    except CameraError as refusal:
+        sys.exit(str(refusal))
     with naming_valid_keys(), _interruptible():
         if "WORLD_SIZE" not in os.environ:
             start()

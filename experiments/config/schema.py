@@ -28,6 +28,8 @@ from experiments.config.started import started
 
 KEY_ERRORS = (ConfigAttributeError, ConfigKeyError)
 
+_group_types: dict[str, list[type]] = {}
+
 Fraction = choice("moe", "model", "routed")
 Propagate = choice("compressed", "dense")
 Dtype = choice("auto", "float32", "bfloat16", "float16")
@@ -139,8 +141,15 @@ def register() -> None:
     for file in sorted(CONF.glob("*/*.yaml")):
         target = OmegaConf.load(file).get("_target_")
         if target:
-            group = f"hydra/types/{file.parent.name}"
-            store.store(group=group, name=file.stem, node=typed_settings(target))
+            group, node = file.parent.name, typed_settings(target)
+            store.store(group=f"hydra/types/{group}", name=file.stem, node=node)
+            if isinstance(node, type):
+                _group_types.setdefault(group, []).append(node)
+
+
+def group_types() -> dict[str, list[type]]:
+    """By group the typed settings of its classes."""
+    return _group_types
 
 
 @contextlib.contextmanager
