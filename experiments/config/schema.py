@@ -21,6 +21,7 @@ from omegaconf.errors import (
 )
 
 from camera.evaluation.tasks.names import NINE_TASKS
+from camera.pipeline.model_card import base_name
 from camera.runtime.renamed import renaming
 from experiments.config.constructor import choice, typed_settings
 from experiments.config.location import CONF, EMBEDDED, user_path
@@ -117,8 +118,8 @@ class Config:
 
 
 def model_name(path: str) -> str:
-    """The name of a model that no YAML names: the last part of its path or hub id."""
-    return "tiny_moe" if path == EMBEDDED else Path(user_path(path)).absolute().name
+    """The name of a model that no YAML names: the last part of its hub id or path."""
+    return "tiny_moe" if path == EMBEDDED else Path(base_name(user_path(path))).absolute().name
 
 
 def model_data(path: str) -> str:

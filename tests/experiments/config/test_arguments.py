@@ -6,7 +6,8 @@ import pytest
 
 from camera.runtime.errors import CameraError
 from experiments.config.arguments import as_typed
-from tests.helpers.composing import command, config_of
+from experiments.config.settings import Settings
+from tests.helpers.composing import command, config_of, tiny
 
 NAMES = [
     "2026_11_28",
@@ -77,8 +78,6 @@ def test_the_command_says_so_in_one_sentence(capsys):
 
 
 def test_home_is_expanded_once(monkeypatch, tmp_path, checkpoints, data_folder):
-    from tests.helpers.composing import tiny
-
     home, here = tmp_path / "home", tmp_path / "here"
     home.mkdir(), here.mkdir()
     (home / "model").symlink_to(checkpoints("qwen2_moe"))
@@ -94,8 +93,6 @@ def test_home_is_expanded_once(monkeypatch, tmp_path, checkpoints, data_folder):
 
 
 def test_the_texts_of_the_embedded_model_are_found_from_home(monkeypatch, tmp_path):
-    from experiments.config.settings import Settings
-
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("experiments.config.settings.ensure_world", lambda folder: folder)
     texts = Settings.of(config_of("output='~/emb'")).texts()

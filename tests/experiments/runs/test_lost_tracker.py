@@ -94,5 +94,5 @@ def test_a_wrong_tracker_is_refused_before_anything_is_done(settings, monkeypatc
     wrong = {"_target_": "experiments.runs.tracker.WandbTracker", "project": "team/moe"}
     monkeypatch.setitem(settings.tracker, "_target_", wrong["_target_"])
     monkeypatch.setitem(settings.tracker, "project", "team/moe")
-    with pytest.raises(CameraError, match="tracker.project"):
+    with pytest.raises(CameraError, match=r"tracker\.project"):
         run(settings)

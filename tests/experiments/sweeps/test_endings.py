@@ -128,6 +128,7 @@ def test_an_interrupted_sweep_ends_in_its_table(number, code, sweep, tmp_path, m
             time.sleep(5)
         return assemble(*args)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process ignores it
     monkeypatch.setattr(runs, "assemble", interrupted)
     assert command(*sweep, "seed=1,2,3") == code
     said = "".join(capsys.readouterr())
@@ -211,9 +212,10 @@ def test_a_worker_killed_for_good_is_named(checkpoints, data_folder, tmp_path):
         "import os\nif os.environ.get('DEADLY'):\n"
         + "".join(f"    {line}\n" for line in deadly.splitlines())
     )
+    arguments = ["-m", *overrides, "evaluation=none", "hydra/launcher=parallel"]
+    arguments.append("method=camera_p,random,magnitude")
     done = subprocess.run(
-        [sys.executable, "main.py", "-m", *overrides, "evaluation=none"]
-        + ["hydra/launcher=parallel", "method=camera_p,random,magnitude"],
+        [sys.executable, "main.py", *arguments],
         cwd=CONF.parent,
         env={
             **os.environ,
