@@ -58,6 +58,7 @@ def _interruptible() -> Iterator[None]:
     main_thread = threading.current_thread() is threading.main_thread()
 
     def leave(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough: records and tables are written now
         sys.exit(128 + number)
 
     before = signal.signal(signal.SIGTERM, leave) if main_thread else None

@@ -18,7 +18,7 @@ from experiments.config.constructor import build
 from experiments.config.settings import Settings, check
 from experiments.figures.run import draw_run
 from experiments.records.energy_summary import keep_energies, read_energies
-from experiments.records.failures import FailedBeforeError, one_line
+from experiments.records.failures import FailedBeforeError, naming_output, one_line
 from experiments.records.files import (
     COMPRESSION,
     RunFiles,
@@ -78,7 +78,7 @@ def _run(
             raise FailedBeforeError(f"failed before: {reason} (retry=failed tries again)")
         asked = {"method": settings.method_name, "settings": settings.to_dict()}
         files.start(asked | {"identity": folders.identity})
-        with _error_file(files), _log_file(files):
+        with _error_file(files), _log_file(files), naming_output(folders.output.folder):
             check(settings)
             tracker = CarefulTracker(build(settings.tracker))
             tracker.start(

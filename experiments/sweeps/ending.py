@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +43,8 @@ def end_sweep(
     waiting = sum(record is None for _, record in found)
     folders = [Path(record["folder"]) for _, record in found if record and record["folder"]]
     try:
-        _tables(sweep, output, folders, sorted(failed))
+        with _undisturbed():
+            _tables(sweep, output, folders, sorted(failed))
     except Exception as error:  # what failed is yet to be said
         log.error("The table can't be made: %s", one_line(error), exc_info=True)
     for folder, error in sorted(failed):
@@ -50,6 +54,19 @@ def end_sweep(
     done = sum(record is not None and not record["error"] for _, record in found)
     print(f"{done} of {len(found)} jobs done; table: {sweep.table}")
     return done == len(found)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ignore SIGTERM, which torchrun sends to the others when a rank fails; Ctrl+C still works."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _tables(

@@ -231,3 +231,27 @@ def test_a_worker_killed_for_good_is_named(checkpoints, data_folder, tmp_path):
     assert "killed: it left no record" in (the_sweep(tmp_path / "out") / "table.md").read_text()
     records = (the_sweep(tmp_path / "out") / "jobs").glob("*.json")
     assert any(json.loads(file.read_text())["error"] == files.LOST for file in records)
+
+
+def test_a_second_sigterm_does_not_keep_the_table_away(sweep, tmp_path, monkeypatch):
+    tables = ending._tables
+
+    def disturbed(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        tables(*args)
+
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(ending, "_tables", disturbed)
+    monkeypatch.setattr(runs, "assemble", interrupted)
+    assert command(*sweep, "seed=1,2") == 143
+    assert (the_sweep(tmp_path) / "table.md").exists()
+
+
+def test_the_reason_in_the_run_is_the_sentence_about_the_disk(sweep, tmp_path, monkeypatch):
+    full(monkeypatch, "compress.json")
+    assert command(*sweep, "seed=1") == 1
+    (error,) = (tmp_path / "runs").glob("*/error.txt")
+    assert "free space on that disk" in error.read_text().splitlines()[0]
