@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from camera.runtime.errors import CameraError
+from experiments.config.location import user_folder
+from experiments.records.failures import DamagedFileError
 from experiments.records.files import OutputFolder, RunFiles
 from experiments.sweeps.durations import Durations, elapsed, format_duration
 from experiments.sweeps.jobs import SweepJob, read_plan
@@ -69,7 +71,11 @@ def sweeps_of(folder: Path) -> list[Sweep]:
     shown: list[Sweep] = []
     planned: set[Path | None] = set()
     for files in reversed([*OutputFolder(folder).sweeps()]):
-        jobs = read_plan(files.folder)
+        try:
+            jobs = read_plan(files.folder)
+        except DamagedFileError as error:
+            print(error, file=sys.stderr)
+            continue
         sweep = Sweep(files.name, [(job, state(job)) for job in jobs])
         if not shown or {job.run for job, found in sweep.states if found != DONE} - planned:
             shown.insert(0, sweep)
@@ -138,7 +144,7 @@ def _failed(sweeps: Sequence[Sweep]) -> Iterator[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m experiments.status", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("folder", type=user_folder, metavar="DIR")
     try:
         report(parser.parse_args(arguments).folder)
     except CameraError as error:

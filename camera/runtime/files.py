@@ -21,10 +21,20 @@ def require_space(folder: Path, needed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:
+        has, needs = _told_apart(free, needed)
         raise CameraError(
-            f"{folder} has {free / 1e9:.1f} GB free and the checkpoint may need {needed / 1e9:.1f} "
-            "GB: free space or set output to another disk."
+            f"{folder} has {has} free and the checkpoint may need {needs}: free space or set "
+            "output to another disk."
         )
+
+
+def _told_apart(less: int, more: int) -> tuple[str, str]:
+    """Two different sizes, in the unit of the larger and with as many digits as show it."""
+    sizes = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    unit, name = next((size for size in sizes if more >= size[0]), (1.0, "bytes"))
+    texts = ([f"{n / unit:.{digits}f} {name}" for n in (less, more)] for digits in range(1, 10))
+    has, needs = next(pair for pair in texts if pair[0] != pair[1])
+    return has, needs
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from camera.runtime.errors import CameraError
+from experiments.config.location import user_folder
 from experiments.figures.comparison import draw_comparisons
 from experiments.figures.run import draw_run
 from experiments.records.files import OutputFolder
@@ -16,7 +16,7 @@ from experiments.tables.rows import runs_below
 def main(arguments: list[str]) -> int:
     """Draw the figures over all runs to DIR/figures, and those of each run in its own folder."""
     parser = argparse.ArgumentParser(prog="python -m experiments.figures", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="what was `output`")
+    parser.add_argument("folder", type=user_folder, metavar="DIR", help="what was `output`")
     folder = parser.parse_args(arguments).folder
     try:
         runs = runs_below(folder)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from camera.runtime.errors import CameraError
+from experiments.config.location import user_folder
 from experiments.records.files import OutputFolder
 from experiments.report.writing import write_report
 from experiments.tables.rows import runs_below
@@ -15,8 +15,8 @@ from experiments.tables.rows import runs_below
 def main(arguments: list[str]) -> int:
     """Write the page and say where it is."""
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="what was `output`")
-    parser.add_argument("--out", type=Path, help="the page (default: DIR/report.html)")
+    parser.add_argument("folder", type=user_folder, metavar="DIR", help="what was `output`")
+    parser.add_argument("--out", type=user_folder, help="the page (default: DIR/report.html)")
     asked = parser.parse_args(arguments)
     try:
         runs = runs_below(asked.folder)

@@ -29,6 +29,8 @@ def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     rows = pd.DataFrame([_row(group.sort_values("seed"), scores) for _, group in groups])
     spreads = [f"{score}_std" for score in scores]
     rows = rows[[*runs.columns, *spreads, "n", "seeds", "folders"]]
+    if rows["seed"].isna().any():  # else pandas makes 1234.0 of the others
+        rows["seed"] = pd.Series([seeds[0] for seeds in rows["seeds"]], rows.index, dtype=object)
     kinds = list(zip(rows["model"], rows["method"], strict=True))
     settings = differing_settings(kinds, list(rows["_identity"]), leave_usual=True)
     return rows.assign(settings=settings)

@@ -15,6 +15,8 @@ from pathlib import Path
 import pandas as pd
 
 from camera.runtime.errors import CameraError
+from experiments.config.location import user_folder
+from experiments.records.files import write_text
 from experiments.tables.aggregate import over_seeds
 from experiments.tables.pages import Page, paper_page
 from experiments.tables.published.comparison import compare
@@ -43,9 +45,7 @@ def write(runs: pd.DataFrame, folder: Path, page: Page | None = None) -> None:
         if content is None:
             (folder / name).unlink(missing_ok=True)
             continue
-        part = folder / f".{name}"
-        part.write_text(content, encoding="utf-8")
-        part.replace(folder / name)
+        write_text(folder / name, content)
 
 
 def show(runs: pd.DataFrame) -> None:
@@ -66,7 +66,7 @@ def _csv(frame: pd.DataFrame) -> str:
 def main(arguments: list[str]) -> int:
     """Remake and print the tables of a folder."""
     parser = argparse.ArgumentParser("python -m experiments.tables", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("folder", type=user_folder, metavar="DIR")
     parser.add_argument(
         "--errors",
         choices=["none", "std", "se"],

@@ -178,3 +178,19 @@ def test_waiting_for_the_disk_counts(output):
 )
 def test_durations_are_given_in_their_unit(seconds, told):
     assert format_duration(seconds) == told
+
+
+def test_a_damaged_plan_is_named_and_hides_no_other_sweep(output, capsys):
+    output.sweep("1", output.job("a"))
+    output.sweep("2", output.job("b"))
+    plan = output.folder / "sweeps" / "2" / "plan.json"
+    plan.write_text('{"jobs": [')
+    assert main([str(output.folder)]) == 0
+    said = capsys.readouterr()
+    assert row(said.out, "1") and f"{plan} is damaged" in said.err
+
+
+def test_a_run_with_damaged_settings_is_no_measure_of_time(output):
+    run = output.finished("a")
+    (run / "settings.json").write_text("")
+    assert Durations([run]).expected_seconds(output.job("b")) is None

@@ -1,5 +1,6 @@
 """Pages: which runs stand together, what stands out, what is said below."""
 
+import json
 import random
 
 import pytest
@@ -179,3 +180,25 @@ def test_ways_of_measuring_are_told_in_words(tmp_path):
         "speed",
         "nothing measured",
     }
+
+
+def test_a_damaged_run_is_a_note_and_the_seeds_of_others_stay_numbers(tmp_path):
+    add(tmp_path, "good", "camera_p", 0.2, seed=7)
+    add(tmp_path, "late", "camera_p", 0.4, seed=8, done=False)
+    (add(tmp_path, "empty", "camera_p", 0.3) / "settings.json").write_text("")
+    (add(tmp_path, "cut", "camera_p", 0.5) / "metrics.json").write_text('{"spars')
+    notes = "\n".join(page_of(tmp_path).notes)
+    assert "empty, unknown, –: damaged: settings.json" in notes
+    assert "seed=1234: damaged: metrics.json" in notes
+    assert "seed=8: unfinished" in notes
+
+
+def test_two_models_of_one_name_are_told_apart(tmp_path):
+    for name, weights in (("a", "0123456789abcdef"), ("b", "fedcba9876543210")):
+        folder = add(tmp_path, name, "camera_p", 0.2)
+        stored = json.loads((folder / "settings.json").read_text())
+        stored["identity"]["model"] = weights
+        (folder / "settings.json").write_text(json.dumps(stored))
+    titles = [table.title for table in page_of(tmp_path).tables]
+    assert len(set(titles)) == len(titles) == 4
+    assert any("weights=01234567" in title for title in titles)

@@ -1,0 +1,77 @@
+"""A sweep under torchrun: what all ranks refuse is recorded, a lost one ends it in a table."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from experiments.config.location import CONF
+from tests.helpers.composing import tiny
+
+# main.py, of which one rank dies, or fails alone, where both compress.
+FAILING = textwrap.dedent("""
+    import os, sys
+    from datetime import timedelta
+    import camera
+    from camera.runtime.distributed import rank
+    from experiments.__main__ import command
+    from experiments.runs import ranks
+
+    how, compress = sys.argv.pop(1), camera.compress
+    ranks.PATIENCE = timedelta(seconds=2)
+
+    def failing(*args, **options):
+        if how == "killed" and rank() == 1:
+            os.kill(os.getpid(), 9)
+        if how == "full" and rank() == 0:
+            raise OSError(28, "No space left on device")
+        return compress(*args, **options)
+
+    camera.compress = failing
+    command()
+""")
+
+
+def torchrun(*arguments):
+    launch = ["--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *launch, *map(str, arguments)],
+        cwd=CONF.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONF.parent)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@pytest.fixture
+def overrides(checkpoints, data_folder, tmp_path):
+    source = checkpoints("qwen2_moe")
+    return ["-m", *tiny(source, data_folder, tmp_path / "out"), "evaluation=none"]
+
+
+def table(tmp_path):
+    (sweep,) = (tmp_path / "out" / "sweeps").iterdir()  # one for all ranks
+    return (sweep / "table.md").read_text()
+
+
+def test_what_every_rank_refuses_does_not_end_the_sweep(overrides, tmp_path):
+    done = torchrun("main.py", *overrides, "method=naee,magnitude", "sparsity=1.5,0.25")
+    assert done.returncode == 1
+    assert "1 of 4 jobs done" in done.stdout, done.stdout + done.stderr
+    assert table(tmp_path).count("sparsity=1.5 must lie between") == 2
+    assert "start it without torchrun" in table(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["killed", "full"])
+def test_a_rank_that_is_lost_ends_the_sweep_in_its_table(how, overrides, tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    done = torchrun(script, how, *overrides, "method=magnitude", "sparsity=0.2,0.3")
+    assert done.returncode == 1
+    assert "0 of 2 jobs done" in done.stdout, done.stdout + done.stderr
+    assert "failed: " in table(tmp_path)
+    if how == "full":
+        assert "free space on that disk" in table(tmp_path)
