@@ -4,10 +4,11 @@ A compressed checkpoint is a transformers folder whose config.json maps module p
 module formats. `from_pretrained` builds these modules on meta and loads their tensors.
 """
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -92,3 +93,18 @@ class CameraQuantizer(HfQuantizer):
 
 def _touches_experts(conversion: Any) -> bool:
     return any(".experts" in target for target in conversion._original_target_patterns)
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """config.json as transformers reads it; CameraError for an unknown model type."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        if "custom code" in first:
+            first = "it needs code of its own; set trust_remote_code=true if you trust that code."
+        raise CameraError(f"{folder / 'config.json'} can't be used: {first}") from error
+    stored = getattr(config, "quantization_config", None)
+    if isinstance(stored, dict) and stored.get("quant_method") == "camera":
+        config.quantization_config = CameraConfig.from_dict(stored)
+    return config

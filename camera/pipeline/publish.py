@@ -17,7 +17,7 @@ from camera.pipeline.result import CompressionResult, report
 from camera.pipeline.resume import PassProgress
 from camera.runtime import distributed
 from camera.runtime.files import CheckpointFiles, write_json
-from camera.streaming.skeleton import tied_names
+from camera.streaming.meta_build import tied_names
 
 
 def publish(
