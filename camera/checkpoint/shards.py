@@ -59,7 +59,8 @@ class ShardReader:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self._unused_bytes = folder, 0
+        self.folder = folder
+        self.left_out: dict[str, Place] = {}
         index, single = folder / INDEX, folder / SINGLE
         if index.exists() and single.exists() and SINGLE not in _weight_map(index).values():
             raise CameraError(
@@ -109,7 +110,7 @@ class ShardReader:
 
     def leave_out(self, keys: Iterable[str]) -> None:
         """Forget tensors, which then count nowhere."""
-        self._unused_bytes += sum(self.places.pop(key).bytes for key in list(keys))
+        self.left_out |= {key: self.places.pop(key) for key in list(keys)}
 
     def main_dtype(self) -> torch.dtype:
         """The floating-point type that most numbers are stored in; CameraError if there is none."""
@@ -126,7 +127,8 @@ class ShardReader:
     @property
     def bytes(self) -> int:
         """Size of the weight files on disk, less the tensors that were left out."""
-        return sum(path.stat().st_size for path in self._files) - self._unused_bytes
+        unused = sum(place.bytes for place in self.left_out.values())
+        return sum(path.stat().st_size for path in self._files) - unused
 
 
 def weight_files(folder: Path) -> list[Path]:

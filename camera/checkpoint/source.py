@@ -18,12 +18,11 @@ FOLDERS = ["additional_chat_templates"]
 ADAPTERS = ["adapter_config.json", "adapter_model.*"]
 
 
-def resolve_model(model: str, *, weights: bool = True, code: bool = False) -> Path:
+def resolve_model(model: str, *, weights: bool = True) -> Path:
     """The local folder of a model given by path or hub id; downloads from the hub.
 
-    Without `weights` only the other files are fetched, with `code` its Python files too.
-    CameraError: a folder without config.json or with an adapter, a name that is no hub id, a failed
-    download.
+    Without `weights` only the other files are fetched. CameraError: a folder without config.json or
+    with an adapter, a name that is no hub id, a failed download.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
