@@ -10,6 +10,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from camera.checkpoint.config import load_config
+from camera.checkpoint.matching import require_whole
 from camera.checkpoint.shards import ShardReader
 from camera.checkpoint.source import refuse_adapter, refuse_no_model
 from camera.runtime.errors import CameraError
@@ -50,6 +52,9 @@ def load_model(
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and isinstance(folder, Path):  # a tensor: which one?
+            config = load_config(folder, trust_remote_code)
+            require_whole(config, folder, trust_remote_code)
         first = str(error).strip().splitlines()[0]
         raise CameraError(f"model {path} can't be loaded: {first}") from error
     for name, found, asked in sorted(info["mismatched_keys"]):

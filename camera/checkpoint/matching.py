@@ -7,17 +7,20 @@ type, or used by nobody is known before a weight is read.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from camera.checkpoint.shards import Place
+from camera.checkpoint.config import CameraConfig, CameraQuantizer, build_forms
+from camera.checkpoint.shards import Place, ShardReader
 from camera.runtime.errors import CameraError
 
 
@@ -38,6 +41,28 @@ def convert(
     with _quiet(), _one_by_one():
         info, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
     return info
+
+
+def empty_model(
+    config: Any, folder: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> tuple[nn.Module, list]:
+    """The model of a config on meta, compressed modules in place, and transformers' rules for its
+    keys; CameraError for weights that another tool quantised."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    model.eval().requires_grad_(False)
+    conversions = get_model_conversion_mapping(model)
+    compressed = getattr(config, "quantization_config", None)
+    if compressed is None:
+        return model, conversions
+    if not isinstance(compressed, CameraConfig):
+        raise CameraError(
+            f"{folder} is already quantised ({compressed}): start from its unquantised weights."
+        )
+    build_forms(model, compressed)
+    return model, CameraQuantizer(compressed).update_weight_conversions(conversions, model)
 
 
 @dataclass(frozen=True)
@@ -79,7 +104,8 @@ def match_headers(model: nn.Module, places: dict[str, Place], conversions: list)
         for name, found, asked in sorted(info.mismatched_keys)
     ]
     misshapen += [
-        f"'{name}' can't be put together from parts of unequal shapes to {list(expected[name])}"
+        f"'{name}' can't be put together from its parts, of unequal shapes or numbers, to "
+        f"{list(expected[name])}"
         for name in sorted(info.conversion_errors)
     ]
     return HeaderMatch(
@@ -92,6 +118,14 @@ def match_headers(model: nn.Module, places: dict[str, Place], conversions: list)
             if header.asked is not None and not _same_kind(header.place.dtype, header.asked)
         },
     )
+
+
+def require_whole(config: Any, folder: Path, trust_remote_code: bool = False) -> None:
+    """CameraError unless the headers of a folder are those of the model of a config."""
+    model, conversions = empty_model(config, folder, trust_remote_code=trust_remote_code)
+    match = match_headers(model, ShardReader(folder).places, conversions)
+    missing = match.missing - set(getattr(model, "all_tied_weights_keys", None) or {})
+    replace(match, missing=missing).require(folder)
 
 
 def refuse_missing(folder: Path, missing: set[str]) -> None:

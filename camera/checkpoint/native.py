@@ -6,7 +6,6 @@ Shapes: E experts, W native width of one expert, H hidden.
 import copy
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
 from camera.checkpoint.config import CameraConfig, save_config
@@ -22,8 +20,7 @@ from camera.checkpoint.dequantize import dequantize
 from camera.checkpoint.formats.format import FORMATS, Format
 from camera.checkpoint.formats.narrow import padded_mlp
 from camera.checkpoint.loading import load_model
-from camera.checkpoint.matching import match_headers
-from camera.checkpoint.shards import ShardReader
+from camera.checkpoint.matching import require_whole
 from camera.checkpoint.source import copy_companions
 from camera.moe.families import family_of
 from camera.runtime.errors import CameraError
@@ -61,23 +58,13 @@ def export(checkpoint: str | Path, out: str | Path, width_multiple: int = 8) -> 
         plain.save_pretrained(partial)
         save_config(plain.config, partial)
         copy_companions(Path(checkpoint).expanduser(), partial)
-        _read_back(config, partial)
+        require_whole(config, partial)
         os.replace(partial, out)
     except (OSError, SafetensorError) as error:
         raise CameraError(
             f"can't write {out} ({error}): free space on that disk or choose another folder."
         ) from error
     return out
-
-
-def _read_back(config: Any, folder: Path) -> None:
-    """CameraError unless the headers of the written files are those of the whole model."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    places = ShardReader(folder).places
-    match = match_headers(model, places, get_model_conversion_mapping(model))
-    missing = match.missing - set(model.all_tied_weights_keys or {})
-    replace(match, missing=missing).require(folder)
 
 
 def native_widths(config: Any, stored: CameraConfig, multiple: int) -> dict[str, int]:

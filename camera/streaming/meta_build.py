@@ -7,11 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
 
-from camera.checkpoint.config import CameraConfig, CameraQuantizer, build_forms
-from camera.checkpoint.matching import HeaderMatch, match_headers
+from camera.checkpoint.matching import HeaderMatch, empty_model, match_headers
 from camera.checkpoint.shards import ShardReader, read_places
 from camera.moe.families import Family
 from camera.runtime.errors import CameraError
@@ -32,12 +29,12 @@ def build_on_meta(
     Names of tied tensors and tensors that nobody uses are put right in `reader` and `config`.
     CameraError where tensors are missing or don't fit.
     """
-    model, conversions = _build(config, reader, dtype, trust_remote_code)
+    model, conversions = empty_model(config, reader.folder, dtype, trust_remote_code)
     match = match_headers(model, reader.places, conversions)
     _refuse_adapters(match, reader)
     if tied_names(model) and not _settle_ties(model, match, reader):
         config.tie_word_embeddings = False
-        model, conversions = _build(config, reader, dtype, trust_remote_code)
+        model, conversions = empty_model(config, reader.folder, dtype, trust_remote_code)
         match = match_headers(model, reader.places, conversions)
     _leave_out(match.unused, config, reader, family)
     missing = set(match.missing)
@@ -58,27 +55,6 @@ def layer_of(key: str) -> int | None:
     """The layer that a tensor of this name belongs to."""
     found = _IN_A_LAYER.search(key)
     return int(found.group(1)) if found else None
-
-
-def _build(
-    config: Any, reader: ShardReader, dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[nn.Module, list]:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    model.eval().requires_grad_(False)
-    conversions = get_model_conversion_mapping(model)
-    compressed = getattr(config, "quantization_config", None)
-    if compressed is None:
-        return model, conversions
-    if not isinstance(compressed, CameraConfig):
-        raise CameraError(
-            f"{reader.folder} is already quantised ({compressed}): start from its unquantised "
-            "weights."
-        )
-    build_forms(model, compressed)
-    return model, CameraQuantizer(compressed).update_weight_conversions(conversions, model)
 
 
 def _settle_ties(model: nn.Module, match: HeaderMatch, reader: ShardReader) -> bool:
