@@ -12,14 +12,13 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from camera.checkpoint.source import INDEX, SINGLE, weight_map
 from camera.runtime.buffers import allocate
 from camera.runtime.errors import CameraError
 from camera.runtime.files import replace_durably
 from camera.runtime.mapped import release_pages
 
 log = logging.getLogger("camera")
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -62,12 +61,12 @@ class ShardReader:
         self.folder = folder
         self.left_out: dict[str, Place] = {}
         index, single = folder / INDEX, folder / SINGLE
-        if index.exists() and single.exists() and SINGLE not in _weight_map(index).values():
+        if index.exists() and single.exists() and SINGLE not in weight_map(index).values():
             raise CameraError(
                 f"{folder} holds {SINGLE} and {INDEX}, which may be two models: remove one of them."
             )
         if index.exists():
-            names = _weight_map(index)
+            names = weight_map(index)
         elif single.exists():
             names = None
         else:
@@ -131,13 +130,6 @@ class ShardReader:
         return sum(path.stat().st_size for path in self._files) - unused
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files, of those there are, that a checkpoint's weights lie in."""
-    index = folder / INDEX
-    names = set(_weight_map(index).values()) if index.exists() else {SINGLE}
-    return [folder / name for name in sorted(names) if (folder / name).exists()]
-
-
 def read_places(places: dict[str, Place]) -> dict[str, torch.Tensor]:
     """Tensors at these places, read in the order of the files."""
     found: dict[str, torch.Tensor] = {}
@@ -187,13 +179,6 @@ def _read(file: BinaryIO, place: Place) -> torch.Tensor:
             raise CameraError(f"shard {place.file} ends early: download it again.")
         done += got
     return raw.view(place.dtype).view(place.shape)
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CameraError(f"{index} is no valid index ({error}): download it again.") from error
 
 
 class ShardWriter:

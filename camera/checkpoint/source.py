@@ -1,14 +1,16 @@
 """Models given as a folder or a hub id: their location, fingerprint and companion files."""
 
 import hashlib
+import json
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
-from camera.checkpoint.shards import weight_files
 from camera.runtime.errors import CameraError
 from camera.runtime.files import CheckpointFiles
 
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 # What belongs to the weights of one checkpoint; all else of its folder travels with the model.
 PICKLED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf", "*.ggml", "*.h5", "*.msgpack"]
 PICKLED += ["*.onnx", "*.onnx_data", "*.npz", "*.tflite", "*.ot", "*.bin.index.json"]
@@ -61,6 +63,21 @@ def refuse_adapter(folder: Path) -> None:
         raise CameraError(
             f"{folder} holds an adapter ({found[0]}): merge it into the model first, or remove it."
         )
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """{tensor: file} of an index; CameraError for one that can't be read."""
+    try:
+        return json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CameraError(f"{index} is no valid index ({error}): download it again.") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files, of those there are, that a checkpoint's weights lie in."""
+    index = folder / INDEX
+    names = set(weight_map(index).values()) if index.exists() else {SINGLE}
+    return [folder / name for name in sorted(names) if (folder / name).exists()]
 
 
 def fingerprint(folder: Path) -> str:
