@@ -124,7 +124,7 @@ def _run(
         raise CameraError(f"{out} exists already: delete it or choose another folder.")
     if not method.compresses:
         raise CameraError(f"method {method.name} leaves the model as it is: nothing to do.")
-    folder = resolve_model(str(model), code=trust_remote_code)
+    folder = resolve_model(str(model))
     meta = MetaModel(folder, resolve_device(device), dtype, trust_remote_code)
     method.check(meta.budget)
     _check_plan(plan, meta)
@@ -176,7 +176,7 @@ def describe(model: str | Path, trust_remote_code: bool = False) -> CompressionR
     from camera.pipeline.result import CompressionResult, versions
     from camera.streaming.skeleton import MetaModel
 
-    folder = resolve_model(str(model), code=trust_remote_code)
+    folder = resolve_model(str(model))
     meta = MetaModel(folder, trust_remote_code=trust_remote_code)
     dense, size = meta.budget.dense, meta.reader.bytes
     return CompressionResult(

@@ -10,6 +10,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from camera.checkpoint.config import load_config
+from camera.checkpoint.matching import require_whole
+from camera.checkpoint.shards import ShardReader
+from camera.checkpoint.source import refuse_adapter, refuse_no_model
 from camera.runtime.errors import CameraError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -34,21 +38,37 @@ def load_model(
         placement = {"": device}
     on_cpu = count == 0 or device.startswith("cpu")
     precision = resolve_dtype(dtype) or (torch.float32 if on_cpu else "auto")
+    folder = _local(path)
+    if isinstance(folder, Path):
+        ShardReader(folder)  # its sentences tell more than transformers'
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            str(path),
+            str(folder),
             dtype=precision,
             device_map=placement,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and isinstance(folder, Path):  # a tensor: which one?
+            config = load_config(folder, trust_remote_code)
+            require_whole(config, folder, trust_remote_code)
         first = str(error).strip().splitlines()[0]
         raise CameraError(f"model {path} can't be loaded: {first}") from error
+    for name, found, asked in sorted(info["mismatched_keys"]):
+        raise CameraError(
+            f"model {path}: tensor '{name}' has the shape {list(found)} where config.json asks for "
+            f"{list(asked)}: download or compress it again."
+        )
     if info["missing_keys"]:  # transformers fills these with random numbers
         name = sorted(info["missing_keys"])[0]
         raise CameraError(f"model {path} lacks tensor '{name}': download or compress it again.")
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise CameraError(f"model {path}: tensor '{name}' is {kind}, which no weight can be.")
     return model.eval()
 
 
@@ -87,8 +107,19 @@ def compute_dtype(dtype: str, stored: torch.dtype, device: str) -> torch.dtype:
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id; CameraError if it has none."""
+    folder = _local(path)
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise CameraError(f"{path} has no tokenizer that loads: {first}") from error
+
+
+def _local(path: str | Path) -> Path | str:
+    """The folder of a model, or its id on the hub; CameraError for what is neither."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        refuse_adapter(folder)
+        return folder
+    refuse_no_model(str(path))
+    return str(path)

@@ -15,11 +15,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from camera.checkpoint.config import CameraConfig
+from camera.checkpoint.config import CameraConfig, save_config
 from camera.checkpoint.dequantize import dequantize
 from camera.checkpoint.formats.format import FORMATS, Format
 from camera.checkpoint.formats.narrow import padded_mlp
 from camera.checkpoint.loading import load_model
+from camera.checkpoint.matching import require_whole
 from camera.checkpoint.source import copy_companions
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
@@ -34,7 +35,7 @@ def export(checkpoint: str | Path, out: str | Path, width_multiple: int = 8) -> 
     model's (a padded micro-expert gives act(0) * 0 = 0). Raises CameraError for a model
     that isn't compressed and for a folder that exists.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     if width_multiple < 1:
         raise CameraError(f"width_multiple={width_multiple} must be at least 1.")
     if out.exists():
@@ -56,7 +57,9 @@ def export(checkpoint: str | Path, out: str | Path, width_multiple: int = 8) -> 
     try:
         partial.mkdir(parents=True)
         plain.save_pretrained(partial)
-        copy_companions(Path(checkpoint), partial)
+        save_config(plain.config, partial)
+        copy_companions(Path(checkpoint).expanduser(), partial)
+        require_whole(config, partial)
         os.replace(partial, out)
     except (OSError, SafetensorError) as error:
         raise CameraError(

@@ -2,23 +2,23 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from camera.checkpoint.source import INDEX, SINGLE, weight_map
 from camera.runtime.buffers import allocate
 from camera.runtime.errors import CameraError
 from camera.runtime.files import replace_durably
 from camera.runtime.mapped import release_pages
 
 log = logging.getLogger("camera")
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -43,6 +43,12 @@ class Place:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    def rows(self, first: int, count: int) -> "Place":
+        """The part of a table from row `first` on, of at most `count` rows."""
+        size, count = self.bytes // self.shape[0], min(count, self.shape[0] - first)
+        shape, start = (count, *self.shape[1:]), self.start + first * size
+        return replace(self, start=start, bytes=count * size, shape=shape)
+
 
 class ShardReader:
     """A one-file or sharded checkpoint; CameraError for a missing or corrupt shard.
@@ -53,9 +59,14 @@ class ShardReader:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.left_out: dict[str, Place] = {}
         index, single = folder / INDEX, folder / SINGLE
+        if index.exists() and single.exists() and SINGLE not in weight_map(index).values():
+            raise CameraError(
+                f"{folder} holds {SINGLE} and {INDEX}, which may be two models: remove one of them."
+            )
         if index.exists():
-            names = _weight_map(index)
+            names = weight_map(index)
         elif single.exists():
             names = None
         else:
@@ -72,6 +83,7 @@ class ShardReader:
                 "safetensors weights."
             )
         self.places = _places(single) if names is None else self._indexed(names)
+        self._files = {place.file for place in self.places.values()}
 
     def _indexed(self, names: dict[str, str]) -> dict[str, Place]:
         headers: dict[str, dict[str, Place]] = {}
@@ -95,10 +107,27 @@ class ShardReader:
         """Tensors of the keys that `wanted` accepts."""
         return read_places({key: place for key, place in self.places.items() if wanted(key)})
 
+    def leave_out(self, keys: Iterable[str]) -> None:
+        """Forget tensors, which then count nowhere."""
+        self.left_out |= {key: self.places.pop(key) for key in list(keys)}
+
+    def main_dtype(self) -> torch.dtype:
+        """The floating-point type that most numbers are stored in; CameraError if there is none."""
+        numbers: Counter[torch.dtype] = Counter()
+        for place in self.places.values():
+            if place.dtype.is_floating_point:
+                numbers[place.dtype] += place.bytes // place.dtype.itemsize
+        if not numbers:
+            raise CameraError(
+                f"{self.folder} holds no floating-point tensor: start from unquantised weights."
+            )
+        return numbers.most_common(1)[0][0]
+
     @property
     def bytes(self) -> int:
-        """Size of the weight files on disk."""
-        return sum(path.stat().st_size for path in {place.file for place in self.places.values()})
+        """Size of the weight files on disk, less the tensors that were left out."""
+        unused = sum(place.bytes for place in self.left_out.values())
+        return sum(path.stat().st_size for path in self._files) - unused
 
 
 def read_places(places: dict[str, Place]) -> dict[str, torch.Tensor]:
@@ -152,13 +181,6 @@ def _read(file: BinaryIO, place: Place) -> torch.Tensor:
     return raw.view(place.dtype).view(place.shape)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CameraError(f"{index} is no valid index ({error}): download it again.") from error
-
-
 class ShardWriter:
     """Writes a checkpoint shard by shard; a shard's file appears complete or not at all."""
 
@@ -176,6 +198,9 @@ class ShardWriter:
     ) -> None:
         """Write shard `index` (from 0); `counted` are the same numbers by their names in memory."""
         name = f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
+        twice = [key for key in tensors if self.weight_map.get(key, name) != name]
+        if twice:
+            raise RuntimeError(f"tensor '{twice[0]}' is written twice")
         path, partial = self.folder / name, self.folder / f".{name}.partial"
         try:
             write_tensors(tensors, partial)

@@ -133,7 +133,7 @@ def evaluate_streamed(
     Returns what `EvaluationSuite.results` does, with `peak_memory_bytes` in each part; `options`
     are StreamedEvaluation's. Raises CameraError for what a user can mend.
     """
-    folder = resolve_model(str(model), code=trust_remote_code)
+    folder = resolve_model(str(model))
     meta = MetaModel(folder, resolve_device(device), dtype, trust_remote_code)
     evaluation = StreamedEvaluation(meta, **options)
     parts = EvaluationSuite(evaluation, load_tokenizer(folder, trust_remote_code), measures)

@@ -20,6 +20,7 @@ class ConfigKeys:
     """Keys of config.json that hold the sizes of a family's experts.
 
     shared_count: how many experts of `shared_width` the shared expert is as wide as; None: one.
+    prediction_layers: how many layers for several tokens at once follow the last one.
     """
 
     experts: str = "num_experts"
@@ -28,6 +29,7 @@ class ConfigKeys:
     shared_count: str | None = None
     dense_width: str = "intermediate_size"
     top_k: str = "num_experts_per_tok"
+    prediction_layers: str = "num_nextn_predict_layers"
 
 
 @dataclass(frozen=True)

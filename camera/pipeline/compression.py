@@ -59,6 +59,7 @@ def run(request: CompressionRequest, model: MetaModel, memory: MemoryChoices) ->
             "layer's activations: set memory.phi=keep and memory.experts=ram, or calibrate on "
             "fewer tokens."
         )
+    model.check_rest()
     require_space(request.out.parent, bytes_to_come(request, model, estimate, passes))
     spill = request.out.parent if estimate.hidden_on_disk else None
     streamer = LayerStreamer(model, Placement(estimate.experts_on_disk, spill))

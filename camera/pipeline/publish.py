@@ -7,7 +7,7 @@ import os
 import shutil
 from typing import Any
 
-from camera.checkpoint.config import CameraConfig
+from camera.checkpoint.config import CameraConfig, save_config
 from camera.checkpoint.shards import ShardWriter
 from camera.checkpoint.source import copy_companions
 from camera.pipeline.context import PassContext
@@ -16,8 +16,10 @@ from camera.pipeline.passes.compressed import CompressedPass
 from camera.pipeline.result import CompressionResult, report
 from camera.pipeline.resume import PassProgress
 from camera.runtime import distributed
+from camera.runtime.errors import CameraError
 from camera.runtime.files import CheckpointFiles, write_json
-from camera.streaming.skeleton import tied_names
+from camera.streaming.meta_build import tied_names
+from camera.streaming.skeleton import MetaModel
 
 
 def publish(
@@ -43,6 +45,7 @@ def publish(
     result = report(context, done.statistics, writer)
     (partial / "README.md").write_text(model_card(result))
     write_json(partial / CheckpointFiles.REPORT, result.to_dict())
+    _read_back(context)
     progress.finish()
     os.replace(partial, request.out)
     shutil.rmtree(request.private_statistics, ignore_errors=True)
@@ -73,4 +76,25 @@ def _write_config(context: PassContext) -> None:
     config.dtype = model.stored_dtype
     if type(model.model).__module__.startswith(("transformers.", "camera.")):
         vars(config).pop("auto_map", None)  # no code of the source's is needed any more
-    config.save_pretrained(context.request.partial)
+    save_config(config, context.request.partial)
+
+
+def _read_back(context: PassContext) -> None:
+    """CameraError unless the written folder is, by its config and headers, the whole model."""
+    model, partial = context.streamer.model, context.request.partial
+    mend = f"delete {partial} and run again, or report it if that doesn't help"
+    try:
+        written = MetaModel(partial, trust_remote_code=model.trust_remote_code)
+    except CameraError as error:
+        raise CameraError(f"what was written is no whole checkpoint ({error}): {mend}.") from error
+    for name in written.reader.left_out:
+        raise CameraError(f"what was written holds tensor '{name}', which has no use: {mend}.")
+    tied = tied_names(written.model)
+    for name, tensor in written.model.state_dict().items():
+        found, asked = written.dtype_on_disk(name), model.dtype_on_disk(name)
+        if tensor.is_floating_point() and name not in tied and found != asked:
+            raise CameraError(
+                f"tensor '{name}' was written as {found} instead of {asked}: {mend}.".replace(
+                    "torch.", ""
+                )
+            )

@@ -11,7 +11,8 @@ from torch import nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from camera.moe.capture import ModuleStub, replaced_submodule
-from camera.streaming.skeleton import MetaModel, tied_names
+from camera.streaming.meta_build import tied_names
+from camera.streaming.skeleton import MetaModel
 
 HEAD_LOGITS = 2**27  # logits that exist at a time
 HEAD_TABLES = 8  # of them at most, of the same tokens: what is asked, and what its answer takes

@@ -1,22 +1,16 @@
 """A model on meta whose layers are loaded from shards and freed."""
 
-import os
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
-from camera.checkpoint.config import CameraConfig, CameraQuantizer, build_forms
+from camera.checkpoint.config import load_config
 from camera.checkpoint.loading import compute_dtype, resolve_dtype
+from camera.checkpoint.matching import convert, refuse_missing
 from camera.checkpoint.shards import ShardReader, read_places
 from camera.moe.budget import Budget, budget_of
 from camera.moe.capture import replaced_submodule
@@ -30,14 +24,16 @@ from camera.streaming.disk_experts import (
     single_expert_module,
     single_expert_places,
 )
+from camera.streaming.meta_build import build_on_meta, layer_of, tied_names
 
-_IN_A_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+log = logging.getLogger("camera")
 
 
 class MetaModel:
     """A causal language model on meta whose layers are read from disk one by one and freed.
 
-    `stored_dtype` is what its tensors are written in, `dtype` what they are computed in.
+    `stored_dtype` is what most of its tensors are written in (`dtype_on_disk` tells of each),
+    `dtype` what they are computed in.
     """
 
     def __init__(
@@ -48,24 +44,31 @@ class MetaModel:
         trust_remote_code: bool = False,
     ):
         self.folder, self.device = folder, torch.device(device)
+        self.trust_remote_code = trust_remote_code
         self.config = load_config(folder, trust_remote_code)
         self.family = family_of(self.config.model_type)
         self.reader = ShardReader(folder)
         layers = self.config.num_hidden_layers
         self.prefetcher = LayerPrefetcher(self._read_layer, layers, self.device)
-        self.stored_dtype = resolve_dtype(dtype) or self._checkpoint_dtype()
+        told, asked = self.config.dtype, resolve_dtype(dtype)
+        self.model, self._conversions = build_on_meta(
+            self.config,
+            self.reader,
+            self.family,
+            asked or self.reader.main_dtype(),
+            trust_remote_code,
+        )
+        self.stored_dtype = asked or self.reader.main_dtype()
         self.dtype = compute_dtype(dtype, self.stored_dtype, device)
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(
-                self.config, dtype=self.stored_dtype, trust_remote_code=trust_remote_code
-            )
-        self.model.eval().requires_grad_(False)
-        self._conversions = get_model_conversion_mapping(self.model)
         self.compressed = getattr(self.config, "quantization_config", None)
-        if self.compressed is not None:
-            self._prepare_compressed()
         self.base = self.model.base_model
         self.root = f"{self.model.base_model_prefix}.layers"
+        self._stored: dict[str, torch.dtype] = {}  # of the tensors that the files hold
+        if asked:
+            self.model.to(asked)
+        else:
+            self._stored = {name: t.dtype for name, t in self.model.state_dict().items()}
+            self._warn_of_another_dtype(told)
         self.budget: Budget = budget_of(self.model, self.layers, self.family, self.root)
         self.model.to(self.dtype)
         self._materialise_rotary()
@@ -107,7 +110,7 @@ class MetaModel:
     def _read_layer(self, index: int, without_experts: bool) -> dict[str, torch.Tensor]:
         return self.reader.read(
             lambda key: (
-                _layer_of(key) == index
+                layer_of(key) == index
                 and not (without_experts and self.family.checkpoint_names.holds(key))
             )
         )
@@ -117,7 +120,7 @@ class MetaModel:
         places = {
             key: place
             for key, place in self.reader.places.items()
-            if _layer_of(key) == index and self.family.checkpoint_names.holds(key)
+            if layer_of(key) == index and self.family.checkpoint_names.holds(key)
         }
 
         def read(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,8 +138,8 @@ class MetaModel:
         """Read what is outside the layers: embeddings, final norm, head (or those named `only`)."""
         tied = tied_names(self.model)
         self._load(
-            self.reader.read(lambda key: _layer_of(key) is None and only in key),
-            lambda name: _layer_of(name) is None and only in name and name not in tied,
+            self.reader.read(lambda key: layer_of(key) is None and only in key),
+            lambda name: layer_of(name) is None and only in name and name not in tied,
         )
 
     def take_out(self, module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -144,18 +147,38 @@ class MetaModel:
 
         No more than one is there in both precisions.
         """
-        exempt = self.model._get_dtype_plan(self.stored_dtype)  # what the family keeps in fp32
         held = {prefix + name: tensor for name, tensor in module.state_dict().items()}
         held = {name: tensor for name, tensor in held.items() if not tensor.is_meta}
         self.free(module)
         found = {}
         for name in list(held):
             tensor = held.pop(name)
-            if tensor.is_floating_point() and not any(part in name for part in exempt):
-                tensor = tensor.to(self.stored_dtype)
-            found[name] = tensor
+            found[name] = self._as_stored(name, tensor) if tensor.is_floating_point() else tensor
         trim_heap()
         return found
+
+    def dtype_on_disk(self, name: str) -> torch.dtype:
+        """What a floating-point tensor of this name is written in."""
+        if name in self._stored:
+            return self._stored[name]
+        exempt = self.model._get_dtype_plan(self.stored_dtype)  # what the family keeps in fp32
+        return torch.float32 if any(part in name for part in exempt) else self.stored_dtype
+
+    def _as_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor in the dtype of its place on disk; CameraError for what doesn't fit that."""
+        dtype = self.dtype_on_disk(name)
+        if torch.promote_types(dtype, self.dtype) != self.dtype and name in self.reader.places:
+            # computed in a coarser dtype: what nobody changed is written as it was
+            original = self.reader.read(lambda key: key == name)[name]
+            if torch.equal(original.to(tensor), tensor):
+                return original.to(dtype)
+        stored = tensor.to(dtype)
+        if not all_finite(stored):
+            told = f"doesn't fit {dtype}, in which it is stored: set dtype=bfloat16 or float32"
+            if not all_finite(tensor):
+                told = "holds NaN or inf when it is compressed: run with dtype=float32"
+            raise CameraError(f"tensor '{name}' {told}.".replace("torch.", ""))
+        return stored
 
     def free(self, module: nn.Module) -> None:
         """Give a module's memory back."""
@@ -164,40 +187,36 @@ class MetaModel:
 
     def _load(self, tensors: dict[str, torch.Tensor], due: Callable[[str], bool]) -> None:
         """Move tensors of the checkpoint into the model; those that are `due` must be there."""
-        settings = LoadStateDictConfig(
-            dtype=self.dtype,
-            device_map={"": self.device},
-            weight_mapping=self._conversions,
-            dtype_plan=self.model._get_dtype_plan(self.dtype),
-        )
         once = {key: _Once(tensors, key) for key in list(tensors)}
-        with _quiet(), _one_by_one():
-            info, _ = convert_and_load_state_dict_in_model(self.model, once, settings)
+        info = convert(self.model, once, self._conversions, self.dtype, self.device)
         if info.mismatched_keys or info.conversion_errors:
             wrong = next(iter(info.mismatched_keys or info.conversion_errors))
             name = wrong[0] if isinstance(wrong, tuple) else wrong
             raise CameraError(
                 f"tensor '{name}' in {self.folder} doesn't have the shape config.json asks for."
             )
-        missing = sorted(name for name in info.missing_keys if due(name))
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise CameraError(
-                f"{self.folder} lacks tensor '{missing[0]}'{more}: download the model again."
-            )
-        for name, tensor in self.model.named_parameters():
-            if due(name) and not all_finite(tensor):
-                raise CameraError(f"tensor '{name}' in {self.folder} holds NaN or inf.")
+        refuse_missing(self.folder, {name for name in info.missing_keys if due(name)})
+        for name, tensor in self.model.state_dict().items():
+            if due(name) and not tensor.is_meta and not all_finite(tensor):
+                self._blame(name)
 
-    def _prepare_compressed(self) -> None:
-        if not isinstance(self.compressed, CameraConfig):
-            raise CameraError(
-                f"{self.folder} is already quantised ({self.compressed}): start from its "
-                "unquantised weights."
-            )
-        build_forms(self.model, self.compressed)
-        quantizer = CameraQuantizer(self.compressed)
-        self._conversions = quantizer.update_weight_conversions(self._conversions, self.model)
+    def _blame(self, name: str) -> None:
+        """CameraError for a tensor that isn't finite: the file's fault, or that of the dtype."""
+        layer = layer_of(name)
+        for key in [key for key in self.reader.places if layer_of(key) == layer]:
+            if not all_finite(self.reader.read(lambda other, key=key: other == key)[key]):
+                raise CameraError(f"tensor '{key}' in {self.folder} holds NaN or inf.")
+        dtype = str(self.dtype).removeprefix("torch.")
+        raise CameraError(
+            f"tensor '{name}' in {self.folder} holds numbers that {dtype} can't: set "
+            "dtype=bfloat16 or float32."
+        )
+
+    def check_rest(self) -> None:
+        """CameraError for NaN or inf outside the layers, where a run would meet them last."""
+        for key in [key for key in self.reader.places if layer_of(key) is None]:
+            if not all_finite(self.reader.read(lambda other, key=key: other == key)[key]):
+                self._blame(key)
 
     def _materialise_rotary(self) -> None:
         for name, module in list(self.model.named_modules()):
@@ -205,40 +224,20 @@ class MetaModel:
                 real = type(module)(config=self.config).to(self.device)
                 self.model.set_submodule(name, real)
 
-    def _checkpoint_dtype(self) -> torch.dtype:
-        if isinstance(self.config.dtype, torch.dtype):
-            return self.config.dtype
-        return next(iter(self.reader.places.values())).dtype
-
-
-def tied_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that share another one's memory."""
-    return set(getattr(model, "all_tied_weights_keys", None) or {})
+    def _warn_of_another_dtype(self, told: Any) -> None:
+        if isinstance(told, torch.dtype) and told != self.stored_dtype:
+            log.warning(
+                "%s: config.json says %s, most weights are %s, and so they are written.",
+                self.folder,
+                *(str(dtype).removeprefix("torch.") for dtype in (told, self.stored_dtype)),
+            )
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor is free of NaN and inf, in one read and without a copy."""
-    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
-
-
-def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """config.json as transformers reads it; CameraError for an unknown model type."""
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        if "custom code" in first:
-            first = "it needs code of its own; set trust_remote_code=true if you trust that code."
-        raise CameraError(f"{folder / 'config.json'} can't be used: {first}") from error
-    stored = getattr(config, "quantization_config", None)
-    if isinstance(stored, dict) and stored.get("quant_method") == "camera":
-        config.quantization_config = CameraConfig.from_dict(stored)
-    return config
-
-
-def _layer_of(key: str) -> int | None:
-    found = _IN_A_LAYER.search(key)
-    return int(found.group(1)) if found else None
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 class _Once:
@@ -249,30 +248,3 @@ class _Once:
 
     def __getitem__(self, _: Any) -> torch.Tensor:
         return self.tensors.pop(self.key)
-
-
-@contextmanager
-def _one_by_one() -> Iterator[None]:
-    """Without transformers' threads, which convert a whole layer before any of it is in place."""
-    switch = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(switch)
-    os.environ[switch] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[switch]
-        else:
-            os.environ[switch] = before
-
-
-class _quiet:
-    """No progress bar for each layer's few tensors."""
-
-    def __enter__(self) -> None:
-        self.was_on = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        if self.was_on:
-            transformers_logging.enable_progress_bar()

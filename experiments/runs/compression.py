@@ -88,6 +88,6 @@ def evaluation_during_compression(settings: Settings) -> EvaluationRequest | Non
     measures, asked = settings.measures(), settings.evaluation
     if asked["stream"] == "never" or not [*measures.corpora, *measures.tasks]:
         return None
-    folder = resolve_model(settings.model_path, code=settings.trust_remote_code)
+    folder = resolve_model(settings.model_path)
     streamed = should_stream(folder, settings.device, settings.dtype, asked["stream"])
     return measures if streamed else None

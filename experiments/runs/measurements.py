@@ -74,7 +74,7 @@ def stream(settings: Settings, folders: Folders) -> None:
     if asked["stream"] == "never" or not [*measures.corpora, *measures.tasks]:
         return
     with checkpoint(settings, folders) as path:
-        folder = resolve_model(str(path), code=remote)
+        folder = resolve_model(str(path))
         if not should_stream(folder, settings.device, settings.dtype, asked["stream"]):
             return
         log.info("%s: evaluating layer by layer", folders.run.name)

@@ -1,0 +1,150 @@
+"""A model on meta that fits what its checkpoint holds: the files count, config.json follows."""
+
+import logging
+import re
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from camera.checkpoint.matching import HeaderMatch, empty_model, match_headers
+from camera.checkpoint.shards import ShardReader, read_places
+from camera.moe.families import Family
+from camera.runtime.errors import CameraError
+
+log = logging.getLogger("camera")
+ROWS = 4096  # of two tables that are compared at a time
+
+_IN_A_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_IN_CODE = re.compile(r"rotary_emb\.inv_freq$")  # a buffer that older versions stored
+_OF_AN_ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|base_layer|prompt_encoder|ia3_l)\b")
+
+
+def build_on_meta(
+    config: Any, reader: ShardReader, family: Family, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[nn.Module, list]:
+    """The model, its tensors in the dtypes that are stored, and transformers' rules for its keys.
+
+    Names of tied tensors and tensors that nobody uses are put right in `reader` and `config`.
+    CameraError where tensors are missing or don't fit.
+    """
+    model, conversions = empty_model(config, reader.folder, dtype, trust_remote_code)
+    match = match_headers(model, reader.places, conversions)
+    _refuse_adapters(match, reader)
+    if tied_names(model) and not _settle_ties(model, match, reader):
+        config.tie_word_embeddings = False
+        model, conversions = empty_model(config, reader.folder, dtype, trust_remote_code)
+        match = match_headers(model, reader.places, conversions)
+    _leave_out(match.unused, config, reader, family)
+    missing = set(match.missing)
+    for name, source in tied_names(model).items():
+        if name not in match.missing:
+            missing.discard(source)
+        missing.discard(name)
+    replace(match, missing=missing).require(reader.folder)
+    return model, conversions
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """{name of a parameter that shares another one's memory: name of that one}."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def layer_of(key: str) -> int | None:
+    """The layer that a tensor of this name belongs to."""
+    found = _IN_A_LAYER.search(key)
+    return int(found.group(1)) if found else None
+
+
+def _settle_ties(model: nn.Module, match: HeaderMatch, reader: ShardReader) -> bool:
+    """Give each tied pair one tensor, under the first one's name; False if both are stored and
+    differ: then transformers doesn't tie them."""
+    for name, source in tied_names(model).items():
+        key, source_key = _key_of(name, model, reader), _key_of(source, model, reader)
+        if key is None or name in match.missing:
+            continue
+        if source_key is None:
+            reader.places[source] = reader.places.pop(key)
+        elif _equal(reader, key, source_key):
+            reader.leave_out([key])
+        else:
+            log.warning(
+                "%s holds '%s' and '%s', which differ: they are kept apart, and "
+                "tie_word_embeddings is written as false.",
+                reader.folder,
+                key,
+                source_key,
+            )
+            return False
+    return True
+
+
+def _key_of(name: str, model: nn.Module, reader: ShardReader) -> str | None:
+    bare = name.removeprefix(f"{model.base_model_prefix}.")  # of a model saved without its head
+    return next((key for key in (name, bare) if key in reader.places), None)
+
+
+def _equal(reader: ShardReader, one: str, other: str) -> bool:
+    """Whether two tables hold the same numbers, a part of the rows at a time."""
+    tables = [reader.places[key] for key in (one, other)]
+    if tables[0].shape != tables[1].shape:
+        return False
+    for first in range(0, tables[0].shape[0], ROWS):
+        parts = read_places({str(i): table.rows(first, ROWS) for i, table in enumerate(tables)})
+        if not torch.equal(parts["0"].double(), parts["1"].double()):
+            return False
+    return True
+
+
+def _refuse_adapters(match: HeaderMatch, reader: ShardReader) -> None:
+    """CameraError if tensors of an adapter lie among the weights."""
+    for key in match.unused:
+        if _OF_AN_ADAPTER.search(key):
+            raise CameraError(
+                f"tensor '{key}' in {reader.folder} is part of an adapter: merge the adapter into "
+                "the model first."
+            )
+
+
+def _leave_out(unused: list[str], config: Any, reader: ShardReader, family: Family) -> None:
+    """Forget the tensors that the model doesn't use, and say so; CameraError where they look like
+    layers or experts of it."""
+    sizes = {key: reader.places[key].bytes for key in unused if key in reader.places}
+    reader.leave_out(list(sizes))
+    layers, promised = config.num_hidden_layers, family.keys.prediction_layers
+    predicting = getattr(config, promised, None) or 0
+    strange = []
+    for key in sizes:
+        layer = layer_of(key)
+        if _IN_CODE.search(key) or (layer is not None and 0 <= layer - layers < predicting):
+            continue
+        if layer is not None and layer >= layers:
+            raise CameraError(
+                f"{reader.folder} holds tensor '{key}', and config.json has num_hidden_layers="
+                f"{layers}: correct it, or remove that layer's tensors."
+            )
+        if family.checkpoint_names.holds(key):
+            raise CameraError(
+                f"{reader.folder} holds the expert's tensor '{key}', which the model of "
+                "config.json doesn't have: download both again."
+            )
+        strange.append(key)
+    if strange:
+        log.warning(
+            "%s holds %d tensors (%.1f MB) that the model doesn't use, '%s' first: they are left "
+            "out.",
+            reader.folder,
+            len(strange),
+            sum(sizes[key] for key in strange) / 1e6,
+            min(strange),
+        )
+    if predicting:
+        log.warning(
+            "%s: the model that transformers builds has no prediction layers (%s=%d): they are "
+            "left out, and the key is written as 0.",
+            reader.folder,
+            promised,
+            predicting,
+        )
+        setattr(config, promised, 0)
