@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from camera.method import METHODS, Method, Plan, Propagate
 from camera.runtime.errors import CameraError
 from camera.runtime.renamed import renaming
+from camera.runtime.values import seed_of
 
 if TYPE_CHECKING:
     from camera.calibration.settings import Calibration
@@ -115,7 +116,7 @@ def _run(
     from camera.streaming.settings import MemoryChoices
     from camera.streaming.skeleton import MetaModel
 
-    out = Path(out)
+    out, seed = Path(out), seed_of(seed)
     if propagate not in get_args(Propagate):
         choices = ", ".join(get_args(Propagate))
         raise CameraError(f"propagate={propagate} is none of {choices}.")
