@@ -138,6 +138,7 @@ def _run(
             data=data,
             seed=seed,
             max_length=getattr(meta.config, "max_position_embeddings", None),
+            vocabulary=meta.model.get_input_embeddings().num_embeddings,
         )
     listeners: Sequence[LayerListener] = ()
     if measures is not None and distributed.rank() == 0:

@@ -88,7 +88,11 @@ def compute_dtype(dtype: str, stored: torch.dtype, device: str) -> torch.dtype:
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id; CameraError if it has none."""
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise CameraError(f"{path} has no tokenizer that loads: {first}") from error
+    # transformers makes an empty one of config.json where a folder has none
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise CameraError(f"{path} has no tokenizer: copy the files of the model's own into it.")
+    return tokenizer

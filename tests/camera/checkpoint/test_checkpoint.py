@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import baselines.micro_experts.random  # noqa: F401 (registers the method)
 import camera
 from camera.checkpoint.formats.ragged import RaggedExperts
-from camera.checkpoint.loading import load_model
+from camera.checkpoint.loading import load_model, load_tokenizer
 from camera.runtime.errors import CameraError
 from tests.helpers.models import FAMILIES
 
@@ -219,3 +220,12 @@ def test_export_from_the_command_line(compressed, tmp_path, monkeypatch, capsys)
     assert "native, uniform width" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="exists already"):
         main()
+
+
+def test_a_folder_without_a_tokenizer_is_refused(checkpoints, tmp_path):
+    """transformers makes an empty one of config.json."""
+    shutil.copytree(checkpoints("qwen3_moe"), tmp_path / "bare")
+    for file in (tmp_path / "bare").glob("*token*"):
+        file.unlink()
+    with pytest.raises(CameraError, match="bare has no tokenizer: copy the files"):
+        load_tokenizer(tmp_path / "bare")
