@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -35,8 +38,11 @@ def load_model(
     on_cpu = count == 0 or device.startswith("cpu")
     precision = resolve_dtype(dtype) or (torch.float32 if on_cpu else "auto")
     try:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        choose_kernels(config)
         model, info = AutoModelForCausalLM.from_pretrained(
             str(path),
+            config=config,
             dtype=precision,
             device_map=placement,
             trust_remote_code=trust_remote_code,
@@ -49,7 +55,39 @@ def load_model(
     if info["missing_keys"]:  # transformers fills these with random numbers
         name = sorted(info["missing_keys"])[0]
         raise CameraError(f"model {path} lacks tensor '{name}': download or compress it again.")
+    choose_experts(model)
     return model.eval()
+
+
+def choose_kernels(config: PretrainedConfig) -> None:
+    """Let transformers choose the attention where config.json names one that other machines have.
+
+    FlashAttention and the like can also not be told what a token may see, as streamed layers and
+    packed rows do.
+    """
+    if config._attn_implementation not in (None, "eager", "sdpa"):
+        config._attn_implementation = None
+
+
+def choose_experts(model: PreTrainedModel) -> None:
+    """Run native experts one by one where torch's grouped product doesn't take their widths."""
+    if not grouped(model):
+        model.set_experts_implementation("eager")
+
+
+def grouped(model: PreTrainedModel) -> bool:
+    """Whether torch's grouped product takes the native experts: rows of whole 16 bytes."""
+    return all(
+        weight.shape[-1] * weight.element_size() % 16 == 0
+        for module in native_experts(model)
+        for weight in module.parameters(recurse=False)
+        if weight.dim() == 3
+    )
+
+
+def native_experts(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that hold all experts of a layer and run by one of transformers' ways."""
+    return [m for m in model.modules() if hasattr(m, "has_gate") and hasattr(m, "is_transposed")]
 
 
 def resolve_device(device: str) -> str:

@@ -94,6 +94,11 @@ class Budget:
         if ratio > largest + 1e-9:
             limits = f" with min_width={min_width}" if min_width else ""
             limits += f", width_multiple={width_multiple}" if width_multiple > 1 else ""
+            if largest <= 0:
+                raise CameraError(
+                    f"sparsity={sparsity} of '{sparsity_of}' can't be reached: nothing of a layer "
+                    f"of this {self.model_type} model can be removed{limits}."
+                )
             raise CameraError(
                 f"sparsity={sparsity} of '{sparsity_of}' can't be reached: the largest possible "
                 f"for this model{limits} is {floor(largest * prunable / whole * 1e4) / 1e4}."

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from tempfile import TemporaryDirectory
+
+from huggingface_hub.errors import StrictDataclassError
 
 from camera.checkpoint.shards import ShardWriter
 from camera.checkpoint.source import fingerprint
@@ -59,6 +62,7 @@ def run(request: CompressionRequest, model: MetaModel, memory: MemoryChoices) ->
             "layer's activations: set memory.phi=keep and memory.experts=ram, or calibrate on "
             "fewer tokens."
         )
+    require_writable_config(model)
     require_space(request.out.parent, bytes_to_come(request, model, estimate, passes))
     spill = request.out.parent if estimate.hidden_on_disk else None
     streamer = LayerStreamer(model, Placement(estimate.experts_on_disk, spill))
@@ -82,6 +86,24 @@ def declared_passes(request: CompressionRequest, budget: Budget) -> tuple[Pass, 
     if request.plan is not None:
         return request.method.passes_of_plan(budget, request.propagate)
     return request.method.passes(budget, request.propagate)
+
+
+def require_writable_config(model: MetaModel) -> None:
+    """CameraError for a config.json that transformers reads but doesn't write.
+
+    What a forward pass is to return beside logits is no property of the weights: it is left out.
+    """
+    for switch in ("output_attentions", "output_hidden_states"):
+        setattr(model.config, switch, False)
+    with TemporaryDirectory() as folder:
+        try:
+            model.config.save_pretrained(folder)
+        except (TypeError, ValueError, StrictDataclassError) as error:
+            reason = " ".join(str(error).split())
+            raise CameraError(
+                f"{model.folder / 'config.json'} can't be written by transformers, as the "
+                f"compressed model's must be: {reason}; mend that key."
+            ) from error
 
 
 def refuse_unshared(passes: Sequence[Pass], method: Method) -> None:

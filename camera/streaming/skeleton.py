@@ -16,7 +16,12 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from camera.checkpoint.config import CameraConfig, CameraQuantizer, build_forms
-from camera.checkpoint.loading import compute_dtype, resolve_dtype
+from camera.checkpoint.loading import (
+    choose_experts,
+    choose_kernels,
+    compute_dtype,
+    resolve_dtype,
+)
 from camera.checkpoint.shards import ShardReader, read_places
 from camera.moe.budget import Budget, budget_of
 from camera.moe.capture import replaced_submodule
@@ -68,6 +73,7 @@ class MetaModel:
         self.root = f"{self.model.base_model_prefix}.layers"
         self.budget: Budget = budget_of(self.model, self.layers, self.family, self.root)
         self.model.to(self.dtype)
+        choose_experts(self.model)
         self._materialise_rotary()
 
     @property
@@ -230,6 +236,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         if "custom code" in first:
             first = "it needs code of its own; set trust_remote_code=true if you trust that code."
         raise CameraError(f"{folder / 'config.json'} can't be used: {first}") from error
+    choose_kernels(config)
     stored = getattr(config, "quantization_config", None)
     if isinstance(stored, dict) and stored.get("quant_method") == "camera":
         config.quantization_config = CameraConfig.from_dict(stored)
