@@ -15,6 +15,7 @@ from camera.moe.budget import Budget
 from camera.pipeline.cache import code_and_device
 from camera.pipeline.context import CompressionRequest, PassContext
 from camera.pipeline.estimate import MemoryEstimate
+from camera.pipeline.memory_check import require_memory
 from camera.pipeline.passes.backward import BackwardPass
 from camera.pipeline.passes.compressed import CompressedPass
 from camera.pipeline.passes.dense import DensePass
@@ -51,19 +52,10 @@ def run(request: CompressionRequest, model: MetaModel, memory: MemoryChoices) ->
     budget, method = model.budget, request.method
     passes = declared_passes(request, budget)
     refuse_unshared(passes, method)
-    tokens = 0
-    if request.tokens is not None:
-        tokens = distributed.shard_samples(request.tokens.ids_NL).numel()
-    estimate = MemoryEstimate.of(model, method, passes, memory, tokens)
+    samples, length = (0, 0) if request.tokens is None else request.tokens.ids_NL.shape
+    estimate = foresee(request, model, memory, samples, length)
     log.info("%s: this takes %s", request.out.name, estimate)
-    if method.compensation and not estimate.keep_phi:
-        raise CameraError(
-            f"compensate={method.compensation.scope} needs the {format_bytes(estimate.phi)} of a "
-            "layer's activations: set memory.phi=keep and memory.experts=ram, or calibrate on "
-            "fewer tokens."
-        )
     require_writable_config(model)
-    require_space(request.out.parent, bytes_to_come(request, model, estimate, passes))
     spill = request.out.parent if estimate.hidden_on_disk else None
     streamer = LayerStreamer(model, Placement(estimate.experts_on_disk, spill))
     with PeakMemory(model.device) as peak:
@@ -79,6 +71,27 @@ def run(request: CompressionRequest, model: MetaModel, memory: MemoryChoices) ->
         result = publish(context, last, progress, writer)
     log.info("%s: this took %s", request.out.name, format_bytes(peak.added))
     return result
+
+
+def foresee(
+    request: CompressionRequest, model: MetaModel, memory: MemoryChoices, samples: int, length: int
+) -> MemoryEstimate:
+    """What a run over so many samples of so many tokens takes, before any of it is spent.
+
+    CameraError for more memory or disk than is free.
+    """
+    method, passes = request.method, declared_passes(request, model.budget)
+    share = len(range(distributed.rank(), samples, distributed.world()))
+    estimate = MemoryEstimate.of(model, method, passes, memory, share * length)
+    if method.compensation and not estimate.keep_phi:
+        raise CameraError(
+            f"compensate={method.compensation.scope} needs the {format_bytes(estimate.phi)} of a "
+            "layer's activations: set memory.phi=keep and memory.experts=ram, or calibrate on "
+            "fewer tokens."
+        )
+    require_memory(estimate, method, model.device, samples * length, samples)
+    require_space(request.out.parent, bytes_to_come(request, model, estimate, passes))
+    return estimate
 
 
 def declared_passes(request: CompressionRequest, budget: Budget) -> tuple[Pass, ...]:

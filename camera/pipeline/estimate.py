@@ -61,13 +61,24 @@ class MemoryEstimate:
         c1 * largest layer + c2 * hidden states + phi + what a batch or the method takes; experts
         that stay on disk count once.
         """
-        layers = LAYERS_HELD * self.layer
-        if self.experts_on_disk:
-            layers += self.experts - LAYERS_HELD * self.experts
-        tokens = 0 if self.hidden_on_disk else HIDDEN_HELD * self.hidden
-        tokens += max(self.working, self.method) + self.phi * self.keep_phi
         head = self.logits + HIDDEN_HELD * self.hidden if self.logits else 0
-        return max(layers + tokens, int(OUTSIDE_HELD * self.outside) + head)
+        in_layers = self.layers(LAYERS_HELD) + self.states + self.work + self.phi * self.keep_phi
+        return max(in_layers, int(OUTSIDE_HELD * self.outside) + head)
+
+    def layers(self, held: int) -> int:
+        """Bytes of so many layers; experts that stay on disk count once."""
+        experts = (1 - held) * self.experts if self.experts_on_disk else 0
+        return held * self.layer + experts
+
+    @property
+    def states(self) -> int:
+        """Hidden states in RAM."""
+        return 0 if self.hidden_on_disk else HIDDEN_HELD * self.hidden
+
+    @property
+    def work(self) -> int:
+        """What a batch or the method takes."""
+        return max(self.working, self.method)
 
     def __str__(self) -> str:
         experts = ", its experts on disk" if self.experts_on_disk else ""

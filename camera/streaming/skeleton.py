@@ -1,7 +1,6 @@
 """A model on meta whose layers are loaded from shards and freed."""
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from camera.checkpoint.loading import (
     resolve_dtype,
 )
 from camera.checkpoint.shards import ShardReader, read_places
-from camera.moe.budget import Budget, budget_of
+from camera.moe.budget import IN_A_LAYER, Budget, budget_of, require_counts
 from camera.moe.capture import replaced_submodule
 from camera.moe.families import family_of
 from camera.moe.feed_forward import ExpertGroup, FeedForward
@@ -35,8 +34,6 @@ from camera.streaming.disk_experts import (
     single_expert_module,
     single_expert_places,
 )
-
-_IN_A_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 class MetaModel:
@@ -56,6 +53,9 @@ class MetaModel:
         self.config = load_config(folder, trust_remote_code)
         self.family = family_of(self.config.model_type)
         self.reader = ShardReader(folder)
+        if getattr(self.config, "quantization_config", None) is None:
+            shapes = {key: place.shape for key, place in self.reader.places.items()}
+            require_counts(self.config, self.family, shapes)
         layers = self.config.num_hidden_layers
         self.prefetcher = LayerPrefetcher(self._read_layer, layers, self.device)
         self.stored_dtype = resolve_dtype(dtype) or self._checkpoint_dtype()
@@ -244,7 +244,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def _layer_of(key: str) -> int | None:
-    found = _IN_A_LAYER.search(key)
+    found = IN_A_LAYER.search(key)
     return int(found.group(1)) if found else None
 
 
