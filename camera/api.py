@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from camera.method import METHODS, Method, Plan, Propagate
 from camera.runtime.errors import CameraError
-from camera.runtime.renamed import renaming
-from camera.runtime.values import seed_of
+from camera.runtime.values import renaming, seed_of
 
 if TYPE_CHECKING:
     from camera.calibration.settings import Calibration

@@ -21,7 +21,7 @@ from omegaconf.errors import (
 )
 
 from camera.evaluation.tasks.names import NINE_TASKS
-from camera.runtime.renamed import renaming
+from camera.runtime.values import renaming
 from experiments.config.constructor import choice, typed_settings
 from experiments.config.location import CONF, EMBEDDED
 
