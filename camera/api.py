@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from camera.method import METHODS, Method, Plan, Propagate
 from camera.runtime.errors import CameraError
-from camera.runtime.renamed import renaming
+from camera.runtime.values import renaming, seed_of
 
 if TYPE_CHECKING:
     from camera.calibration.settings import Calibration
@@ -105,18 +105,18 @@ def _run(
     name: str | None,
     progress: bool,
 ) -> CompressionResult:
-    from camera.calibration.settings import Calibration
+    from camera.calibration.settings import Calibration, check_calibration
     from camera.calibration.tokens import calibration_tokens
     from camera.checkpoint.loading import load_tokenizer, resolve_device
     from camera.checkpoint.source import resolve_model
-    from camera.pipeline.compression import declared_passes, run
+    from camera.pipeline.compression import declared_passes, foresee, run
     from camera.pipeline.context import CompressionRequest, LayerListener
     from camera.pipeline.model_card import base_name
     from camera.runtime import distributed
     from camera.streaming.settings import MemoryChoices
     from camera.streaming.skeleton import MetaModel
 
-    out = Path(out)
+    out, seed = Path(out), seed_of(seed)
     if propagate not in get_args(Propagate):
         choices = ", ".join(get_args(Propagate))
         raise CameraError(f"propagate={propagate} is none of {choices}.")
@@ -131,13 +131,20 @@ def _run(
     name = name or base_name(model)
     request = CompressionRequest(name, method, out, propagate, plan=plan)
     tokens = None
+    memory = memory or MemoryChoices()
     if any(step.reads_text for step in declared_passes(request, meta.budget)):
+        calibration = calibration or Calibration()
+        context = getattr(meta.config, "max_position_embeddings", None)
+        check_calibration(calibration, data=data)
+        length = min(calibration.length, context or calibration.length)
+        foresee(request, meta, memory, calibration.samples, length)
         tokens = calibration_tokens(
             load_tokenizer(folder, trust_remote_code),
-            calibration or Calibration(),
+            calibration,
             data=data,
             seed=seed,
-            max_length=getattr(meta.config, "max_position_embeddings", None),
+            max_length=context,
+            vocabulary=meta.model.get_input_embeddings().num_embeddings,
         )
     listeners: Sequence[LayerListener] = ()
     if measures is not None and distributed.rank() == 0:
@@ -156,7 +163,7 @@ def _run(
         listeners,
         progress,
     )
-    return run(request, meta, memory or MemoryChoices())
+    return run(request, meta, memory)
 
 
 def _check_plan(plan: Plan | None, model: Any) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
 from camera.runtime.errors import CameraError
 from camera.runtime.registry import Registry
+from camera.runtime.values import seed_of, typed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -193,6 +194,12 @@ class Method(ABC):
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:
             METHODS.register(cls)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for name in (f.name for f in fields(self)):
+            value = typed(hints[name], getattr(self, name), name)
+            object.__setattr__(self, name, seed_of(value) if name == "seed" else value)
 
     def settings(self) -> dict[str, Any]:
         """The settings that change what the method does, for hashes and reports."""

@@ -66,13 +66,12 @@ class ExpertPruning(Method):
                 "can spare."
             )
         end, number = ("smallest", 1) if steps < 1 else ("largest", most)
+        groups = f" from {routing.groups} groups of equal size" if routing.groups > 1 else ""
         raise CameraError(
-            f"sparsity={self.sparsity} of '{self.sparsity_of}' is {steps * routing.groups} of "
-            f"{routing.experts} routed experts per layer: the {end} possible for method "
-            f"{self.name} is {ceil(number * step * 1e4) / 1e4} ({number * routing.groups} experts; "
-            f"the router chooses {routing.top_k}"
-            + (f" from {routing.groups} groups of equal size" if routing.groups > 1 else "")
-            + ")."
+            f"sparsity={self.sparsity} of '{self.sparsity_of}' can't be met by removing whole "
+            f"experts: the {end} possible for method {self.name} is "
+            f"{ceil(number * step * 1e4) / 1e4} ({number * routing.groups} of {routing.experts} "
+            f"experts per layer; the router chooses {routing.top_k}{groups})."
         )
 
     def routing(self, budget: Budget) -> RouterConstraints:

@@ -86,6 +86,11 @@ class D2Moe(Method):
             sizes = {shape: self._size(hidden, *shape, rank) for shape in set(shapes)}
             return budget.dense.routed - sum(sizes[shape] for shape in shapes)
 
+        if removed(1) <= 0:
+            raise CameraError(
+                f"method=d2_moe can't make this {budget.model_type} model smaller: a merged base "
+                "and deltas of rank 1 store more than its experts; choose another method."
+            )
         if removed(1) < asked - 1:
             raise CameraError(
                 f"sparsity={self.sparsity} of '{self.sparsity_of}' can't be reached: the largest "

@@ -6,6 +6,7 @@ Shapes: E routed experts, B bit widths (1, 2, 3).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from camera.method import Plan
@@ -66,6 +67,37 @@ class MixtureCompressor(Quantization):
         if not set(self.at_least_one) <= set(LEVELS):
             raise CameraError(f"at_least_one={self.at_least_one} must be among {LEVELS}.")
         super().check(budget)
+        self._say_what_whole_bits_miss(budget)
+
+    def _say_what_whole_bits_miss(self, budget: Budget) -> None:
+        """Say, once for all layers of a shape, what a layer stores well below the target.
+
+        A layer's sum of bits decides, whichever experts get them: all are as wide in native layers.
+        """
+        import torch
+
+        from baselines.quantization.mc_allocation import Allocations, reachable
+        from baselines.quantization.rounding_loss import LEVELS
+
+        told = set()
+        size = self.resolved_group_size()
+        for index, pool in footprints(budget, size, self.sym, self.scattered).items():
+            routed = budget.layers[index].routed
+            if (shape := (pool, tuple(routed))) in told:
+                continue
+            told.add(shape)
+            least, most = reachable(sum(routed), LEVELS, self.at_least_one)
+            # so that the most bits within each sum are best
+            cost_EB = -torch.tensor(LEVELS).expand(sum(routed), -1)
+            plans = Allocations(cost_EB, LEVELS, most, self.at_least_one)
+            averages = [
+                pool.average(self._bits(pool, routed, plans.within(total).tolist()))
+                for total in range(least, most + 1)
+            ]
+            within = [average for average in averages if average <= self.bits * (1 + 1e-9)]
+            if within and within[-1] < self.bits * (1 - self.tolerance):
+                beyond = min((a for a in averages if a > self.bits), default=inf)
+                self.say_missed(f"layer {index} and those like it", within[-1], beyond)
 
     def reachable(self, budget: Budget) -> tuple[float, float]:
         from baselines.quantization.rounding_loss import LEVELS

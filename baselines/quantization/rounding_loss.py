@@ -113,5 +113,6 @@ def _rounded(
         rows, levels = len(w_RC), len(LEVELS)
         row_bits = torch.repeat_interleave(torch.tensor(LEVELS), rows)
         solved = solver.solve(w_RC.detach().repeat(levels, 1)[None], row_bits=row_bits)
-        rounded.append(solved.weight[0].to(w_RC.dtype).split(rows))
+        # not `split`, which makes one piece of an expert of width 0
+        rounded.append(solved.weight[0].to(w_RC.dtype).unflatten(0, (levels, rows)))
     return list(zip(*rounded, strict=True))

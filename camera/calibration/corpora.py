@@ -203,7 +203,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             raise CameraError(
                 f"{path} line {number} is not a JSON object; every line must be one, like {{...}}"
             )
-        rows.append(row)
+        rows.append(_without_lone_surrogates(row) if "\\ud" in line.lower() else row)
     if not rows:
         raise CameraError(f"{path} is empty; write it again with {MIRROR}")
     return rows
@@ -219,12 +219,29 @@ def _texts(path: Path) -> Iterator[str]:
         yield row["text"]
 
 
+def _without_lone_surrogates(value: Any) -> Any:
+    """Decoded JSON with U+FFFD for halves of characters, which no UTF-8 text can hold.
+
+    Web text cut in the middle of a character has such escapes.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_without_lone_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        pairs = value.items()
+        return {_without_lone_surrogates(k): _without_lone_surrogates(v) for k, v in pairs}
+    return value
+
+
 def _lines(path: Path) -> Iterator[str]:
-    # newline="\n": other line breaks inside a document are text, not the end of a line.
+    # newline="\n": other line breaks inside a document are text, not the end of a line. What git or
+    # an editor on Windows adds is no text: a byte-order mark, and the \r of every line's end.
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8", newline="\n") as lines:
-            yield from lines
+        with opened(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
+            for line in lines:
+                yield f"{line[:-2]}\n" if line.endswith("\r\n") else line
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise CameraError(
             f"{path} can't be read as {'gzipped ' if path.suffix == '.gz' else ''}UTF-8 text "

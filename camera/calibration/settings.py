@@ -5,6 +5,7 @@ from pathlib import Path
 
 from camera.calibration.corpora import CORPORA, check_corpus
 from camera.runtime.errors import CameraError
+from camera.runtime.values import plain
 
 KEY = "calibration.source"
 
@@ -26,6 +27,10 @@ class Calibration:
     samples: int = 128
     length: int = 2048
     split: str = "train"
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "length"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
 
 
 def check_calibration(calibration: Calibration, *, data: str | Path) -> None:

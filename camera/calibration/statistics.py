@@ -54,12 +54,21 @@ class LayerStatistics:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "groups"}
 
     def all_reduced(self) -> Self:
-        """Statistics of all ranks' tokens together, by the rule of each field."""
+        """Statistics of all ranks' tokens together, by the rule of each field.
+
+        CameraError where they hold NaN or inf: a ranking by these would be one by place.
+        """
         from camera.runtime.distributed import all_combined, world
 
         if world() > 1:
             for name, how in sorted((self.reduced or {}).items()):
                 setattr(self, name, all_combined(getattr(self, name), how))
+        for name, tensor in self.tensors().items():
+            if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+                raise CameraError(
+                    f"statistics {name} of {', '.join(self.groups)} hold NaN or inf: its "
+                    "activations or output weights are too large to be squared; check the weights."
+                )
         return self
 
     def stored(self) -> LayerStatistics:

@@ -3,6 +3,7 @@
 Shapes: S tokens of a stream, N windows, L tokens of a window.
 """
 
+import logging
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from camera.calibration.windows import (
     document_windows,
     ids_hash,
     join_documents,
+    require_own_tokens,
     stream_windows,
     tokenize,
 )
@@ -26,6 +28,8 @@ from camera.runtime.errors import CameraError
 # Where documents are joined for lack of long ones: enough of them that random windows seldom
 # overlap.
 JOINED_SURPLUS = 4
+MOSTLY = 0.5  # a larger share of unknown tokens is worth a word
+log = logging.getLogger("camera")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ def calibration_tokens(
     data: str | Path,
     seed: int,
     max_length: int | None = None,
+    vocabulary: int | None = None,
 ) -> CalibrationTokens:
     """The calibration windows of a source, the same for the same seed, tokenizer and data.
 
@@ -55,9 +60,11 @@ def calibration_tokens(
     `start = randint(0, S - L - 1)`: GPTQ's get_wikitext2, which CAMERA follows. C4 (and a jsonl
     file): a random window of N random documents longer than L (GPTQ's get_c4); where fewer than N
     are long enough, documents in random order are joined with EOS and cut like WikiText, and
-    `describe()["how"]` says so. `max_length` (the model's context) caps L.
+    `describe()["how"]` says so. `max_length` (the model's context) caps L;
+    `vocabulary` is how many tokens the model embeds.
 
-    Raises CameraError for values that can't be, a source that can't be read, and too little text.
+    Raises CameraError for values that can't be, a source that can't be read, too little text, and
+    a tokenizer of another model.
     """
     check_calibration(calibration, data=data)
     if max_length is not None and max_length < 2:
@@ -66,6 +73,9 @@ def calibration_tokens(
         )
     capped = replace(calibration, length=min(calibration.length, max_length or calibration.length))
     windows = _mixed(tokenizer, capped, data, seed)
+    if vocabulary is not None:
+        require_own_tokens(int(windows.ids_NL.max()), vocabulary)
+    _warn_of_unknown(tokenizer, windows.ids_NL, calibration.source)
     digest = ids_hash(windows.ids_NL)
     description = {
         "source": calibration.source,
@@ -80,6 +90,19 @@ def calibration_tokens(
         "hash": digest,
     }
     return CalibrationTokens(windows.ids_NL, digest, description)
+
+
+def _warn_of_unknown(tokenizer, ids_NL: Tensor, source: str) -> None:
+    """A vocabulary that lacks most of a text makes statistics of one and the same token."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    share = 0.0 if unknown is None else (ids_NL == unknown).double().mean().item()
+    if share > MOSTLY:
+        log.warning(
+            "%.0f %% of the calibration tokens of %s are unknown to the tokenizer: is it the "
+            "model's own?",
+            100 * share,
+            source,
+        )
 
 
 def _mixed(tokenizer, calibration: Calibration, data: str | Path, seed: int) -> Windows:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from camera.runtime.errors import CameraError
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -27,6 +29,16 @@ def tokenize(tokenizer, text: str, *, special: bool = True) -> Tensor:
     # truncation=False: a tokenizer.json can carry a truncation of its own.
     encoded = tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+
+def require_own_tokens(largest: int, vocabulary: int) -> None:
+    """CameraError for a token that the model has no embedding of: on a GPU an assert of the
+    device's."""
+    if largest >= vocabulary:
+        raise CameraError(
+            f"the tokenizer gives the token {largest} and the model embeds only {vocabulary}; "
+            f"use the model with its own tokenizer"
+        )
 
 
 def stream_windows(ids_S: Tensor, samples: int, length: int, rng: random.Random) -> Tensor | None:

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -42,8 +45,11 @@ def load_model(
     if isinstance(folder, Path):
         ShardReader(folder)  # its sentences tell more than transformers'
     try:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        choose_kernels(config)
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),
+            config=config,
             dtype=precision,
             device_map=placement,
             trust_remote_code=trust_remote_code,
@@ -69,7 +75,39 @@ def load_model(
         if not parameter.is_floating_point():
             kind = str(parameter.dtype).removeprefix("torch.")
             raise CameraError(f"model {path}: tensor '{name}' is {kind}, which no weight can be.")
+    choose_experts(model)
     return model.eval()
+
+
+def choose_kernels(config: PretrainedConfig) -> None:
+    """Let transformers choose the attention where config.json names one that other machines have.
+
+    FlashAttention and the like can also not be told what a token may see, as streamed layers and
+    packed rows do.
+    """
+    if config._attn_implementation not in (None, "eager", "sdpa"):
+        config._attn_implementation = None
+
+
+def choose_experts(model: PreTrainedModel) -> None:
+    """Run native experts one by one where torch's grouped product doesn't take their widths."""
+    if not grouped(model):
+        model.set_experts_implementation("eager")
+
+
+def grouped(model: PreTrainedModel) -> bool:
+    """Whether torch's grouped product takes the native experts: rows of whole 16 bytes."""
+    return all(
+        weight.shape[-1] * weight.element_size() % 16 == 0
+        for module in native_experts(model)
+        for weight in module.parameters(recurse=False)
+        if weight.dim() == 3
+    )
+
+
+def native_experts(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that hold all experts of a layer and run by one of transformers' ways."""
+    return [m for m in model.modules() if hasattr(m, "has_gate") and hasattr(m, "is_transposed")]
 
 
 def resolve_device(device: str) -> str:
@@ -109,10 +147,14 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     """The tokenizer of a model folder or hub id; CameraError if it has none."""
     folder = _local(path)
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise CameraError(f"{path} has no tokenizer that loads: {first}") from error
+    # transformers makes an empty one of config.json where a folder has none
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise CameraError(f"{path} has no tokenizer: copy the files of the model's own into it.")
+    return tokenizer
 
 
 def _local(path: str | Path) -> Path | str:

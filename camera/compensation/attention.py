@@ -34,6 +34,6 @@ def refit_attention(
     scale_T1 = inverse_norms(aim_TH) if how.token_weights == "relative" else None
     missing_TH = missing_TH.float() if scale_T1 is None else missing_TH.float() * scale_T1
     block = ExpertRegression(None, heads_TA, output.weight.T, scale_T1)
-    found = coordinate_descent([block], missing_TH, fitted, how)
+    found = coordinate_descent([block], missing_TH, fitted, how, "attention")
     output.weight.copy_(block.weight_WH.T)
     return fit_report([found])

@@ -100,14 +100,15 @@ def compensate(
         del phi_NF
         blocks[place] = block
         if how.scope == "expert":
-            fits.append(block.alone(gone_NH, fitted, how))
+            fits.append(block.alone(gone_NH, fitted, how, place[0]))
         elif tokens_N is None:
             residual_TH += gone_NH
         else:
             residual_TH.index_copy_(0, tokens_N, residual_TH.index_select(0, tokens_N) + gone_NH)
     trim_heap()  # what was cut
     if how.scope == "layer":
-        fits.append(coordinate_descent(list(blocks.values()), residual_TH, fitted, how))
+        where = ", ".join(dict.fromkeys(path for path, _ in blocks))
+        fits.append(coordinate_descent(list(blocks.values()), residual_TH, fitted, how, where))
     output = OutputSum(first.new_zeros(1, tokens, len(first)))
     for group in ffn.groups:
         for expert in range(len(group.widths)):

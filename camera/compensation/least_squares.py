@@ -17,12 +17,14 @@ N tokens of one expert, P a few of them, W its kept width.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 import torch
 
 from camera.compensation.settings import CompensationSettings
 from camera.runtime import distributed
+from camera.runtime.errors import CameraError
 
 ENOUGH = 1e-3  # a sweep, or a smaller ridge, that improves by less than this share is the last
 TINY = 1e-6
@@ -86,6 +88,8 @@ class ExpertRegression:
     @property
     def penalty(self) -> float:
         """What the change of the weights counts."""
+        if self._held:
+            return 0.0
         return (self._ridge_W1 * (self.weight_WH - self.old_WH).square()).sum().item()
 
     def factorise(self, ridge: float) -> None:
@@ -93,6 +97,10 @@ class ExpertRegression:
         norm2_W = self.old_WH.square().sum(1)
         floor = TINY * norm2_W.mean()  # a micro-expert that did nothing is held by a finite force
         self._ridge_W1 = (ridge / norm2_W.clamp(min=floor))[:, None]
+        # an expert that puts nothing out is held by an infinite one: it stays as it is
+        self._held = not self._ridge_W1.isfinite().all()
+        if self._held:
+            return
         left_WW = self._gram_WW + torch.diag(self._ridge_W1[:, 0])
         # scaled to a diagonal of ones: norms differ by many powers of ten
         self._scale_W1 = left_WW.diagonal().sqrt()[:, None]
@@ -105,6 +113,8 @@ class ExpertRegression:
 
     def step(self, residual_TH: torch.Tensor) -> None:
         """Move to the minimum over this expert's weights, the others held."""
+        if self._held:
+            return
         residual_NH = self._residual(residual_TH)
         pull_WH = torch.zeros_like(self.old_WH)
         for rows, phi_PW in self._pieces(self._fitted):
@@ -115,12 +125,14 @@ class ExpertRegression:
         change_WH /= self._scale_W1
         self._change(residual_TH, residual_NH, change_WH)
 
-    def alone(self, residual_NH: torch.Tensor, fitted: int, how: CompensationSettings) -> FitReport:
-        """FitReport this expert by itself, to a residual of its own tokens."""
+    def alone(
+        self, residual_NH: torch.Tensor, fitted: int, how: CompensationSettings, where: str
+    ) -> FitReport:
+        """Fit this expert by itself, to a residual of its own tokens."""
         if self.tokens_N is not None:
             fitted = int(torch.searchsorted(self.tokens_N, fitted))
         own = ExpertRegression(None, self.phi_NW, self.old_WH, self.scale_N1)
-        found = coordinate_descent([own], residual_NH, fitted, how)
+        found = coordinate_descent([own], residual_NH, fitted, how, where)
         self.weight_WH = own.weight_WH
         return found
 
@@ -152,11 +164,13 @@ def coordinate_descent(
     residual_TH: torch.Tensor,
     fitted: int,
     how: CompensationSettings,
+    where: str = "a layer",
 ) -> FitReport:
     """Fit the blocks' weights so that little of `residual_TH` is left (fp32, changed in place).
 
     The ridge is that after which the held-out tokens, those from `fitted` on, are closest; with it
     all tokens are then fitted. Where no ridge helps, weights and residual are left as they were.
+    CameraError, with the name `where`, if squares of activations or weights overflow.
     """
     blocks = [block for block in blocks if block.weight_WH.numel()]
     removed, removed_out = _errors(residual_TH, fitted)
@@ -167,6 +181,11 @@ def coordinate_descent(
     best, chosen = (removed, removed_out)[judge], 0.0
     for block in blocks:
         block.fit_to(fitted)
+    if not isfinite(removed + removed_out + _mean_energy(blocks)):
+        raise CameraError(
+            f"the refit of {where} overflows: its activations or output weights are too large to "
+            "be squared; check the weights, or set compensate=none."
+        )
     for ridge in how.ridges:
         reached, _ = _descend(blocks, residual_TH, fitted, ridge, how.sweeps, judge)
         if reached >= best * (1 - ENOUGH):

@@ -13,7 +13,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from camera.calibration.corpora import check_corpus, find_corpus, load_documents
-from camera.calibration.windows import document_windows, ids_hash, join_documents, tokenize
+from camera.calibration.windows import (
+    document_windows,
+    ids_hash,
+    join_documents,
+    require_own_tokens,
+    tokenize,
+)
 from camera.runtime.errors import CameraError
 
 KEY = "evaluation.perplexity"
@@ -112,11 +118,7 @@ def read_passage(
             f"than one block; lower the length"
         )
     vocabulary = model.get_input_embeddings().num_embeddings
-    if (largest := int(ids_S.max())) >= vocabulary:
-        raise CameraError(
-            f"the tokenizer gives the token {largest} and the model embeds only {vocabulary}; "
-            f"evaluate the model with its own tokenizer"
-        )
+    require_own_tokens(int(ids_S.max()), vocabulary)
     return Passage(corpus, split, how, documents, length, stride, ids_S, blocks)
 
 

@@ -8,6 +8,7 @@ import torch
 from camera.checkpoint.loading import resolve_device, resolve_dtype
 from camera.checkpoint.shards import ShardReader
 from camera.runtime.errors import CameraError
+from camera.runtime.progress import format_bytes
 
 MODES = ("auto", "always", "never")
 MARGIN = 1.2  # of the weights' bytes: activations, fragments, and what else is running
@@ -20,13 +21,25 @@ def should_stream(
     dtype they are computed in and with a margin, exceed the free memory where they would go.
 
     That is the accelerators' together for device=auto, the device's own else; on a CPU what the
-    system has available. Raises CameraError for another mode.
+    system has available. Raises CameraError for another mode, and for `never` where the weights
+    alone exceed all that is free.
     """
     if mode not in MODES:
         raise CameraError(f"evaluation.stream={mode} is none of {', '.join(MODES)}.")
-    if mode != "auto":
-        return mode == "always"
-    return MARGIN * weight_bytes(folder, device, dtype) > free_memory(device)
+    if mode == "always":
+        return True
+    needed, free = weight_bytes(folder, device, dtype), free_memory(device)
+    if mode == "auto":
+        return MARGIN * needed > free
+    several = device == "auto" and torch.accelerator.device_count() > 1
+    if several:  # what exceeds the accelerators goes to the system's memory
+        free += free_memory("cpu")
+    if needed > free:
+        raise CameraError(
+            f"evaluation.stream=never: the model takes {format_bytes(needed)} and "
+            f"{format_bytes(free)} are free: set evaluation.stream=auto."
+        )
+    return False
 
 
 def weight_bytes(folder: Path, device: str = "auto", dtype: str = "auto") -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from camera.checkpoint.loading import grouped, native_experts
 from camera.moe.families import family_of
 from camera.runtime.errors import CameraError
 
@@ -148,9 +149,11 @@ def _favourites(runners: list[_Runner], ids_BL: torch.Tensor, prompt_length: int
 
 def _ways(model: PreTrainedModel, batch_size: int) -> list[tuple[str | None, str | None]]:
     """The ways that may be fastest; no choice where there are no native experts."""
-    native = [m for m in model.modules() if hasattr(m, "has_gate") and hasattr(m, "is_transposed")]
+    native = native_experts(model)
     if not native:
         return [(None, None)]
+    if not grouped(model):
+        return [("eager", "eager")]
     slots = batch_size * family_of(model.config.model_type).top_k(model.config)
     few = slots <= max(len(experts.down_proj) for experts in native)
     return [ways for ways in WAYS if few or "batched_mm" not in ways]

@@ -7,10 +7,11 @@ the routed experts alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import floor
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from camera.moe.pool import LayerPool
 from camera.runtime.errors import CameraError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 SparsityOf = Literal["moe", "model", "routed"]
 SPARSITY_OF = get_args(SparsityOf)
+IN_A_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,11 @@ class Budget:
         if ratio > largest + 1e-9:
             limits = f" with min_width={min_width}" if min_width else ""
             limits += f", width_multiple={width_multiple}" if width_multiple > 1 else ""
+            if largest <= 0:
+                raise CameraError(
+                    f"sparsity={sparsity} of '{sparsity_of}' can't be reached: nothing of a layer "
+                    f"of this {self.model_type} model can be removed{limits}."
+                )
             raise CameraError(
                 f"sparsity={sparsity} of '{sparsity_of}' can't be reached: the largest possible "
                 f"for this model{limits} is {floor(largest * prunable / whole * 1e4) / 1e4}."
@@ -135,6 +142,29 @@ def budget_of(model: nn.Module, layers: Iterable[nn.Module], family: Family, roo
     return Budget(
         count(sizes, parts), pools, model.config.model_type, model.config.hidden_size, weights
     )
+
+
+def require_counts(config: Any, family: Family, shapes: Mapping[str, Sequence[int]]) -> None:
+    """CameraError for more layers or experts in config.json than the checkpoint has tensors of.
+
+    `shapes` are the tensors' by name. Compared before a model is built: a wrong number would take
+    all memory first.
+    """
+    layers = {int(found[1]) for name in shapes if (found := IN_A_LAYER.search(name))}
+    experts = 0
+    for name, shape in shapes.items():
+        number = family.checkpoint_names.number(name)
+        if number is not None:
+            experts = max(experts, number + 1)
+        elif family.checkpoint_names.holds(name):
+            experts = max(experts, shape[0])
+    for key, most in (("num_hidden_layers", len(layers)), (family.keys.experts, experts)):
+        said = getattr(config, key, None)
+        if most and isinstance(said, int) and said > most:
+            raise CameraError(
+                f"config.json says {key}={said}, and the checkpoint has tensors of {most}: mend "
+                "config.json, or download the model again."
+            )
 
 
 def count(sizes: dict[str, tuple[int, int]], parts: dict[str, bool]) -> Count:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from tempfile import TemporaryDirectory
+
+from huggingface_hub.errors import StrictDataclassError
 
 from camera.checkpoint.shards import ShardWriter
 from camera.checkpoint.source import fingerprint
@@ -11,7 +14,7 @@ from camera.method import Method, Pass, PassKind
 from camera.moe.budget import Budget
 from camera.pipeline.cache import code_and_device
 from camera.pipeline.context import CompressionRequest, PassContext
-from camera.pipeline.estimate import MemoryEstimate
+from camera.pipeline.estimate import MemoryEstimate, require_memory
 from camera.pipeline.passes.backward import BackwardPass
 from camera.pipeline.passes.compressed import CompressedPass
 from camera.pipeline.passes.dense import DensePass
@@ -48,19 +51,11 @@ def run(request: CompressionRequest, model: MetaModel, memory: MemoryChoices) ->
     budget, method = model.budget, request.method
     passes = declared_passes(request, budget)
     refuse_unshared(passes, method)
-    tokens = 0
-    if request.tokens is not None:
-        tokens = distributed.shard_samples(request.tokens.ids_NL).numel()
-    estimate = MemoryEstimate.of(model, method, passes, memory, tokens)
+    samples, length = (0, 0) if request.tokens is None else request.tokens.ids_NL.shape
+    estimate = foresee(request, model, memory, samples, length)
     log.info("%s: this takes %s", request.out.name, estimate)
-    if method.compensation and not estimate.keep_phi:
-        raise CameraError(
-            f"compensate={method.compensation.scope} needs the {format_bytes(estimate.phi)} of a "
-            "layer's activations: set memory.phi=keep and memory.experts=ram, or calibrate on "
-            "fewer tokens."
-        )
     model.check_rest()
-    require_space(request.out.parent, bytes_to_come(request, model, estimate, passes))
+    require_writable_config(model)
     spill = request.out.parent if estimate.hidden_on_disk else None
     streamer = LayerStreamer(model, Placement(estimate.experts_on_disk, spill))
     with PeakMemory(model.device) as peak:
@@ -78,11 +73,50 @@ def run(request: CompressionRequest, model: MetaModel, memory: MemoryChoices) ->
     return result
 
 
+def foresee(
+    request: CompressionRequest, model: MetaModel, memory: MemoryChoices, samples: int, length: int
+) -> MemoryEstimate:
+    """What a run over so many samples of so many tokens takes, before any of it is spent.
+
+    CameraError for more memory or disk than is free.
+    """
+    method, passes = request.method, declared_passes(request, model.budget)
+    share = len(range(distributed.rank(), samples, distributed.world()))
+    estimate = MemoryEstimate.of(model, method, passes, memory, share * length)
+    if method.compensation and not estimate.keep_phi:
+        raise CameraError(
+            f"compensate={method.compensation.scope} needs the {format_bytes(estimate.phi)} of a "
+            "layer's activations: set memory.phi=keep and memory.experts=ram, or calibrate on "
+            "fewer tokens."
+        )
+    require_memory(estimate, method, model.device, samples * length, samples)
+    require_space(request.out.parent, bytes_to_come(request, model, estimate, passes))
+    return estimate
+
+
 def declared_passes(request: CompressionRequest, budget: Budget) -> tuple[Pass, ...]:
     """The passes that the method declares; of a given plan those that applying it takes."""
     if request.plan is not None:
         return request.method.passes_of_plan(budget, request.propagate)
     return request.method.passes(budget, request.propagate)
+
+
+def require_writable_config(model: MetaModel) -> None:
+    """CameraError for a config.json that transformers reads but doesn't write.
+
+    What a forward pass is to return beside logits is no property of the weights: it is left out.
+    """
+    for switch in ("output_attentions", "output_hidden_states"):
+        setattr(model.config, switch, False)
+    with TemporaryDirectory() as folder:
+        try:
+            model.config.save_pretrained(folder)
+        except (TypeError, ValueError, StrictDataclassError) as error:
+            reason = " ".join(str(error).split())
+            raise CameraError(
+                f"{model.folder / 'config.json'} can't be written by transformers, as the "
+                f"compressed model's must be: {reason}; mend that key."
+            ) from error
 
 
 def refuse_unshared(passes: Sequence[Pass], method: Method) -> None:

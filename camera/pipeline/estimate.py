@@ -1,4 +1,4 @@
-"""The estimate of peak memory over all passes of a run.
+"""The estimate of peak memory over all passes of a run, and its refusal.
 
 Shapes: T calibration tokens, H hidden.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import psutil
+import torch
 
 from camera.calibration.trials import trial_bytes
 from camera.compensation.experts import fit_bytes
 from camera.method import Method, Pass, PassKind
 from camera.moe.pool import LayerShape
+from camera.runtime.errors import CameraError
 from camera.runtime.progress import format_bytes
 from camera.streaming.lm_head import HEAD_LOGITS, HEAD_TABLES
 from camera.streaming.memory import (
@@ -22,6 +25,7 @@ from camera.streaming.memory import (
     HIDDEN_HELD,
     HIDDEN_SHARE,
     active_width,
+    free_memory,
     parameters_of,
     total_memory,
 )
@@ -36,6 +40,10 @@ OUTSIDE_HELD = 1.5  # embeddings and head, and the one of them that is converted
 BATCH_TABLES = 8
 SLOT_TABLES = 4
 GRAPH_TABLES = 12  # of a layer's graph, of hidden states and of phi each
+TOKEN_BYTES = 16  # of a calibration token: its id, and once more as it is hashed
+SAMPLE_BYTES = 512  # of a sample's objects while it is drawn
+FEWER = "lower calibration.samples"
+LARGER = "it takes a machine with more memory"
 
 
 @dataclass(frozen=True)
@@ -61,13 +69,24 @@ class MemoryEstimate:
         c1 * largest layer + c2 * hidden states + phi + what a batch or the method takes; experts
         that stay on disk count once.
         """
-        layers = LAYERS_HELD * self.layer
-        if self.experts_on_disk:
-            layers += self.experts - LAYERS_HELD * self.experts
-        tokens = 0 if self.hidden_on_disk else HIDDEN_HELD * self.hidden
-        tokens += max(self.working, self.method) + self.phi * self.keep_phi
         head = self.logits + HIDDEN_HELD * self.hidden if self.logits else 0
-        return max(layers + tokens, int(OUTSIDE_HELD * self.outside) + head)
+        in_layers = self.layers(LAYERS_HELD) + self.states + self.work + self.phi * self.keep_phi
+        return max(in_layers, int(OUTSIDE_HELD * self.outside) + head)
+
+    def layers(self, held: int) -> int:
+        """Bytes of so many layers; experts that stay on disk count once."""
+        experts = (1 - held) * self.experts if self.experts_on_disk else 0
+        return held * self.layer + experts
+
+    @property
+    def states(self) -> int:
+        """Hidden states in RAM."""
+        return 0 if self.hidden_on_disk else HIDDEN_HELD * self.hidden
+
+    @property
+    def work(self) -> int:
+        """What a batch or the method takes."""
+        return max(self.working, self.method)
 
     def __str__(self) -> str:
         experts = ", its experts on disk" if self.experts_on_disk else ""
@@ -149,3 +168,57 @@ def _method_bytes(step: Pass, model: MetaModel, method: Method, tokens: int) -> 
                 found += fit_bytes(tokens, hidden, pool.widths, size, dense)
         most = max(most, found)
     return most
+
+
+class Part(NamedTuple):
+    """What stands in memory together with others, and what can be done about it."""
+
+    name: str
+    bytes: int
+    way_out: str
+
+
+def require_memory(
+    estimate: MemoryEstimate, method: Method, device: torch.device, tokens: int, samples: int
+) -> None:
+    """CameraError where a run over so many tokens takes more memory than is free.
+
+    Host and device are two sums: on an accelerator one layer is computed with what a batch takes,
+    while hidden states and the layers that are read and written wait in the system's memory.
+    """
+    ids = Part("the calibration tokens", TOKEN_BYTES * tokens + SAMPLE_BYTES * samples, FEWER)
+    hidden = Part("the hidden states", estimate.states, f"set memory.hidden=disk, or {FEWER}")
+    apart = device.type == "cuda"
+    saved = estimate.experts and not estimate.experts_on_disk and method.compensation is None
+    on_disk = "set memory.experts=disk" if saved else LARGER
+    kept = estimate.phi * estimate.keep_phi
+    way = "set memory.phi=recompute" if method.compensation is None else FEWER
+    computing = [
+        Part("a layer's activations", kept, way),
+        Part(
+            f"method {method.name}" if estimate.method > estimate.working else "a batch",
+            estimate.work,
+            f"choose another method, or {FEWER}" if estimate.method > estimate.working else LARGER,
+        ),
+    ]
+    layers = Part("the layers", estimate.layers(LAYERS_HELD - apart), on_disk)
+    outside = Part("embeddings and head", int(OUTSIDE_HELD * estimate.outside), LARGER)
+    logits = Part("logits", estimate.logits, LARGER)
+    if not apart:
+        _require([ids, hidden, layers, *computing], device, "memory")
+        _require([ids, hidden._replace(bytes=0), outside, logits], device, "memory")
+        return
+    _require([ids, hidden, layers], torch.device("cpu"), "the system's memory")
+    one = layers._replace(name="a layer", bytes=estimate.layers(1))
+    _require([one, *computing], device, f"the memory of {device}")
+    _require([outside, logits], device, f"the memory of {device}")
+
+
+def _require(parts: list[Part], device: torch.device, what: str) -> None:
+    needed, free = sum(part.bytes for part in parts), free_memory(device)
+    if needed > free:
+        most = max(parts, key=lambda part: part.bytes)
+        raise CameraError(
+            f"this takes about {format_bytes(needed)} of {what}, where {format_bytes(free)} are "
+            f"free; the most, {format_bytes(most.bytes)}, goes to {most.name}: {most.way_out}."
+        )

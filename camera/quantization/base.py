@@ -5,8 +5,10 @@ A method plans bits (`plan_layer`); the rest is here and in camera/quantization/
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from dataclasses import dataclass, fields
+from math import inf
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from camera.method import Applied, LayerPlan, Method, Pass, PassKind, Propagate, Spec
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from camera.quantization.quantizers.quantizer import Quantizer
 
 GROUP_SIZE = 128
+log = logging.getLogger("camera")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class Quantization(Method):
     def check(self, budget: Budget) -> None:
         from camera.quantization.quantizers.grids import CLIPS
 
+        if self.bits is not None and not 0 < self.bits < inf:
+            raise CameraError(f"bits={self.bits} must be a positive number of bits per weight.")
         if self.clip not in CLIPS:
             raise CameraError(f"clip={self.clip} is none of {', '.join(CLIPS)}.")
         if self.group_size is not None and self.group_size != -1 and self.group_size < 1:
@@ -112,6 +117,17 @@ class Quantization(Method):
                 f"{least:.4g} and {most:.4g} bits per weight, scales included; change bits, "
                 "group_bits or group_size."
             )
+
+    def say_missed(self, where: str, stored: float, following: float) -> None:
+        """Say that a plan stays below the target by more than `tolerance`, and what comes next."""
+        log.warning(
+            "bits=%s: %s stores %.4g bits per weight, and the next plan that these settings allow "
+            "%.4g",
+            self.bits,
+            where,
+            stored,
+            following,
+        )
 
     def passes(self, budget: Budget, propagate: Propagate) -> tuple[Pass, ...]:
         if not self.calibrates:

@@ -10,6 +10,7 @@ import torch
 from camera.calibration.hessians import HessianStatistics
 from camera.moe.feed_forward import FeedForward
 from camera.quantization.quantizers.quantizer import Quantizer
+from camera.runtime.errors import CameraError
 
 TRIED = 8  # experts of a layer, those of the most tokens
 
@@ -41,6 +42,11 @@ def bit_errors(
     tokens_E = seen.tokens_E[[start + e for e in tried]]
     gate_cB, gate_sB = _moments(quantizer, gate_up, H_inputs, tokens_E, wanted)
     down_cB, down_sB = _moments(quantizer, down, H_hidden, tokens_E, wanted)
+    if not torch.stack([gate_cB, gate_sB, down_cB, down_sB]).isfinite().all():
+        raise CameraError(
+            f"the errors of quantising {group.path} overflow: its activations or weights are too "
+            "large to be squared; check the weights."
+        )
     least = 1.0
     for place in reversed(range(len(wanted))):  # from the fewest bits
         c = gate_cB[place] ** 2 * down_cB[place]

@@ -212,6 +212,26 @@ def solve_optimal(
     return bits_of_ranking(order_N, footprint.widths, levels, found, align), found
 
 
+def next_stored(
+    order_N: torch.Tensor,
+    footprint: StoredBits,
+    levels: Sequence[int],
+    cuts: Sequence[int],
+    bits: float,
+    *,
+    align: int = 1,
+    stored: Stored | None = None,
+) -> float:
+    """The least stored average above `bits` of the plans that move one of these cuts up."""
+    at, ends = _stored_at(order_N, footprint, levels, align, stored), [*cuts[1:], len(order_N)]
+    budget, found = _budget(footprint, bits), []
+    for j, (cut, end) in enumerate(zip(cuts, ends, strict=True)):
+        steps = (min(cut + (1 << k), end) for k in range((end - cut).bit_length() + 1))
+        plans = (at((*cuts[:j], step, *cuts[j + 1 :])) for step in steps)
+        found.append(next((size for size in plans if size > budget), float("inf")))
+    return min(found, default=float("inf")) / max(footprint.weights, 1)
+
+
 def solve_group_size(
     stored: Callable[[int], float], weights: int, bits: float, columns: int
 ) -> int | None:

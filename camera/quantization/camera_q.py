@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from camera.method import Pass, PassKind, Plan, Propagate, Seen
@@ -183,7 +182,7 @@ class CameraQ(Quantization):
         hidden = next(iter(pools.values())).hidden
         whole = StoredBits(hidden, tuple(widths), self.resolved_group_size(), self.sym)
         scores_N = torch.cat([scores[index] for index in pools])
-        bits_N, _, group_size = self.allocate(scores_N, whole, levels)
+        bits_N, _, group_size = self.allocate(scores_N, whole, levels, where="the model")
         parts = bits_N.split([pool.micro_experts for pool in pools.values()])
         return {
             index: _matched(part_N, scores[index], list(pool.widths), group_size)
@@ -196,7 +195,8 @@ class CameraQ(Quantization):
         energy_N, pool = self.importance(index, seen, plan), self.pool_of(ffn)
         levels = plan.shared["levels"]
         errors = self.errors(ffn, seen, pool, levels)
-        bits_N, _, group_size = self.allocate(energy_N, pool, levels, errors)
+        where = f"layer {index}"
+        bits_N, _, group_size = self.allocate(energy_N, pool, levels, errors, where=where)
         return _matched(bits_N, energy_N, ffn.widths, group_size)
 
     def pool_of(self, ffn: FeedForward) -> StoredBits:
@@ -233,13 +233,18 @@ class CameraQ(Quantization):
         pool: StoredBits,
         levels: Sequence[int],
         errors: dict[int, float] | None = None,
+        where: str = "the pool",
     ) -> tuple[Tensor, tuple[int, ...], int | None]:
-        """Bits of every micro-expert of a pool, boundaries in the ranking, group size."""
+        """Bits of every micro-expert of a pool, boundaries in the ranking, group size.
+
+        `where` names the pool if it is said that its plan stays well below the target.
+        """
         import torch
 
         from camera.quantization.bit_plan import (
             bits_of_ranking,
             boundaries_of,
+            next_stored,
             ranking,
             solve_optimal,
             solve_shares,
@@ -256,11 +261,18 @@ class CameraQ(Quantization):
             return bits_N, boundaries, self._solved_group_size(bits_N, boundaries, pool, levels)
         if self.bits is None:  # one group
             return torch.full_like(order_N, levels[0]), (), pool.group_size
+        options = {"align": self.align, "stored": stored}
         if errors is not None:
             args = (energy_N, order_N, pool, errors, self.bits)
-            return *solve_optimal(*args, align=self.align, stored=stored), pool.group_size
-        solve = partial(solve_shares, low_share=self.low_share, align=self.align, stored=stored)
-        bits_N, boundaries = solve(order_N, pool, levels, self.bits)
+            bits_N, boundaries = solve_optimal(*args, **options)
+        else:
+            options["low_share"] = self.low_share
+            bits_N, boundaries = solve_shares(order_N, pool, levels, self.bits, **options)
+        average = stored(bits_N, boundaries) / max(pool.weights, 1)
+        if average < self.bits * (1 - self.tolerance):
+            sized = {"align": self.align, "stored": stored}
+            following = next_stored(order_N, pool, levels, boundaries, self.bits, **sized)
+            self.say_missed(where, average, following)
         return bits_N, boundaries, pool.group_size
 
     def stored(

@@ -77,11 +77,13 @@ class CameraQDagger(CameraQ):
         import torch
 
         from camera.checkpoint.formats.packed.codes import MAX_BITS
-        from camera.checkpoint.formats.packed.footprint import index_bits
+        from camera.checkpoint.formats.packed.footprint import index_bits, mixed
 
         if self.split == "shuffle":
-            index = sum(2 * index_bits(width) for width in pool.widths)
-            return super().stored(pool, bits_N, boundaries, levels) + index
+            whole = super().stored(pool, bits_N, boundaries, levels)
+            if not mixed(pool.counts(bits_N)):
+                return whole
+            return whole + sum(2 * index_bits(width) for width in pool.widths)
         channels = _channel_bits(pool.hidden, boundaries, len(bits_N), levels)
         counts_B = torch.bincount(channels, minlength=MAX_BITS + 1)
         counts_EB = counts_B.expand(len(pool.widths), -1)
@@ -97,7 +99,9 @@ class CameraQDagger(CameraQ):
         energy_N, pool = self.importance(index, seen, plan), self.pool_of(ffn)
         levels = plan.shared["levels"]
         errors = self.errors(ffn, seen, pool, levels)
-        bits_N, boundaries, group_size = self.allocate(energy_N, pool, levels, errors)
+        bits_N, boundaries, group_size = self.allocate(
+            energy_N, pool, levels, errors, where=f"layer {index}"
+        )
         falling_H = _channel_bits(pool.hidden, boundaries, len(bits_N), levels)
         channel_EH, widths = seen.channel_energy(self.alpha).cpu(), ffn.widths
         parts = iter(zip(bits_N.split(widths), energy_N.split(widths), channel_EH, strict=True))

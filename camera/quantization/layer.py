@@ -284,5 +284,6 @@ class LayerQuantizer:
         lost_NH = h_NW @ whole_HW.T - h_NM @ down_HM.float().T
         block = ExpertRegression(None, h_NM, down_HM.T)
         fitted = len(x_NH) - round(len(x_NH) * self.compensation.held_out)
-        self.fits.append(coordinate_descent([block], lost_NH, fitted, self.compensation))
+        where, how = self.group.path, self.compensation
+        self.fits.append(coordinate_descent([block], lost_NH, fitted, how, where))
         return block.weight_WH.T.to(down_HM.dtype)

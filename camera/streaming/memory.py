@@ -31,6 +31,14 @@ def active_width(skeleton: MetaModel) -> float:
     return widest
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, on a CPU in the system."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
 def total_memory(device: torch.device) -> int:
     """Bytes of the device's memory, on a CPU of the system's."""
     if device.type == "cuda":

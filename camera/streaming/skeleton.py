@@ -9,10 +9,15 @@ import torch
 from torch import nn
 
 from camera.checkpoint.config import load_config
-from camera.checkpoint.loading import compute_dtype, resolve_dtype
+from camera.checkpoint.loading import (
+    choose_experts,
+    choose_kernels,
+    compute_dtype,
+    resolve_dtype,
+)
 from camera.checkpoint.matching import convert, refuse_missing
 from camera.checkpoint.shards import ShardReader, read_places
-from camera.moe.budget import Budget, budget_of
+from camera.moe.budget import Budget, budget_of, require_counts
 from camera.moe.capture import replaced_submodule
 from camera.moe.families import family_of
 from camera.moe.feed_forward import ExpertGroup, FeedForward
@@ -46,8 +51,12 @@ class MetaModel:
         self.folder, self.device = folder, torch.device(device)
         self.trust_remote_code = trust_remote_code
         self.config = load_config(folder, trust_remote_code)
+        choose_kernels(self.config)
         self.family = family_of(self.config.model_type)
         self.reader = ShardReader(folder)
+        if getattr(self.config, "quantization_config", None) is None:
+            shapes = {key: place.shape for key, place in self.reader.places.items()}
+            require_counts(self.config, self.family, shapes)
         layers = self.config.num_hidden_layers
         self.prefetcher = LayerPrefetcher(self._read_layer, layers, self.device)
         told, asked = self.config.dtype, resolve_dtype(dtype)
@@ -71,6 +80,7 @@ class MetaModel:
             self._warn_of_another_dtype(told)
         self.budget: Budget = budget_of(self.model, self.layers, self.family, self.root)
         self.model.to(self.dtype)
+        choose_experts(self.model)
         self._materialise_rotary()
 
     @property

@@ -22,7 +22,7 @@ from omegaconf.errors import (
 
 from camera.evaluation.tasks.names import NINE_TASKS
 from camera.pipeline.model_card import base_name
-from camera.runtime.renamed import renaming
+from camera.runtime.values import renaming
 from experiments.config.constructor import choice, typed_settings
 from experiments.config.location import CONF, EMBEDDED, user_path
 from experiments.config.started import started

@@ -13,6 +13,7 @@ from camera.calibration.corpora import data_folder, layout_file
 from camera.evaluation.tasks.definitions import build_task, quiet, row_file, task_config
 from camera.evaluation.tasks.names import KEY, NINE_TASKS
 from camera.runtime.errors import CameraError
+from camera.runtime.values import seed_of
 
 
 def evaluate_tasks(
@@ -62,6 +63,7 @@ def read_tasks(
         raise CameraError(
             f"evaluation.limit={limit}: give a whole number of rows, at least 1, or null for all"
         )
+    seed = seed_of(seed)
     check_tasks(tasks, data=data)
     return (Task.over(task, data, limit, seed) for task in tasks)
 

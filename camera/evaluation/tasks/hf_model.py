@@ -11,10 +11,11 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from camera.evaluation.shared_context import MASKABLE, Pack, packs_of, reach, rows_of
+from camera.evaluation.tasks.requests import CheckedRequests
 from camera.runtime.progress import progress_bar
 
 
-class PackedLM(HFLM):
+class PackedLM(CheckedRequests, HFLM):
     """HFLM whose log-likelihoods come from packed rows: context, answer 1, answer 2, ...
 
     Each answer sees the context and itself, at the positions it would have alone, so the numbers
@@ -28,6 +29,7 @@ class PackedLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs
     ) -> list[tuple[float, bool]]:
+        self.check(requests)
         packs, alone = self._packs(requests)
         found: dict[int, tuple[float, bool]] = {}
         answers = len(requests) - len(alone)

@@ -8,10 +8,11 @@ from lm_eval.models.huggingface import HFLM
 
 from camera.evaluation.streamed import StreamedEvaluation
 from camera.evaluation.tasks.evaluate import refuse_nan
+from camera.evaluation.tasks.requests import CheckedRequests
 from camera.runtime.errors import CameraError
 
 
-class StreamedLM(HFLM):
+class StreamedLM(CheckedRequests, HFLM):
     """HFLM whose log-likelihoods come from one pass over layers that are read one by one.
 
     It encodes and cuts requests as HFLM does and gives its numbers, with a softmax in fp32, up to
@@ -54,6 +55,7 @@ class StreamedLM(HFLM):
 
     def _loglikelihood_tokens(self, requests: list, **_: Any) -> list[int]:
         """Takes what HFLM encoded; the numbers of the requests stand in for their answers."""
+        self.check(requests)
         encoded = [(context, answer) for _, context, answer in requests]
         return list(self.evaluation.add(encoded, self.max_length))
 

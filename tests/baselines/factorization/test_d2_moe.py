@@ -13,6 +13,7 @@ from baselines.factorization.low_rank import low_rank, output_energy, whitener
 from baselines.factorization.merged_base import merged_base
 from camera.calibration.tokens import calibration_tokens
 from camera.checkpoint.formats.delta import DeltaExperts
+from camera.method import METHODS
 from camera.moe.budget import Budget, Count
 from camera.moe.pool import LayerPool
 from camera.runtime.errors import CameraError
@@ -290,3 +291,9 @@ def test_dense_models_and_impossible_settings_are_refused(run, checkpoints):
     ):
         with pytest.raises(CameraError, match=named):
             run(checkpoints("mixtral"), **settings)
+
+
+def test_a_model_of_single_experts_cannot_get_smaller(checkpoints):
+    budget = MetaModel(checkpoints("qwen3_moe", num_experts=1, num_experts_per_tok=1)).budget
+    with pytest.raises(CameraError, match="can't make this qwen3_moe model smaller"):
+        METHODS["d2_moe"](sparsity=0.25).check(budget)

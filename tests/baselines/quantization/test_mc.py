@@ -5,9 +5,11 @@ Shapes: E experts, B bit widths.
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import camera
@@ -15,10 +17,12 @@ from baselines.quantization.mc import MixtureCompressor
 from baselines.quantization.mc_allocation import Allocations, expert_costs, reachable
 from baselines.quantization.rounding_loss import LEVELS, RoundingLossObserver
 from camera.calibration.hessians import HessianObserver
+from camera.checkpoint.loading import load_model
 from camera.moe.capture import run_ffn
 from camera.moe.families import Family
 from camera.moe.feed_forward import FeedForward
 from camera.quantization.quantizers.gptq import GPTQ
+from camera.streaming.skeleton import MetaModel
 from tests.helpers.documents import reference_settings
 from tests.helpers.golden import compare, golden_case
 
@@ -173,3 +177,38 @@ def test_refusals(checkpoints, tmp_path):
     ):
         with pytest.raises(camera.CameraError, match=why):
             camera.compress(checkpoints(family), MixtureCompressor(**settings), tmp_path / "out")
+
+
+def test_what_whole_bits_miss_is_said_before_the_first_layer(checkpoints, caplog):
+    budget = MetaModel(checkpoints("qwen3_moe")).budget
+    MixtureCompressor(bits=4.5, group_size=8).check(budget)
+    assert [record.message for record in caplog.records] == [
+        "bits=4.5: layer 0 and those like it stores 4.375 bits per weight, and the next plan that "
+        "these settings allow 4.75"
+    ]
+    caplog.clear()
+    MixtureCompressor(bits=4.4, group_size=8).check(budget)
+    assert not caplog.records
+
+
+def test_an_expert_of_width_0_costs_nothing(checkpoints, data_folder, calibration, tmp_path):
+    """Pruning over all layers may take an expert, or a layer's experts, whole."""
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints("qwen3_moe"), source)
+    small = [".layers.2.mlp.experts.", ".layers.1.mlp.experts.3."]
+    for file in source.glob("*.safetensors"):
+        tensors = {
+            key: tensor * 1e-6 if "down" in key and any(s in key for s in small) else tensor
+            for key, tensor in load_file(file).items()
+        }
+        save_file(tensors, file, {"format": "pt"})
+    options = dict(data=str(data_folder), device="cpu", progress=False, calibration=calibration)
+    pruned = camera.compress(
+        source, "magnitude", tmp_path / "cut", sparsity=0.4, rank_scope="global", **options
+    )
+    assert any(0 in widths for widths in pruned.widths.values())
+    found = camera.compress(
+        tmp_path / "cut", "mc", tmp_path / "mc", bits=4.5, group_size=8, **options
+    )
+    assert found.bits["stored"] <= 4.5
+    load_model(tmp_path / "mc", device="cpu")(torch.tensor([[3, 4, 5]]))

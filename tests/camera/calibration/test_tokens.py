@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from camera.calibration.corpora import load_documents
 from camera.calibration.settings import Calibration, check_calibration
 from camera.calibration.tokens import calibration_tokens
 from camera.calibration.windows import ids_hash
@@ -175,3 +176,41 @@ def test_too_little_text_names_what_there_is(tokenizer, data):
     (data / "wikitext2/train.txt").write_text("\n \n")
     with pytest.raises(CameraError, match="holds no text"):
         calibration_tokens(tokenizer, Calibration(), data=data, seed=0)
+
+
+def test_what_an_editor_on_windows_adds_is_no_text(tokenizer, data):
+    file, asked = data / "wikitext2/train.txt", Calibration(samples=9, length=16)
+
+    def found():
+        return calibration_tokens(tokenizer, asked, data=data, seed=5)
+
+    text, plain = file.read_bytes(), found()
+    file.write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))
+    assert found().hash == plain.hash and found().describe() == plain.describe()
+
+
+def test_half_a_character_in_a_document_is_replaced(tokenizer, data, tmp_path):
+    pages = ["\ud83d" + "a" * 30, "\ud83d\ude00" + "b" * 30]
+    rows = "".join(json.dumps({"text": page}) + "\n" for page in pages)
+    (tmp_path / "cut.jsonl").write_text(rows)
+    assert load_documents("hub", str(tmp_path / "cut.jsonl"), "file") == [
+        "\ufffd" + "a" * 30,
+        "\U0001f600" + "b" * 30,
+    ]
+    asked = Calibration(str(tmp_path / "cut.jsonl"), samples=2, length=16)
+    assert calibration_tokens(tokenizer, asked, data=data, seed=5).ids_NL.shape == (2, 16)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer, data):
+    asked = Calibration(samples=9, length=16)
+    with pytest.raises(CameraError, match="embeds only 50; use the model with its own tokenizer"):
+        calibration_tokens(tokenizer, asked, data=data, seed=5, vocabulary=50)
+    assert calibration_tokens(tokenizer, asked, data=data, seed=5, vocabulary=257)
+
+
+def test_a_text_that_is_mostly_unknown_is_said(data, caplog):
+    letters = {"<unk>": 0, "a": 1, " ": 2}
+    backend = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="<unk>"))
+    poor = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    calibration_tokens(poor, Calibration(samples=9, length=16), data=data, seed=5)
+    assert "calibration tokens of wikitext2 are unknown to the tokenizer" in caplog.text

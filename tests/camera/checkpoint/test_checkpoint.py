@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import baselines.micro_experts.random  # noqa: F401 (registers the method)
 import camera
 from camera.checkpoint.formats.ragged import RaggedExperts
-from camera.checkpoint.loading import load_model
+from camera.checkpoint.loading import load_model, load_tokenizer
 from camera.runtime.errors import CameraError
 from tests.helpers.models import FAMILIES, build_model, build_tokenizer
 
@@ -247,3 +248,73 @@ def test_an_export_stays_in_the_dtype_of_its_source(dtype, data_folder, calibrat
         names = list(file.keys())
         assert {file.get_tensor(name).dtype for name in names} == {dtype}
     assert "model.layers.0.mlp.experts.0.up_proj.weight" in names
+
+
+def test_a_folder_without_a_tokenizer_is_refused(checkpoints, tmp_path):
+    """transformers makes an empty one of config.json."""
+    shutil.copytree(checkpoints("qwen3_moe"), tmp_path / "bare")
+    for file in (tmp_path / "bare").glob("*token*"):
+        file.unlink()
+    with pytest.raises(CameraError, match="bare has no tokenizer: copy the files"):
+        load_tokenizer(tmp_path / "bare")
+
+
+@pytest.mark.parametrize("method", ["reap", "frequency", "camera_p"])
+def test_odd_widths_run_one_by_one(method, checkpoints, data_folder, calibration, tmp_path):
+    """torch's grouped product takes rows of whole 16 bytes only."""
+    folder = checkpoints("qwen3_moe", num_experts=7, moe_intermediate_size=13)
+    ids = torch.tensor([[3, 4, 5]])
+    assert load_model(folder, device="cpu")(ids).logits.isfinite().all()
+    options = dict(data=str(data_folder), device="cpu", progress=False, calibration=calibration)
+    camera.compress(folder, method, tmp_path / "out", sparsity=0.25, **options)
+    assert load_model(tmp_path / "out", device="cpu")(ids).logits.isfinite().all()
+
+
+def with_keys(source, folder, **keys):
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text()) | keys
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("kernel", ["flash_attention_2", "flex_attention", "kernels-community/x"])
+def test_the_attention_kernel_is_this_machines_matter(
+    kernel, key, checkpoints, data_folder, calibration, tmp_path
+):
+    plain = checkpoints("qwen3_moe")
+    folder = with_keys(plain, tmp_path / "named", **{key: kernel})
+    ids = torch.tensor([[3, 4, 5]])
+    found, wanted = (load_model(path, device="cpu")(ids).logits for path in (folder, plain))
+    assert torch.equal(found, wanted)
+    options = dict(data=str(data_folder), device="cpu", progress=False, calibration=calibration)
+    camera.compress(folder, "camera_p", tmp_path / "out", sparsity=0.25, **options)
+    load_model(tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize("method", ["camera_p", "reap"])
+def test_switches_of_the_forward_pass_are_no_property_of_the_weights(
+    method, checkpoints, data_folder, calibration, tmp_path
+):
+    switches = {"output_attentions": True, "output_hidden_states": True}
+    folder = with_keys(checkpoints("qwen3_moe"), tmp_path / "all", **switches)
+    options = dict(data=str(data_folder), device="cpu", progress=False, calibration=calibration)
+    camera.compress(folder, method, tmp_path / "out", sparsity=0.25, **options)
+    assert not load_model(tmp_path / "out", device="cpu").config.output_attentions
+
+
+def test_a_config_that_cannot_be_written_is_refused_before_the_first_layer(
+    checkpoints, data_folder, calibration, tmp_path, monkeypatch
+):
+    from transformers import Qwen3MoeConfig
+
+    def refuse(self, folder):
+        raise ValueError("tie_word_embeddings must be text")
+
+    monkeypatch.setattr(Qwen3MoeConfig, "save_pretrained", refuse)
+    options = dict(data=str(data_folder), device="cpu", progress=False, calibration=calibration)
+    with pytest.raises(camera.CameraError, match=r"config.json can't be written.*must be text"):
+        camera.compress(
+            checkpoints("qwen3_moe"), "camera_p", tmp_path / "out", sparsity=0.25, **options
+        )
+    assert not list(tmp_path.glob("**/model-*"))

@@ -23,3 +23,9 @@ def test_a_model_is_streamed_if_it_does_not_fit(checkpoints, monkeypatch):
         CameraError, match=r"evaluation.stream=maybe is none of auto, always, never"
     ):
         should_stream(folder, mode="maybe")
+
+
+def test_never_is_refused_where_the_weights_exceed_what_is_free(checkpoints, monkeypatch):
+    monkeypatch.setattr(placement, "free_memory", lambda device: 1000)
+    with pytest.raises(CameraError, match=r"stream=never: .* are free: set evaluation.stream=auto"):
+        should_stream(checkpoints("llama"), "cpu", mode="never")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from camera.checkpoint.loading import load_model
 from camera.evaluation.speed import measure_speed
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
@@ -165,3 +166,11 @@ def test_a_real_model_against_its_cut_self():
         assert row["implementation"] in ("grouped_mm", "batched_mm", "eager")
         assert row["ratio"] == pytest.approx(row["compressed"] / row["dense"], rel=1e-2)
     assert found["settings"]["device"] == "cpu" and found["settings"]["dtype"] == "float32"
+
+
+def test_odd_widths_run_one_by_one(checkpoints):
+    """torch's grouped product takes rows of whole 16 bytes only."""
+    folder = checkpoints("qwen3_moe", num_experts=7, moe_intermediate_size=13)
+    dense = load_model(folder, device="cpu")
+    found = measure_speed(dense, dense, 256, [1], prompt_length=8, new_tokens=2, repeats=1)
+    assert found["batches"]["1"]["prefill"]["implementation"] == "eager"

@@ -6,6 +6,7 @@ import torch
 from camera.moe.budget import budget_of
 from camera.moe.families import FAMILIES as DECLARED
 from camera.runtime.errors import CameraError
+from camera.streaming.skeleton import MetaModel
 from tests.helpers.models import FAMILIES, build_model
 
 
@@ -81,3 +82,11 @@ def test_bytes_follow_the_dtype():
         budget("mixtral", dtype=torch.bfloat16)[1].dense.bytes * 2
         == budget("mixtral")[1].dense.bytes
     )
+
+
+def test_where_nothing_can_go_no_largest_share_is_named(checkpoints):
+    budget = MetaModel(checkpoints("qwen3_moe")).budget
+    with pytest.raises(
+        CameraError, match=r"nothing of a layer .* can be removed with min_width=24"
+    ):
+        budget.pool_ratio(0.25, "moe", min_width=24)

@@ -3,10 +3,15 @@
 Shapes: H hidden.
 """
 
+import re
+
+import pytest
 import torch
 
 from camera.quantization.camera_q import CameraQ
 from camera.quantization.camera_q_dagger import CameraQDagger
+from camera.runtime.errors import CameraError
+from camera.streaming.skeleton import MetaModel
 from tests.helpers.quantizing import layer_of, plan_of, seen_by
 
 
@@ -38,3 +43,32 @@ def test_shuffle_keeps_counts_and_breaks_the_match():
             assert sorted(bits.tolist()) == sorted(a.down.tolist())
         assert torch.equal(b.gate, c.gate)
     assert any(not torch.equal(b.gate, b.down) for b in plan)
+
+
+@pytest.mark.parametrize("split", ["channels", "shuffle"])
+def test_one_width_for_all_stores_no_orders(split, checkpoints):
+    """The range that is stated is that of the plans that exist."""
+    budget = MetaModel(checkpoints("qwen3_moe")).budget
+    asked = dict(group_size=7, group_bits=[4, 3, 2])
+    least, most = CameraQDagger(bits=3.0, split=split, **asked).reachable(budget)
+    assert (least, most) == CameraQ(bits=3.0, **asked).reachable(budget)
+    CameraQDagger(bits=least, split=split, **asked).check(budget)
+    with pytest.raises(CameraError, match="can't be met"):
+        CameraQDagger(bits=least - 0.01, split=split, **asked).check(budget)
+
+
+@pytest.mark.parametrize(("split", "missed"), [("channels", True), ("shuffle", False)])
+def test_a_target_that_is_missed_is_said_with_the_next_plan(split, missed, caplog):
+    """A second width in gate and up takes orders at once, which dear tiny matrices can't pay."""
+    ffn, x_TH = layer_of("qwen3_moe")
+    seen = seen_by(ffn, x_TH)
+    plan_of(CameraQDagger(bits=3.0, group_size=24, split=split), ffn, seen)
+    said = [record.message for record in caplog.records]
+    assert bool(said) is missed
+    if missed:
+        found = re.fullmatch(
+            r"bits=3.0: layer \d+ stores ([\d.]+) bits per weight, and the next plan that these "
+            r"settings allow ([\d.]+)",
+            said[0],
+        )
+        assert float(found[1]) < 0.99 * 3 < 3 < float(found[2])

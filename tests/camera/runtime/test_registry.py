@@ -1,7 +1,9 @@
 """Classes by name: registered, found in packages, announced by installed ones, unknown."""
 
+import os
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -123,3 +125,24 @@ def test_a_registry_needs_no_torch():
         "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_every_method_is_known_by_its_name_alone():
+    """The library knows the baselines without an import of theirs."""
+    code = textwrap.dedent("""
+        from camera.api import as_method
+        from camera.runtime.errors import CameraError
+
+        for name in "reap naee frequency heapr d2_moe magnitude random".split():
+            as_method(name, {"sparsity": 0.25})
+        for name in ("gptq", "rtn", "mc"):
+            as_method(name, {"bits": 2.25})
+        for name in ("Camera-P", "camera-p", "CAMERA_P"):
+            try:
+                as_method(name, {"sparsity": 0.25})
+            except CameraError as error:
+                assert str(error).endswith("Did you mean camera_p?"), error
+    """)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import OmegaConf
 
 from camera.runtime.errors import CameraError
-from camera.runtime.renamed import KEYS, renaming
+from camera.runtime.values import KEYS, renaming
 from experiments.config.constructor import build, choice, typed_settings
 from experiments.config.schema import CONF
 from experiments.config.settings import Settings, check

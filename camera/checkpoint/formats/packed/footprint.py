@@ -84,7 +84,8 @@ class StoredBits:
         return total
 
     def total_by_columns(self, gate_up_EB: torch.Tensor, down_EB: torch.Tensor) -> int:
-        """Bits where gate and up are cut by their input columns too, and store the columns' order.
+        """Bits where gate and up are cut by their input columns too, and store the columns' order
+        unless all have the same bits.
 
         The numbers of columns of each expert at 0, 1, ... 8 bits.
         """
@@ -92,6 +93,8 @@ class StoredBits:
         hidden_EB = torch.full_like(down_EB, self.hidden)
         gate_up = self.segments(2 * width_EB * (gate_up_EB > 0), gate_up_EB)
         down = self.segments(hidden_EB * (down_EB > 0), down_EB)
+        if not mixed(gate_up_EB):
+            return gate_up + down
         return gate_up + down + 2 * len(self.widths) * index_bits(self.hidden)
 
     def segments(self, lines_EB: torch.Tensor, length_EB: torch.Tensor) -> int:
@@ -113,3 +116,8 @@ class StoredBits:
         counts_EB = torch.zeros(len(self.widths), MAX_BITS + 1, dtype=torch.int64)
         counts_EB[:, bits] = torch.tensor(self.widths)
         return self._total(counts_EB) / max(self.weights, 1)
+
+
+def mixed(counts_EB: torch.Tensor) -> bool:
+    """Whether any expert has lines of several numbers of bits."""
+    return bool(((counts_EB > 0).sum(1) > 1).any())

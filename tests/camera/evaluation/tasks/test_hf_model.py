@@ -6,7 +6,11 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from camera.evaluation.streamed import StreamedEvaluation
 from camera.evaluation.tasks.hf_model import PackedLM
+from camera.evaluation.tasks.streamed_model import StreamedLM
+from camera.runtime.errors import CameraError
+from camera.streaming.skeleton import MetaModel
 from tests.helpers.models import FAMILIES, build_model, build_tokenizer
 
 
@@ -79,3 +83,43 @@ def test_padding_leaves_no_trace_in_a_batch():
         one, _ = both(model, requests(seed=3), batch_size=1)
         many, _ = both(model, requests(seed=3), batch_size=64)
     assert [a for a, _ in one] == [pytest.approx(b, abs=1e-4) for b, _ in many]
+
+
+class Row:
+    """What lm-eval asks of a row."""
+
+    def __init__(self, context, answer):
+        self.args, self.task_name, self.doc_id = (context, answer), "piqa", 7
+
+
+def packed(model, tokenizer):
+    return PackedLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+
+
+def streamed(model, tokenizer, folder):
+    model.save_pretrained(folder)
+    return StreamedLM(StreamedEvaluation(MetaModel(folder)), tokenizer, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (("q", "long " * 30), r"row 7 of piqa has an answer of 150 tokens, .* context holds 128:"),
+        (("   ", "a"), "row 7 of piqa has a blank question"),
+        (("q", ""), "row 7 of piqa has no answer"),
+    ],
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_row_that_cannot_be_asked_is_named(whole, row, told, tmp_path):
+    model, tokenizer = build_model("llama"), build_tokenizer()
+    lm = packed(model, tokenizer) if whole else streamed(model, tokenizer, tmp_path)
+    with pytest.raises(CameraError, match=told):
+        lm.loglikelihood([Row("q", "fine"), Row(*row)], disable_tqdm=True)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_tokens_that_the_model_does_not_embed_are_refused(whole, tmp_path):
+    model, tokenizer = build_model("llama", vocab_size=60), build_tokenizer()
+    lm = packed(model, tokenizer) if whole else streamed(model, tokenizer, tmp_path)
+    with pytest.raises(CameraError, match="embeds only 60; use the model with its own tokenizer"):
+        lm.loglikelihood([Row("question", "zebra")], disable_tqdm=True)

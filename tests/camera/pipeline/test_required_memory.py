@@ -1,0 +1,122 @@
+"""Memory is refused before it is spent, by its largest part and the setting that saves it."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+
+import camera
+from camera.calibration.settings import Calibration
+from camera.pipeline import estimate as estimates
+from camera.pipeline.estimate import MemoryEstimate, require_memory
+from camera.runtime.errors import CameraError
+from camera.streaming.settings import MemoryChoices
+from camera.streaming.skeleton import MetaModel
+
+TOKENS = 4096
+PRUNED = camera.CameraP(sparsity=0.3)
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+
+
+@pytest.fixture
+def estimate(checkpoints):
+    model = MetaModel(checkpoints("qwen2_moe"))
+    choices = MemoryChoices(hidden="ram")
+    return MemoryEstimate.of(model, PRUNED, PRUNED.passes(model.budget, "dense"), choices, TOKENS)
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """free(system, accelerator): so much is free there."""
+
+    def set_to(system, accelerator=0):
+        sizes = {"cpu": system, "cuda": accelerator}
+        monkeypatch.setattr(estimates, "free_memory", lambda device: sizes[device.type])
+
+    return set_to
+
+
+def refused(estimate, device, method=PRUNED):
+    with pytest.raises(CameraError) as error:
+        require_memory(estimate, method, device, TOKENS, 32)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ({"hidden": 10**9}, "goes to the hidden states: set memory.hidden=disk, or lower cal"),
+        ({"phi": 10**9}, "goes to a layer's activations: set memory.phi=recompute."),
+        ({"layer": 10**9, "experts": 10**8}, "goes to the layers: set memory.experts=disk."),
+        ({"layer": 10**9, "experts": 0}, "goes to the layers: it takes a machine with more"),
+        ({"method": 10**9}, "goes to method camera_p: choose another method"),
+        ({"outside": 10**9}, "goes to embeddings and head: it takes a machine with more"),
+    ],
+)
+def test_the_largest_part_is_named_with_what_saves_it(part, told, estimate, free):
+    free(4 * 10**8)
+    require_memory(estimate, PRUNED, CPU, TOKENS, 32)
+    assert told in refused(replace(estimate, **part), CPU)
+
+
+def test_a_refit_is_told_to_take_fewer_samples(estimate, free):
+    free(4 * 10**8)
+    refit = replace(PRUNED, compensate="layer")
+    said = refused(replace(estimate, phi=10**9), CPU, refit)
+    assert "goes to a layer's activations: lower calibration.samples." in said
+
+
+def test_what_is_counted_is_the_peak(estimate, free):
+    free(estimate.peak + estimates.TOKEN_BYTES * TOKENS + estimates.SAMPLE_BYTES * 32)
+    require_memory(estimate, PRUNED, CPU, TOKENS, 32)
+    free(estimate.peak - 1)
+    assert "of memory, where" in refused(estimate, CPU)
+
+
+def test_host_and_device_are_two_sums(estimate, free):
+    large = replace(estimate, hidden=10**9)
+    free(4 * 10**9, 4 * 10**8)
+    require_memory(large, PRUNED, GPU, TOKENS, 32)  # hidden states wait in the system's memory
+    free(4 * 10**8, 4 * 10**9)
+    assert "of the system's memory, where" in refused(large, GPU)
+    free(4 * 10**9, 4 * 10**8)
+    assert "of the memory of cuda:0, where" in refused(replace(estimate, phi=10**9), GPU)
+
+
+def test_calibration_is_weighed_before_it_is_drawn(checkpoints, data_folder, tmp_path, monkeypatch):
+    def drawn(*_, **__):
+        raise AssertionError("calibration text was read")
+
+    monkeypatch.setattr("camera.calibration.tokens.calibration_tokens", drawn)
+    machine = psutil.virtual_memory()._replace(available=2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+    with pytest.raises(CameraError, match=r"GB of memory, where .*lower calibration\.samples"):
+        camera.compress(
+            checkpoints("qwen3_moe"),
+            "camera_p",
+            tmp_path / "out",
+            sparsity=0.25,
+            calibration=Calibration(samples=4_000_000, length=48),
+            data=str(data_folder),
+            device="cpu",
+            progress=False,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "granitemoe", "mixtral", "deepseek_v3"])
+def test_a_wrong_number_in_the_config_is_refused_before_a_model_is_built(
+    family, checkpoints, tmp_path
+):
+    shutil.copytree(checkpoints(family), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    right = json.loads(file.read_text())
+    keys = {"num_experts", "num_local_experts", "n_routed_experts"} & set(right)
+    assert keys
+    for key in (*keys, "num_hidden_layers"):
+        file.write_text(json.dumps(right | {key: 10**9}))
+        with pytest.raises(CameraError, match=r"config.json says \w+=1000000000, and the"):
+            MetaModel(tmp_path / "model")
