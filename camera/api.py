@@ -127,7 +127,9 @@ def _run(
     meta = MetaModel(folder, resolve_device(device), dtype, trust_remote_code)
     method.check(meta.budget)
     _check_plan(plan, meta)
-    name = name or (Path(model).absolute().name if Path(model).is_dir() else str(model))
+    if name is None:
+        local = Path(model).is_dir()
+        name = Path(model).absolute().name if local else str(model).partition("@")[0]
     request = CompressionRequest(name, method, out, propagate, plan=plan)
     tokens = None
     if any(step.reads_text for step in declared_passes(request, meta.budget)):
@@ -171,7 +173,7 @@ def _check_plan(plan: Plan | None, model: Any) -> None:
 
 def describe(model: str | Path, trust_remote_code: bool = False) -> CompressionResult:
     """What `compress` would report of the original model: its counts, with nothing removed."""
-    from camera.checkpoint.source import resolve_model
+    from camera.checkpoint.source import resolve_model, revision_of
     from camera.pipeline.result import CompressionResult, versions
     from camera.streaming.skeleton import MetaModel
 
@@ -187,6 +189,7 @@ def describe(model: str | Path, trust_remote_code: bool = False) -> CompressionR
         bytes={"dense": size, "compressed": size},
         seconds={"calibrate": 0.0, "compress": 0.0},
         versions=versions(),
+        revision=revision_of(folder),
         native=True,
     )
 

@@ -4,7 +4,6 @@ Shapes: E experts, W native width of one expert, H hidden.
 """
 
 import copy
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from camera.checkpoint.loading import load_model
 from camera.checkpoint.source import copy_companions
 from camera.moe.families import family_of
 from camera.runtime.errors import CameraError
+from camera.runtime.files import replace_durably
 
 
 def export(checkpoint: str | Path, out: str | Path, width_multiple: int = 8) -> Path:
@@ -56,7 +56,7 @@ def export(checkpoint: str | Path, out: str | Path, width_multiple: int = 8) -> 
         partial.mkdir(parents=True)
         plain.save_pretrained(partial)
         copy_companions(Path(checkpoint), partial)
-        os.replace(partial, out)
+        replace_durably(partial, out)
     except (OSError, SafetensorError) as error:
         raise CameraError(
             f"can't write {out} ({error}): free space on that disk or choose another folder."

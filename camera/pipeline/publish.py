@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from typing import Any
 
@@ -16,7 +15,7 @@ from camera.pipeline.passes.compressed import CompressedPass
 from camera.pipeline.result import CompressionResult, report
 from camera.pipeline.resume import PassProgress
 from camera.runtime import distributed
-from camera.runtime.files import CheckpointFiles, write_json
+from camera.runtime.files import CheckpointFiles, replace_durably, write_json
 from camera.streaming.skeleton import tied_names
 
 
@@ -44,7 +43,7 @@ def publish(
     (partial / "README.md").write_text(model_card(result))
     write_json(partial / CheckpointFiles.REPORT, result.to_dict())
     progress.finish()
-    os.replace(partial, request.out)
+    replace_durably(partial, request.out)
     shutil.rmtree(request.private_statistics, ignore_errors=True)
     distributed.barrier()
     return result
