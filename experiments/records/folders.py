@@ -10,16 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from camera import __version__
-from camera.checkpoint.source import fingerprint
-from experiments.config.location import EMBEDDED
-from experiments.config.settings import Settings, arguments
+from experiments.config.settings import Settings
 from experiments.records.files import OutputFolder, RunFiles, lock_of, newer
-from experiments.tiny_moe import layout
-
-# Settings of the machine: they change no result, so a run that ran out of memory continues with a
-# smaller batch.
-MACHINE = ("batch_size", "perplexity_batch_size", "stream", "dequantize")
+from experiments.records.identity import compression_identity, evaluation_identity
 
 
 @dataclass(frozen=True)
@@ -35,8 +28,8 @@ class Folders:
     def of(cls, settings: Settings) -> Folders:
         """The folders of these settings; needs nothing but the model's folder, if it is local."""
         output = OutputFolder(Path(settings.output).expanduser())
-        compression = _compression(settings)
-        identity = compression | _evaluation(settings)
+        compression = compression_identity(settings)
+        identity = compression | evaluation_identity(settings)
         name = re.sub(r"[^\w.+-]+", "_", f"{settings.model['name']}-{settings.method_name}")
         return cls(
             output,
@@ -93,42 +86,6 @@ class Folders:
 def cost_class(model: str, method: str, identity: dict[str, Any]) -> tuple[str, str, str]:
     """What runs of about the same duration share: model, method, a hash of what is measured."""
     return model, method, _short_hash(identity["evaluation"])
-
-
-def _compression(settings: Settings) -> dict[str, Any]:
-    identity = {
-        "camera": __version__,
-        "model": _contents(settings.model_path),
-        "method": {"name": settings.method_name, **arguments(settings.method)},
-        "dtype": settings.dtype,
-    }
-    if settings.calibrates:
-        identity["calibration"] = arguments(settings.calibration)
-        identity["propagate"] = settings.propagate
-        identity["data"] = _place(settings.data)
-        identity["seed"] = settings.seed
-    return identity
-
-
-def _evaluation(settings: Settings) -> dict[str, Any]:
-    kept = {key: value for key, value in settings.evaluation.items() if key not in MACHINE}
-    if not kept["speed"]["batch_sizes"]:
-        del kept["speed"]
-    return {"evaluation": kept, "data": _place(settings.data), "seed": settings.seed}
-
-
-def _contents(model: str) -> str:
-    # What is in a local folder rather than where it is: it may move, and may be trained again.
-    folder = Path(model).expanduser()
-    return fingerprint(folder) if (folder / "config.json").is_file() else model
-
-
-def _place(data: str) -> str:
-    if data == EMBEDDED:
-        # What the generator writes rather than its name: other texts give other results.
-        return f"{EMBEDDED}-{layout.fingerprint()}"
-    folder = Path(data).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else data
 
 
 def _short_hash(identity: dict[str, Any]) -> str:
