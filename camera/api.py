@@ -179,7 +179,7 @@ def _check_plan(plan: Plan | None, model: Any) -> None:
 
 def describe(model: str | Path, trust_remote_code: bool = False) -> CompressionResult:
     """What `compress` would report of the original model: its counts, with nothing removed."""
-    from camera.checkpoint.source import resolve_model
+    from camera.checkpoint.source import resolve_model, revision_of
     from camera.pipeline.result import CompressionResult, versions
     from camera.streaming.skeleton import MetaModel
 
@@ -195,6 +195,7 @@ def describe(model: str | Path, trust_remote_code: bool = False) -> CompressionR
         bytes={"dense": size, "compressed": size},
         seconds={"calibrate": 0.0, "compress": 0.0},
         versions=versions(),
+        revision=revision_of(folder),
         native=True,
     )
 

@@ -43,11 +43,14 @@ class Corpus:
 
 
 def _wikitext(split: str) -> dict[str, Any]:
-    return {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": split}
+    revision = "b08601e04326c79dfdd32d625aee71d232d685c3"  # a push there changes no result here
+    name = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}
+    return {**name, "split": split, "revision": revision}
 
 
 def _c4(split: str, file: str) -> dict[str, Any]:
-    return {"path": "allenai/c4", "data_files": {split: file}, "split": split}
+    revision = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
+    return {"path": "allenai/c4", "data_files": {split: file}, "split": split, "revision": revision}
 
 
 CORPORA: dict[str, Corpus] = {
@@ -121,6 +124,16 @@ def layout_file(data: str | Path, relative: str) -> Path | None:
             "machine with internet"
         )
     return path
+
+
+def corpus_file(data: str | Path, corpus: str, split: str) -> Path | None:
+    """Where a split is read from, whether the file is there or not; None for the hub."""
+    if corpus not in CORPORA:
+        return Path(corpus).expanduser()
+    relative = CORPORA[corpus].files.get(split)
+    if str(data) == HUB or relative is None:
+        return None
+    return Path(data).expanduser() / relative
 
 
 def check_corpus(data: str | Path, corpus: str, split: str, *, key: str = "corpus") -> None:

@@ -4,7 +4,6 @@ Shapes: E experts, W native width of one expert, H hidden.
 """
 
 import copy
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from camera.checkpoint.source import copy_companions
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.runtime.errors import CameraError
+from camera.runtime.files import replace_durably
 
 
 def export(checkpoint: str | Path, out: str | Path, width_multiple: int = 8) -> Path:
@@ -60,7 +60,7 @@ def export(checkpoint: str | Path, out: str | Path, width_multiple: int = 8) -> 
         save_config(plain.config, partial)
         copy_companions(Path(checkpoint).expanduser(), partial)
         require_whole(config, partial)
-        os.replace(partial, out)
+        replace_durably(partial, out)
     except (OSError, SafetensorError) as error:
         raise CameraError(
             f"can't write {out} ({error}): free space on that disk or choose another folder."

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from camera.checkpoint.source import INDEX, SINGLE, weight_map
 from camera.runtime.buffers import allocate
 from camera.runtime.errors import CameraError
-from camera.runtime.files import replace_durably
+from camera.runtime.files import digest_of, replace_durably
 from camera.runtime.mapped import release_pages
 
 log = logging.getLogger("camera")
@@ -189,6 +189,7 @@ class ShardWriter:
         self.weight_map: dict[str, str] = {}
         self.sizes: dict[str, tuple[int, int]] = {}
         self.files: dict[str, int] = {}
+        self.digests: dict[str, str] = {}
 
     def add(
         self,
@@ -210,23 +211,29 @@ class ShardWriter:
             raise CameraError(
                 f"can't write {path} ({error}): free space on that disk or set output elsewhere."
             ) from error
-        self.files[name] = path.stat().st_size
+        self.files[name], self.digests[name] = path.stat().st_size, digest_of(path)
         self.weight_map |= dict.fromkeys(tensors, name)
         for key, tensor in (counted or tensors).items():
             self.sizes[key] = (tensor.numel(), tensor.numel() * tensor.element_size())
 
     def state(self) -> dict[str, Any]:
         """The shards written so far, for `restore`."""
-        return {"weight_map": self.weight_map, "sizes": self.sizes, "files": self.files}
+        return {
+            "weight_map": self.weight_map,
+            "sizes": self.sizes,
+            "files": self.files,
+            "digests": self.digests,
+        }
 
     def restore(self, state: dict[str, Any]) -> bool:
         """Continue another writer's checkpoint; False if a file has changed since."""
-        for name, size in state["files"].items():
+        for name, digest in state["digests"].items():
             path = self.folder / name
-            if not path.exists() or path.stat().st_size != size:
+            if not path.exists() or digest_of(path) != digest:
                 log.warning("%s is not as it was written: starting anew.", path)
                 return False
         self.weight_map, self.files = state["weight_map"], state["files"]
+        self.digests = state["digests"]
         self.sizes = {name: tuple(size) for name, size in state["sizes"].items()}
         return True
 

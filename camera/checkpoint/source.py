@@ -4,10 +4,11 @@ import hashlib
 import json
 import shutil
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 from camera.runtime.errors import CameraError
-from camera.runtime.files import CheckpointFiles
+from camera.runtime.files import CheckpointFiles, known_digest
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -18,13 +19,16 @@ WEIGHTS = ["*.safetensors", "*.safetensors.index.json", *PICKLED]
 OWN = ["config.json", "README.md", ".*", CheckpointFiles.REPORT, CheckpointFiles.EVALUATION]
 FOLDERS = ["additional_chat_templates"]
 ADAPTERS = ["adapter_config.json", "adapter_model.*"]
+TOKENIZER = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json"]
+TOKENIZER += ["chat_template*", "*.model"]
 
 
 def resolve_model(model: str, *, weights: bool = True) -> Path:
     """The local folder of a model given by path or hub id; downloads from the hub.
 
-    Without `weights` only the other files are fetched. CameraError: a folder without config.json or
-    with an adapter, a name that is no hub id, a failed download.
+    A hub id may end in `@` and a branch, tag or commit; without, it is the main branch as it stood
+    when this process first asked. Without `weights` only the other files are fetched. CameraError:
+    a folder without config.json or with an adapter, a name that is no hub id, a failed download.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -33,24 +37,36 @@ def resolve_model(model: str, *, weights: bool = True) -> Path:
             raise CameraError(f"model.path={model} is a folder without config.json.")
         return folder
     refuse_no_model(model)
-    from huggingface_hub import snapshot_download
-
     left = [*PICKLED, "*/*.safetensors", "consolidated*.safetensors"]
     left += ["*.safetensors"] * (not weights)
+    folder = _fetched(model, _commit(model), ignore_patterns=left)
+    refuse_adapter(folder)
+    return folder
+
+
+@cache
+def _commit(model: str) -> str:
+    """The commit that a hub id stands for, the same for all that this process does."""
+    revision = model.partition("@")[2] or None
+    return revision_of(_fetched(model, revision, allow_patterns=["config.json"])) or ""
+
+
+def _fetched(model: str, revision: str | None, **patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    name = model.partition("@")[0]
     try:
-        folder = Path(snapshot_download(model, ignore_patterns=left))
+        return Path(snapshot_download(name, revision=revision or None, **patterns))
     except Exception as error:  # the hub client raises a dozen types; none can be handled further
         raise CameraError(
             f"model.path={model} can't be fetched from the hub ({type(error).__name__}): check the "
             "name and the network, or give a local folder."
         ) from error
-    refuse_adapter(folder)
-    return folder
 
 
 def refuse_no_model(model: str) -> None:
     """CameraError for what is neither a folder nor may be the id of a model on the hub."""
-    if model.startswith(("/", ".", "~")) or model.count("/") != 1:
+    if model.startswith(("/", ".", "~")) or model.partition("@")[0].count("/") != 1:
         raise CameraError(
             f"model.path={model} is neither a folder nor a hub id of the form owner/name."
         )
@@ -80,16 +96,19 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names) if (folder / name).exists()]
 
 
+def revision_of(folder: Path) -> str | None:
+    """The commit of a model in the hub's cache; None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
 def fingerprint(folder: Path) -> str:
-    """sha256 over config.json and every weight file's name, size and 64 KiB at 17 places of it."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in weight_files(folder):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            for part in range(17):
-                file.seek(max(0, (size - 65536) * part // 16))
-                digest.update(file.read(65536))
+    """sha256 over all that a result depends on: config, weights, tokenizer, code beside them."""
+    digest = hashlib.sha256()
+    patterns = ("config.json", "*.py", *TOKENIZER)
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    for path in sorted(found | set(weight_files(folder))):
+        if path.is_file():
+            digest.update(f"{path.name}:{known_digest(path)}".encode())
     return digest.hexdigest()
 
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import inspect
-import os
+import logging
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 
 from camera.calibration.statistics import LayerStatistics, Statistics
+from camera.calibration.tokens import CalibrationTokens
 from camera.checkpoint.source import fingerprint
 from camera.pipeline.context import PassContext
+from camera.pipeline.result import versions
 from camera.pipeline.resume import PassProgress, code_version
 from camera.runtime import distributed
-from camera.runtime.files import content_key
+from camera.runtime.errors import CameraError
+from camera.runtime.files import content_key, partial_of, replace_durably
 from camera.streaming.skeleton import MetaModel
 
+log = logging.getLogger("camera")
 Gather = Callable[[PassProgress, Path], Statistics]
 """gather(progress, folder): the statistics, going on where `progress` stopped."""
 
@@ -34,16 +39,17 @@ def gathered_once(
     """Statistics of the original model: read from the cache if gathered before, else gathered.
 
     `key` says what is seen (its `kind` first), `owner` the class whose code sees it: runs that
-    agree share a file. A file of another kind is gathered anew.
+    agree share a file. A file of another kind, or a damaged one, is gathered anew.
     """
     model = context.streamer.model
     folder = context.request.statistics or context.request.private_statistics
     about = {
         "weights": fingerprint(model.folder),
-        "tokens": context.request.tokens.hash,
+        "tokens": tokens_key(context.request.tokens),
         "dtype": str(model.dtype),
         "statistics": key,
-        **code_and_device(model, owner),
+        "experts_on_disk": context.estimate.experts_on_disk,
+        **computed_by(model, owner),
     }
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{model.config.model_type}-{key['kind']}-{content_key(about)}"
@@ -54,9 +60,9 @@ def gathered_once(
             progress = PassProgress(folder / f".{name}" / "progress", about)
             found = gather(progress, folder / f".{name}")
             if first:
-                partial = folder / f".{name}.partial"
+                partial = partial_of(path)
                 found.save(partial)
-                os.replace(partial, path)
+                replace_durably(partial, path)
             progress.clear()
     return Statistics.load(path)
 
@@ -64,14 +70,30 @@ def gathered_once(
 def _holds(path: Path, kind: type[LayerStatistics]) -> bool:
     if not path.exists():
         return False
-    layers = Statistics.load(path).layers.values()
+    try:
+        layers = Statistics.load(path).layers.values()
+    except CameraError as error:
+        log.warning("gathering anew: %s", error)
+        return False
     return all(isinstance(layer, kind) for layer in layers)
 
 
-def code_and_device(model: MetaModel, owner: type) -> dict[str, str]:
-    """What else than the inputs decides the bytes of a result of this class's code."""
+def tokens_key(tokens: CalibrationTokens) -> list[Any]:
+    """Which tokens, in how many samples of what length."""
+    return [tokens.hash, *tokens.ids_NL.shape]
+
+
+def computed_by(model: MetaModel, owner: type) -> dict[str, Any]:
+    """What else than the inputs decides the bytes of a result of this class's code
+    (`camera.pipeline.resume.COMPUTED_BY`)."""
     package = sys.modules[owner.__module__.partition(".")[0]]
     files = [Path(inspect.getfile(owner))]
     if hasattr(package, "__path__"):  # a namespace package has no file of its own
         files = sorted(path for folder in package.__path__ for path in Path(folder).rglob("*.py"))
-    return {"code": code_version(*files), "device": model.device.type}
+    return {
+        "code": code_version(*files),
+        "device": model.device.type,
+        "processes": distributed.world(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "versions": versions(),
+    }

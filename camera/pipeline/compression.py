@@ -12,7 +12,7 @@ from camera.checkpoint.shards import ShardWriter
 from camera.checkpoint.source import fingerprint
 from camera.method import Method, Pass, PassKind
 from camera.moe.budget import Budget
-from camera.pipeline.cache import code_and_device
+from camera.pipeline.cache import computed_by, tokens_key
 from camera.pipeline.context import CompressionRequest, PassContext
 from camera.pipeline.estimate import MemoryEstimate, require_memory
 from camera.pipeline.passes.backward import BackwardPass
@@ -152,7 +152,7 @@ def _fingerprint(context: PassContext, step: Pass) -> dict[str, object]:
         "weights": fingerprint(model.folder),
         "method": request.method.name,
         **request.method.settings(),
-        "calibration": request.tokens.hash if request.tokens else None,
+        "calibration": tokens_key(request.tokens) if request.tokens else None,
         "propagate": step.feed if step.tokens else "dense",
         "plan_given": request.plan is not None,
         "phi_kept": context.estimate.keep_phi,
@@ -160,4 +160,4 @@ def _fingerprint(context: PassContext, step: Pass) -> dict[str, object]:
         "dtype": str(model.dtype),
         "stored_dtype": str(model.stored_dtype),
     }
-    return settings | code_and_device(model, type(request.method))
+    return settings | computed_by(model, type(request.method))

@@ -95,5 +95,8 @@ class PassContext:
             "model": self.request.model,
             "propagate": propagate,
             "calibration": self.request.tokens.describe(),
+            "dtype": str(self.streamer.model.dtype),
+            "device": self.streamer.model.device.type,
+            "processes": distributed.world(),
             "versions": versions(),
         }

@@ -67,7 +67,7 @@ def base_name(model: str | Path) -> str:
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        return str(model)
+        return str(model).partition("@")[0]
     cached = folder.absolute().parts[-3:]
     if len(cached) == 3 and cached[0].startswith("models--") and cached[1] == "snapshots":
         return cached[0].removeprefix("models--").replace("--", "/")

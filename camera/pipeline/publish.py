@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from typing import Any
 
@@ -17,7 +16,7 @@ from camera.pipeline.result import CompressionResult, report
 from camera.pipeline.resume import PassProgress
 from camera.runtime import distributed
 from camera.runtime.errors import CameraError
-from camera.runtime.files import CheckpointFiles, write_json
+from camera.runtime.files import CheckpointFiles, replace_durably, write_json
 from camera.streaming.meta_build import tied_names
 from camera.streaming.skeleton import MetaModel
 
@@ -47,7 +46,7 @@ def publish(
     write_json(partial / CheckpointFiles.REPORT, result.to_dict())
     _read_back(context)
     progress.finish()
-    os.replace(partial, request.out)
+    replace_durably(partial, request.out)
     shutil.rmtree(request.private_statistics, ignore_errors=True)
     distributed.barrier()
     return result

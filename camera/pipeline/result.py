@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from camera import MATHEMATICS
 from camera.checkpoint.sizes import bits, count
+from camera.checkpoint.source import revision_of
 from camera.runtime.files import CheckpointFiles
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ class CompressionResult:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # what the method says of each
     statistics: str | None = None  # file name inside the checkpoint
     versions: dict[str, str] = field(default_factory=dict)
+    revision: str | None = None  # commit of a model of the hub
     checkpoint: str | None = None
     native: bool = False  # loads in transformers without this package
 
@@ -48,7 +51,8 @@ class CompressionResult:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    return {name: version(name) for name in ("camera-moe", "torch", "transformers", "safetensors")}
+    packages = ("camera-moe", "torch", "transformers", "safetensors")
+    return {name: version(name) for name in packages} | {"mathematics": str(MATHEMATICS)}
 
 
 def report(
@@ -81,6 +85,7 @@ def report(
         statistics=CheckpointFiles.STATISTICS if statistics and statistics.travels else None,
         layers=state.layer_reports,
         versions=versions(),
+        revision=revision_of(context.streamer.model.folder),
         checkpoint=str(request.out),
         native=method.native,
     )

@@ -1,8 +1,8 @@
 """Progress of an unfinished pass, for resuming.
 
 A folder holds, after every finished layer: the state (JSON), the hidden states that the next layer
-needs, the statistics gathered so far. The state file is replaced last: what it names is complete,
-and whatever else lies there is ignored and overwritten.
+needs, the statistics gathered so far. The state file is replaced last and holds a digest of what it
+names, which is on the disk by then; whatever else lies there is ignored and overwritten.
 
 Shapes: B samples of a batch, L tokens of a sample, H hidden.
 """
@@ -23,9 +23,11 @@ from camera.checkpoint.shards import write_tensors
 from camera.method import LayerPlan, Plan
 from camera.runtime import distributed
 from camera.runtime.errors import CameraError
-from camera.runtime.files import write_json
+from camera.runtime.files import digest_of, sync, write_json
 
 log = logging.getLogger("camera")
+# What of a fingerprint no user sets: half-done work is dropped where it differs.
+COMPUTED_BY = {"code", "device", "processes", "matmul_precision", "versions"}
 
 
 class PassProgress:
@@ -35,28 +37,24 @@ class PassProgress:
         self.folder = folder
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.done = 0  # layers
-        self.measured: list[int] = []  # layers whose statistics are kept
-        self.planned: list[int] = []  # layers whose plans are kept
+        self.files: dict[str, str] = {}  # digests of the files that are kept, by name
         self.state: dict[str, Any] = {}
         self._rank = f"-{distributed.rank()}" if distributed.rank() else ""
 
     def restore(self) -> bool:
         """Read what an earlier run left; True if there is something to go on from.
 
-        What another version of the code or another device left is dropped, with a warning. Raises
-        CameraError, with the difference, if it was left by other settings.
+        What another version of the code, another device or another number of processes left is
+        dropped, with a warning, and so is what is damaged. Raises CameraError, with the difference,
+        if it was left by other settings.
         """
-        found = {"done": 0}
-        if self._state_file.exists():
-            found = json.loads(self._state_file.read_text())
-            if self._differs(found["fingerprint"]):
-                found = {"done": 0}
+        found = self._found()
         self.done = distributed.all_min(found["done"])
-        if not self.done:
+        whole = self.done > 0 and self._is_whole(found["files"])
+        if not distributed.all_min(whole):
             self.clear()
             return False
-        self.state, self.measured = found["state"], found["measured"]
-        self.planned = found["planned"]
+        self.state, self.files = found["state"], found["files"]
         log.info("%s: going on at layer %d.", self.folder.parent.name, self.done)
         return True
 
@@ -74,24 +72,26 @@ class PassProgress:
         try:
             if seen is not None and distributed.rank() == 0:
                 Statistics({done - 1: seen}, {}).save(self._statistics_file(done - 1))
-                self.measured.append(done - 1)
+                self._keep(self._statistics_file(done - 1))
             if plan is not None and distributed.rank() == 0:
                 plan.save(self._plan_file(done - 1))
-                self.planned.append(done - 1)
+                self._keep(self._plan_file(done - 1))
             if hidden:
                 tensors = {str(i): hidden_BLH for i, hidden_BLH in enumerate(hidden)}
                 write_tensors(tensors, self._hidden_file(done))
+                self._keep(self._hidden_file(done))
+            # of several processes one may be a layer ahead when they are killed
+            gone = self._hidden_file(self.done if distributed.world() == 1 else self.done - 1)
+            self.files.pop(gone.name, None)
             content = {"fingerprint": self.fingerprint, "done": done, "state": state}
-            content |= {"measured": self.measured, "planned": self.planned}
+            content |= {"files": self.files}
             write_json(self._state_file, content)
         except (OSError, SafetensorError) as error:
             raise CameraError(
                 f"can't write {self.folder} ({error}): free space on that disk, then run the same "
                 "command again to go on from here."
             ) from error
-        # of several processes one may be a layer ahead when they are killed
-        kept = self.done if distributed.world() == 1 else self.done - 1
-        self._hidden_file(kept).unlink(missing_ok=True)
+        gone.unlink(missing_ok=True)
         self.done, self.state = done, state
 
     def hidden(self) -> list[torch.Tensor]:
@@ -124,12 +124,42 @@ class PassProgress:
         if distributed.rank() == 0:
             shutil.rmtree(self.folder.parent, ignore_errors=True)
         distributed.barrier()
-        self.done, self.state, self.measured, self.planned = 0, {}, [], []
+        self.done, self.state, self.files = 0, {}, {}
 
     def finish(self) -> None:
         """The work is complete: forget the progress, the state first so that none looks whole."""
         self._state_file.unlink(missing_ok=True)
         shutil.rmtree(self.folder)
+
+    def _keep(self, path: Path) -> None:
+        """The next state names this file."""
+        sync(path)
+        self.files[path.name] = digest_of(path)
+
+    def _found(self) -> dict[str, Any]:
+        """What stands in the state file, if that is of the same work."""
+        nothing: dict[str, Any] = {"done": 0}
+        if not self._state_file.exists():
+            return nothing
+        try:
+            found = json.loads(self._state_file.read_text())
+            other = found["fingerprint"]
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s can't be read: starting anew.", self._state_file)
+            return nothing
+        return nothing if self._differs(other) else found
+
+    def _is_whole(self, files: dict[str, str]) -> bool:
+        """Whether what is gone on from is as it was written; a layer further may be half done."""
+        needed = [self._hidden_file(self.done)]
+        for index in range(self.done):
+            needed += [self._statistics_file(index), self._plan_file(index)]
+        for path in needed:
+            written = files.get(path.name)
+            if written and not (path.exists() and digest_of(path) == written):
+                log.warning("%s is not as it was written: starting anew.", path)
+                return False
+        return True
 
     def _differs(self, other: dict[str, Any]) -> bool:
         keys = sorted(other.keys() | self.fingerprint.keys())
@@ -139,7 +169,7 @@ class PassProgress:
             if other.get(key) != self.fingerprint.get(key)
         }
         told = "; ".join(differences.values())
-        if differences.keys() - {"code", "device"}:
+        if differences.keys() - COMPUTED_BY:
             raise CameraError(
                 f"{self.folder.parent} holds unfinished work of other settings ({told}): delete it "
                 "to start anew, or choose another folder."

@@ -1,19 +1,36 @@
-"""Durable and atomic files, free space, content keys."""
+"""Durable and atomic files, what is in them, free space, content keys."""
 
 import hashlib
 import json
+import logging
 import os
 import shutil
+import time
 from pathlib import Path
 
 from camera.runtime.errors import CameraError
 
+log = logging.getLogger("camera")
+REMEMBERED = 2**28  # bytes from which on hashing a file again is worth a note of its digest
+SETTLED = 2.0  # seconds: what was written later may be written again without a new time stamp
+
+
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk, or a folder's list of names."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
 
 def replace_durably(partial: Path, path: Path) -> None:
-    """Rename a finished file into place once its bytes are on the disk."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    """Rename a finished file, or folder of files, into place once its bytes are on the disk."""
+    for inside in partial.rglob("*"):
+        sync(inside)
+    sync(partial)
     os.replace(partial, path)
+    sync(path.parent)
 
 
 def require_space(folder: Path, needed: int) -> None:
@@ -38,10 +55,42 @@ def _told_apart(less: int, more: int) -> tuple[str, str]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write JSON so that the file is whole or absent."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Write JSON so that the file is whole or absent, whatever happens."""
+    partial = partial_of(path)
     partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    replace_durably(partial, path)
+
+
+def digest_of(path: Path) -> str:
+    """sha256 of all bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_digest(path: Path) -> str:
+    """`digest_of` a file that seldom changes: a large one is read once, not once a run.
+
+    A note in the user's cache (`XDG_CACHE_HOME`) holds it under the file's place, size, times and
+    inode: a file that was written since has another.
+    """
+    about = path.stat()
+    if about.st_size < REMEMBERED or time.time() - about.st_ctime < SETTLED:
+        return digest_of(path)
+    stamp = [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    note = cache / "camera" / f"{content_key({'file': str(path.resolve()), 'stamp': stamp})}.json"
+    if note.exists():
+        try:
+            return json.loads(note.read_text())["sha256"]
+        except (ValueError, KeyError):
+            log.warning("%s can't be read: hashing %s anew.", note, path)
+    digest = digest_of(path)
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note, {"file": str(path), "sha256": digest})
+    except OSError as error:
+        log.warning("the digest of %s is not kept for the next run (%s).", path, error)
+    return digest
 
 
 def content_key(about: dict) -> str:

@@ -11,19 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from camera import __version__
-from camera.checkpoint.source import fingerprint
-from experiments.config.location import EMBEDDED
-from experiments.config.settings import Settings, arguments
+from experiments.config.settings import Settings
 from experiments.records.files import OutputFolder, RunFiles, is_json, lock_of, newer, read_json
-from experiments.tiny_moe import layout
+from experiments.records.identity import compression_identity, evaluation_identity
 
 log = logging.getLogger("camera")
 
-# Settings of the machine: they change no result, so a run that ran out of memory continues with a
-# smaller batch.
 NAME_BYTES = 200  # of the 255 of a file's name: the rest is the hash and what locks add
-MACHINE = ("batch_size", "perplexity_batch_size", "stream", "dequantize")
 
 
 @dataclass(frozen=True)
@@ -38,9 +32,9 @@ class Folders:
     @classmethod
     def of(cls, settings: Settings) -> Folders:
         """The folders of these settings; needs nothing but the model's folder, if it is local."""
-        output = OutputFolder(Path(settings.output))
-        compression = _compression(settings)
-        identity = compression | _evaluation(settings)
+        output = OutputFolder(Path(settings.output).expanduser())
+        compression = compression_identity(settings)
+        identity = compression | evaluation_identity(settings)
         name = _readable(f"{settings.model['name']}-{settings.method_name}")
         return cls(
             output,
@@ -115,42 +109,6 @@ def _has_weights(checkpoint: Path) -> bool:
 def cost_class(model: str, method: str, identity: dict[str, Any]) -> tuple[str, str, str]:
     """What runs of about the same duration share: model, method, a hash of what is measured."""
     return model, method, _short_hash(identity["evaluation"])
-
-
-def _compression(settings: Settings) -> dict[str, Any]:
-    identity = {
-        "camera": __version__,
-        "model": _contents(settings.model_path),
-        "method": {"name": settings.method_name, **arguments(settings.method)},
-        "dtype": settings.dtype,
-    }
-    if settings.calibrates:
-        identity["calibration"] = arguments(settings.calibration)
-        identity["propagate"] = settings.propagate
-        identity["data"] = _place(settings.data)
-        identity["seed"] = settings.seed
-    return identity
-
-
-def _evaluation(settings: Settings) -> dict[str, Any]:
-    kept = {key: value for key, value in settings.evaluation.items() if key not in MACHINE}
-    if not kept["speed"]["batch_sizes"]:
-        del kept["speed"]
-    return {"evaluation": kept, "data": _place(settings.data), "seed": settings.seed}
-
-
-def _contents(model: str) -> str:
-    # What is in a local folder rather than where it is: it may move, and may be trained again.
-    folder = Path(model)
-    return fingerprint(folder) if (folder / "config.json").is_file() else model
-
-
-def _place(data: str) -> str:
-    if data == EMBEDDED:
-        # What the generator writes rather than its name: other texts give other results.
-        return f"{EMBEDDED}-{layout.fingerprint()}"
-    folder = Path(data)
-    return str(folder.resolve()) if folder.is_dir() else data
 
 
 def _readable(name: str) -> str:

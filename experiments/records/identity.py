@@ -2,12 +2,76 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+from camera import MATHEMATICS
+from camera.calibration.corpora import CORPORA, HUB, corpus_file
+from camera.calibration.settings import MIXTURES
+from camera.checkpoint.source import fingerprint, resolve_model, revision_of
+from camera.evaluation.tasks.definitions import row_file
+from camera.runtime.errors import CameraError
+from camera.runtime.files import known_digest
+from experiments.config.location import EMBEDDED
+from experiments.config.settings import Settings, arguments
+from experiments.tiny_moe import layout
+
+# Settings of the machine: they change no result, so a run that ran out of memory continues with a
+# smaller batch.
+MACHINE = ("batch_size", "perplexity_batch_size", "stream", "dequantize")
+ROUNDING = ("phi", "experts")  # choices of memory that sum in another order
 # What every run has of its own, or what the table shows in columns of their own.
 UNNAMED = ("model", "method.name", "method.sparsity", "method.sparsity_of", "method.bits")
+
+
+def compression_identity(settings: Settings) -> dict[str, Any]:
+    """What the compressed model depends on.
+
+    The device is the one asked for: a sweep is planned where there may be none of those that its
+    jobs compute on. What `auto` came to is added when a run starts (`experiments.runs`).
+    """
+    identity = {
+        "mathematics": MATHEMATICS,
+        "versions": _versions("torch", "transformers"),
+        "model": _contents(settings.model_path),
+        "method": {"name": settings.method_name, **arguments(settings.method)},
+        "device": settings.device.partition(":")[0],
+        "dtype": settings.dtype,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+    if settings.calibrates:
+        asked = arguments(settings.calibration)
+        sources = MIXTURES.get(asked["source"], (asked["source"],))
+        identity["calibration"] = asked
+        identity["calibration_text"] = _texts(settings.data, [(s, asked["split"]) for s in sources])
+        identity["propagate"] = settings.propagate
+        identity["memory"] = {key: settings.memory[key] for key in ROUNDING}
+        identity["seed"] = settings.seed
+    return identity
+
+
+def evaluation_identity(settings: Settings) -> dict[str, Any]:
+    """What the measurements depend on besides the compressed model."""
+    kept = {key: value for key, value in settings.evaluation.items() if key not in MACHINE}
+    corpora, tasks, packages = list(kept["perplexity"]), kept["tasks"], ["torch", "transformers"]
+    if kept["speed"]["batch_sizes"]:
+        corpora.append("wikitext2")  # its prompts
+    else:
+        del kept["speed"]
+    if tasks:
+        packages.append("lm-eval")
+    splits = [(c, CORPORA[c].evaluated if c in CORPORA else "file") for c in corpora]
+    return {
+        "evaluation": kept,
+        "versions": _versions(*packages),
+        "data": _texts(settings.data, splits, tasks),
+        "seed": settings.seed,
+    }
 
 
 def measurement_key(identity: dict[str, Any]) -> dict[str, Any]:
@@ -15,7 +79,7 @@ def measurement_key(identity: dict[str, Any]) -> dict[str, Any]:
 
     The seed isn't part of it: it draws what a method is calibrated on, not what is measured.
     """
-    keys = ("camera", "model", "dtype", "evaluation", "data")
+    keys = ("mathematics", "versions", "model", "dtype", "computed", "evaluation", "data")
     return {key: identity.get(key) for key in keys}
 
 
@@ -59,6 +123,51 @@ def differing_settings(
         )
         for kind, settings in zip(kinds, flat, strict=True)
     ]
+
+
+def _versions(*packages: str) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = version(package).partition("+")[0]  # +cpu: that is the device's matter
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _contents(model: str) -> str:
+    # What is in a local folder rather than where it is: it may move, and may be trained again.
+    folder = Path(model).expanduser()
+    return fingerprint(folder) if (folder / "config.json").is_file() else _hub_contents(model)
+
+
+@cache
+def _hub_contents(model: str) -> str:
+    """A hub id with the commit that it stands for, asked for once by a process."""
+    try:
+        revision = revision_of(resolve_model(model, weights=False))
+    except CameraError:  # raised again, with the reason in its folder, when the run is checked
+        return model
+    return f"{model.partition('@')[0]}@{revision}"
+
+
+def _texts(data: str, corpora: Iterable[tuple[str, str]], tasks: Iterable[str] = ()) -> str:
+    """What is in the texts that are read, rather than where they are."""
+    # What the generator writes rather than its name: other texts give other results.
+    place = f"{EMBEDDED}-{layout.fingerprint()}" if data == EMBEDDED else data
+    remote = data in (EMBEDDED, HUB)
+    files = {f"{c}/{s}": corpus_file(HUB if remote else data, c, s) for c, s in corpora}
+    if not remote:
+        place = "folder"
+        files |= {task: Path(data).expanduser() / row_file(task) for task in tasks}
+    found = {name: file for name, file in sorted(files.items()) if file is not None}
+    if not found:
+        return place
+    digest = hashlib.sha256()
+    for name, file in found.items():
+        content = known_digest(file) if file.is_file() else "absent"  # refused by the check
+        digest.update(f"{Path(name).name}:{content}".encode())
+    return f"{place}-{digest.hexdigest()[:12]}"
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

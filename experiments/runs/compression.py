@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import camera
 from camera.calibration.settings import Calibration
+from camera.checkpoint.loading import resolve_device
 from camera.checkpoint.source import resolve_model
 from camera.evaluation.placement import should_stream
 from camera.evaluation.suite import EvaluationRequest
@@ -33,6 +36,13 @@ def compression(settings: Settings, folders: Folders) -> dict[str, Any]:
     with lock_of(folders.checkpoint):
         compress_once(settings, folders)
         return read_json(folders.report)
+
+
+def computed_in(settings: Settings) -> dict[str, str]:
+    """What `auto` comes to on this machine: results of others aren't compared with these."""
+    device = torch.device(resolve_device(settings.device)).type
+    auto = "float32" if device == "cpu" else "the stored dtype"
+    return {"device": device, "dtype": auto if settings.dtype == "auto" else settings.dtype}
 
 
 def compress_once(settings: Settings, folders: Folders) -> None:
@@ -73,14 +83,14 @@ def base_name(settings: Settings) -> str:
 
 
 @contextmanager
-def checkpoint(settings: Settings, folders: Folders) -> Iterator[str | Path]:
+def checkpoint(settings: Settings, folders: Folders) -> Iterator[Path]:
     """What to evaluate, under a lock so that no other run takes it away while it is read."""
     with lock_of(folders.checkpoint):
         if settings.compresses:
             compress_once(settings, folders)
             yield folders.checkpoint
         else:
-            yield settings.model_path
+            yield resolve_model(settings.model_path, code=settings.trust_remote_code)
 
 
 def evaluation_during_compression(settings: Settings) -> EvaluationRequest | None:

@@ -30,7 +30,7 @@ from experiments.records.files import (
 )
 from experiments.records.folders import Folders
 from experiments.runs import ranks
-from experiments.runs.compression import camera_compress, compression
+from experiments.runs.compression import camera_compress, compression, computed_in
 from experiments.runs.measurements import lazy_model, measured, measurements, stream
 from experiments.runs.metrics import assemble
 from experiments.runs.tracker import CarefulTracker, NullTracker
@@ -77,9 +77,16 @@ def _run(
         if sweep and tried and (reason := files.failure):
             raise FailedBeforeError(f"failed before: {reason} (retry=failed tries again)")
         asked = {"method": settings.method_name, "settings": settings.to_dict()}
-        files.start(asked | {"identity": folders.identity})
+        begun = None
+        if is_json(files.settings):
+            begun = read_json(files.settings).get("identity", {}).get("computed")
+        files.start(asked | {"identity": folders.identity | {"computed": begun}})
         with _error_file(files), _log_file(files), naming_output(folders.output.folder):
             check(settings)
+            computed = computed_in(settings)
+            files.start(asked | {"identity": folders.identity | {"computed": computed}})
+            if begun not in (None, computed):
+                _start_anew(settings, folders, begun)
             tracker = CarefulTracker(build(settings.tracker))
             tracker.start(
                 folders.run,
@@ -100,6 +107,14 @@ def _run(
     if not settings.keep_checkpoint:
         folders.discard_checkpoint()
     return folders.run
+
+
+def _start_anew(settings: Settings, folders: Folders, begun: dict[str, str]) -> None:
+    """Forget the parts that were done in other arithmetic."""
+    where = "on {device} in {dtype}".format(**begun)
+    log.warning("%s was begun %s: doing it anew.", folders.run.name, where)
+    for name in (COMPRESSION, *measurements(settings)):
+        folders.files.part(name).unlink(missing_ok=True)
 
 
 def _measure(settings: Settings, folders: Folders, tracker: NullTracker) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def add(
     if bits is not None:
         chosen |= {"bits": bits}
     identity = {
-        "camera": "0.1.0",
+        "mathematics": 1,
         "model": model,
         "method": {"name": method, **chosen},
         "evaluation": EVALUATION | (evaluation or {}),

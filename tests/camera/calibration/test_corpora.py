@@ -37,7 +37,9 @@ def hub(monkeypatch):
     """A hub that answers from memory and remembers what it was asked."""
     asked = []
 
-    def load_dataset(path, name=None, *, split, data_files=None):
+    def load_dataset(path, name=None, *, split, data_files=None, revision=None):
+        pinned = path not in ("Salesforce/wikitext", "allenai/c4") or len(revision) == 40
+        assert pinned, "a push to the hub would change results"
         asked.append((path, name, split, data_files))
         rows = {"Salesforce/wikitext": [{"text": line} for line in WIKI], "allenai/c4": WEB}
         return datasets.Dataset.from_list(rows.get(path, PIQA))

@@ -14,7 +14,7 @@ import camera
 from camera.calibration.hessians import HessianObserver
 from camera.calibration.observers import ObserverSpec
 from camera.calibration.scores.energy import EnergyStatistics
-from camera.calibration.statistics import LayerStatistics
+from camera.calibration.statistics import LayerStatistics, Statistics
 from camera.method import Pass, PassKind
 from camera.moe.capture import run_ffn
 from camera.moe.families import family_of
@@ -235,6 +235,53 @@ def test_main_py_runs_under_torchrun(source, data_folder, tmp_path):
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
     # summed by two processes and by one, in fp32
     assert metrics["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
+
+
+STOPPED = """
+    import os, sys, camera
+    from camera.pipeline.resume import PassProgress
+    from camera.runtime import distributed
+
+    source, out, data = sys.argv[1:]
+    commit = PassProgress.commit
+
+    def killed(self, done, *rest):
+        commit(self, done, *rest)
+        if done == 2:
+            distributed.barrier()
+            os._exit(9)
+
+    PassProgress.commit = killed
+    with distributed.process_group():
+        camera.compress(source, "camera_p", out, sparsity=0.4, data=data, device="cpu",
+                        calibration=camera.Calibration(samples=5, length=16), progress=False)
+"""
+
+
+def test_what_two_processes_began_one_does_anew(source, data_folder, one, tmp_path, caplog):
+    script = tmp_path / "job.py"
+    script.write_text(textwrap.dedent(STOPPED))
+    with pytest.raises(AssertionError):
+        torchrun(script, source, tmp_path / "out", data_folder, PYTHONPATH=str(CONF.parent))
+    assert (tmp_path / ".out.partial" / "progress" / "state-1.json").exists()
+    camera.compress(
+        source,
+        out=tmp_path / "out",
+        data=str(data_folder),
+        device="cpu",
+        progress=False,
+        calibration=camera.Calibration(samples=5, length=16),
+        **JOBS["layer by layer"],
+    )
+    assert "starting anew (processes: 2 there, 1 here)" in caplog.text
+    mine, theirs = weights(tmp_path / "out"), weights(one("layer by layer")[0])
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    seen, whole = (
+        Statistics.load(folder / "statistics.safetensors").layers
+        for folder in (tmp_path / "out", one("layer by layer")[0])
+    )
+    for index, layer in whole.items():
+        assert torch.equal(seen[index].tokens_E, layer.tokens_E)
 
 
 class Summed:

@@ -7,8 +7,10 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
 import camera
+from camera.pipeline.cache import computed_by
 from camera.pipeline.resume import PassProgress
 from camera.runtime.errors import CameraError
 from camera.streaming.streamer import LayerStreamer
@@ -158,6 +160,65 @@ def test_a_truncated_shard_starts_the_work_anew(
     compress()
     assert "starting anew" in caplog.text
     assert written(tmp_path / "out") == uninterrupted
+
+
+def zero(path):
+    """As a power cut leaves a file that wasn't waited for: its size is right."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+DAMAGE = {
+    "hidden states zeroed": ("progress/hidden-*", zero),
+    "hidden states cut": ("progress/hidden-*", lambda path: path.write_bytes(b"a" * 99)),
+    "hidden states gone": ("progress/hidden-*", lambda path: path.unlink()),
+    "a shard zeroed": ("model-00001-*", zero),
+    "state empty": ("progress/state.json", lambda path: path.write_text("")),
+    "state of another kind": ("progress/state.json", lambda path: path.write_text("[1]")),
+    "statistics cut": ("progress/statistics-00001*", lambda path: path.write_bytes(b"")),
+    "statistics gone": ("progress/statistics-00001*", lambda path: path.unlink()),
+    "a plan gone": ("progress/plan-00000*", lambda path: path.unlink()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_work_is_done_anew_with_a_warning(
+    damage, compress, uninterrupted, tmp_path, monkeypatch, caplog
+):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2 * PER_LAYER, after=True)
+        with pytest.raises(Killed):
+            compress()
+    pattern, harm = DAMAGE[damage]
+    files = list((tmp_path / ".out.partial").glob(pattern))
+    assert files
+    for path in files:
+        harm(path)
+    compress()
+    assert "starting anew" in caplog.text
+    assert written(tmp_path / "out") == uninterrupted
+
+
+@pytest.mark.parametrize(
+    ("what", "left"),
+    [
+        ("camera.runtime.distributed.world", "processes: 3 there, 1 here"),
+        ("torch.get_float32_matmul_precision", "matmul_precision: 3 there, highest here"),
+        ("camera.pipeline.cache.versions", "versions: 3 there"),
+    ],
+)
+def test_work_computed_otherwise_is_dropped_with_a_warning(what, left, tmp_path, caplog):
+    class model:
+        device = torch.device("cpu")
+
+    def progress():
+        return PassProgress(tmp_path / "a" / "progress", computed_by(model, camera.CameraP))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(what, lambda: 3)
+        other = progress()
+    other.commit(1, {}, [])
+    assert not progress().restore()
+    assert f"starting anew ({left}" in caplog.text
 
 
 def test_work_of_other_settings_is_refused_with_the_difference(compress, tmp_path, monkeypatch):

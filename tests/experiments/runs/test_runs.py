@@ -66,12 +66,14 @@ def names(settings):
 def test_what_changes_the_result_names_the_folders(make):
     run_name, checkpoint = names(make())
     batches = ("evaluation.batch_size=3", "evaluation.perplexity_batch_size=3")
-    for same in ("device=cpu", "force=true", "retry=failed", "tracker=wandb", *batches):
+    for same in ("force=true", "retry=failed", "tracker=wandb", *batches):
         assert names(make(same)) == (run_name, checkpoint)
     for other in ("evaluation.blocks=3", "evaluation=none"):
         assert names(make(other))[0] != run_name
         assert names(make(other))[1] == checkpoint
-    for other in ("alpha=0.5", "sparsity=0.3", "seed=1", "propagate=dense", "dtype=bfloat16"):
+    arithmetic = ("dtype=bfloat16", "device=cuda", "memory.experts=disk", "memory.phi=recompute")
+    settings = ("alpha=0.5", "sparsity=0.3", "seed=1", "propagate=dense", "trust_remote_code=true")
+    for other in (*settings, *arithmetic):
         assert names(make(other))[0] != run_name
         assert names(make(other))[1] != checkpoint
 
