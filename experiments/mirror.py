@@ -54,14 +54,14 @@ def mirror(
         if path.exists() and not force:
             report(f"kept     {path}")
             continue
-        rows = _download(address, limit)
+        rows = download(address, limit)
         count = _write_lines(path, rows) if path.suffix == ".txt" else _write_jsonl(path, rows)
         report(f"written  {path} ({count} rows of {address['path']})")
         written.append(path)
     return written
 
 
-def _download(address: Mapping[str, Any], limit: int | None) -> Iterable[Mapping[str, Any]]:
+def download(address: Mapping[str, Any], limit: int | None) -> Iterable[Mapping[str, Any]]:
     with hub_errors(address["path"]):
         import datasets
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from camera.calibration.statistics import LayerStatistics
     from camera.moe.budget import Budget
     from camera.moe.feed_forward import FeedForward
-    from camera.quantization.bit_plan import LayerBits
+    from camera.quantization.layer_bits import LayerBits
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Gptq(Quantization):
     ) -> LayerBits:
         import torch
 
-        from camera.quantization.bit_plan import ExpertBits, LayerBits
+        from camera.quantization.layer_bits import ExpertBits, LayerBits
 
         bits = plan.shared["bits"]
         experts = [ExpertBits.matched(torch.full((width,), bits)) for width in ffn.widths]

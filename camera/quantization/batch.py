@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from camera.checkpoint.formats.packed.segments import QuantizedMatrix
-from camera.quantization.quantizers.gptq import output_error
+from camera.quantization.quantizers.hessian import output_error
 from camera.quantization.quantizers.quantizer import Quantizer
 
 

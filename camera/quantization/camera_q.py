@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from camera.checkpoint.formats.packed.footprint import StoredBits
     from camera.moe.budget import Budget
     from camera.moe.feed_forward import FeedForward
-    from camera.quantization.bit_plan import LayerBits
+    from camera.quantization.layer_bits import LayerBits
 
 
 @dataclass(frozen=True)
@@ -316,7 +316,7 @@ def _matched(
     bits_N: Tensor, energy_N: Tensor, widths: Sequence[int], group_size: int | None
 ) -> LayerBits:
     """The same bits in gate, up and down of every micro-expert."""
-    from camera.quantization.bit_plan import ExpertBits, LayerBits
+    from camera.quantization.layer_bits import ExpertBits, LayerBits
 
     parts = zip(bits_N.split(list(widths)), energy_N.split(list(widths)), strict=True)
     return LayerBits([ExpertBits.matched(*part) for part in parts], group_size)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from camera.method import Plan
     from camera.moe.budget import Budget
     from camera.moe.feed_forward import FeedForward
-    from camera.quantization.bit_plan import LayerBits
+    from camera.quantization.layer_bits import LayerBits
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class CameraQDagger(CameraQ):
             return self._by_channels(index, ffn, seen, plan)
         import torch
 
-        from camera.quantization.bit_plan import ExpertBits, LayerBits
+        from camera.quantization.layer_bits import ExpertBits, LayerBits
 
         matched = super().plan_layer(index, ffn, seen, budget, plan)
         generator = torch.Generator().manual_seed(layer_seed(self.seed, index))
@@ -94,7 +94,8 @@ class CameraQDagger(CameraQ):
     ) -> LayerBits:
         import torch
 
-        from camera.quantization.bit_plan import ExpertBits, LayerBits, ranking
+        from camera.quantization.bit_plan import ranking
+        from camera.quantization.layer_bits import ExpertBits, LayerBits
 
         energy_N, pool = self.importance(index, seen, plan), self.pool_of(ffn)
         levels = plan.shared["levels"]

@@ -26,7 +26,7 @@ from camera.compensation.least_squares import (
 from camera.compensation.settings import CompensationSettings
 from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
 from camera.quantization.batch import QuantizationReport, quantize_batch
-from camera.quantization.bit_plan import ExpertBits, falling
+from camera.quantization.layer_bits import ExpertBits, falling
 from camera.quantization.quantizers.quantizer import Quantizer
 
 SOLVE_BYTES = 4 * 2**30  # of Hessians, factors and weights that are solved as one batch

@@ -4,7 +4,8 @@ import argparse
 
 import torch
 
-from camera.quantization.quantizers.gptq import GPTQ, Factor
+from camera.quantization.quantizers.gptq import GPTQ
+from camera.quantization.quantizers.hessian import Factor
 from experiments.bench.support.timing import clock, now
 
 HIDDEN, WIDTH = 2048, 768

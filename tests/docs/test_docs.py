@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 
 from experiments.config.location import CONF
 from experiments.config.settings import Settings
-from tests.helpers.composing import choices, config_of
-from tests.helpers.documents import (
+from tests.helpers.runs.composing import choices, config_of
+from tests.helpers.runs.documents import (
     PAGES,
     README,
     ROOT,

@@ -10,8 +10,8 @@ from experiments.records.files import read_json
 from experiments.runs import run
 from experiments.runs.metrics import SCORES
 from experiments.runs.tracker import NullTracker
-from tests.helpers.composing import command, tiny
-from tests.helpers.documents import blocks, page
+from tests.helpers.runs.composing import command, tiny
+from tests.helpers.runs.documents import blocks, page
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,9 @@ from camera.pruning.plan import KeptExperts
 from camera.quantization.quantizers.quantizer import QUANTIZERS
 from experiments.config.constructor import typed_settings
 from experiments.records.files import read_json
-from tests.helpers.composing import command, tiny
-from tests.helpers.documents import ROOT, blocks, page
 from tests.helpers.models import COMMON, build_tokenizer
+from tests.helpers.runs.composing import command, tiny
+from tests.helpers.runs.documents import ROOT, blocks, page
 
 REGISTRIES = (METHODS, SCORES, FORMATS, QUANTIZERS, KINDS)
 NAMED = re.compile(r"^`(my_camera/\w+\.py)`:\n\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

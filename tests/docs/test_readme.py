@@ -13,7 +13,7 @@ from camera.__main__ import main as camera_main
 from experiments import mirror, status
 from experiments.config.location import CONF
 from experiments.tables import writing
-from tests.helpers.composing import choices, command, config_of
+from tests.helpers.runs.composing import choices, command, config_of
 
 ROOT = CONF.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -121,7 +121,7 @@ def test_modules_do_what_the_readme_says(arguments, output, tmp_path, monkeypatc
             camera_main()
             assert "quantization_config" not in (tmp_path / "plain" / "config.json").read_text()
         case ["experiments.mirror", "FOLDER"]:
-            monkeypatch.setattr(mirror, "_download", lambda *_: [{"text": "words"}])
+            monkeypatch.setattr(mirror, "download", lambda *_: [{"text": "words"}])
             assert mirror.main([str(tmp_path)]) == 0
             assert (tmp_path / "wikitext2" / "train.txt").read_text() == "words\n"
         case _:

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import command
 from experiments.command import SUBCOMMANDS, Subcommand, main
-from tests.helpers.run_folders import add
+from tests.helpers.runs.run_folders import add
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,1 +1,1 @@
-"""What tests share: tiny models, oracles, golden vectors, run folders."""
+"""What tests share: tiny models, oracles, golden vectors; `runs` for those of experiments."""

@@ -5,8 +5,8 @@ Shapes: E experts, R rows, C columns, N tokens.
 
 import torch
 
-from camera.quantization.quantizers.gptq import output_error
 from camera.quantization.quantizers.grids import CLIPS
+from camera.quantization.quantizers.hessian import output_error
 
 E, R, C = 5, 12, 80
 

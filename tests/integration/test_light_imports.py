@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 import experiments
 from experiments.config.location import CONF
-from tests.helpers.run_folders import add
+from tests.helpers.runs.run_folders import add
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "scipy", "matplotlib", "lm_eval", "datasets", "wandb")

@@ -79,12 +79,12 @@ def _split(config: Mapping[str, Any]) -> str:
 
 
 def _load(task: str, config: dict[str, Any]):
-    manager = _task_manager(task in NINE_TASKS)
+    manager = task_manager(task in NINE_TASKS)
     return manager.load([config])["tasks"][task]
 
 
 @functools.cache
-def _task_manager(only_nine: bool):
+def task_manager(only_nine: bool):
     import lm_eval.tasks
 
     if not only_nine:
@@ -99,7 +99,7 @@ def task_config(task: str) -> dict[str, Any]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     with quiet():
-        manager = _task_manager(task in NINE_TASKS)
+        manager = task_manager(task in NINE_TASKS)
     if task not in manager.all_subtasks:
         near = difflib.get_close_matches(str(task), manager.all_subtasks + list(NINE_TASKS), n=3)
         hint = (

@@ -26,7 +26,6 @@ from camera.moe.routing import router_constraints
 from camera.pruning.whole_experts import remove_experts
 from camera.runtime.errors import CameraError
 from camera.streaming.skeleton import MetaModel
-from tests.helpers.documents import reference_settings
 from tests.helpers.dropping import (
     ALL,
     CASES,
@@ -39,6 +38,7 @@ from tests.helpers.dropping import (
 )
 from tests.helpers.models import MOE_FAMILIES
 from tests.helpers.oracles import capture
+from tests.helpers.runs.documents import reference_settings
 
 
 def ffn_of(block):

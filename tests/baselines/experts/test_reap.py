@@ -16,9 +16,9 @@ from camera.moe.capture import run_ffn
 from camera.moe.families import Family
 from camera.moe.feed_forward import FeedForward
 from camera.runtime.errors import CameraError
-from tests.helpers.documents import reference_settings
 from tests.helpers.dropping import build, tokens, views
 from tests.helpers.oracles import capture
+from tests.helpers.runs.documents import reference_settings
 
 
 @torch.no_grad()

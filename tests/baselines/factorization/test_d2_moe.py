@@ -18,10 +18,10 @@ from camera.moe.budget import Budget, Count
 from camera.moe.pool import LayerPool
 from camera.runtime.errors import CameraError
 from camera.streaming.skeleton import MetaModel
-from tests.helpers.documents import reference_settings
 from tests.helpers.golden import golden_cases
 from tests.helpers.models import MOE_FAMILIES
 from tests.helpers.oracles import capture, ffn_of
+from tests.helpers.runs.documents import reference_settings
 
 REFERENCE = D2Moe(0.5, **reference_settings("d2_moe"))
 MERGES = {"fisher_freq": (1, 1), "fisher": (1, 0), "freq": (0, 1), "mean": (0, 0)}

@@ -25,10 +25,10 @@ from camera.pipeline.resume import PassProgress
 from camera.runtime.errors import CameraError
 from camera.streaming.skeleton import MetaModel
 from camera.streaming.streamer import LayerStreamer
-from tests.helpers.documents import reference_settings
 from tests.helpers.golden import compare, golden_case
 from tests.helpers.models import build_model
 from tests.helpers.oracles import ffn_of, zero_lowest
+from tests.helpers.runs.documents import reference_settings
 
 
 @pytest.fixture(scope="module", autouse=True)

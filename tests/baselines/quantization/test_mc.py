@@ -23,8 +23,8 @@ from camera.moe.families import Family
 from camera.moe.feed_forward import FeedForward
 from camera.quantization.quantizers.gptq import GPTQ
 from camera.streaming.skeleton import MetaModel
-from tests.helpers.documents import reference_settings
 from tests.helpers.golden import compare, golden_case
+from tests.helpers.runs.documents import reference_settings
 
 REFERENCE = MixtureCompressor(**reference_settings("mc"))
 

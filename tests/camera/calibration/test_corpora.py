@@ -88,7 +88,7 @@ def test_a_broken_download_leaves_no_file(tmp_path, hub, monkeypatch):
         yield WEB[0]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("experiments.mirror._download", broken)
+    monkeypatch.setattr("experiments.mirror.download", broken)
     with pytest.raises(KeyboardInterrupt):
         mirror(tmp_path, report=lambda _: None)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
@@ -100,8 +100,8 @@ def test_mirror_command(tmp_path, hub, capsys, monkeypatch):
     assert main([str(tmp_path), "--c4-documents", "0"]) == 1
     assert "--c4-documents 0" in capsys.readouterr().err
     # lm-eval's whole index takes a quarter of a minute to read; the nine's stands in for it.
-    nine = definitions._task_manager(True)
-    monkeypatch.setattr(definitions, "_task_manager", lambda only_nine: nine)
+    nine = definitions.task_manager(True)
+    monkeypatch.setattr(definitions, "task_manager", lambda only_nine: nine)
     assert main([str(tmp_path), "--tasks", "piqqa"]) == 1
     assert "did you mean piqa" in capsys.readouterr().err
 

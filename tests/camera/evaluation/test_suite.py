@@ -7,7 +7,7 @@ import pytest
 import camera
 from camera.evaluation.suite import EvaluationRequest, evaluate_streamed
 from camera.streaming.skeleton import MetaModel
-from tests.helpers.composing import settings_of, tiny
+from tests.helpers.runs.composing import settings_of, tiny
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "llama"])

@@ -23,9 +23,9 @@ from camera.pipeline.compression import refuse_unshared
 from camera.runtime import distributed
 from camera.runtime.errors import CameraError
 from experiments.config.location import CONF
-from tests.helpers.composing import command, tiny
 from tests.helpers.damage import damage
 from tests.helpers.models import build_model
+from tests.helpers.runs.composing import command, tiny
 
 LAYERS = 4
 JOBS = {

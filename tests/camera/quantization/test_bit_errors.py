@@ -3,8 +3,8 @@
 import torch
 
 from camera.quantization.bit_errors import bit_errors
-from camera.quantization.bit_plan import ExpertBits
 from camera.quantization.layer import quantize_layer
+from camera.quantization.layer_bits import ExpertBits
 from camera.quantization.quantizers.gptq import GPTQ
 from tests.helpers.quantizing import dense_output, layer_of, seen_by
 

@@ -6,8 +6,9 @@ Shapes: E experts, R rows, C columns, N tokens.
 import pytest
 import torch
 
-from camera.quantization.quantizers.gptq import GPTQ, Hessian, output_error
+from camera.quantization.quantizers.gptq import GPTQ
 from camera.quantization.quantizers.grids import CLIPS, Grid
+from camera.quantization.quantizers.hessian import Hessian, output_error
 from camera.runtime.errors import CameraError
 from tests.helpers.gptq_problem import KINDS, C, E, R, as_good, inputs, same
 

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from baselines.quantization.gptq import Gptq
-from camera.quantization.quantizers.gptq import GPTQ, QUIRKS, Hessian
+from camera.quantization.quantizers.gptq import GPTQ, QUIRKS
 from camera.quantization.quantizers.grids import CLIPS
-from tests.helpers.documents import reference_settings
+from camera.quantization.quantizers.hessian import Hessian
 from tests.helpers.golden import golden_cases
+from tests.helpers.runs.documents import reference_settings
 
 REFERENCE = Gptq(bits=4, **reference_settings("gptq"))
 

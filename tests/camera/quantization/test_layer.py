@@ -6,8 +6,8 @@ Shapes: M micro-experts of an expert that stay, W width of one expert.
 import pytest
 import torch
 
-from camera.quantization.bit_plan import ExpertBits
 from camera.quantization.layer import quantize_layer
+from camera.quantization.layer_bits import ExpertBits
 from camera.quantization.quantizers.gptq import GPTQ
 from tests.helpers.gptq_problem import as_good
 from tests.helpers.quantizing import dense_output, layer_of, seen_by

@@ -7,7 +7,7 @@ import pytest
 from camera.runtime.errors import CameraError
 from experiments.config.arguments import as_typed
 from experiments.config.settings import Settings
-from tests.helpers.composing import command, config_of, tiny
+from tests.helpers.runs.composing import command, config_of, tiny
 
 NAMES = [
     "2026_11_28",

@@ -15,7 +15,7 @@ from experiments.config.constructor import build, choice, typed_settings
 from experiments.config.schema import CONF
 from experiments.config.settings import Settings, check
 from experiments.runs.run import run
-from tests.helpers.composing import choices, command, config_of, settings_of, tiny
+from tests.helpers.runs.composing import choices, command, config_of, settings_of, tiny
 
 GROUPS = ("model", "method", "calibration", "evaluation", "tracker", "experiment")
 EVERY_CHOICE = [(group, name) for group in GROUPS for name in choices(group)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from experiments.config.location import CONF, EMBEDDED_MODEL
-from tests.helpers.documents import ROOT
+from tests.helpers.runs.documents import ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NAMESPACE = "hydra_plugins"  # shared with Hydra's own plugins, so it has no __init__.py

@@ -10,8 +10,8 @@ from experiments.config.location import CONF
 from experiments.config.settings import Settings, check
 from experiments.records.folders import Folders
 from experiments.tables.rows import read_runs
-from tests.helpers.composing import choices, command, tiny
-from tests.helpers.planning import asked_of, grids_of, jobs_of
+from tests.helpers.runs.composing import choices, command, tiny
+from tests.helpers.runs.planning import asked_of, grids_of, jobs_of
 
 FOLDER = CONF / "experiment"
 PRESETS = [name for name in choices("experiment") if name not in ("all", "paper")]

@@ -40,7 +40,7 @@ def mirrored(tmp_path, data_folder, monkeypatch):
             return read_jsonl(file)
         return [{"text": line} for line in file.read_text().splitlines(keepends=True)]
 
-    monkeypatch.setattr(mirror, "_download", download)
+    monkeypatch.setattr(mirror, "download", download)
     folder = tmp_path / "mirror"
     assert mirror.main([str(folder)]) == 0
     return folder

@@ -5,7 +5,7 @@ import pytest
 from experiments.records.files import read_json
 from experiments.records.folders import Folders
 from experiments.runs.run import run
-from tests.helpers.composing import settings_of, tiny
+from tests.helpers.runs.composing import settings_of, tiny
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from experiments.records.identity import measurement_key
 from experiments.runs import measurements
 from experiments.runs.run import run
 from experiments.tables.rows import read_runs
-from tests.helpers.composing import settings_of, tiny
+from tests.helpers.runs.composing import settings_of, tiny
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from experiments.records.folders import Folders
 from experiments.runs import run as runs
 from experiments.runs.run import run
 from experiments.runs.tracker import NullTracker, WandbTracker
-from tests.helpers.composing import settings_of, tiny
+from tests.helpers.runs.composing import settings_of, tiny
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from experiments.records.failures import FailedBeforeError
 from experiments.records.files import lock_of
 from experiments.records.folders import Folders
 from experiments.runs.run import run
-from tests.helpers.composing import settings_of, tiny
+from tests.helpers.runs.composing import settings_of, tiny
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from experiments.runs import measurements
 from experiments.runs.run import run
 from experiments.tables.rows import read_runs
 from experiments.tiny_moe import layout
-from tests.helpers.composing import choices, settings_of, tiny
+from tests.helpers.runs.composing import choices, settings_of, tiny
 
 KEYS = {
     "method",

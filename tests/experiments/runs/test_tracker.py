@@ -11,8 +11,8 @@ from camera.runtime.errors import CameraError
 from experiments.config.settings import Settings
 from experiments.runs import measurements
 from experiments.runs.run import run
-from tests.helpers.composing import settings_of, tiny
-from tests.helpers.offline_wandb import Kept, read_back
+from tests.helpers.runs.composing import settings_of, tiny
+from tests.helpers.runs.offline_wandb import Kept, read_back
 
 TASKS = ("boolq", "piqa")
 POOL = 8 * 24 + 40  # eight routed experts and the shared one

@@ -16,7 +16,7 @@ from experiments.records import files
 from experiments.runs import run as runs
 from experiments.sweeps import ending
 from experiments.sweeps.launches import Launches
-from tests.helpers.composing import command, tiny
+from tests.helpers.runs.composing import command, tiny
 
 
 @pytest.fixture

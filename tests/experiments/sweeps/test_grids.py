@@ -4,8 +4,8 @@ import pytest
 from hydra.errors import HydraException
 
 from experiments.sweeps.jobs import read_plan, write_plan
-from tests.helpers.composing import command
-from tests.helpers.planning import asked_of, jobs_of
+from tests.helpers.runs.composing import command
+from tests.helpers.runs.planning import asked_of, jobs_of
 
 
 def asked(grids, *arguments, params=None):

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 import camera.pipeline.resume
 import camera.streaming.streamer
 from experiments.config.location import CONF
-from tests.helpers.composing import command, tiny
+from tests.helpers.runs.composing import command, tiny
 
 SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
 

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 
 from experiments.config.location import CONF
-from tests.helpers.composing import tiny
+from tests.helpers.runs.composing import tiny
 
 # main.py, of which one rank dies, or fails alone, where both compress.
 FAILING = textwrap.dedent("""

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from experiments.config.location import CONF
-from tests.helpers.composing import command, tiny
+from tests.helpers.runs.composing import command, tiny
 
 
 def main_py(*arguments):

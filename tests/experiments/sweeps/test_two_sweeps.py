@@ -10,8 +10,8 @@ import pytest
 from experiments.records.files import lock_of
 from experiments.runs import run
 from experiments.sweeps import launches
-from tests.helpers.composing import command, tiny
-from tests.helpers.planning import jobs_of
+from tests.helpers.runs.composing import command, tiny
+from tests.helpers.runs.planning import jobs_of
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from experiments.records.files import OutputFolder
 from experiments.tables.aggregate import over_seeds
 from experiments.tables.rows import read_runs
-from tests.helpers.run_folders import add
+from tests.helpers.runs.run_folders import add
 
 SCORES = {1: 40.0, 2: 43.0, 3: 50.0}
 

@@ -16,7 +16,7 @@ from experiments.figures.style import STYLE
 from experiments.records.files import OutputFolder
 from experiments.tables.aggregate import over_seeds
 from experiments.tables.rows import read_runs
-from tests.helpers.run_folders import add
+from tests.helpers.runs.run_folders import add
 
 AVERAGE = Measure("average", "average")
 WIKI = Measure("wikitext2", "perplexity", log=True)

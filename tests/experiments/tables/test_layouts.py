@@ -10,7 +10,7 @@ from experiments.records.files import OutputFolder
 from experiments.tables.pages import paper_page
 from experiments.tables.renderers import print_page, to_html, to_latex, to_markdown
 from experiments.tables.rows import read_runs
-from tests.helpers.run_folders import add
+from tests.helpers.runs.run_folders import add
 
 ODD = r"50% & more_of {this} $\x$ #1 ~ ^ <b> | α ≠ é 語"
 

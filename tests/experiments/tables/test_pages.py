@@ -9,7 +9,7 @@ from experiments.records.files import OutputFolder
 from experiments.tables.cells import Cell, Column, cell, ranked
 from experiments.tables.pages import paper_page
 from experiments.tables.rows import read_runs
-from tests.helpers.run_folders import add
+from tests.helpers.runs.run_folders import add
 
 
 def page_of(output, **options):

@@ -15,7 +15,7 @@ from experiments.tables.renderers import to_html, to_markdown
 from experiments.tables.rows import read_runs
 from experiments.tables.writing import write
 from experiments.tiny_moe.tasks import TASKS
-from tests.helpers.run_folders import add, add_parts
+from tests.helpers.runs.run_folders import add, add_parts
 
 FULL = {"limit": None, "blocks": None}
 SETTING = {"sparsity_of": "model", "rank_scope": "layer", "alpha": 0.9, "calibration": {}}

@@ -14,7 +14,7 @@ from experiments.tables.rows import (
     with_dense_rows,
 )
 from experiments.tables.writing import main, write
-from tests.helpers.run_folders import add
+from tests.helpers.runs.run_folders import add
 
 
 @pytest.fixture

@@ -253,8 +253,8 @@ def test_unknown_and_unsuitable_tasks_are_refused(data, monkeypatch):
     # lm-eval's whole index takes a quarter of a minute to read; the nine's stands in for it.
     from camera.evaluation.tasks import definitions
 
-    nine = definitions._task_manager(True)
-    monkeypatch.setattr(definitions, "_task_manager", lambda only_nine: nine)
+    nine = definitions.task_manager(True)
+    monkeypatch.setattr(definitions, "task_manager", lambda only_nine: nine)
     with pytest.raises(CameraError, match="boolqq is no task of lm-eval; did you mean boolq"):
         check_tasks(["boolqq"], data=data)
     with pytest.raises(CameraError, match="ai2_arc is a group of lm-eval, not a task"):

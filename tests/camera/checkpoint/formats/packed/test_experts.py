@@ -21,7 +21,8 @@ from camera.checkpoint.formats.packed.spec import (
     spec_code_bits,
     spec_weights,
 )
-from camera.quantization.quantizers.gptq import GPTQ, Hessian
+from camera.quantization.quantizers.gptq import GPTQ
+from camera.quantization.quantizers.hessian import Hessian
 from tests.helpers.packing import solver, stored_bytes
 
 H = 20
