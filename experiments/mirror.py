@@ -62,6 +62,7 @@ def mirror(
 
 
 def download(address: Mapping[str, Any], limit: int | None) -> Iterable[Mapping[str, Any]]:
+    """Rows of a data set of the hub, the first `limit` of them; CameraError if it can't be had."""
     with hub_errors(address["path"]):
         import datasets
 

@@ -60,6 +60,8 @@ class MixtureCompressor(Quantization):
             )
         if self.bits is None:
             raise CameraError("method mc needs a target: set bits.")
+        if self.quantizer != "gptq":
+            raise CameraError(f"method mc is defined with GPTQ: quantizer={self.quantizer} is not.")
         if self.loss_norm not in ("all", "batches"):
             raise CameraError(f"loss_norm={self.loss_norm} is none of all, batches.")
         if not 1 <= self.shared_bits <= 8:

@@ -1,16 +1,18 @@
 """Model families as data: all facts of a family in one declaration.
 
-A new family is one entry of `FAMILIES` (or `register_family` from outside) and a tiny model in
-tests/helpers/models.py, on which every equality test then runs.
+A new family is one entry of `FAMILIES` (from outside: `register_family` and an entry point) and a
+tiny model in tests/helpers/models.py, on which every equality test then runs.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from typing import Any
 
 from camera.runtime.errors import CameraError
 
+ENTRY_POINTS = "camera.families"  # of other packages: a model type, and the module declaring it
 _FUSED = r"\.experts\.(gate_up_proj|down_proj)$"
 _GRANITE = r"\.(input|output)_linear\.weight$"
 
@@ -169,6 +171,9 @@ def register_family(model_type: str, family: Family) -> None:
 
 def family_of(model_type: str) -> Family:
     """The declaration of a model type; CameraError, naming the known ones, if there is none."""
+    if model_type not in FAMILIES:
+        for declaring in entry_points(group=ENTRY_POINTS, name=model_type):
+            declaring.load()  # a module that calls `register_family`
     if model_type not in FAMILIES:
         raise CameraError(
             f"model type '{model_type}' is not supported: declare where its experts sit with "

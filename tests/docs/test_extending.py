@@ -1,6 +1,5 @@
 """The examples of docs/extending.md, installed as the package that the page makes of them."""
 
-import importlib
 import re
 import sys
 import tomllib
@@ -19,6 +18,7 @@ from camera.calibration.tokens import calibration_tokens
 from camera.checkpoint.formats.format import FORMATS
 from camera.checkpoint.formats.ragged import RaggedExperts
 from camera.method import METHODS, Applied, Method, Pass, PassKind
+from camera.moe import families
 from camera.moe.families import FAMILIES
 from camera.pruning.plan import KeptExperts
 from camera.quantization.quantizers.quantizer import QUANTIZERS
@@ -86,8 +86,10 @@ def test_five_examples_are_short():
 def test_the_page_announces_what_registries_read(installed):
     project = tomllib.loads(blocks(page("extending.md"), "toml")[0])["project"]
     groups = {registry._group: registry for registry in REGISTRIES if registry._group}
-    assert project["entry-points"].keys() == groups.keys()
-    for group, entries in project["entry-points"].items():
+    announced = project["entry-points"]
+    assert announced.pop(families.ENTRY_POINTS) == {"glm4_moe": "my_camera.glm4"}
+    assert announced.keys() == groups.keys()
+    for group, entries in announced.items():
         for name, place in entries.items():
             assert name in groups[group]
             cls = groups[group][name]
@@ -185,7 +187,7 @@ def test_the_family_is_compressed(installed, tmp_path, options):
     small |= {"moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 3}
     known = set(FAMILIES)
     try:
-        importlib.import_module("my_camera.glm4")
+        families.family_of("glm4_moe")  # found by its entry point
         (kind,) = set(FAMILIES) - known
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind, **{**COMMON, **small, "initializer_range": 0.1})

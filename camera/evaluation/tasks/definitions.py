@@ -85,6 +85,7 @@ def _load(task: str, config: dict[str, Any]):
 
 @functools.cache
 def task_manager(only_nine: bool):
+    """lm-eval's register of tasks, without those that aren't asked for where only nine are."""
     import lm_eval.tasks
 
     if not only_nine:
