@@ -13,51 +13,21 @@ import subprocess
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, JobStatus, filter_overrides, run_job, setup_globals
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from experiments.sweeps.remote import RemoteJob
 
 log = logging.getLogger(__name__)
 PAUSE_S = 2
 GONE = 3  # looks at a queue that doesn't have a job before it counts as gone
-
-
-@dataclass
-class RemoteJob:
-    """What a worker calls to do one job; all that it needs travels with it."""
-
-    hydra_context: HydraContext
-    config: DictConfig
-    task_function: TaskFunction
-    singletons: Any
-
-    def __call__(self, overrides: list[str], number: int) -> Any:
-        """Do the job; what the task function returned."""
-        Singleton.set_state(self.singletons)
-        setup_globals()
-        config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
-        with open_dict(config.hydra.job) as job:
-            job.id, job.num = str(number), number
-        done = run_job(
-            hydra_context=self.hydra_context,
-            task_function=self.task_function,
-            config=config,
-            job_dir_key="hydra.sweep.dir",
-            job_subdir_key="hydra.sweep.subdir",
-        )
-        return done.return_value
-
-    def checkpoint(self, overrides: list[str], number: int) -> Any:
-        """What submitit puts back into the queue: the same again, as a run goes on by itself."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self, overrides, number)
 
 
 class RemoteLauncher(Launcher):
@@ -68,7 +38,9 @@ class RemoteLauncher(Launcher):
 
     def __init__(self, **asked: Any) -> None:
         self.asked = {
-            key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            key: OmegaConf.to_container(value, resolve=True)
+            if OmegaConf.is_config(value)
+            else value
             for key, value in asked.items()
         }
         self.config: DictConfig | None = None
@@ -85,6 +57,7 @@ class RemoteLauncher(Launcher):
     ) -> Sequence[JobReturn]:
         """Each job's record or BUSY, in order; of one that was killed, a record of that."""
         from camera.runtime.errors import CameraError
+        from experiments.sweeps.remote import RemoteJob
 
         assert self.config is not None and self.hydra_context and self.task_function
         try:
@@ -95,9 +68,7 @@ class RemoteLauncher(Launcher):
                 f"pip install 'camera-moe[{self.name}]'."
             ) from error
         setup_globals()
-        job = RemoteJob(
-            self.hydra_context, self.config, self.task_function, Singleton.get_state()
-        )
+        job = RemoteJob(self.hydra_context, self.config, self.task_function, Singleton.get_state())
         numbered = [(list(said), n) for n, said in enumerate(job_overrides, initial_job_idx)]
         for said, number in numbered:
             log.info("\t#%d : %s", number, " ".join(filter_overrides(said)))
@@ -200,16 +171,14 @@ class RayLauncher(RemoteLauncher):
     ) -> list[Callable[[], Any]]:
         import ray
 
+        from experiments.sweeps.remote import call
+
         if not ray.is_initialized():
-            ray.init(**self.asked["init"])
-        task = ray.remote(_called).options(**self.asked["remote"])
+            ray.init(**self.asked["ray"]["init"])
+        task = ray.remote(call).options(**self.asked["ray"]["remote"])
         # what a task gets is stored once for all of them
         stored = ray.put(job)
         return [_fetching(task.remote(stored, *arguments)) for arguments in numbered]
-
-
-def _called(job: RemoteJob, overrides: list[str], number: int) -> Any:
-    return job(overrides, number)
 
 
 def _fetching(reference: Any) -> Callable[[], Any]:

@@ -74,9 +74,9 @@ class SixRuns:
 
     def _statuses(self) -> dict[str, str]:
         """The newest sweep's table: the status of each ratio."""
-        newest = max((self.output / "sweeps").iterdir(), default=None)
-        table = newest and newest / "table.csv"
-        if not table or not table.exists():
+        newest = max(self.output.glob("sweeps/*"), default=self.output)
+        table = newest / "table.csv"
+        if not table.exists():
             return {}
         with table.open() as file:
             rows = list(csv.DictReader(file))

@@ -14,10 +14,10 @@ def test_a_sweep_on_ray(six_runs):
     runs = six_runs(
         f"ray {version('ray')}",
         "hydra/launcher=ray",
-        "hydra.launcher.remote.num_cpus=1",
-        "hydra.launcher.remote.num_gpus=0",
-        "+hydra.launcher.init.num_cpus=2",
-        "+hydra.launcher.init.include_dashboard=false",
+        "hydra.launcher.ray.remote.num_cpus=1",
+        "hydra.launcher.ray.remote.num_gpus=0",
+        "+hydra.launcher.ray.init.num_cpus=2",
+        "+hydra.launcher.ray.init.include_dashboard=false",
     )
     first = bear(runs, {FAILS: "fail", DIES: "kill"})
     assert first.tries[DIES] == 2  # Ray itself starts it once more
