@@ -111,6 +111,7 @@ def _run(
     from camera.checkpoint.source import resolve_model
     from camera.pipeline.compression import declared_passes, run
     from camera.pipeline.context import CompressionRequest, LayerListener
+    from camera.pipeline.model_card import base_name
     from camera.runtime import distributed
     from camera.streaming.settings import MemoryChoices
     from camera.streaming.skeleton import MetaModel
@@ -127,7 +128,7 @@ def _run(
     meta = MetaModel(folder, resolve_device(device), dtype, trust_remote_code)
     method.check(meta.budget)
     _check_plan(plan, meta)
-    name = name or (Path(model).absolute().name if Path(model).is_dir() else str(model))
+    name = name or base_name(model)
     request = CompressionRequest(name, method, out, propagate, plan=plan)
     tokens = None
     if any(step.reads_text for step in declared_passes(request, meta.budget)):

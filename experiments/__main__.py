@@ -8,17 +8,26 @@
 `conf/` is the table of contents. Everything is written below `output` (default: outputs).
 """
 
+import contextlib
 import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 
+from camera.runtime.errors import CameraError
+from experiments.config.arguments import as_typed
 from experiments.config.location import CONF
 from experiments.config.schema import naming_valid_keys
+from experiments.config.started import start
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(config: DictConfig) -> str | None:
+def main(config: DictConfig) -> dict[str, Any] | str | None:
     """One job of Hydra: a run, recorded in its folder whether it succeeds or fails."""
     from experiments.sweeps.job import job
 
@@ -27,14 +36,39 @@ def main(config: DictConfig) -> str | None:
 
 def command() -> None:
     """Compose the command line and do what it asks for, with the other ranks of a torchrun."""
-    with naming_valid_keys():
+    try:
+        sys.argv[1:] = as_typed(sys.argv[1:])
+    except CameraError as refusal:
+        sys.exit(str(refusal))
+    with naming_valid_keys(), _interruptible():
         if "WORLD_SIZE" not in os.environ:
+            start()
             main()
             return
         from camera.runtime.distributed import process_group
 
         with process_group():
+            start()
             main()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl+C and SIGTERM alike: what is open is closed and recorded, then a line and the exit."""
+    main_thread = threading.current_thread() is threading.main_thread()
+
+    def leave(number: int, _: Any) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave) if main_thread else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("Interrupted: the same command goes on from here.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

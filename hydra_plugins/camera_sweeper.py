@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:  # Hydra loads this module at every --help and at each TAB
+    from experiments.records.files import SweepFiles
     from experiments.sweeps.jobs import SweepJob
 
 log = logging.getLogger(__name__)
-PAUSE_S = 2
 
 
 class GridSweeper(Sweeper):
@@ -49,9 +49,40 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
-        """Plan, launch, and wait for what others are doing; what each launch returned."""
+        """Plan, launch, wait for what others are doing, and end in the table; what was returned.
+
+        The table comes also when the launches are interrupted or fail. Exit code 1 if a job failed.
+        """
         from camera.runtime import distributed
-        from experiments.records.files import SweepFiles
+        from camera.runtime.errors import CameraError
+        from experiments.config.location import user_path
+        from experiments.records.files import OutputFolder, SweepFiles
+        from experiments.sweeps.ending import end_sweep
+        from experiments.sweeps.launches import Launches
+
+        assert self.config is not None and self.launcher is not None
+        sweep = SweepFiles(Path(self.config.hydra.sweep.dir))
+        try:
+            jobs = self._planned(arguments, sweep)
+        except CameraError as error:
+            print(error, file=sys.stderr)
+            sys.exit(1)
+        launches = Launches(self.launcher, sweep)
+        all_done = False
+        try:
+            launches.launch_all(jobs)
+        finally:
+            if distributed.rank() == 0:
+                output = OutputFolder(Path(user_path(self.config.output)))
+                all_done = end_sweep(sweep, output, launches.ends(jobs))
+        if distributed.rank() == 0 and not all_done:
+            sys.exit(1)
+        return launches.returns
+
+    def _planned(self, arguments: list[str], sweep: SweepFiles) -> list[SweepJob]:
+        from camera.runtime import distributed
+        from experiments.config.location import user_path
+        from experiments.records.failures import naming_output
         from experiments.sweeps.grids import overrides_of
         from experiments.sweeps.jobs import planned, write_plan
 
@@ -60,37 +91,11 @@ class GridSweeper(Sweeper):
         asked = overrides_of(self.params, self.grids, arguments, loader)
         log.info("Planning %d jobs", len(asked))
         jobs = planned(asked, self.config, loader)
-        folder = Path(self.config.hydra.sweep.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, SweepFiles(folder).config)
         if distributed.rank() == 0:
-            write_plan(jobs, folder, Path(self.config.output))
-        return self._launch(jobs)
-
-    def _launch(self, jobs: list[SweepJob]) -> list[Sequence[JobReturn]]:
-        from experiments.sweeps.jobs import BUSY
-
-        assert self.launcher is not None
-        returns: list[Sequence[JobReturn]] = []
-        busy: list[SweepJob] = []
-        while jobs:
-            number = sum(map(len, returns))
-            overrides = [job.overrides for job in jobs]
-            returns.append(self.launcher.launch(overrides, initial_job_idx=number))
-            # return_value raises what a job raised
-            busy += [
-                job for job, end in zip(jobs, returns[-1], strict=True) if end.return_value == BUSY
-            ]
-            jobs = _freed(busy)
-            busy = [job for job in busy if job not in jobs]
-        return returns
-
-
-def _freed(busy: list[SweepJob]) -> list[SweepJob]:
-    """Those that no other process holds any more, as soon as there is one."""
-    while busy:
-        free = [job for job in busy if not job.is_locked]
-        if free:
-            return free
-        time.sleep(PAUSE_S)
-    return []
+            output = Path(user_path(self.config.output))
+            with naming_output(output):
+                sweep.folder.mkdir(parents=True, exist_ok=True)
+                OmegaConf.save(self.config, sweep.config)
+                write_plan(jobs, sweep.folder, output)
+        distributed.barrier()
+        return jobs

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from camera.pipeline.result import CompressionResult
 
 TEMPLATE = """---
-base_model: {base}
+base_model: {header}
 library_name: transformers
 tags:
 - mixture-of-experts
@@ -57,6 +59,21 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 """
 
 
+def base_name(model: str | Path) -> str:
+    """What a card calls the model it was made from: its hub id, or its folder's name.
+
+    A folder of the hub's cache (models--OWNER--NAME/snapshots/COMMIT) has a hub id. A path says
+    nothing on another machine.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return str(model)
+    cached = folder.absolute().parts[-3:]
+    if len(cached) == 3 and cached[0].startswith("models--") and cached[1] == "snapshots":
+        return cached[0].removeprefix("models--").replace("--", "/")
+    return folder.absolute().name
+
+
 def model_card(result: CompressionResult) -> str:
     """README.md of a checkpoint: method, settings, realised sparsity, base model."""
     sparsity = result.sparsity
@@ -68,17 +85,23 @@ def model_card(result: CompressionResult) -> str:
             if key in result.calibration
         )
     return TEMPLATE.format(
-        base=result.model,
+        header=json.dumps(result.model, ensure_ascii=False),  # which is YAML, whatever the name
+        base=_cell(result.model),
         name=result.model.rstrip("/").rpartition("/")[2],
         method=result.method,
-        settings=", ".join(f"{key}={value}" for key, value in result.settings.items()),
+        settings=_cell(", ".join(f"{key}={value}" for key, value in result.settings.items())),
         asked=f"{sparsity['asked']} of {sparsity['of']}",
         before=result.bytes["dense"] / 1e6,
         after=result.bytes["compressed"] / 1e6,
-        calibration=calibration,
+        calibration=_cell(calibration),
         loading=NATIVE if result.native else OWN_FORMAT,
         **{key: _percent(sparsity[key]) for key in ("moe", "model", "routed")},
     )
+
+
+def _cell(text: str) -> str:
+    """The text as one cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _percent(share: float | None) -> str:

@@ -12,3 +12,8 @@ _INSTALLED = _PACKAGE / "conf"  # a wheel carries conf/ as `experiments.conf`
 
 CONF = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "conf"
 EMBEDDED_MODEL = _PACKAGE / "tiny_moe" / "model"
+
+
+def user_path(path: str) -> str:
+    """The path with the home folder that `~` stands for; what isn't a path stays as it is."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path

@@ -21,11 +21,15 @@ from omegaconf.errors import (
 )
 
 from camera.evaluation.tasks.names import NINE_TASKS
+from camera.pipeline.model_card import base_name
 from camera.runtime.renamed import renaming
 from experiments.config.constructor import choice, typed_settings
-from experiments.config.location import CONF, EMBEDDED
+from experiments.config.location import CONF, EMBEDDED, user_path
+from experiments.config.started import started
 
 KEY_ERRORS = (ConfigAttributeError, ConfigKeyError)
+
+_group_types: dict[str, list[type]] = {}
 
 Fraction = choice("moe", "model", "routed")
 Propagate = choice("compressed", "dense")
@@ -114,8 +118,8 @@ class Config:
 
 
 def model_name(path: str) -> str:
-    """The name of a model that no YAML names: the last part of its path or hub id."""
-    return "tiny_moe" if path == EMBEDDED else Path(path).expanduser().absolute().name
+    """The name of a model that no YAML names: the last part of its hub id or path."""
+    return "tiny_moe" if path == EMBEDDED else Path(base_name(user_path(path))).absolute().name
 
 
 def model_data(path: str) -> str:
@@ -131,13 +135,22 @@ def register() -> None:
     OmegaConf.register_new_resolver("model_name", model_name, replace=True)
     OmegaConf.register_new_resolver("model_data", model_data, replace=True)
     OmegaConf.register_new_resolver("nine_tasks", lambda: list(NINE_TASKS), replace=True)
+    OmegaConf.register_new_resolver("user_path", user_path, replace=True)
+    OmegaConf.register_new_resolver("started", started, replace=True, use_cache=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for file in sorted(CONF.glob("*/*.yaml")):
         target = OmegaConf.load(file).get("_target_")
         if target:
-            group = f"hydra/types/{file.parent.name}"
-            store.store(group=group, name=file.stem, node=typed_settings(target))
+            group, node = file.parent.name, typed_settings(target)
+            store.store(group=f"hydra/types/{group}", name=file.stem, node=node)
+            if isinstance(node, type):
+                _group_types.setdefault(group, []).append(node)
+
+
+def group_types() -> dict[str, list[type]]:
+    """By group the typed settings of its classes."""
+    return _group_types
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from camera.checkpoint.source import resolve_model
 from camera.runtime.errors import CameraError
 from camera.streaming.settings import MemoryChoices
 from experiments.config.constructor import build, locate
-from experiments.config.location import EMBEDDED, EMBEDDED_MODEL
+from experiments.config.location import EMBEDDED, EMBEDDED_MODEL, user_path
 from experiments.tiny_moe.layout import ensure_world
 
 if TYPE_CHECKING:
@@ -56,7 +56,11 @@ class Settings:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"did you mean {near[0]}" if near else f"the keys are {', '.join(known)}"
                 raise CameraError(f"{key} is not a key of the configuration; {hint}.")
-        return cls(**OmegaConf.to_container(config, resolve=True, enum_to_str=True))
+        found = cls(**OmegaConf.to_container(config, resolve=True, enum_to_str=True))
+        model = found.model | {"path": user_path(found.model["path"])}
+        return replace(
+            found, model=model, data=user_path(found.data), output=user_path(found.output)
+        )
 
     @property
     def model_path(self) -> str:
@@ -119,6 +123,7 @@ def check(settings: Settings) -> None:
         if value is not None and value < least:
             raise CameraError(f"evaluation.{key}={value} must be at least {least}.")
     MemoryChoices(**settings.memory)
+    build(settings.tracker)
     resolve_device(settings.device)
     resolve_model(settings.model_path, weights=False)
     _check_texts(settings)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from camera.runtime.files import write_json
-from experiments.records.files import RunFiles, read_json
+from experiments.records.files import RunFiles, is_json, read_json
 
 if TYPE_CHECKING:
     from camera.calibration.statistics import Statistics
@@ -67,9 +67,9 @@ def keep_energies(statistics: Path, alpha: float, folder: Path) -> None:
 
 
 def read_energies(folder: Path) -> Energies | None:
-    """What `keep_energies` wrote to a run's folder; None where it wrote nothing."""
+    """What `keep_energies` wrote to a run's folder; None where it wrote nothing readable."""
     file = RunFiles(folder).energies
-    if not file.exists():
+    if not is_json(file):
         return None
     kept = read_json(file)
     edges, layers = np.array(kept["edges"]), kept["layers"]

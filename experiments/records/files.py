@@ -21,12 +21,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from camera.runtime.files import write_json
+from camera.runtime.files import partial_of, write_json
+from experiments.records.failures import DamagedFileError
 
 COMPRESSION, SPEED = "compress", "speed"  # parts of a run
 PERPLEXITY, TASK = "perplexity-", "task-"  # parts of a run, before the name of a text or a task
 # A user who presses Ctrl+C, a queue that takes a job off: no reason not to go on.
 INTERRUPTIONS = ("KeyboardInterrupt", "SystemExit")
+LOST = "killed: it left no record of how it ended"  # the error of a job that is being done
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,16 @@ class RunFiles:
 
     @property
     def is_done(self) -> bool:
-        return self.done.exists()
+        """Whether it finished and its report is still there to be read."""
+        return self.done.exists() and is_json(self.metrics)
 
     @property
     def reason(self) -> str | None:
         """The line that says why the run ended early, failed or interrupted."""
-        text = self.error.read_text(encoding="utf-8") if self.error.exists() else ""
-        return text.splitlines()[0] if text else None
+        if not self.error.exists():
+            return None
+        text = self.error.read_text(encoding="utf-8", errors="replace")
+        return text.splitlines()[0] if text.strip() else "its error.txt is empty (a full disk?)"
 
     @property
     def failure(self) -> str | None:
@@ -98,9 +103,9 @@ class RunFiles:
         return None if reason is None or reason.startswith(INTERRUPTIONS) else reason
 
     def read_part(self, name: str) -> dict[str, Any] | None:
-        """What a part reported, None before it is done."""
+        """What a part reported; None before it is done, and where that can't be read."""
         file = self.part(name)
-        return read_json(file) if file.exists() else None
+        return read_json(file) if is_json(file) else None
 
     def start(self, settings: dict[str, Any]) -> None:
         """Write settings.json, and forget why the run ended early before."""
@@ -110,9 +115,7 @@ class RunFiles:
 
     def fail(self, reason: str, details: str) -> None:
         """Write error.txt: the reason in one line, then the details."""
-        partial = self.error.with_name(f".{self.error.name}.partial")
-        partial.write_text(f"{reason}\n\n{details}", encoding="utf-8")
-        partial.replace(self.error)
+        write_text(self.error, f"{reason}\n\n{details}")
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write metrics.json; DONE follows once the trackers have it too."""
@@ -143,15 +146,20 @@ class SweepFiles:
     def table(self) -> Path:
         return self.folder / "table.md"
 
-    def record(self, number: int, content: dict[str, Any]) -> None:
-        """Write how a job of the sweep ended."""
-        file = self.folder / "jobs" / f"{number:04d}.json"
-        file.parent.mkdir(exist_ok=True)
-        write_json(file, content)
+    def job(self, number: int) -> Path:
+        """The record of the job that was launched with this number."""
+        return self.folder / "jobs" / f"{number:04d}.json"
 
-    def records(self) -> list[dict[str, Any]]:
-        """How its jobs ended, in their order."""
-        return [read_json(file) for file in sorted((self.folder / "jobs").glob("*.json"))]
+    def record(self, number: int, folder: Path | None, error: str | None) -> None:
+        """Write how a job of the sweep ended, or at its start LOST: what stays if it is killed."""
+        file = self.job(number)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"folder": str(folder) if folder else None, "error": error})
+
+    def read_record(self, number: int) -> dict[str, Any] | None:
+        """How a job ended; None before it starts, and where that couldn't be written."""
+        file = self.job(number)
+        return read_json(file) if is_json(file) else None
 
 
 @dataclass(frozen=True)
@@ -230,8 +238,31 @@ def newer(file: Path, than: float) -> bool:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The content of a JSON file; DamagedFileError where there is none in it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of the decoding or of the JSON
+        raise DamagedFileError(path) from error
+
+
+def is_json(path: Path) -> bool:
+    """Whether the file is there and can be read."""
+    try:
+        read_json(path)
+    except (FileNotFoundError, DamagedFileError):
+        return False
+    return True
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is whole or as it was."""
+    partial = partial_of(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _lock_name(folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 from dataclasses import dataclass
@@ -14,11 +15,14 @@ from camera import __version__
 from camera.checkpoint.source import fingerprint
 from experiments.config.location import EMBEDDED
 from experiments.config.settings import Settings, arguments
-from experiments.records.files import OutputFolder, RunFiles, lock_of, newer
+from experiments.records.files import OutputFolder, RunFiles, is_json, lock_of, newer, read_json
 from experiments.tiny_moe import layout
+
+log = logging.getLogger("camera")
 
 # Settings of the machine: they change no result, so a run that ran out of memory continues with a
 # smaller batch.
+NAME_BYTES = 200  # of the 255 of a file's name: the rest is the hash and what locks add
 MACHINE = ("batch_size", "perplexity_batch_size", "stream", "dequantize")
 
 
@@ -34,10 +38,10 @@ class Folders:
     @classmethod
     def of(cls, settings: Settings) -> Folders:
         """The folders of these settings; needs nothing but the model's folder, if it is local."""
-        output = OutputFolder(Path(settings.output).expanduser())
+        output = OutputFolder(Path(settings.output))
         compression = _compression(settings)
         identity = compression | _evaluation(settings)
-        name = re.sub(r"[^\w.+-]+", "_", f"{settings.model['name']}-{settings.method_name}")
+        name = _readable(f"{settings.model['name']}-{settings.method_name}")
         return cls(
             output,
             output.run(f"{name}-{_short_hash(identity)}"),
@@ -67,7 +71,8 @@ class Folders:
 
     @property
     def is_compressed(self) -> bool:
-        return self.report.exists()
+        """Whether the checkpoint is there with its report and all its weights."""
+        return is_json(self.report) and _has_weights(self.checkpoint)
 
     @property
     def partial(self) -> Path:
@@ -84,10 +89,27 @@ class Folders:
                 # A killed run's remains: redoing is not going on from there.
                 shutil.rmtree(self.partial, ignore_errors=True)
 
+    def remove_damaged_checkpoint(self) -> None:
+        """Make room for a new one where a power cut or a copy left less than a whole one."""
+        if self.checkpoint.exists():
+            log.warning("%s is damaged: it is made again.", self.checkpoint)
+            shutil.rmtree(self.checkpoint)
+
     def discard_checkpoint(self) -> None:
         """Remove the checkpoint, when no other run is reading it."""
         with lock_of(self.checkpoint):
             shutil.rmtree(self.checkpoint, ignore_errors=True)
+
+
+def _has_weights(checkpoint: Path) -> bool:
+    """Whether every file of weights is there that the index names, or the one that needs none."""
+    index = checkpoint / "model.safetensors.index.json"
+    if not index.exists():
+        return (checkpoint / "model.safetensors").exists()
+    if not is_json(index):
+        return False
+    shards = set(read_json(index)["weight_map"].values())
+    return all((checkpoint / shard).exists() for shard in shards)
 
 
 def cost_class(model: str, method: str, identity: dict[str, Any]) -> tuple[str, str, str]:
@@ -119,7 +141,7 @@ def _evaluation(settings: Settings) -> dict[str, Any]:
 
 def _contents(model: str) -> str:
     # What is in a local folder rather than where it is: it may move, and may be trained again.
-    folder = Path(model).expanduser()
+    folder = Path(model)
     return fingerprint(folder) if (folder / "config.json").is_file() else model
 
 
@@ -127,8 +149,14 @@ def _place(data: str) -> str:
     if data == EMBEDDED:
         # What the generator writes rather than its name: other texts give other results.
         return f"{EMBEDDED}-{layout.fingerprint()}"
-    folder = Path(data).expanduser()
+    folder = Path(data)
     return str(folder.resolve()) if folder.is_dir() else data
+
+
+def _readable(name: str) -> str:
+    """The name as a part of a file's, whose length file systems count in bytes."""
+    kept = re.sub(r"[^\w.+-]+", "_", name).encode()[:NAME_BYTES]
+    return kept.decode(errors="ignore")
 
 
 def _short_hash(identity: dict[str, Any]) -> str:

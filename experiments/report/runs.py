@@ -15,7 +15,7 @@ from urllib.parse import quote
 import pandas as pd
 from PIL import Image
 
-from experiments.records.files import RunFiles, read_json
+from experiments.records.files import RunFiles, is_json, read_json
 
 COLOURS = 128  # of an image's palette: a third of the bytes, and nothing that shows
 
@@ -56,7 +56,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """done, failed or unfinished."""
+        """done, failed, damaged or unfinished."""
         return self.row["status"].partition(":")[0]
 
     @property
@@ -67,9 +67,9 @@ class Run:
 def read_run(row: dict[str, Any], page: Path) -> Run:
     """The run of a row of `read_runs`, its files linked from the page that will be at `page`."""
     found = RunFiles(row["_path"])
-    metrics = read_json(found.metrics) if found.metrics.exists() else {}
-    settings = read_json(found.settings)["settings"]
-    flat = pd.json_normalize(settings).iloc[0].to_dict()
+    metrics = read_json(found.metrics) if is_json(found.metrics) else {}
+    settings = read_json(found.settings).get("settings", {}) if is_json(found.settings) else {}
+    flat = pd.json_normalize(settings).iloc[0].to_dict() if settings else {}
     missing = {key for key, value in row.items() if not isinstance(value, dict) and _is_nan(value)}
     return Run(
         row={key: None if key in missing else value for key, value in row.items()},

@@ -12,12 +12,15 @@ from camera.calibration.settings import Calibration
 from camera.checkpoint.source import resolve_model
 from camera.evaluation.placement import should_stream
 from camera.evaluation.suite import EvaluationRequest
+from camera.pipeline import model_card
 from camera.runtime import distributed
 from camera.streaming.settings import MemoryChoices
 from experiments.config.constructor import build
+from experiments.config.location import EMBEDDED
 from experiments.config.settings import Settings, arguments
 from experiments.records.files import lock_of, read_json
 from experiments.records.folders import Folders
+from experiments.runs import ranks
 
 
 def compression(settings: Settings, folders: Folders) -> dict[str, Any]:
@@ -35,8 +38,10 @@ def compression(settings: Settings, folders: Folders) -> dict[str, Any]:
 def compress_once(settings: Settings, folders: Folders) -> None:
     """Make the checkpoint, with whatever other ranks there are, if it isn't there."""
     if not folders.is_compressed:
+        folders.remove_damaged_checkpoint()
         distributed.start_workers()
-        camera_compress(settings, folders)
+        with ranks.together():
+            camera_compress(settings, folders)
 
 
 def camera_compress(settings: Settings, folders: Folders) -> None:
@@ -61,8 +66,10 @@ def camera_compress(settings: Settings, folders: Folders) -> None:
 
 def base_name(settings: Settings) -> str:
     """The hub id, or for a folder the model's name: a path says nothing on another machine."""
-    path = settings.model_path
-    return settings.model["name"] if Path(path).expanduser().is_dir() else path
+    path, name = settings.model["path"], settings.model["name"]
+    if path == EMBEDDED or (Path(path).is_dir() and "/" not in model_card.base_name(path)):
+        return name
+    return model_card.base_name(path)
 
 
 @contextmanager

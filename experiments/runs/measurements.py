@@ -27,7 +27,7 @@ from camera.evaluation.tasks.evaluate import evaluate_tasks
 from camera.runtime.files import write_json
 from camera.runtime.peak_memory import PeakMemory
 from experiments.config.settings import Settings
-from experiments.records.files import PERPLEXITY, SPEED, TASK, read_json
+from experiments.records.files import PERPLEXITY, SPEED, TASK, is_json, read_json
 from experiments.records.folders import Folders
 from experiments.runs.compression import checkpoint
 
@@ -68,7 +68,7 @@ def stream(settings: Settings, folders: Folders) -> None:
     """All that isn't measured yet in one read of the weights, where the model doesn't fit."""
     asked, remote = settings.evaluation, settings.trust_remote_code
     early = folders.evaluation
-    if early.exists() and (found := read_json(early))["measures"] == settings.measures().to_dict():
+    if is_json(early) and (found := read_json(early))["measures"] == settings.measures().to_dict():
         _write_parts(folders, found)
     measures = _due(settings, folders)
     if asked["stream"] == "never" or not [*measures.corpora, *measures.tasks]:
@@ -93,7 +93,7 @@ def _write_parts(folders: Folders, found: dict[str, Any]) -> None:
     parts = {f"{PERPLEXITY}{corpus}": part for corpus, part in found["perplexity"].items()}
     parts |= {f"{TASK}{task}": part for task, part in found["tasks"].items()}
     for name, part in parts.items():
-        if not folders.files.part(name).exists():
+        if not is_json(folders.files.part(name)):
             write_json(folders.files.part(name), part)
 
 
@@ -101,8 +101,8 @@ def _due(settings: Settings, folders: Folders) -> EvaluationRequest:
     asked = settings.measures()
     return replace(
         asked,
-        corpora=[c for c in asked.corpora if not folders.files.part(f"{PERPLEXITY}{c}").exists()],
-        tasks=[t for t in asked.tasks if not folders.files.part(f"{TASK}{t}").exists()],
+        corpora=[c for c in asked.corpora if not is_json(folders.files.part(f"{PERPLEXITY}{c}"))],
+        tasks=[t for t in asked.tasks if not is_json(folders.files.part(f"{TASK}{t}"))],
     )
 
 

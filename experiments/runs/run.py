@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,12 +19,21 @@ from experiments.config.settings import Settings, check
 from experiments.figures.run import draw_run
 from experiments.records.energy_summary import keep_energies, read_energies
 from experiments.records.failures import FailedBeforeError, one_line
-from experiments.records.files import COMPRESSION, RunFiles, is_locked, lock_of, newer, read_json
+from experiments.records.files import (
+    COMPRESSION,
+    RunFiles,
+    is_json,
+    is_locked,
+    lock_of,
+    newer,
+    read_json,
+)
 from experiments.records.folders import Folders
+from experiments.runs import ranks
 from experiments.runs.compression import camera_compress, compression
 from experiments.runs.measurements import lazy_model, measured, measurements, stream
 from experiments.runs.metrics import assemble
-from experiments.runs.tracker import NullTracker
+from experiments.runs.tracker import CarefulTracker, NullTracker
 
 log = logging.getLogger("camera")
 
@@ -42,13 +52,12 @@ def run(
     it where it compresses.
     """
     folders = Folders.of(settings)
+    ranks.join()
     if distributed.rank() > 0:
-        distributed.work_for_rank_0(partial(camera_compress, settings, folders))
+        ranks.follow(partial(camera_compress, settings, folders))
         return folders.run
-    try:
+    with ranks.leading():
         return _run(settings, folders, sweep, since, wait)
-    finally:
-        distributed.stop_workers()
 
 
 def _run(
@@ -71,7 +80,7 @@ def _run(
         files.start(asked | {"identity": folders.identity})
         with _error_file(files), _log_file(files):
             check(settings)
-            tracker = build(settings.tracker)
+            tracker = CarefulTracker(build(settings.tracker))
             tracker.start(
                 folders.run,
                 name=folders.run.name,
@@ -85,7 +94,7 @@ def _run(
                 files.finish(metrics)
                 tracker.finish(metrics)
             except BaseException as error:
-                tracker.fail(one_line(error))
+                tracker.fail(one_line(error))  # which raises nothing
                 raise
             files.done.touch()
     if not settings.keep_checkpoint:
@@ -109,8 +118,9 @@ def _measure(settings: Settings, folders: Folders, tracker: NullTracker) -> dict
 
 def _part(folders: Folders, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     file = folders.files.part(name)
-    if not file.exists():
-        log.info("%s: %s", folders.run.name, name)
+    if not is_json(file):
+        again = " again, what was written is damaged" if file.exists() else ""
+        log.info("%s: %s%s", folders.run.name, name, again)
         write_json(file, make())
     return read_json(file)
 
@@ -120,7 +130,12 @@ def _show(settings: Settings, folders: Folders, tracker: NullTracker) -> None:
         keep_energies(folders.statistics, settings.method.get("alpha", settings.alpha), folders.run)
     if energies := read_energies(folders.run):
         tracker.log_histograms(energies.histograms)
-    tracker.log_figures(draw_run(folders.run))
+    try:
+        figures = draw_run(folders.run)
+    except Exception as error:  # a font, a backend: figures can be drawn again, hours can't
+        log.warning("%s: no figures: %s", folders.run.name, one_line(error))
+        figures = []
+    tracker.log_figures(figures)
 
 
 def _numbers(prefix: str, part: dict[str, Any]) -> dict[str, float]:
@@ -145,13 +160,35 @@ def _error_file(files: RunFiles) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        files.fail(one_line(error), traceback.format_exc())
+        try:
+            files.fail(one_line(error), traceback.format_exc())
+        except OSError as full:  # the reason is raised, and so in the log, all the same
+            log.error("%s can't be written: %s", files.error, one_line(full))
         raise
+
+
+class _LogFile(logging.FileHandler):
+    """Says once that it can't be written, instead of a traceback for each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logging.getLogger().removeHandler(self)
+        log.warning("%s can't be written any more: %s", self.baseFilename, sys.exc_info()[1])
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as full:  # what it couldn't write it tries once more
+            log.warning("%s lacks its end: %s", self.baseFilename, one_line(full))
 
 
 @contextmanager
 def _log_file(files: RunFiles) -> Iterator[None]:
-    handler = logging.FileHandler(files.log, encoding="utf-8")
+    try:
+        handler = _LogFile(files.log, encoding="utf-8")
+    except OSError as full:
+        log.warning("%s can't be written: %s", files.log, one_line(full))
+        yield
+        return
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)

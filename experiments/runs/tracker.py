@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,11 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from camera.evaluation.tasks.names import headline
 from camera.runtime.errors import CameraError
+from experiments.records.failures import one_line
 
 if TYPE_CHECKING:  # the configuration's types are made from this module, at every start
     import pandas as pd
 
     from experiments.records.energy_summary import Histogram
+
+log = logging.getLogger("camera")
+NAME_LENGTH, TAG_LENGTH = 128, 64  # W&B's limits
+NOT_IN_PROJECT = "/\\#?%:"
 
 
 class NullTracker:
@@ -48,6 +54,44 @@ class NullTracker:
         """Close the run as failed; the next run starts afresh."""
 
 
+class CarefulTracker(NullTracker):
+    """Another tracker, whose failures are one warning: losing it loses nothing of the run.
+
+    Only a CameraError of `start` is raised: what the user can mend before anything is done.
+    """
+
+    def __init__(self, tracker: NullTracker) -> None:
+        self._tracker = tracker
+
+    def start(self, folder: Path, **about: Any) -> None:
+        self._tell("start", folder, **about)
+
+    def log(self, values: dict[str, float]) -> None:
+        self._tell("log", values)
+
+    def log_histograms(self, histograms: dict[int, Histogram]) -> None:
+        self._tell("log_histograms", histograms)
+
+    def log_figures(self, files: Sequence[Path]) -> None:
+        self._tell("log_figures", files)
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        self._tell("finish", metrics)
+
+    def fail(self, reason: str) -> None:
+        self._tell("fail", reason)
+
+    def _tell(self, what: str, *args: Any, **about: Any) -> None:
+        try:
+            getattr(self._tracker, what)(*args, **about)
+        except Exception as error:
+            if what == "start" and isinstance(error, CameraError):
+                raise
+            name = type(self._tracker).__name__
+            log.warning("%s is lost (%s): the run goes on without it.", name, one_line(error))
+            self._tracker = NullTracker()
+
+
 class WandbTracker(NullTracker):
     """Weights & Biases; `wandb sync` uploads what was kept offline."""
 
@@ -58,6 +102,17 @@ class WandbTracker(NullTracker):
         entity: str | None = None,
         tags: Sequence[str] = (),
     ) -> None:
+        if not 0 < len(project) <= NAME_LENGTH or set(project) & set(NOT_IN_PROJECT):
+            raise CameraError(
+                f"tracker.project={project} must be a name of at most {NAME_LENGTH} characters "
+                f"without any of {NOT_IN_PROJECT}; the team is tracker.entity."
+            )
+        if entity is not None and (not entity or "/" in entity):
+            raise CameraError(
+                f"tracker.entity={entity} must be the name of a user or team, without a slash."
+            )
+        if "" in tags:
+            raise CameraError("tracker.tags has an empty tag: leave it out.")
         self.mode, self.project, self.entity, self.tags = mode, project, entity, tuple(tags)
         self._run: Any = None
         self._folder = Path()
@@ -72,7 +127,7 @@ class WandbTracker(NullTracker):
         tags: Sequence[str],
         config: dict[str, Any],
     ) -> None:
-        """Open a W&B run; CameraError if online mode can't be had."""
+        """Open a W&B run; CameraError if online mode needs a login."""
         if self.mode == "offline":  # else W&B reports its own errors to a host of its own
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
@@ -83,16 +138,18 @@ class WandbTracker(NullTracker):
                 mode=self.mode,
                 project=self.project,
                 entity=self.entity,
-                name=name,
+                name=name[-NAME_LENGTH:],  # the hash at its end tells runs apart
                 group=group,
                 job_type=job_type,
-                tags=[tag[:64] for tag in dict.fromkeys([*tags, *self.tags])],
+                tags=[tag[:TAG_LENGTH] for tag in dict.fromkeys([*tags, *self.tags])],
                 config=config,
                 reinit="finish_previous",
                 settings=wandb.Settings(silent=True, console="off", init_timeout=60),
             )
             self._folder = folder / "wandb"
-        except wandb.errors.Error as error:
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            if self.mode == "offline":
+                raise  # no login mends it
             reason = " ".join(str(error).split())
             raise CameraError(
                 f"tracker.mode={self.mode}: W&B can't start ({reason}); run `wandb login`, or use "

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 
-from experiments.records.files import RunFiles, read_json
+from experiments.records.files import RunFiles, is_json, read_json
 from experiments.records.folders import cost_class
 from experiments.sweeps.jobs import SweepJob
 
@@ -20,7 +20,7 @@ class Durations:
     def __init__(self, runs: Iterable[Path]):
         self.seconds: dict[tuple[str, ...], list[float]] = {}
         for run in map(RunFiles, runs):
-            if run.is_done:
+            if run.is_done and is_json(run.settings):
                 took = _took(run)
                 for like in _wider(_cost_class(run)):
                     self.seconds.setdefault(like, []).append(took)

@@ -80,7 +80,7 @@ def write_plan(jobs: Iterable[SweepJob], sweep: Path, output: Path) -> None:
     Runs are named, and `output` is relative to that folder, so that the whole may move.
     """
     rows = [asdict(job) | {"run": job.run and job.run.name} for job in jobs]
-    where = os.path.relpath(output.expanduser(), sweep)
+    where = os.path.relpath(output, sweep)
     write_json(SweepFiles(sweep).plan, {"output": where, "started": time.time(), "jobs": rows})
 
 

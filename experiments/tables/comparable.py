@@ -68,12 +68,19 @@ def _ways(models: pd.Series, measured: pd.Series) -> list[str]:
     kinds = [(model,) for model in models]
     evaluations = [way["evaluation"] or {} for way in measured]
     several = differing_settings(kinds, [{"evaluation": evaluation} for evaluation in evaluations])
-    others = differing_settings(kinds, [way | {"evaluation": None} for way in measured])
+    others = differing_settings(
+        kinds, [way | {"evaluation": None, "weights": _weights(way["model"])} for way in measured]
+    )
     ways = [
         ", ".join(filter(None, (_evaluation(evaluation) if differs else "", other)))
         for evaluation, differs, other in zip(evaluations, several, others, strict=True)
     ]
     return [f" ({way})" if way else "" for way in ways]
+
+
+def _weights(model: str | None) -> str:
+    """The start of a folder's fingerprint, or a hub id: two models may have one name."""
+    return str(model) if "/" in str(model) else str(model)[:8]
 
 
 def _evaluation(asked: dict[str, Any]) -> str:

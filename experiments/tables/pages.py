@@ -122,7 +122,8 @@ def _group(
 
 def _unfinished(run: dict[str, Any]) -> str:
     """What the page says of a run that has no result."""
-    told = [run["method"], cell(Column("ratio"), run).text, run["settings"], f"seed={run['seed']}"]
+    seed = "" if run["seed"] is None else f"seed={run['seed']}"
+    told = [run["method"], cell(Column("ratio"), run).text, run["settings"], seed]
     return f"{run['model']}, {', '.join(part for part in told if part)}: {run['status']}"
 
 

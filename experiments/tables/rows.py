@@ -12,6 +12,7 @@ import pandas as pd
 
 from camera.evaluation.tasks.names import NINE_TASKS, headline
 from camera.runtime.errors import CameraError
+from experiments.records.failures import DamagedFileError
 from experiments.records.files import COMPRESSION, OutputFolder, RunFiles, read_json
 from experiments.records.identity import differing_settings, measurement_key
 
@@ -25,6 +26,7 @@ NUMBERS += ["alpha", "samples", "length"]
 OWN = ["status", "folder"]
 SEEDS = ["n", "seeds", "folders"]  # of the rows that experiments.tables.aggregate makes
 ERRORS = ("_se", "_std")
+UNREADABLE = (DamagedFileError, OSError, KeyError, TypeError, AttributeError)
 MADE = ["seed", "alpha", "rank_scope", "calibration", "samples", "length"]
 
 
@@ -41,6 +43,9 @@ def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
     frame = pd.DataFrame(rows).reindex(columns=_columns(rows))
     if frame.empty:
         return frame
+    seeds = [row.get("seed") for row in rows]
+    if None in seeds:  # else pandas makes 1234.0 of the others
+        frame["seed"] = pd.Series(seeds, dtype=object)
     numbers = [*NUMBERS, *score_columns(frame), *(c for c in frame if c.endswith("_se"))]
     frame[numbers] = frame[numbers].astype(float)
     kinds = list(zip(frame["model"], frame["method"], strict=True))
@@ -108,10 +113,35 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _row(files: RunFiles) -> dict[str, Any]:
+    """The run's row; of files that can't be read, or are of another layout, a row that says so."""
+    try:
+        row = _asked(files)
+    except UNREADABLE as error:
+        return {
+            "model": files.folder.name,
+            "method": "unknown",
+            "status": f"damaged: {files.settings.name}{_lacking(error)}",
+            "folder": files.folder.name,
+            "_path": files.folder,
+            "_identity": {"method": {}},
+        }
+    if row["status"] != "done":
+        return row
+    try:
+        return row | _measured(files, row["bits"] is not None)
+    except UNREADABLE as error:
+        return row | {"status": f"damaged: {files.metrics.name}{_lacking(error)}"}
+
+
+def _lacking(error: Exception) -> str:
+    return f" (lacks {error})" if isinstance(error, KeyError) else ""
+
+
+def _asked(files: RunFiles) -> dict[str, Any]:
     stored = read_json(files.settings)
     settings, identity = stored["settings"], stored["identity"]
     method = settings["method"]
-    row = {
+    return {
         "model": settings["model"]["name"],
         "method": stored["method"],
         "sparsity": _percent(method.get("sparsity")),
@@ -125,16 +155,16 @@ def _row(files: RunFiles) -> dict[str, Any]:
         "_path": files.folder,
         "_identity": identity,
     } | _calibration(files, identity.get("calibration"))
-    if row["status"] != "done":
-        return row
+
+
+def _measured(files: RunFiles, quantised: bool) -> dict[str, Any]:
     metrics = read_json(files.metrics)
     realised = {f"sparsity_{of}": _percent(metrics["sparsity"][of]) for of in REALISED}
-    bits = {f"bits_{of}": value for of, value in metrics["bits"].items()} if row["bits"] else {}
+    bits = {f"bits_{of}": value for of, value in metrics["bits"].items()} if quantised else {}
     scores = {task: 100 * headline(result) for task, result in metrics["tasks"].items()}
     seconds, peak = metrics["seconds"], metrics["peak_memory_bytes"]
     return (
-        row
-        | realised
+        realised
         | bits
         | metrics["perplexity"]
         | scores
@@ -182,7 +212,9 @@ def _speeds(batches: dict[str, dict[str, Any]]) -> dict[str, float]:
 def _status(files: RunFiles) -> str:
     if files.is_done:
         return "done"
-    return f"failed: {files.reason}" if files.reason else "unfinished"
+    if files.reason:
+        return f"failed: {files.reason}"
+    return f"damaged: {files.metrics.name}" if files.done.exists() else "unfinished"
 
 
 def _percent(fraction: float | None) -> float | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from camera.runtime.errors import CameraError
+from experiments.records.files import write_text
 from experiments.tables.aggregate import over_seeds
 from experiments.tables.pages import Page, paper_page
 from experiments.tables.published.comparison import compare
@@ -43,9 +44,7 @@ def write(runs: pd.DataFrame, folder: Path, page: Page | None = None) -> None:
         if content is None:
             (folder / name).unlink(missing_ok=True)
             continue
-        part = folder / f".{name}"
-        part.write_text(content, encoding="utf-8")
-        part.replace(folder / name)
+        write_text(folder / name, content)
 
 
 def show(runs: pd.DataFrame) -> None:

@@ -189,7 +189,7 @@ def test_the_tokenizer_and_a_model_card_travel_along(compressed, checkpoints):
     card = (folder / "README.md").read_text()
     for part in ("random", "seed=1234", "0.45 of moe", f"{100 * result.sparsity['routed']:.2f} %"):
         assert part in card
-    assert f"base_model: {checkpoints('qwen2_moe').name}" in card
+    assert f'base_model: "{checkpoints("qwen2_moe").name}"' in card
     assert str(checkpoints("qwen2_moe").parent) not in card
 
 

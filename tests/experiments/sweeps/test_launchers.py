@@ -11,7 +11,8 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
-import camera
+import camera.pipeline.resume
+import camera.streaming.streamer
 from experiments.config.location import CONF
 from tests.helpers.composing import command, tiny
 

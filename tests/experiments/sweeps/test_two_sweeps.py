@@ -9,7 +9,7 @@ import pytest
 
 from experiments.records.files import lock_of
 from experiments.runs import run
-from hydra_plugins import camera_sweeper
+from experiments.sweeps import launches
 from tests.helpers.composing import command, tiny
 from tests.helpers.planning import jobs_of
 
@@ -59,7 +59,7 @@ def test_a_run_that_is_held_comes_last(sweep, tmp_path, monkeypatch):
     held.acquire()
 
     def others_are_done(seconds):
-        if seconds == camera_sweeper.PAUSE_S and held.is_locked:
+        if seconds == launches.PAUSE_S and held.is_locked:
             assert finished_in_order(tmp_path) == others
             held.release()
         else:

@@ -1,0 +1,79 @@
+"""The end of a sweep: its table and that of all runs, whatever became of its jobs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.records.failures import one_line
+from experiments.records.files import OutputFolder, SweepFiles
+from experiments.sweeps.jobs import SweepJob
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from experiments.tables.pages import Page
+
+log = logging.getLogger("camera")
+
+
+def end_sweep(
+    sweep: SweepFiles,
+    output: OutputFolder,
+    ends: Iterable[tuple[SweepJob, dict[str, Any] | None]],
+) -> bool:
+    """Write and print the tables, then what failed; whether all jobs are done.
+
+    `ends` has each job with its record, or None where it wasn't started. A table that can't be
+    written is printed all the same, and what failed is printed whatever becomes of the tables.
+    """
+    found = list(ends)
+    failed = {
+        (record["folder"] or " ".join(job.overrides), record["error"])
+        for job, record in found
+        if record and record["error"]
+    }
+    waiting = sum(record is None for _, record in found)
+    folders = [Path(record["folder"]) for _, record in found if record and record["folder"]]
+    try:
+        _tables(sweep, output, folders, sorted(failed))
+    except Exception as error:  # what failed is yet to be said
+        log.error("The table can't be made: %s", one_line(error), exc_info=True)
+    for folder, error in sorted(failed):
+        print(f"failed: {folder}: {error}", file=sys.stderr)
+    if waiting:
+        print(f"{waiting} jobs were not started.", file=sys.stderr)
+    done = sum(record is not None and not record["error"] for _, record in found)
+    print(f"{done} of {len(found)} jobs done; table: {sweep.table}")
+    return done == len(found)
+
+
+def _tables(
+    sweep: SweepFiles, output: OutputFolder, folders: list[Path], failed: list[tuple[str, str]]
+) -> None:
+    from experiments.tables.pages import paper_page
+    from experiments.tables.renderers import print_page
+    from experiments.tables.rows import read_runs, with_dense_rows
+    from experiments.tables.writing import write
+
+    everything = read_runs(output.runs() if folders else [])
+    own = with_dense_rows(everything, [folder.name for folder in folders])
+    page = _with_failures(paper_page(own), own, failed)
+    try:
+        with output.lock("tables"):
+            write(own, sweep.folder, page)
+            write(everything, output.folder)
+    except OSError as error:
+        log.error("The tables can't be written: %s", one_line(error))
+    print_page(page)
+
+
+def _with_failures(page: Page, runs: pd.DataFrame, failed: list[tuple[str, str]]) -> Page:
+    """The page, and notes about the failures that no row tells: of jobs that left no folder."""
+    told = runs.loc[runs["status"].str.startswith("failed"), "folder"]
+    untold = [(name, error) for name, error in failed if Path(name).name not in set(told)]
+    return replace(page, notes=[*page.notes, *(f"{name}: {error}" for name, error in untold)])
