@@ -134,11 +134,13 @@ class _Waiting:
         self.job = job
 
     def __call__(self) -> Any:
+        from camera.runtime.errors import CameraError
+
         missed = 0
         while not self._has_result():
             missed = missed + 1 if self._is_gone() else 0
             if missed == GONE:  # its result may need some time to show on this node's disk
-                raise RuntimeError(f"SLURM's job {self.job.job_id} {self._state()}")
+                raise CameraError(f"SLURM's job {self.job.job_id} {self._state()}{self._reason()}")
             time.sleep(PAUSE_S)
         return self.job.results()[0]
 
@@ -159,6 +161,13 @@ class _Waiting:
         said = subprocess.run(asked, capture_output=True, text=True).stdout
         states = [word[9:] for word in said.split() if word.startswith("JobState=")]
         return f"ended as {states[0]}" if states else "is not in the queue any more"
+
+    def _reason(self) -> str:
+        """What the node's daemon wrote to the job's log when it ended it."""
+        logs = [path for path in (self.job.paths.stdout, self.job.paths.stderr) if path.exists()]
+        lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
+        said = [line.partition("error: ")[2] for line in lines if line.startswith("slurmstepd")]
+        return f": {said[0]}" if said else f"; its log: {logs[0]}" if logs else ""
 
 
 class RayLauncher(RemoteLauncher):

@@ -32,5 +32,5 @@ def test_a_sweep_on_slurm(node, six_runs):
     )
     runs.environment |= node
     first = bear(runs, {FAILS: "fail", DIES: "too much", SLOW: "too long once"})
-    assert "OUT_OF_MEMORY" in first.said
+    assert "exceeded memory limit" in first.said and first.tries[DIES] == 1
     assert first.tries[SLOW] == 2  # put back into the queue, and done then
