@@ -84,7 +84,11 @@ def slurm_node(folder: Path) -> Iterator[dict[str, str]]:
         for command in (munged, ["slurmctld", "-D"], ["slurmd", "-D"]):
             daemons.enter_context(_running(command, folder, os.environ | environment))
         _wait_until_idle(os.environ | environment)
-        yield environment
+        try:
+            yield environment
+        finally:  # a job whose daemons go first waits for them for ever
+            subprocess.run(["scancel", "--me"], env=os.environ | environment)
+            _wait_until_idle(os.environ | environment)
 
 
 @contextmanager
