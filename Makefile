@@ -1,13 +1,15 @@
 # make run    the main job on the embedded model: dense and Camera-P at 0.2, 0.4, 0.6, then the table
 # make test   the tests
 # make test-cpus  the numerical tests as older CPUs run them: other vector widths, other sum orders
+# make cluster-test  a sweep each on SLURM, Ray, joblib and torchrun, some 10 minutes; SLURM needs
+#             apt-get install slurm-wlm munge, and is left out without
 # All set .venv up at their first call. ARGS adds to each: make run ARGS="sparsity=0.3"
 
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: run test test-cpus clean
+.PHONY: run test test-cpus cluster-test clean
 
 run: $(READY)
 	$(VENV)/bin/python main.py experiment=main $(ARGS)
@@ -22,6 +24,11 @@ test-cpus: $(READY)
 	for level in default avx2; do \
 		ATEN_CPU_CAPABILITY=$$level $(VENV)/bin/python -m pytest $(NUMERICAL) $(ARGS) || exit 1; \
 	done
+
+cluster-test: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[all,ray,test]'
+	$(VENV)/bin/python -m pytest -m cluster -n 0 -s -ra tests/cluster $(ARGS)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12")'

@@ -71,6 +71,9 @@ class GridSweeper(Sweeper):
         all_done = False
         try:
             launches.launch_all(jobs)
+        except CameraError as error:  # of a launcher that starts nothing
+            print(error, file=sys.stderr)
+            sys.exit(1)
         finally:
             if distributed.rank() == 0:
                 output = OutputFolder(Path(user_path(self.config.output)))

@@ -26,8 +26,9 @@ from experiments.records.failures import DamagedFileError
 
 COMPRESSION, SPEED = "compress", "speed"  # parts of a run
 PERPLEXITY, TASK = "perplexity-", "task-"  # parts of a run, before the name of a text or a task
-# A user who presses Ctrl+C, a queue that takes a job off: no reason not to go on.
-INTERRUPTIONS = ("KeyboardInterrupt", "SystemExit")
+# A user who presses Ctrl+C, a queue that takes a job off, submitit's word for one that it took
+# off too often: no reason not to go on.
+INTERRUPTIONS = ("KeyboardInterrupt", "SystemExit", "UncompletedJobError")
 LOST = "killed: it left no record of how it ended"  # the error of a job that is being done
 
 

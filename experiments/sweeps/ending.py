@@ -91,6 +91,7 @@ def _tables(
 
 def _with_failures(page: Page, runs: pd.DataFrame, failed: list[tuple[str, str]]) -> Page:
     """The page, and notes about the failures that no row tells: of jobs that left no folder."""
-    told = runs.loc[runs["status"].str.startswith("failed"), "folder"]
+    # without rows the columns aren't of texts
+    told = runs.loc[runs["status"].astype(str).str.startswith("failed"), "folder"]
     untold = [(name, error) for name, error in failed if Path(name).name not in set(told)]
     return replace(page, notes=[*page.notes, *(f"{name}: {error}" for name, error in untold)])

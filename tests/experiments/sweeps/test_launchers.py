@@ -1,10 +1,10 @@
 """Jobs on a cluster: what the queue is asked for, and a job that it takes off and puts back."""
 
-import importlib.util
 import json
 import os
 import signal
 import sys
+from unittest import mock
 
 import pytest
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
@@ -13,10 +13,13 @@ from omegaconf import OmegaConf
 
 import camera.pipeline.resume
 import camera.streaming.streamer
+from camera.runtime.errors import CameraError
 from experiments.config.location import CONF
+from experiments.records.files import LOST, RunFiles, SweepFiles
+from hydra_plugins import camera_launchers
 from tests.helpers.runs.composing import command, tiny
 
-SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+SLURM = "hydra_plugins.camera_launchers.SlurmLauncher"
 
 
 class Queue(BasicLauncher):
@@ -97,14 +100,74 @@ def test_the_queue_is_asked_for_what_the_command_says(queue, overrides, tmp_path
     assert str(asked["submitit_folder"]).endswith("%j")
 
 
-@pytest.mark.parametrize("launcher", ["slurm", "ray"])
-def test_a_launcher_that_is_not_installed_is_named(launcher, overrides, capsys):
-    plugin = {"slurm": "submitit"}.get(launcher, launcher)
-    if importlib.util.find_spec(f"hydra_plugins.hydra_{plugin}_launcher"):
-        pytest.skip(f"{plugin} is installed")
+@pytest.mark.parametrize(("launcher", "package"), [("slurm", "submitit"), ("ray", "ray")])
+def test_a_package_that_is_not_installed_is_named(
+    launcher, package, overrides, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, package, None)  # import_module raises ModuleNotFoundError
     assert command(*overrides, f"hydra/launcher={launcher}") == 1
     said = "".join(capsys.readouterr())
-    assert f"hydra_plugins.hydra_{plugin}_launcher" in said
+    assert f"pip install 'camera-moe[{launcher}]'" in said and "Traceback" not in said
+    assert "1 jobs were not started" in said and "0 of 1 jobs done" in said
+    assert "table can't be made" not in said
+
+
+class Two(camera_launchers.RemoteLauncher):
+    """The first job is killed while it runs, the second comes back."""
+
+    name, needs = "two", "json"
+
+    def send(self, job, numbered):
+        def killed():
+            raise CameraError("its worker died")
+
+        return [killed, lambda: {"folder": "second", "error": None}]
+
+
+def test_a_killed_job_hides_no_other(tmp_path, monkeypatch):
+    sweep = SweepFiles(tmp_path)
+    sweep.record(0, tmp_path / "first", LOST)
+    launcher = Two()
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    launcher.setup(hydra_context=mock.Mock(), task_function=len, config=config)
+    first, second = launcher.launch([["seed=1"], ["seed=2"]], 0)
+    assert first.return_value["folder"] == str(tmp_path / "first")
+    assert first.return_value["error"] == "killed: its worker died"
+    assert second.return_value == {"folder": "second", "error": None}
+
+
+@pytest.fixture
+def slurm_job(tmp_path, monkeypatch):
+    """A job of submitit's that SLURM doesn't know any more, on a cluster without accounting."""
+    for name, line in {"squeue": "exit 0", "scontrol": "echo JobId=7 JobState=FAILED"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(camera_launchers, "PAUSE_S", 0)
+    files = {name: tmp_path / name for name in ("stdout", "stderr", "result_pickle")}
+    paths = mock.Mock(folder=tmp_path, **files)
+    return mock.Mock(job_id="7_0", paths=paths, **{"results.return_value": ["done"]})
+
+
+def test_a_job_that_never_comes_back_is_not_waited_for(slurm_job):
+    wait = camera_launchers._Waiting(slurm_job)
+    with pytest.raises(CameraError, match=r"job 7_0 ended as FAILED$"):
+        wait()
+    log = "slurmstepd-node: error: Exceeded job memory limit\nsrun: error\n"
+    slurm_job.paths.stdout.write_text(log)
+    with pytest.raises(CameraError, match="ended as FAILED: Exceeded job memory limit"):
+        wait()
+
+
+def test_a_job_that_left_its_result_is_done(slurm_job):
+    slurm_job.paths.result_pickle.touch()
+    assert camera_launchers._Waiting(slurm_job)() == "done"
+
+
+def test_a_job_that_was_put_back_too_often_is_to_go_on(tmp_path):
+    run = RunFiles(tmp_path)
+    run.fail("UncompletedJobError: Job not requeued because: timed-out too many times.", "")
+    assert run.reason and run.failure is None
 
 
 @pytest.mark.parametrize("launcher", sorted(p.stem for p in (CONF / "hydra/launcher").glob("*")))
