@@ -90,7 +90,7 @@ def checkpoint(settings: Settings, folders: Folders) -> Iterator[Path]:
             compress_once(settings, folders)
             yield folders.checkpoint
         else:
-            yield resolve_model(settings.model_path, code=settings.trust_remote_code)
+            yield resolve_model(settings.model_path)
 
 
 def evaluation_during_compression(settings: Settings) -> EvaluationRequest | None:

@@ -69,7 +69,7 @@ def hub(tmp_path, monkeypatch):
     """A hub whose main branch moves with every question; what it was asked."""
     asked = []
 
-    def snapshot_download(name, *, revision=None, allow_patterns):
+    def snapshot_download(name, *, revision=None, **patterns):
         asked.append(revision)
         commit = revision or f"commit{len(asked)}"
         folder = tmp_path / name / "snapshots" / commit

@@ -32,7 +32,7 @@ class Experts(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.down_proj = nn.Parameter(torch.zeros(8, 2, 2))
+        self.down_proj = nn.Parameter(torch.zeros(8, 2, 4))
 
 
 class Timed(nn.Module):

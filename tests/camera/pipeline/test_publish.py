@@ -111,9 +111,9 @@ def test_what_is_not_weights_travels(compress, checkpoints, tmp_path):
 def test_the_hub_is_asked_for_what_travels(tmp_path, monkeypatch):
     asked = {}
 
-    def download(model, ignore_patterns):
+    def download(model, *, revision, ignore_patterns=(), allow_patterns=()):
         asked["ignored"] = ignore_patterns
-        return tmp_path
+        return tmp_path / "snapshots" / "commit"
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
 

@@ -57,13 +57,17 @@ def test_a_wheel_has_the_configuration_and_the_data(wheel):
     for folder in ("report/page", "tables/published"):
         files = (ROOT / "experiments" / folder).glob("*.*")
         asked |= {f"experiments/{folder}/{file.name}" for file in files}
-    asked |= {"hydra_plugins/camera_sweeper.py", "experiments/__main__.py"}
+    asked |= {f"hydra_plugins/{file.name}" for file in (ROOT / NAMESPACE).glob("*.py")}
+    asked.add("experiments/__main__.py")
     assert asked <= wheel
 
 
 @pytest.mark.parametrize(
     ("packages", "extras"),
-    [(("camera", "baselines"), ()), (("experiments", NAMESPACE), ("eval", "experiments"))],
+    [
+        (("camera", "baselines"), ()),
+        (("experiments", NAMESPACE), ("eval", "experiments", "slurm", "ray")),
+    ],
 )
 def test_what_is_imported_is_declared(packages, extras):
     """Each import that is of neither the standard library nor this project."""
