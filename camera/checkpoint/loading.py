@@ -45,7 +45,7 @@ def load_model(
     if isinstance(folder, Path):
         ShardReader(folder)  # its sentences tell more than transformers'
     try:
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         choose_kernels(config)
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),

@@ -13,7 +13,7 @@ from matplotlib import colormaps, image
 
 from experiments.report.__main__ import main
 from experiments.report.runs import embedded
-from tests.helpers import browser
+from tests.helpers.runs import browser
 from tests.helpers.runs.run_folders import add
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
