@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
 from camera.runtime.errors import CameraError
+from camera.runtime.files import CheckpointFiles
 from camera.runtime.registry import Registry
 from camera.runtime.values import seed_of, typed
 
@@ -161,7 +162,7 @@ class Plan:
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)
-        path = path / "plan.safetensors" if path.is_dir() else path
+        path = path / CheckpointFiles.PLAN if path.is_dir() else path
         try:
             with safe_open(path, "pt") as file:
                 header = json.loads(file.metadata()["camera"])

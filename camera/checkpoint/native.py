@@ -18,7 +18,7 @@ from camera.checkpoint.config import CameraConfig, save_config
 from camera.checkpoint.dequantize import dequantize
 from camera.checkpoint.formats.format import FORMATS, Format
 from camera.checkpoint.formats.narrow import padded_mlp
-from camera.checkpoint.loading import load_model
+from camera.checkpoint.loading import DTYPES, load_model
 from camera.checkpoint.matching import require_whole
 from camera.checkpoint.source import copy_companions
 from camera.moe.families import family_of
@@ -71,10 +71,11 @@ def export(checkpoint: str | Path, out: str | Path, width_multiple: int = 8) -> 
 def _stored_dtype(checkpoint: str | Path) -> str:
     """The dtype that config.json names: what is exported stays in it, on a CPU too."""
     try:
-        dtype = AutoConfig.from_pretrained(str(checkpoint)).dtype
+        dtype = AutoConfig.from_pretrained(str(Path(checkpoint).expanduser())).dtype
     except (OSError, ValueError):
         return "auto"  # `load_model` says what is wrong
-    return "auto" if dtype is None else str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
+    return name if name in DTYPES else "auto"
 
 
 def native_widths(config: Any, stored: CameraConfig, multiple: int) -> dict[str, int]:

@@ -7,12 +7,12 @@ the routed experts alone.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import floor
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from camera.moe.families import layer_of
 from camera.moe.pool import LayerPool
 from camera.runtime.errors import CameraError
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 SparsityOf = Literal["moe", "model", "routed"]
 SPARSITY_OF = get_args(SparsityOf)
-IN_A_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def require_counts(config: Any, family: Family, shapes: Mapping[str, Sequence[in
     `shapes` are the tensors' by name. Compared before a model is built: a wrong number would take
     all memory first.
     """
-    layers = {int(found[1]) for name in shapes if (found := IN_A_LAYER.search(name))}
+    layers = {layer_of(name) for name in shapes} - {None}
     experts = 0
     for name, shape in shapes.items():
         number = family.checkpoint_names.number(name)

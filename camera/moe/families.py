@@ -13,6 +13,7 @@ from typing import Any
 from camera.runtime.errors import CameraError
 
 ENTRY_POINTS = "camera.families"  # of other packages: a model type, and the module declaring it
+_IN_A_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _FUSED = r"\.experts\.(gate_up_proj|down_proj)$"
 _GRANITE = r"\.(input|output)_linear\.weight$"
 
@@ -181,6 +182,12 @@ def family_of(model_type: str) -> Family:
             f"{', '.join(sorted(FAMILIES))}."
         )
     return FAMILIES[model_type]
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a tensor belongs to; None for one outside the layers."""
+    found = _IN_A_LAYER.search(name)
+    return int(found[1]) if found else None
 
 
 def is_routed(path: str) -> bool:

@@ -10,13 +10,12 @@ from torch import nn
 
 from camera.checkpoint.matching import HeaderMatch, empty_model, match_headers
 from camera.checkpoint.shards import ShardReader, read_places
-from camera.moe.families import Family
+from camera.moe.families import Family, layer_of
 from camera.runtime.errors import CameraError
 
 log = logging.getLogger("camera")
 ROWS = 4096  # of two tables that are compared at a time
 
-_IN_A_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _IN_CODE = re.compile(r"rotary_emb\.inv_freq$")  # a buffer that older versions stored
 _OF_AN_ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|base_layer|prompt_encoder|ia3_l)\b")
 
@@ -49,12 +48,6 @@ def build_on_meta(
 def tied_names(model: nn.Module) -> dict[str, str]:
     """{name of a parameter that shares another one's memory: name of that one}."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
-
-
-def layer_of(key: str) -> int | None:
-    """The layer that a tensor of this name belongs to."""
-    found = _IN_A_LAYER.search(key)
-    return int(found.group(1)) if found else None
 
 
 def _settle_ties(model: nn.Module, match: HeaderMatch, reader: ShardReader) -> bool:

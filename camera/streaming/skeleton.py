@@ -19,7 +19,7 @@ from camera.checkpoint.matching import convert, refuse_missing
 from camera.checkpoint.shards import ShardReader, read_places
 from camera.moe.budget import Budget, budget_of, require_counts
 from camera.moe.capture import replaced_submodule
-from camera.moe.families import family_of
+from camera.moe.families import family_of, layer_of
 from camera.moe.feed_forward import ExpertGroup, FeedForward
 from camera.runtime.buffers import trim_heap
 from camera.runtime.errors import CameraError
@@ -29,7 +29,7 @@ from camera.streaming.disk_experts import (
     single_expert_module,
     single_expert_places,
 )
-from camera.streaming.meta_build import build_on_meta, layer_of, tied_names
+from camera.streaming.meta_build import build_on_meta, tied_names
 
 log = logging.getLogger("camera")
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from camera.checkpoint.source import INDEX, SINGLE, weight_map
+from camera.runtime.files import CheckpointFiles
 from experiments.config.settings import Settings
-from experiments.records.files import OutputFolder, RunFiles, is_json, lock_of, newer, read_json
+from experiments.records.files import OutputFolder, RunFiles, is_json, lock_of, newer
 from experiments.records.identity import compression_identity, evaluation_identity
 
 log = logging.getLogger("camera")
@@ -51,17 +53,17 @@ class Folders:
     @property
     def report(self) -> Path:
         """What the compression reports: the last file that a checkpoint gets."""
-        return self.checkpoint / "camera.json"
+        return self.checkpoint / CheckpointFiles.REPORT
 
     @property
     def evaluation(self) -> Path:
         """What was measured during the compression, if anything was."""
-        return self.checkpoint / "evaluation.json"
+        return self.checkpoint / CheckpointFiles.EVALUATION
 
     @property
     def statistics(self) -> Path:
         """The statistics that the compression was planned by, if they are kept."""
-        return self.checkpoint / "statistics.safetensors"
+        return self.checkpoint / CheckpointFiles.STATISTICS
 
     @property
     def is_compressed(self) -> bool:
@@ -97,12 +99,12 @@ class Folders:
 
 def _has_weights(checkpoint: Path) -> bool:
     """Whether every file of weights is there that the index names, or the one that needs none."""
-    index = checkpoint / "model.safetensors.index.json"
+    index = checkpoint / INDEX
     if not index.exists():
-        return (checkpoint / "model.safetensors").exists()
+        return (checkpoint / SINGLE).exists()
     if not is_json(index):
         return False
-    shards = set(read_json(index)["weight_map"].values())
+    shards = set(weight_map(index).values())
     return all((checkpoint / shard).exists() for shard in shards)
 
 

@@ -318,3 +318,13 @@ def test_a_config_that_cannot_be_written_is_refused_before_the_first_layer(
             checkpoints("qwen3_moe"), "camera_p", tmp_path / "out", sparsity=0.25, **options
         )
     assert not list(tmp_path.glob("**/model-*"))
+
+
+def test_an_export_below_the_home_folder_stays_in_its_dtype(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    build_model("qwen3_moe", dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    options = dict(sparsity=0.4, device="cpu", progress=False)
+    camera.compress("~/source", "magnitude", tmp_path / "small", **options)
+    camera.export("~/small", tmp_path / "native")
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "native", dtype="auto")
+    assert stored.dtype == torch.bfloat16
