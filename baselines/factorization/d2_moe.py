@@ -142,15 +142,12 @@ class D2Moe(Method):
         ffn.replace(group, module.requires_grad_(False))
         return Applied({group.path: module.spec()}, report=plan.report)
 
-    def _base_width(self, width: int) -> int:
-        return width - to_remove(width, self.pp_ratio)
-
     def _size(self, hidden: int, experts: int, width: int, rank: int) -> int:
         from torch import nn
 
         from camera.checkpoint.formats.delta import DeltaExperts
 
-        sizes = hidden, width, experts, self._base_width(width), rank
+        sizes = hidden, width, experts, base_width(width, self.pp_ratio), rank
         module = DeltaExperts(*sizes, nn.Identity(), "meta")
         return sum(parameter.numel() for parameter in module.parameters())
 
@@ -174,3 +171,8 @@ class D2Moe(Method):
             )
         weights = 3 * sum(experts * width for experts, width in shapes)
         return budget.dense.routed // weights, shapes
+
+
+def base_width(width: int, pp_ratio: float) -> int:
+    """Intermediate channels of the base of experts of this width."""
+    return width - to_remove(width, pp_ratio)

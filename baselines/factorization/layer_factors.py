@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from baselines.factorization.d2_moe import base_width
 from baselines.factorization.low_rank import low_rank, output_energy, whitener
 from baselines.factorization.merged_base import kept_first, merged_base
-from camera.moe.budget import to_remove
 from camera.moe.feed_forward import RoutedExperts
 
 AXES = (0, 0, 1)  # of gate, up and down: where the intermediate channels lie
@@ -33,10 +33,6 @@ class Factoring:
     def by_counts(self) -> bool:
         """Whether selection counts weigh the base."""
         return self.merge in ("fisher_freq", "freq")
-
-    def base_width(self, width: int) -> int:
-        """Intermediate channels of the base of experts of this width."""
-        return width - to_remove(width, self.pp_ratio)
 
 
 @torch.no_grad()
@@ -60,11 +56,11 @@ def factored_layer(
         merged_base(parts, table, counts_E)
         for parts, table in zip(weights, fisher or (None, None, None), strict=True)
     ]
-    base_width = how.base_width(group.widths[0])
-    order_I = kept_first(bases[2], gram_mid_EII, base_width)
+    narrow = base_width(group.widths[0], how.pp_ratio)
+    order_I = kept_first(bases[2], gram_mid_EII, narrow)
     grams = gram_in_EHH, gram_in_EHH, gram_mid_EII
     gate, up, down = (
-        factored(*projection, order_I, base_width, how.damping, how.rank)
+        factored(*projection, order_I, narrow, how.damping, how.rank)
         for projection in zip(weights, bases, grams, AXES, strict=True)
     )
     errors = [part.error for part in (gate, up, down)]

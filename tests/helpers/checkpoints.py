@@ -1,4 +1,4 @@
-"""Checkpoints that say one thing and hold another."""
+"""What checkpoints hold, and those that say one thing and hold another."""
 
 import json
 import shutil
@@ -14,6 +14,11 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """All weights of a checkpoint by name."""
     files = [*folder.glob("model-*.safetensors"), *folder.glob(SINGLE)]
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def shards_of(folder: Path) -> dict[str, bytes]:
+    """The bytes of its files of weights, and of their index, by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("model*"))}
 
 
 def config_of(folder: Path) -> dict:

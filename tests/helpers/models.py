@@ -116,6 +116,16 @@ def build_tokenizer(vocab_size: int = 256) -> PreTrainedTokenizerFast:
     )
 
 
+def build_byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and <eos>: 257 in all."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab={**vocabulary, "<eos>": 256}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
 def write_layout(folder: Path) -> Path:
     """A data folder in the offline layout, of generated words."""
     import gzip

@@ -28,6 +28,7 @@ from camera.quantization.base import Quantization
 from camera.runtime.errors import CameraError
 from camera.streaming.skeleton import MetaModel
 from camera.streaming.streamer import LayerStreamer
+from tests.helpers.checkpoints import shards_of
 
 PRUNE = dict(sparsity=0.4)
 DROP = dict(sparsity=0.5, sparsity_of="routed")
@@ -123,10 +124,6 @@ def fresh(sources, options, tmp_path_factory):
     return go
 
 
-def shards(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("model*"))}
-
-
 # --- a method is its settings ---
 
 
@@ -139,7 +136,7 @@ def test_an_instance_keeps_nothing_from_one_model_to_the_next(
     for number, model in enumerate("aba"):
         out = tmp_path / str(number)
         camera.compress(sources[model], method, out, **options)
-        assert shards(out) == shards(fresh(case, model))
+        assert shards_of(out) == shards_of(fresh(case, model))
     assert vars(method) == before
 
 
@@ -173,7 +170,7 @@ def test_the_plan_beside_a_checkpoint_makes_it_again(
         monkeypatch.setattr("camera.calibration.tokens.calibration_tokens", None)
     out = tmp_path / "out"
     camera.apply(source, plan, out, **options)
-    assert shards(out) == shards(made)
+    assert shards_of(out) == shards_of(made)
     assert (out / "plan.safetensors").read_bytes() == (made / "plan.safetensors").read_bytes()
 
 

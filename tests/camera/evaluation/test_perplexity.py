@@ -7,24 +7,21 @@ import random
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from camera.calibration.windows import ids_hash
 from camera.evaluation.passages import context_length
 from camera.evaluation.perplexity import perplexity
 from camera.runtime.errors import CameraError
 from camera.streaming import lm_head
+from tests.helpers.models import build_byte_tokenizer
 
 CONTEXT = 64
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab={**vocabulary, "<eos>": 256}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    return build_byte_tokenizer()
 
 
 @pytest.fixture

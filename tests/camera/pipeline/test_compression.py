@@ -18,6 +18,7 @@ from camera.pruning.camera_p import CameraP
 from camera.runtime.errors import CameraError
 from camera.streaming.settings import MemoryChoices
 from tests.helpers import oracles
+from tests.helpers.checkpoints import tensors_of
 from tests.helpers.models import FAMILIES
 
 
@@ -34,10 +35,6 @@ def run(data_folder, calibration, tmp_path):
         return camera.compress(model, method, tmp_path / name, **{**settings, **options})
 
     return go
-
-
-def tensors(folder):
-    return {k: v for path in sorted(folder.glob("model-*")) for k, v in load_file(path).items()}
 
 
 @pytest.mark.parametrize("phi", ["keep", "recompute"])
@@ -163,7 +160,7 @@ def test_dense_energies_are_measured_once_for_all_alphas_and_sparsities(
     assert measured == [0, 1, 2]
     alone = run(source, name="alone", propagate="dense", alpha=0.9, sparsity=0.4)
     assert measured == [0, 1, 2] * 2 and alone.statistics
-    shared, own = tensors(tmp_path / "0.9-0.4"), tensors(tmp_path / "alone")
+    shared, own = tensors_of(tmp_path / "0.9-0.4"), tensors_of(tmp_path / "alone")
     assert all(torch.equal(shared[name], tensor) for name, tensor in own.items())
 
 

@@ -15,6 +15,7 @@ from camera.runtime.errors import CameraError
 from camera.runtime.overlap import BackgroundWriter, LayerPrefetcher
 from camera.streaming.settings import MemoryChoices
 from camera.streaming.skeleton import MetaModel
+from tests.helpers.checkpoints import shards_of
 
 LAYERS = 5
 CPU = torch.device("cpu")
@@ -33,10 +34,6 @@ def run(source, data_folder, calibration, tmp_path):
         return camera.compress(model, "camera_p", tmp_path / name, **settings)
 
     return go
-
-
-def shards(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("model*"))}
 
 
 def layer_of(wanted):
@@ -100,7 +97,7 @@ def test_overlap_changes_no_byte(run, tmp_path, monkeypatch):
     monkeypatch.setattr(LayerPrefetcher, "start_next", lambda self: None)
     monkeypatch.setattr(BackgroundWriter, "submit", lambda self, work: work())
     run("in turn")
-    assert shards(tmp_path / "overlapped") == shards(tmp_path / "in turn")
+    assert shards_of(tmp_path / "overlapped") == shards_of(tmp_path / "in turn")
 
 
 def test_no_thread_is_left_behind(run):

@@ -19,6 +19,7 @@ from camera.streaming.disk_experts import DiskExperts, single_expert_places
 from camera.streaming.settings import MemoryChoices
 from camera.streaming.skeleton import MetaModel
 from camera.streaming.streamer import LayerStreamer, Placement
+from tests.helpers.checkpoints import tensors_of
 from tests.helpers.damage import damage
 from tests.helpers.models import MOE_FAMILIES, build_tokenizer
 
@@ -73,14 +74,10 @@ def cut(source, data_folder, tmp_path_factory):
     return go
 
 
-def tensors(folder):
-    return {k: v for path in sorted(folder.glob("model-*")) for k, v in load_file(path).items()}
-
-
 def assert_same(on_disk, whole):
     (folder, result), (other, expected) = on_disk, whole
     assert result.widths == expected.widths
-    mine, theirs = tensors(folder), tensors(other)
+    mine, theirs = tensors_of(folder), tensors_of(other)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -116,7 +113,7 @@ def test_quantisers_read_experts_from_disk_too(method, propagate, cut, source):
     options = dict(propagate=propagate, method=method, bits=3.0)
     on_disk = cut("qwen2_moe", "as published", "disk", **options)
     whole = cut("qwen2_moe", "as published", "ram", **options)
-    mine, theirs = tensors(on_disk[0]), tensors(whole[0])
+    mine, theirs = tensors_of(on_disk[0]), tensors_of(whole[0])
     assert mine.keys() == theirs.keys()
     assert all(mine[name].shape == theirs[name].shape for name in mine)
     dense = source("qwen2_moe", "as published")

@@ -11,6 +11,7 @@ import camera
 from camera.runtime.errors import CameraError
 from camera.runtime.mapped import MappedTable, release_pages
 from camera.streaming.settings import MemoryChoices
+from tests.helpers.checkpoints import shards_of
 
 
 @pytest.fixture
@@ -24,16 +25,12 @@ def run(checkpoints, data_folder, calibration, tmp_path):
     return go
 
 
-def shards(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("model*"))}
-
-
 @pytest.mark.parametrize("propagate", ["compressed", "dense"])
 @pytest.mark.parametrize("experts", ["ram", "disk"])
 def test_hidden_states_on_disk_change_no_byte(experts, propagate, run, tmp_path):
     for hidden in ("ram", "disk"):
         run(hidden, MemoryChoices(hidden=hidden, experts=experts), propagate=propagate)
-    assert shards(tmp_path / "ram") == shards(tmp_path / "disk")
+    assert shards_of(tmp_path / "ram") == shards_of(tmp_path / "disk")
     assert {path.name for path in tmp_path.iterdir()} == {"ram", "disk"}
 
 
@@ -95,7 +92,7 @@ def test_a_run_on_disk_goes_on_where_it_was_killed(run, tmp_path, monkeypatch):
     kill("out")
     assert not (tmp_path / "out").exists()
     run("out", asked)
-    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+    assert shards_of(tmp_path / "out") == shards_of(tmp_path / "whole")
     kill("other")
     with pytest.raises(CameraError, match=r"experts_on_disk: True there, False here"):
         run("other", MemoryChoices(experts="ram"))

@@ -9,13 +9,13 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from camera.calibration.corpora import rows_hash
 from camera.evaluation.tasks.evaluate import check_tasks, evaluate_tasks
 from camera.evaluation.tasks.names import NINE_TASKS, average, headline
 from camera.runtime.errors import CameraError
+from tests.helpers.models import build_byte_tokenizer
 
 SHARED = Path(__file__).parents[5] / "shared/data"
 CHOICES = {"text": ["a dog", "an owl", "rain", "the old stone"], "label": ["A", "B", "C", "D"]}
@@ -72,10 +72,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab={**vocabulary, "<eos>": 256}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    return build_byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
