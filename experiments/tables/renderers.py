@@ -18,6 +18,7 @@ DIFFERS = "≠"
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 LATEX |= {character: f"\\{character}" for character in "&%$#_{}"}
 LATEX |= {"–": "--", "−": "$-$", "+": "$+$", "±": r"$\pm$", "≠": r"$\neq$", "×": r"$\times$"}
+LATEX |= {"↓": r"$\downarrow$", "↑": r"$\uparrow$", "…": r"\ldots{}"}
 LATEX |= {"Δ": r"$\Delta$", "²": r"$^2$", "†": r"$\dagger$", "α": r"$\alpha$", "√": r"$\surd$"}
 HTML = """\
 {%- macro shown(cell) -%}
