@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from experiments.config.location import EMBEDDED
 from experiments.figures.drawing import drawn
+from experiments.figures.over_layers.energies import draw_shares_by_alpha
 from experiments.figures.over_runs.bars import draw_bars
 from experiments.figures.over_runs.curves import draw_curves
-from experiments.figures.over_runs.durations import PHASES, draw_durations
+from experiments.figures.over_runs.durations import draw_durations
 from experiments.figures.over_runs.points import (
     ALPHA,
     BATCH,
@@ -35,13 +37,13 @@ from experiments.figures.words import (
     model_words,
     ratio_words,
 )
+from experiments.records.energy_summary import read_energies
 from experiments.records.files import RunFiles, read_json
-from experiments.records.identity import measurement_key
 from experiments.tables.aggregate import over_seeds
+from experiments.tables.comparable import ComparableRuns, comparable_runs
 from experiments.tables.names.datasets import dataset_label
 from experiments.tables.names.methods import display_name
 from experiments.tables.rows import perplexity_columns
-from experiments.tables.studies import with_studies
 
 SPEEDS = [
     Measure(f"{phase}_x", f"{label}, times the original's speed", digits=2)
@@ -52,21 +54,25 @@ ORIGINAL = Reference("the original", 1.0)
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of one study of one model that were measured in the same way, dense among them."""
+    """Runs that can be compared, the axis of their ratio, and a name for files."""
 
     name: str
-    study: str
-    rows: pd.DataFrame
+    ratio: Axis
+    block: ComparableRuns
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        return self.block.runs
 
     def heading(self, what: str, found: pd.DataFrame) -> Heading:
         """`what` as the head, and in words what all of `found` have in common."""
         own = self.rows[self.rows["method"].isin(set(found["method"]) - {"dense"})]
         own = self.rows if own.empty else own
         identities = list(own["_identity"])
-        first, data = identities[0], own["data"].iloc[0]
+        first, data = identities[0], self.block.data
         methods = sorted(set(own["method"]))
         said = {
-            model_words(own["model"].iloc[0], data): True,
+            model_words(self.block.model, data): True,
             display_name(methods[0]): len(methods) == 1,
             _common([ratio_words(i["method"]) for i in identities]): True,
             _common([_alpha(i) for i in identities]): len(methods) == 1,
@@ -87,18 +93,19 @@ def draw_comparisons(runs: pd.DataFrame, folder: Path) -> list[Path]:
     for group in _groups(over_seeds(done)):
         found += _draw_scores(group, folder)
         found += _draw_durations(group, folder)
+        found += _draw_energies(group, folder)
     for group in _groups(over_seeds(_at_batch_sizes(done))):
         for measure in SPEEDS:
-            found += _draw(group, [BATCH, *_ratios(group.rows)], measure, ORIGINAL, folder)
+            found += _draw(group, [BATCH, group.ratio], measure, ORIGINAL, folder)
     return found
 
 
 def _draw_scores(group: Group, folder: Path) -> list[Path]:
-    data = group.rows["data"].iloc[0]
+    data = group.block.data
     found = []
     for measure in _measures(group.rows, data):
         reference = _dense(group.rows, measure)
-        axes = [ALPHA, SAMPLES, *_ratios(group.rows)]
+        axes = [ALPHA, SAMPLES, group.ratio]
         found += _draw(group, axes, measure, reference, folder)
         file = folder / f"{group.name}-{measure.column}-size.png"
         heading = group.heading(f"{_named(measure, data)} by size", group.rows)
@@ -131,7 +138,7 @@ def _draw(
         if shown.empty:
             continue
         heading = group.heading(_head(measure, axis, group), shown)
-        file = folder / f"{group.name}-{measure.column}-{_axis_name(axis, axes)}.png"
+        file = folder / f"{group.name}-{measure.column}-{axis.name}.png"
         if shown["asked"].nunique() > 1:
             found += drawn(draw_curves, shown, axis, measure, heading, reference, file=file)
         elif not found:  # else bars would show a part of what the curves do
@@ -140,7 +147,7 @@ def _draw(
 
 
 def _head(measure: Measure, axis: Axis, group: Group) -> str:
-    data = group.rows["data"].iloc[0]
+    data = group.block.data
     if measure in SPEEDS:
         return f"Speed of {measure.label.partition(',')[0]}"
     over = {ALPHA: " by α", SAMPLES: " by calibration size"}.get(axis, "")
@@ -157,27 +164,35 @@ def _draw_durations(group: Group, folder: Path) -> list[Path]:
     rows = by_ratio.get_group(ratio).sort_values("settings", key=lambda told: told.str.len())
     rows = rows.drop_duplicates("method")
     seconds = [_seconds(row) for row in rows.to_dict("records")]
-    model = model_words(str(rows["model"].iloc[0]), str(rows["data"].iloc[0]))
+    model = model_words(group.block.model, group.block.data)
     heading = Heading("Time to compress", f"{model} · {ratio}")
     file = folder / f"{group.name}-time.png"
     return drawn(draw_durations, pd.DataFrame(seconds), heading, file=file)
 
 
+def _draw_energies(group: Group, folder: Path) -> list[Path]:
+    """How α changes energies, of runs that differ in little else; of each α the first run."""
+    top: dict[float, list[float]] = {}
+    percents: list[float] = []
+    for run in group.rows["_path"]:
+        kept = read_energies(run)
+        if kept is not None and kept.alpha not in top:
+            top[kept.alpha] = list(np.mean([*kept.top.values()], axis=0))
+            percents = kept.percents
+    if len(top) < 2:
+        return []
+    words = group.heading("", group.rows).words
+    file = folder / f"{group.name}-energy_shares.png"
+    return drawn(draw_shares_by_alpha, percents, top, words, file=file)
+
+
 def _seconds(row: dict) -> dict[str, float | str]:
     """The seconds of a row's first run; those of statistics whoever gathered them."""
-    taken = read_json(RunFiles(row["_path"]).metrics)["seconds"]
-    found = {phase: taken[phase] for phase in PHASES}
-    found["calibrate"] = max(found["calibrate"], 60 * row["minutes"] - found["compress"])
-    return {"method": row["method"]} | found
-
-
-def _axis_name(axis: Axis, axes: list[Axis]) -> str:
-    alone = sum(other.name == axis.name for other in axes) == 1
-    return axis.name if alone else axis.column
-
-
-def _ratios(rows: pd.DataFrame) -> list[Axis]:
-    return [*(axis for of, axis in SPARSITY.items() if (rows["sparsity_of"] == of).any()), BITS]
+    metrics = read_json(RunFiles(row["_path"]).metrics)
+    taken = metrics["seconds"]
+    used = metrics.get("cached_statistics") or {}
+    gathered = taken["calibrate"] + used.get("seconds", 0.0)
+    return {"method": row["method"], "calibrate": gathered, "compress": taken["compress"]}
 
 
 def _dense(rows: pd.DataFrame, measure: Measure) -> Reference | None:
@@ -210,28 +225,15 @@ def _bars(found: pd.DataFrame) -> str:
     return f"bars: standard deviation over {several} seeds, standard error of a single one"
 
 
-def _groups(rows: pd.DataFrame) -> Iterator[Group]:
-    """The rows by model, study and measurement; where a study has several, they are numbered."""
-    if rows.empty:
-        return
-    rows = with_studies(rows)
-    dense = rows["method"] == "dense"
-    studies = dict.fromkeys(study for own in rows["studies"] for study in own)
-    for model in dict.fromkeys(rows["model"]):
-        for study in studies:
-            within = rows["studies"].map(partial(_is_within, study=study))
-            own = rows[(rows["model"] == model) & (within | dense)]
-            ways = own["_identity"].map(lambda identity: repr(measurement_key(identity)))
-            parts = [part for _, part in own.groupby(ways, sort=False)]
-            parts = [part for part in parts if (part["method"] != "dense").any()]
-            parts.sort(key=len, reverse=True)
-            for number, part in enumerate(parts, start=1):
-                name = re.sub(r"[^\w.+-]+", "_", f"{model}-{study}")
-                yield Group(name if number == 1 else f"{name}-{number}", study, part)
-
-
-def _is_within(studies: list[str], study: str) -> bool:
-    return study in studies
+def _groups(means: pd.DataFrame) -> Iterator[Group]:
+    """The blocks of comparable runs, as in tables; where a study has several, they are numbered."""
+    seen: Counter[str] = Counter()
+    for block in comparable_runs(means):
+        if (block.runs["method"] != "dense").any():
+            name = re.sub(r"[^\w.+-]+", "_", f"{block.model}-{block.study}")
+            seen[name] += 1
+            number = f"-{seen[name]}" if seen[name] > 1 else ""
+            yield Group(f"{name}{number}", BITS if block.of is None else SPARSITY[block.of], block)
 
 
 def _at_batch_sizes(runs: pd.DataFrame) -> pd.DataFrame:

@@ -119,10 +119,11 @@ def canvas(
     heading: Heading, width: float, height: float, rows: int = 1
 ) -> tuple[plt.Figure, Sequence[plt.Axes]]:
     """A figure below its heading, and its axes; the heading's lines come on top of `height`."""
-    words = textwrap.wrap(heading.words, int(20 * width))
+    words = textwrap.wrap(heading.words, int(18.5 * width))
     above = LEADING * (HEAD_POINTS + WORDS_POINTS * len(words)) + 0.06
     figure, axes = plt.subplots(rows, figsize=(width, height + above), squeeze=False)
     figure.get_layout_engine().set(rect=(0, 0, 1, height / (height + above)))
+    figure.set_label(": ".join(filter(None, (heading.head, heading.words))))
     _write_heading(figure, heading.head, words)
     return figure, axes[:, 0]
 
@@ -168,19 +169,21 @@ def power_of_ten(power: float) -> str:
 def save(figure: plt.Figure, file: Path) -> Path:
     """Write the figure to `file`, a PNG, and to the PDF and the SVG of the same name; close it.
 
-    The SVG has the colours of the page that shows it, light or dark.
+    Each has its heading as its title. The SVG has the colours of the page that shows it, light or
+    dark.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # found once, it serves all files
+    told = {"Title": figure.get_label()}
     # The date would make files differ that show the same.
-    for kind, metadata in (("pdf", {"CreationDate": None}), ("png", None)):
+    for kind, metadata in (("pdf", told | {"CreationDate": None}), ("png", told)):
         target = file.with_suffix(f".{kind}")
         part = target.with_name(f".{target.name}")
         figure.savefig(part, format=kind, metadata=metadata)
         part.replace(target)
     drawing = io.StringIO()
-    figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(drawing, format="svg", metadata=told | {"Date": None})
     write_text(file.with_suffix(".svg"), for_both_schemes(drawing.getvalue()))
     plt.close(figure)
     return file

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.records.failures import one_line
 from experiments.records.files import OutputFolder, SweepFiles
+from experiments.sweeps.drawing import draw_sweep
 from experiments.sweeps.jobs import SweepJob
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ def _tables(
     except OSError as error:
         log.error("The tables can't be written: %s", one_line(error))
     print_page(page)
+    for line in draw_sweep(sweep, own):
+        print(line)
 
 
 def _with_failures(page: Page, runs: pd.DataFrame, failed: list[tuple[str, str]]) -> Page:

@@ -9,7 +9,17 @@ from matplotlib import cm, colors, ticker
 from matplotlib import pyplot as plt
 
 from experiments.figures.over_layers.layers import LABELLED, label_layers, layers_height
-from experiments.figures.style import COLUMN, GREY, ORDERED, STYLE, canvas, power_of_ten, save
+from experiments.figures.style import (
+    COLUMN,
+    GREY,
+    LINES,
+    ORDERED,
+    STYLE,
+    canvas,
+    legend,
+    power_of_ten,
+    save,
+)
 from experiments.figures.words import Heading
 from experiments.records.energy_summary import Histogram
 
@@ -56,21 +66,41 @@ def draw_energy_shares(
             known = np.array(percents) >= 100 / max(sizes[layer], 1)
             x, y = np.array(percents)[known], 100 * np.array(top[layer])[known]
             axes.plot(x, y, color=colours(i), linewidth=0.9)
-        axes.plot(percents, percents, color=GREY, linestyle=":", linewidth=0.9)
-        axes.annotate("all alike", (22, 20), color=GREY, ha="left", va="top", size=7)
-        axes.grid(True)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
+        _frame(axes, percents)
         least, most = min(sizes.values()), max(sizes.values())
         count = f"{most:,}" if least == most else f"{least:,} to {most:,}"
-        axes.set(
-            xlim=(max(percents[0], 100 / max(most, 1)) if most > 1 else percents[0], 100),
-            ylim=(0, 101),
-            xlabel=f"% of a layer's {count} micro-experts, highest first",
-            ylabel="% of the layer's energy",
-        )
+        if most > 1:
+            axes.set_xlim(max(percents[0], 100 / most), 100)
+        axes.set_xlabel(f"% of a layer's {count} micro-experts, highest first")
         _layer_bar(figure, axes, layers)
         return save(figure, file)
+
+
+def draw_shares_by_alpha(
+    percents: list[float], top: dict[float, list[float]], words: str, file: Path
+) -> Path:
+    """One line per α: the mean over layers of the share that the top `percents` % hold."""
+    heading = Heading("Share of energy in the top micro-experts by α", words)
+    colours = _line_colours(len(top))
+    with plt.rc_context(STYLE):
+        figure, (axes,) = canvas(heading, COLUMN, 2.6)
+        for i, alpha in enumerate(sorted(top)):
+            shares = 100 * np.array(top[alpha])
+            line = LINES[i % len(LINES)]
+            axes.plot(percents, shares, color=colours(i), linestyle=line, label=f"α = {alpha:g}")
+        _frame(axes, percents)
+        axes.set_xlabel("% of a layer's micro-experts, highest first, mean over layers")
+        legend(figure)
+        return save(figure, file)
+
+
+def _frame(axes: plt.Axes, percents: list[float]) -> None:
+    axes.plot(percents, percents, color=GREY, linestyle=":", linewidth=0.9)
+    axes.annotate("all alike", (22, 20), color=GREY, ha="left", va="top", size=7)
+    axes.grid(True)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlim=(percents[0], 100), ylim=(0, 101), ylabel="% of the layer's energy")
 
 
 def _line_colours(count: int) -> colors.ListedColormap:

@@ -125,6 +125,7 @@ def _scale_x(axes: plt.Axes, axis: Axis, points: pd.DataFrame) -> None:
         axes.set_xlim(x.min() / 1.15, x.max() * 1.15)
         return
     low = 0.0 if axis.from_zero else x.min()
-    margin = 0.05 * (x.max() - low)
-    axes.set_xlim(low - margin, x.max() + margin)
+    half = max(x.max() - low, axis.least) / 2
+    middle = (low + x.max()) / 2
+    axes.set_xlim(middle - 1.1 * half, middle + 1.1 * half)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))

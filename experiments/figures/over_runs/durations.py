@@ -13,7 +13,7 @@ from experiments.figures.style import COLOURS, COLUMN, STYLE, canvas, legend, sa
 from experiments.figures.words import Heading
 from experiments.tables.names.methods import display_name
 
-PHASES = {"calibrate": "statistics of the text", "compress": "planning, removal and writing"}
+PHASES = {"calibrate": "statistics", "compress": "compression"}
 
 
 def draw_durations(seconds: pd.DataFrame, heading: Heading, file: Path) -> Path | None:
@@ -23,7 +23,7 @@ def draw_durations(seconds: pd.DataFrame, heading: Heading, file: Path) -> Path 
     ordered = seconds.assign(total=seconds[[*PHASES]].sum(axis=1)).sort_values("total")
     unit, name = (60, "minutes") if ordered["total"].max() >= 120 else (1, "seconds")
     with plt.rc_context(STYLE):
-        figure, (axes,) = canvas(heading, COLUMN, 0.9 + BAR * len(ordered))
+        figure, (axes,) = canvas(heading, COLUMN, 0.75 + BAR * len(ordered))
         rows, begun = np.arange(len(ordered)), np.zeros(len(ordered))
         for colour, (phase, label) in zip((COLOURS[1], COLOURS[5]), PHASES.items(), strict=True):
             taken = ordered[phase].to_numpy() / unit

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.figures.words import SHARE_OF
-from experiments.records.identity import differing_settings
+from experiments.tables.comparable import settings_told
 from experiments.tables.names.methods import display_name
 
 
@@ -24,6 +24,7 @@ class Axis:
     label: str
     log: bool = False
     from_zero: bool = False  # what the dense model has of it is 0
+    least: float = 0.0  # that it spans
 
     @property
     def is_ratio(self) -> bool:
@@ -65,7 +66,9 @@ SPARSITY = {
     )
     for of in ("moe", "model", "routed")
 }
-BITS = Axis("bits", "bits_stored", "method.bits", "bits per weight of the experts, with scales")
+BITS = Axis(
+    "bits", "bits_stored", "method.bits", "bits per weight of the experts, with scales", least=0.5
+)
 ALPHA = Axis("alpha", "alpha", "method.alpha", "α (0: sum of squares, 1: maximum)")
 SAMPLES = Axis("samples", "samples", "calibration.samples", "calibration samples", log=True)
 BATCH = Axis("batch", "batch", "batch", "sequences at once", log=True)
@@ -94,6 +97,7 @@ def points(rows: pd.DataFrame, axis: Axis, measure: Measure) -> pd.DataFrame:
             "error": errors_of(kept, measure),
             "seeds": kept["n"],
             "method": kept["method"],
+            "data": kept["data"],
             "ratio": ["" if axis.is_ratio else ratio_of(row) for row in kept.to_dict("records")],
             "rest": [_without(identity, axis.key) for identity in kept["_identity"]],
         }
@@ -139,17 +143,12 @@ def _lines_worth_drawing(found: pd.DataFrame, axis: Axis) -> pd.Index:
 
 
 def _labelled(found: pd.DataFrame) -> pd.DataFrame:
-    kinds = [(method,) for method in found["method"]]
-    settings = differing_settings(kinds, list(found["rest"]), leave_usual=True)
-    names = map(display_name, found["method"])
-    parts = zip(names, found["ratio"], map(_readable, settings), strict=True)
+    rest = found.rename(columns={"rest": "_identity"})
+    settings = [told.replace("alpha=", "α=") for told in settings_told(rest, leave_usual=True)]
+    parts = zip(map(display_name, found["method"]), found["ratio"], settings, strict=True)
     labels = [", ".join(filter(None, (" ".join(filter(None, p[:2])), p[2]))) for p in parts]
-    found = found.assign(label=labels).drop(columns=["rest", "ratio"])
+    found = found.assign(label=labels).drop(columns=["rest", "ratio", "data"])
     # the usual variant has least to say
     plainest = found.sort_values("label", key=lambda label: label.str.len(), kind="stable")
     variants = plainest.groupby("method")["line"].transform(lambda line: line.factorize()[0])
     return found.assign(variant=variants)
-
-
-def _readable(settings: str) -> str:
-    return settings.replace("calibration.", "").replace("alpha=", "α=")

@@ -18,7 +18,7 @@ from experiments.tables.names.methods import display_name
 
 HEIGHT = 2.8
 ALIKE = 1.02  # times the size
-NAMED = 16  # points that have room for their ratio beside them
+ROOM = 18, 7  # points that the name of a ratio takes, across and down
 
 
 def front(rows: pd.DataFrame) -> pd.DataFrame:
@@ -86,18 +86,24 @@ def draw_sizes(rows: pd.DataFrame, measure: Measure, heading: Heading, file: Pat
                 capsize=1.5,
                 label=display_name(method),
             )
-        if len(found) <= NAMED:
-            for point in found[found["ratio"] != ""].itertuples():
-                place, by = (point.size, point.y), (4, 2)
-                axes.annotate(
-                    point.ratio, place, by, textcoords="offset points", size=6, color=GREY
-                )
         axes.set_xlim(0, 1.06 * found["size"].max())
         axes.xaxis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
         dense = found.loc[found["method"] == "dense", "y"]
         level = float(dense.iloc[0]) if len(dense) else None
         limits = honest_limits(list(found["y"]), list(found["error"]), level)
         set_limits(axes, limits, measure.log)
+        _name_ratios(axes, found[found["ratio"] != ""])
         axes.set(xlabel=f"{name} of weights", ylabel=measure.label)
         legend(figure)
         return save(figure, file)
+
+
+def _name_ratios(axes: plt.Axes, found: pd.DataFrame) -> None:
+    """Each point's ratio beside it, where the one of another point isn't in the way."""
+    taken: list[np.ndarray] = []
+    for point in found.itertuples():
+        corner = axes.transData.transform((point.size, point.y)) * 72 / axes.figure.dpi
+        if all((np.abs(corner - other) > ROOM).any() for other in taken):
+            taken.append(corner)
+            by = {"xytext": (4, 2), "textcoords": "offset points"}
+            axes.annotate(point.ratio, (point.size, point.y), size=6, color=GREY, **by)
