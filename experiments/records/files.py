@@ -1,7 +1,8 @@
 """The files of a run and the folders of an output: the one place that names them.
 
 output/
-  runs/RUN/          settings.json, studies.json, PART.json, metrics.json, DONE, error.txt, log.txt, figures
+  runs/RUN/          settings.json, studies.json, PART.json, metrics.json, DONE, error.txt, log.txt,
+                     figures
   checkpoints/RUN/   the compressed model
   statistics/        statistics of dense models, shared by runs
   sweeps/SWEEP/      multirun.yaml, plan.json, jobs/NUMBER.json, tables
@@ -83,13 +84,13 @@ class RunFiles:
     def studies(self) -> list[str]:
         """The grids of presets that asked for the run, or presets; none for a run by itself."""
         file = self.folder / "studies.json"
-        return read_json(file) if is_json(file) else []
+        return read_json(file)["studies"] if is_json(file) else []
 
     def enter_studies(self, names: Iterable[str]) -> None:
         """Add studies that ask for the run; the caller holds its lock."""
         known = self.studies
         if new := [name for name in names if name not in known]:
-            write_json(self.folder / "studies.json", [*known, *new])
+            write_json(self.folder / "studies.json", {"studies": [*known, *new]})
 
     @property
     def is_run(self) -> bool:

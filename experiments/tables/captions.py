@@ -1,8 +1,7 @@
-"""What is said around tables: captions of scores, and the legend of a page."""
+"""What is said around tables: what was measured, what marks mean, where numbers come from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -11,19 +10,18 @@ from camera.calibration.corpora import CORPORA
 from experiments.tables.cells import SPEED, Column
 from experiments.tables.comparable import ComparableRuns
 from experiments.tables.names.datasets import data_note, dataset_label
-from experiments.tables.names.methods import display_name, is_ranked
 
 if TYPE_CHECKING:
     from experiments.tables.pages import Errors, Table
 
 MARKS = (
-    "Bold: best of a ratio, underlined: second, each with all methods within one standard error "
-    "of it."
+    "Best of a ratio in bold, second underlined, each with all methods within one standard error "
+    "of it; Dense and floors (Random, Magnitude, RTN) aren't ranked."
 )
 
 
 def scores_caption(block: ComparableRuns, columns: list[Column]) -> str:
-    """What the scores are, on what was calibrated, who isn't ranked."""
+    """What the scores are of, and on what the methods were calibrated."""
     texts = [c.name for c in columns if c.name in CORPORA]
     speeds = [c.name for c in columns if SPEED.fullmatch(c.name) or c.name.endswith("_x")]
     tasks = [c.name for c in columns if c.best == "high" and c.name not in {*speeds, "average"}]
@@ -37,7 +35,7 @@ def scores_caption(block: ComparableRuns, columns: list[Column]) -> str:
         told.append(f"accuracy (↑, %) on {number}{mean}")
     if speeds:
         told.append("speed (↑) as a multiple of the original's")
-    sentences = [_upper("; ".join(told)), _calibration(block), _unranked(block)]
+    sentences = [_upper("; ".join(told)), _calibration(block)]
     return " ".join(f"{sentence}." for sentence in sentences if sentence)
 
 
@@ -55,29 +53,26 @@ def _calibration(block: ComparableRuns) -> str:
     return f"Calibrated on {samples:.0f} × {length:.0f} tokens of {text}"
 
 
-def _unranked(block: ComparableRuns) -> str:
-    methods = dict.fromkeys(block.runs["method"])
-    named = [display_name(method) for method in methods if not is_ranked(method)]
-    return f"Not ranked: {', '.join(named)}" if named and len(named) < len(methods) else ""
-
-
-def legend(
-    tables: list[Table], errors: Errors, expected: pd.DataFrame, data: Iterable[str]
-) -> list[str]:
-    """What the marks of these tables mean, and where names and published scores come from."""
-    cells = [c for table in tables for group in table.groups for row in group for c in row.cells]
+def notes_of(table: Table, errors: Errors, data: str) -> list[str]:
+    """What the marks in a table's cells mean, and what its texts and tasks are."""
+    cells = [c for group in table.groups for row in group for c in row.cells]
     lines = []
     if any(c.place for c in cells):
-        lines.append(f"{MARKS} The original and floors aren't ranked.")
+        lines.append(MARKS)
     if any(c.error for c in cells):
         kind = "standard deviation over the seeds" if errors == "std" else "standard error"
         lines.append(f"± {kind}.")
     if any(c.remark for c in cells):
-        lines.append("cached: of statistics that another run gathered, whose cost is included.")
+        lines.append("cached: with the cost of statistics that another run had gathered.")
     if any(c.differs for c in cells):
         lines.append("≠: further from what was published than the combined standard error.")
+    return [*lines, *filter(None, [data_note(data)])]
+
+
+def sources(expected: pd.DataFrame) -> list[str]:
+    """Where published scores come from, and which of them can't be judged."""
+    lines = []
     if expected["differs"].isna().any():
         lines.append("A perplexity of one seed has no known error, so no ≠ either.")
-    lines += filter(None, map(data_note, data))
-    sources = expected[["name", "source"]].drop_duplicates()
-    return [*lines, *(f"{name}: {source}." for name, source in sources.itertuples(index=False))]
+    named = expected[["name", "source"]].drop_duplicates()
+    return [*lines, *(f"{name}: {source}." for name, source in named.itertuples(index=False))]

@@ -17,11 +17,11 @@ HEADERS = {
     "method": "Method",
     "settings": "Settings",
     "n": "Seeds",
-    "sparsity_moe": "MoE",
-    "sparsity_model": "Whole",
-    "sparsity_routed": "Routed",
-    "bits_raw": "Raw",
-    "bits_stored": "Stored",
+    "sparsity_moe": "Experts removed",
+    "sparsity_model": "Model removed",
+    "sparsity_routed": "Routed removed",
+    "bits_raw": "Raw bits",
+    "bits_stored": "Stored bits",
     "bits_model": "Bits of all",
     "average": "Avg",
     "delta": "Δ",
@@ -37,7 +37,7 @@ SPEED = re.compile(r"(prefill|decode)_(\d+)_x")  # of the batches after the firs
 TWO_DIGITS = ("wikitext2", "c4", "peak_gb")
 CACHED = ("minutes", "peak_gb")  # columns that count statistics which another run gathered
 ARROWS = {"low": "↓", "high": "↑"}
-NOTHING = "–"
+NOTHING, DIFFERS = "–", "≠"
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Cell:
     """What a cell shows: `text`, ± `error` if there is one, a `remark`, and how it stands out.
 
     `value` is the unrounded number or the text, by which a page can sort; `place` is 1 for the best
-    of a group and 2 for the second, and for who is tied with them; `differs` says that it isn't what
-    was published.
+    of a group and 2 for the second, and for those tied with them; `differs` says that it isn't
+    what was published.
     """
 
     text: str
@@ -83,6 +83,12 @@ class Cell:
     remark: str = ""
     place: int = 0
     differs: bool = False
+
+    @property
+    def behind(self) -> str:
+        """What follows the text: its error, its remark, the sign of a difference."""
+        parts = [f"± {self.error}" if self.error else "", self.remark, DIFFERS * self.differs]
+        return "".join(f" {part}" for part in parts if part)
 
 
 def cell(column: Column, run: dict[str, Any], errors: str = "none") -> Cell:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -112,9 +113,9 @@ def settings_told(runs: pd.DataFrame, *, leave_usual: bool) -> list[str]:
         for identity, data in zip(runs["_identity"], runs["data"], strict=True)
     ]
     told = differing_settings(kinds, named, leave_usual=leave_usual)
-    return [
-        text.replace("calibration.source=", "text=").replace("calibration.", "") for text in told
-    ]
+    told = [text.replace("calibration.source=", "text=") for text in told]
+    told = [text.replace("calibration.", "") for text in told]
+    return [re.sub(r"=(-?\d+)\.0(?=,|$)", r"=\1", text) for text in told]  # 0 as it was typed
 
 
 def _named(identity: dict[str, Any], data: str) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from camera.calibration.corpora import HUB
 from experiments.tables.aggregate import over_seeds
-from experiments.tables.captions import legend, scores_caption
+from experiments.tables.captions import notes_of, scores_caption, sources
 from experiments.tables.cells import Cell, Column, cell
 from experiments.tables.comparable import ComparableRuns, comparable_runs
 from experiments.tables.names.methods import display_name
@@ -35,8 +36,8 @@ class Row:
 class Table:
     """Rows in groups with a rule between them; a row's first cell is the ratio of its group.
 
-    `study` is what the runs ask (`names.studies`), `caption` what a reader of a paper needs to know
-    beside the title, `label` the name to refer to it by, one of its own on a page.
+    `study` is what the runs ask (`names.studies`), `caption` says what is measured on what, `notes`
+    what the marks of its cells mean; `label` is the name to refer to it by, its own on a page.
     """
 
     title: str
@@ -44,7 +45,13 @@ class Table:
     groups: list[list[Row]]
     study: str = ""
     caption: str = ""
+    notes: list[str] = field(default_factory=list)
     label: str = ""
+
+    def shown(self) -> Iterator[list[list[Cell]]]:
+        """The cells by group and row, the ratio only where a group begins."""
+        for first, *others in self.groups:
+            yield [first.cells, *([Cell(""), *row.cells[1:]] for row in others)]
 
 
 @dataclass(frozen=True)
@@ -72,9 +79,9 @@ def paper_page(runs: pd.DataFrame, *, errors: Errors = "std", delta: bool = Fals
     tables: list[Table] = []
     for block in comparable_runs(means[done]):
         tables += _tables(block, expected, errors, delta)
-    notes = [_unfinished(run) for run in means[~done].to_dict("records")]
-    data = dict.fromkeys(means.loc[done, "data"])
-    return Page(_labelled(tables), [*legend(tables, errors, expected, data), *notes])
+    told = dict.fromkeys(note for table in tables for note in table.notes)
+    unfinished = [_unfinished(run) for run in means[~done].to_dict("records")]
+    return Page(_labelled(tables), [*told, *sources(expected), *unfinished])
 
 
 def _tables(
@@ -92,7 +99,8 @@ def _tables(
         first += _realised(block)
         columns = [*named, *first, *(score for score in scores if score != "average")]
         table = _table(block, columns, expected, errors)
-        yield replace(table, caption=scores_caption(block, table.columns))
+        caption = scores_caption(block, table.columns)
+        yield replace(table, caption=caption, notes=notes_of(table, errors, block.data))
     compressed = runs["method"] != "dense"
     if scores and compressed.any():
         block = replace(block, runs=runs[compressed])
@@ -100,7 +108,8 @@ def _tables(
     costs = _known(block.runs, [*removed, *BITS[1:], *COSTS])
     table = _table(block, [*named, *costs], expected[:0], "none")
     size = "" if dense is None else f"Dense: {cell(Column('size_mb'), dense.to_dict()).text} MB."
-    yield replace(table, title=f"{block.title}: cost", caption=size)
+    title = f"{block.title}: cost"
+    yield replace(table, title=title, caption=size, notes=notes_of(table, "none", HUB))
 
 
 def _known(runs: pd.DataFrame, columns: list[str]) -> list[str]:

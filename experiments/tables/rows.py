@@ -209,11 +209,10 @@ def _costs(metrics: dict[str, Any]) -> dict[str, Any]:
 def _of_blocks(files: RunFiles, perplexities: dict[str, float]) -> dict[str, Any]:
     """Of each perplexity its standard error, and the mean nll of each block."""
     parts = {text: files.read_part(f"{PERPLEXITY}{text}") or {} for text in perplexities}
-    found: dict[str, Any] = {BLOCKS: {t: part.get("nll_per_block") for t, part in parts.items()}}
-    for text, part in parts.items():
-        error = part.get("nll_stderr")
-        found[f"{text}_se"] = None if error is None else perplexities[text] * error
-    return found
+    means = {t: part["nll_per_block"] for t, part in parts.items() if "nll_per_block" in part}
+    errors = {t: part.get("nll_stderr") for t, part in parts.items()}
+    own = {f"{t}_se": perplexities[t] * error for t, error in errors.items() if error is not None}
+    return own | {BLOCKS: means}
 
 
 def _calibration(files: RunFiles, asked: dict[str, Any] | None) -> dict[str, Any]:

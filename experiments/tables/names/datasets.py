@@ -1,7 +1,7 @@
 """Texts and tasks as they are named to readers: never another's name for one's own data.
 
-`data` is where they come from, as a run asks for it: "hub", "embedded" (the invented world of the
-embedded model) or a folder, by its path or its name.
+`data` is where they come from: "hub", "embedded" (the invented world of the embedded model) or a
+folder, by its path or its name.
 """
 
 from __future__ import annotations
@@ -12,12 +12,21 @@ from camera.calibration.corpora import HUB
 from camera.calibration.settings import MIXTURES
 from camera.evaluation.tasks.names import PAPER_TASKS
 from experiments.config.location import EMBEDDED
+from experiments.mirror import is_mirror
 
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4"}
 SHORT_TEXTS = {"wikitext2": "Wiki2", "c4": "C4"}
 TASKS = {task.name: task.short_name for task in PAPER_TASKS}
 EMBEDDED_TEXTS = {"wikitext2": "tiny encyclopaedia", "c4": "tiny web"}
 SHORT_EMBEDDED_TEXTS = {"wikitext2": "tiny-encycl.", "c4": "tiny-web"}
+
+
+def data_name(data: str) -> str:
+    """What a run notes of the `data` that it asked for: "hub" for a mirror of it, too."""
+    if data in (HUB, EMBEDDED):
+        return data
+    folder = Path(data).expanduser()
+    return HUB if is_mirror(folder) else folder.absolute().name
 
 
 def dataset_label(name: str, data: str, *, short: bool = False) -> str:
