@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -94,9 +94,9 @@ def draw_comparisons(runs: pd.DataFrame, folder: Path) -> list[Path]:
         found += _draw_scores(group, folder)
         found += _draw_durations(group, folder)
         found += _draw_energies(group, folder)
-    for group in _groups(over_seeds(_at_batch_sizes(done))):
-        for measure in SPEEDS:
-            found += _draw(group, [BATCH, group.ratio], measure, ORIGINAL, folder)
+        timed = replace(group, block=replace(group.block, runs=_at_batch_sizes(group.rows)))
+        for measure in SPEEDS if len(timed.rows) else ():
+            found += _draw(timed, [BATCH, group.ratio], measure, ORIGINAL, folder)
     return found
 
 
@@ -236,13 +236,21 @@ def _groups(means: pd.DataFrame) -> Iterator[Group]:
             yield Group(f"{name}{number}", BITS if block.of is None else SPARSITY[block.of], block)
 
 
-def _at_batch_sizes(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row for each batch size whose speed a run measured, the size part of its identity."""
-    rows = []
-    for row in runs.to_dict("records"):
-        batches = read_json(RunFiles(row["_path"]).metrics).get("speed") or {}
-        for size, phases in batches.items():
-            speeds = {f"{phase}_x": part["ratio"] for phase, part in phases.items()}
+def _at_batch_sizes(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row for each batch size whose speed a row's runs measured, the size part of its identity.
+
+    In `read_runs` the speeds of the first size are `prefill_x`, of another `prefill_16_x`.
+    """
+    found = []
+    for row in rows.to_dict("records"):
+        sizes = read_json(RunFiles(row["_path"]).metrics).get("speed") or {}
+        for number, size in enumerate(sizes):
+            of_size = "" if number == 0 else f"{size}_"
+            speeds = {
+                f"{phase}_x{kind}": row.get(f"{phase}_{of_size}x{kind}", np.nan)
+                for phase in ("prefill", "decode")
+                for kind in ("", "_std")
+            }
             identity = row["_identity"] | {"batch": int(size)}
-            rows.append(row | speeds | {"batch": float(size), "_identity": identity})
-    return pd.DataFrame(rows)
+            found.append(row | speeds | {"batch": float(size), "_identity": identity})
+    return pd.DataFrame(found, columns=None if found else rows.columns)

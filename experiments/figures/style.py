@@ -50,6 +50,7 @@ STYLE = {
     "lines.markersize": 4.5,
     "legend.frameon": False,
     "legend.fontsize": 7,
+    "legend.labelspacing": 0.3,
     "legend.handlelength": 2.6,  # a dash pattern and the marker in its middle can both be seen
     "pdf.fonttype": 42,  # text stays text
     "svg.fonttype": "none",
@@ -58,6 +59,7 @@ STYLE = {
 }
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 HEAD_POINTS, WORDS_POINTS = 8.5, 6.8
+LEGEND_LINE = 0.15  # inches
 LEADING = 1.3 / 72  # inches of a line for each point of its letters
 # Okabe & Ito's colours without the yellow, which is too light on paper.
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", INK, "#8c8c8c")
@@ -146,8 +148,7 @@ def legend(figure: plt.Figure, spare: int = 2) -> None:
     longest = max(map(len, labels), default=0)
     columns = max(1, min(4, int(17 * figure.get_figwidth()) // (longest + 6)))
     lines = -(-len(labels) // columns)
-    taller = LEADING * 7 * max(lines - spare, 0)
-    _grow(figure, taller)
+    _grow(figure, LEGEND_LINE * max(lines - spare, 0))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -144,7 +145,7 @@ def _lines_worth_drawing(found: pd.DataFrame, axis: Axis) -> pd.Index:
 
 def _labelled(found: pd.DataFrame) -> pd.DataFrame:
     rest = found.rename(columns={"rest": "_identity"})
-    settings = [told.replace("alpha=", "α=") for told in settings_told(rest, leave_usual=True)]
+    settings = map(_readable, settings_told(rest, leave_usual=True))
     parts = zip(map(display_name, found["method"]), found["ratio"], settings, strict=True)
     labels = [", ".join(filter(None, (" ".join(filter(None, p[:2])), p[2]))) for p in parts]
     found = found.assign(label=labels).drop(columns=["rest", "ratio", "data"])
@@ -152,3 +153,7 @@ def _labelled(found: pd.DataFrame) -> pd.DataFrame:
     plainest = found.sort_values("label", key=lambda label: label.str.len(), kind="stable")
     variants = plainest.groupby("method")["line"].transform(lambda line: line.factorize()[0])
     return found.assign(variant=variants)
+
+
+def _readable(settings: str) -> str:
+    return re.sub(r"\balpha=(\S+?)(?=,|$)", lambda told: f"α={float(told[1]):g}", settings)
