@@ -17,7 +17,8 @@ HTML = """\
 {%- endmacro -%}
 {% for table in page.tables %}
 <table class="runs" data-study="{{ table.study }}">
-<caption><strong>{{ table.title }}</strong>{% if table.caption %} {{ table.caption }}{% endif %}</caption>
+<caption><strong>{{ table.title }}</strong>
+{%- if table.caption %} {{ table.caption }}{% endif %}</caption>
 <thead><tr>
 {%- for column in table.columns %}<th scope="col" data-column="{{ column.name }}"
  class="{{ 'text' if column.is_text else 'number' }}">{{ column.header }}</th>{% endfor -%}

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -139,12 +140,17 @@ def test_a_narrow_terminal_cuts_no_cell(page, capsys, monkeypatch):
         assert text in printed
 
 
-def test_a_narrow_screen_shows_the_scores_without_their_errors(page, capsys, monkeypatch):
+def test_a_screen_too_narrow_for_the_errors_shows_the_scores_without(page, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    for columns, shown in (("54", False), ("300", True)):
-        monkeypatch.setenv("COLUMNS", columns)
+    page = replace(page, tables=page.tables[:1], notes=[])
+    widths = {}
+    for columns in (300, None):
+        monkeypatch.setenv("COLUMNS", str(columns or widths[300] - 1))
         print_page(page)
-        assert ("± 1.4" in capsys.readouterr().out) == shown
+        printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        widths[columns] = max(map(len, printed.splitlines()))
+        assert ("± 1.4" in printed) == (columns == 300) and "(continued)" not in printed
+    assert widths[None] < widths[300]
 
 
 @pytest.mark.parametrize("columns", [80, 120])
