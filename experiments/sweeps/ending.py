@@ -72,9 +72,9 @@ def _undisturbed() -> Iterator[None]:
 def _tables(
     sweep: SweepFiles, output: OutputFolder, folders: list[Path], failed: list[tuple[str, str]]
 ) -> None:
+    from experiments.tables.layouts.terminal import print_page
     from experiments.tables.pages import paper_page
     from experiments.tables.rows import read_runs, with_dense_rows
-    from experiments.tables.terminal import print_page
     from experiments.tables.writing import write
 
     everything = read_runs(output.runs() if folders else [])

@@ -10,11 +10,12 @@ import pytest
 
 from camera.evaluation.tasks.names import NINE_TASKS
 from experiments.records.files import OutputFolder
-from experiments.tables.latex import to_latex
+from experiments.tables.layouts.html import to_html
+from experiments.tables.layouts.latex import to_latex
+from experiments.tables.layouts.markdown import to_markdown
+from experiments.tables.layouts.terminal import print_page
 from experiments.tables.pages import paper_page
-from experiments.tables.renderers import to_html, to_markdown
 from experiments.tables.rows import read_runs
-from experiments.tables.terminal import print_page
 from tests.helpers.runs.run_folders import add
 
 ODD = r"50% & more_of {this} $\x$ #1 ~ ^ <b> | α ≠ é 語"
