@@ -13,9 +13,9 @@ from experiments.report.facts import facts, own_differences, shared_differences
 from experiments.report.runs import Figure, Run, embedded, environments, in_order, read_run
 from experiments.tables.aggregate import over_seeds
 from experiments.tables.best import best_at_each_ratio
+from experiments.tables.layouts.html import to_html
 from experiments.tables.names.datasets import dataset_label
 from experiments.tables.pages import Page, paper_page
-from experiments.tables.renderers import to_html
 from experiments.tables.rows import perplexity_columns
 
 

@@ -8,8 +8,7 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from experiments.records.identity import differing_settings, without_seed
-from experiments.tables.ranking import BLOCKS
-from experiments.tables.rows import score_columns
+from experiments.tables.rows import BLOCKS, score_columns
 
 
 def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:

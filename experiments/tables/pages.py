@@ -12,12 +12,12 @@ import pandas as pd
 
 from camera.calibration.corpora import HUB
 from experiments.tables.aggregate import over_seeds
-from experiments.tables.captions import notes_of, scores_caption, sources
-from experiments.tables.cells import Cell, Column, cell
+from experiments.tables.best import places
 from experiments.tables.comparable import ComparableRuns, comparable_runs
+from experiments.tables.layouts.captions import notes_of, scores_caption, sources
+from experiments.tables.layouts.cells import Cell, Column, cell
 from experiments.tables.names.methods import display_name
 from experiments.tables.published.comparison import compare
-from experiments.tables.ranking import places
 from experiments.tables.rows import BITS, COSTS, REALISED, perplexity_columns, score_columns
 
 Errors = Literal["none", "std", "se"]
@@ -66,7 +66,7 @@ def paper_page(runs: pd.DataFrame, *, errors: Errors = "std", delta: bool = Fals
     """The page of `read_runs` rows: a table for each study, seeds as one row.
 
     The best methods of each ratio and the second are marked, with those that can't be told from
-    them (`ranking.places`). Behind a score stands its standard deviation over the seeds, where
+    them (`best.places`). Behind a score stands its standard deviation over the seeds, where
     there are several (`std`), or its standard error (`se`), or nothing (`none`). `delta` adds by
     how much the average is above the dense model's. Published scores follow the run of the same
     setting. A run that isn't finished is in the notes, with the reason.

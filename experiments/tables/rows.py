@@ -23,7 +23,6 @@ from experiments.records.files import (
 )
 from experiments.records.identity import differing_settings, measurement_key
 from experiments.tables.names.methods import method_order
-from experiments.tables.ranking import BLOCKS
 
 KEYS = ["model", "method", "settings", "sparsity", "sparsity_of"]
 REALISED = ["moe", "model", "routed"]
@@ -34,6 +33,7 @@ NUMBERS += ["cached", "alpha", "samples", "length"]
 OWN = ["studies", "data", "status", "folder"]
 SEEDS = ["n", "seeds", "folders"]  # of the rows that experiments.tables.aggregate makes
 ERRORS = ("_se", "_std")
+BLOCKS = "_blocks"  # column of a run's mean nll of each block, by text
 UNREADABLE = (DamagedFileError, OSError, KeyError, TypeError, AttributeError)
 MADE = ["cached", "seed", "alpha", "rank_scope", "calibration", "samples", "length"]
 

@@ -31,7 +31,7 @@ def with_studies(runs: pd.DataFrame) -> pd.DataFrame:
     A run of a preset belongs to the studies that asked for it. Of the others one with the settings
     that its method usually has here belongs to the comparison of pruning or of quantising methods,
     and one that differs from them to the study of the settings in which it does. Such a study has
-    the usual runs of the same method and ratio, too.
+    the usual runs of the same method and ratio, too, and needs no comparison of these alone.
     """
     records = runs.to_dict("records")
     varied = _varied(records)
@@ -44,8 +44,36 @@ def with_studies(runs: pd.DataFrame) -> pd.DataFrame:
         studies if keys or run["method"] == "dense" else studies + by_hand.get(_kind(run), [])
         for run, keys, studies in zip(records, varied, own, strict=True)
     ]
-    ordered = [sorted(set(studies), key=study_order) for studies in found]
+    found = _without_parts(records, [list(dict.fromkeys(studies)) for studies in found])
+    ordered = [sorted(studies, key=study_order) for studies in found]
     return runs.assign(studies=pd.Series(ordered, index=runs.index, dtype=object))
+
+
+def asked_here(runs: pd.DataFrame, grids: set[str]) -> pd.DataFrame:
+    """The `read_runs` rows of a sweep without the studies that only other sweeps asked for.
+
+    `grids` are the sweep's; without any its studies are those that all of its runs have.
+    """
+    compressed = runs.loc[runs["method"] != "dense", "studies"] if len(runs) else []
+    own = grids or set.intersection(*map(set, compressed)) if len(compressed) else grids
+    kept = [[study for study in studies if study in own] for studies in runs.get("studies", [])]
+    return runs.assign(studies=pd.Series(kept, index=runs.index, dtype=object))
+
+
+def _without_parts(records: Sequence[dict[str, Any]], found: list[list[str]]) -> list[list[str]]:
+    """Without comparisons by hand of one method whose runs all stand in a study that varies it."""
+    for model in {run["model"] for run in records}:
+        for comparison in (PRUNING, QUANTISING):
+            rows = [
+                (run, studies)
+                for run, studies in zip(records, found, strict=True)
+                if run["model"] == model and comparison in studies
+            ]
+            by_hand = all(not run["studies"] and len(studies) > 1 for run, studies in rows)
+            if by_hand and len({run["method"] for run, _ in rows}) == 1:
+                for _, studies in rows:
+                    studies.remove(comparison)
+    return found
 
 
 def _own(run: dict[str, Any], varied: set[str]) -> list[str]:

@@ -19,13 +19,13 @@ from camera.runtime.errors import CameraError
 from experiments.config.location import user_folder
 from experiments.records.files import write_text
 from experiments.tables.aggregate import over_seeds
-from experiments.tables.latex import to_latex
+from experiments.tables.layouts.latex import to_latex
+from experiments.tables.layouts.markdown import to_markdown
+from experiments.tables.layouts.terminal import print_page
 from experiments.tables.names.datasets import dataset_key
 from experiments.tables.pages import Page, paper_page
 from experiments.tables.published.comparison import compare
-from experiments.tables.renderers import to_markdown
 from experiments.tables.rows import runs_below, score_columns
-from experiments.tables.terminal import print_page
 
 
 def write(runs: pd.DataFrame, folder: Path, page: Page | None = None) -> None:

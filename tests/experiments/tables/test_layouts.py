@@ -3,17 +3,19 @@
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
 from camera.evaluation.tasks.names import NINE_TASKS
 from experiments.records.files import OutputFolder
-from experiments.tables.latex import to_latex
+from experiments.tables.layouts.html import to_html
+from experiments.tables.layouts.latex import to_latex
+from experiments.tables.layouts.markdown import to_markdown
+from experiments.tables.layouts.terminal import print_page
 from experiments.tables.pages import paper_page
-from experiments.tables.renderers import to_html, to_markdown
 from experiments.tables.rows import read_runs
-from experiments.tables.terminal import print_page
 from tests.helpers.runs.run_folders import add
 
 ODD = r"50% & more_of {this} $\x$ #1 ~ ^ <b> | α ≠ é 語"
@@ -139,12 +141,17 @@ def test_a_narrow_terminal_cuts_no_cell(page, capsys, monkeypatch):
         assert text in printed
 
 
-def test_a_narrow_screen_shows_the_scores_without_their_errors(page, capsys, monkeypatch):
+def test_a_screen_too_narrow_for_the_errors_shows_the_scores_without(page, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    for columns, shown in (("54", False), ("300", True)):
-        monkeypatch.setenv("COLUMNS", columns)
+    page = replace(page, tables=page.tables[:1], notes=[])
+    widths = {}
+    for columns in (300, None):
+        monkeypatch.setenv("COLUMNS", str(columns or widths[300] - 1))
         print_page(page)
-        assert ("± 1.4" in capsys.readouterr().out) == shown
+        printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        widths[columns] = max(map(len, printed.splitlines()))
+        assert ("± 1.4" in printed) == (columns == 300) and "(continued)" not in printed
+    assert widths[None] < widths[300]
 
 
 @pytest.mark.parametrize("columns", [80, 120])

@@ -9,9 +9,10 @@ from camera.evaluation.tasks.names import NINE_TASKS
 from experiments.config.location import CONF
 from experiments.records.files import OutputFolder
 from experiments.tables.aggregate import over_seeds
+from experiments.tables.layouts.html import to_html
+from experiments.tables.layouts.markdown import to_markdown
 from experiments.tables.pages import paper_page
 from experiments.tables.published.comparison import MODELS, QUESTIONS, compare, published_scores
-from experiments.tables.renderers import to_html, to_markdown
 from experiments.tables.rows import read_runs
 from experiments.tables.writing import write
 from experiments.tiny_moe.tasks import TASKS

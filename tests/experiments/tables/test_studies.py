@@ -11,6 +11,7 @@ from experiments.tables.names.methods import METHODS, display_name, method_order
 from experiments.tables.names.studies import study_of_grid, study_title
 from experiments.tables.pages import paper_page
 from experiments.tables.rows import read_runs
+from experiments.tables.studies import asked_here
 from tests.helpers.runs.run_folders import add
 
 
@@ -54,7 +55,25 @@ def test_runs_by_hand_are_grouped_by_the_setting_that_was_varied(tmp_path):
 def test_of_as_many_runs_each_the_default_is_the_usual_one(tmp_path):
     for alpha in (0.0, 0.9):
         add(tmp_path, f"a{alpha}", "camera_p", 0.4, alpha=alpha)
-    assert studies(tmp_path)["main"] == [["a0.9"]]
+    add(tmp_path, "naee", "naee", 0.4)
+    assert studies(tmp_path) == {"main": [["a0.9", "naee"]], "alpha": [["a0.0", "a0.9"]]}
+
+
+def test_one_method_with_a_setting_varied_is_one_study(tmp_path):
+    for alpha in (0.0, 0.9):
+        add(tmp_path, f"a{alpha}", "camera_p", 0.4, alpha=alpha)
+    assert studies(tmp_path) == {"alpha": [["a0.0", "a0.9"]]}
+
+
+def test_a_sweep_shows_its_own_studies_only(tmp_path):
+    add(tmp_path, "p9", "camera_p", 0.4, alpha=0.9, studies=["pruning", "alpha"])
+    add(tmp_path, "p0", "camera_p", 0.4, alpha=0.0, studies=["alpha"])
+    add(tmp_path, "dense", "dense", studies=["pruning"])
+    runs = read_runs(OutputFolder(tmp_path).runs())
+    for grids in ({"alpha"}, set()):
+        shown = [table.study for table in paper_page(asked_here(runs, grids)).tables]
+        assert set(shown) == {"alpha"}
+    assert asked_here(read_runs([]), set()).empty
 
 
 def test_two_settings_varied_at_once_are_a_study_of_both(tmp_path):

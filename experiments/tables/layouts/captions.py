@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from camera.calibration.corpora import CORPORA
-from experiments.tables.cells import SPEED, Column
 from experiments.tables.comparable import ComparableRuns
+from experiments.tables.layouts.cells import SPEED, Column
 from experiments.tables.names.datasets import data_note, dataset_label
 
 if TYPE_CHECKING:

@@ -7,9 +7,8 @@ import pytest
 
 from experiments.records.files import OutputFolder
 from experiments.tables.aggregate import over_seeds
-from experiments.tables.best import best_at_each_ratio
+from experiments.tables.best import best_at_each_ratio, is_tied, places
 from experiments.tables.pages import paper_page
-from experiments.tables.ranking import is_tied, places
 from experiments.tables.rows import read_runs
 from tests.helpers.runs.run_folders import add
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from experiments.tables.cells import Cell, Column
+from experiments.tables.layouts.cells import Cell, Column
 from experiments.tables.pages import Page, Row, Table
 
 NAMED = ("ratio", "method", "settings")  # columns that every part of a folded table repeats

@@ -2,7 +2,7 @@ r"""Tables as LaTeX: a float each, with caption and label, for \usepackage{bookt
 
 from __future__ import annotations
 
-from experiments.tables.cells import DIFFERS, Cell
+from experiments.tables.layouts.cells import DIFFERS, Cell
 from experiments.tables.pages import Page, Table
 
 WIDE = 90  # characters of the longest line, beyond which a table is scaled down to the page

@@ -1,11 +1,10 @@
-"""How a page of tables looks in Markdown and in HTML."""
+"""A page of tables as a fragment of HTML."""
 
 from __future__ import annotations
 
 from jinja2 import Environment
 
-from experiments.tables.cells import Cell
-from experiments.tables.pages import Page, Table
+from experiments.tables.pages import Page
 
 HTML = """\
 {%- macro shown(cell) -%}
@@ -17,7 +16,8 @@ HTML = """\
 {%- endmacro -%}
 {% for table in page.tables %}
 <table class="runs" data-study="{{ table.study }}">
-<caption><strong>{{ table.title }}</strong>{% if table.caption %} {{ table.caption }}{% endif %}</caption>
+<caption><strong>{{ table.title }}</strong>
+{%- if table.caption %} {{ table.caption }}{% endif %}</caption>
 <thead><tr>
 {%- for column in table.columns %}<th scope="col" data-column="{{ column.name }}"
  class="{{ 'text' if column.is_text else 'number' }}">{{ column.header }}</th>{% endfor -%}
@@ -46,13 +46,6 @@ HTML = """\
 """
 
 
-def to_markdown(page: Page) -> str:
-    """GitHub tables, numbers to the right, each below its title and caption."""
-    parts = [f"{_markdown_title(table)}\n\n{_markdown(table)}" for table in page.tables]
-    notes = "".join(f"- {_escaped(note)}\n" for note in page.notes)
-    return "\n".join([*parts, notes] if notes else parts)
-
-
 def to_html(page: Page) -> str:
     """Tables as an HTML fragment without style.
 
@@ -62,29 +55,3 @@ def to_html(page: Page) -> str:
     """
     environment = Environment(autoescape=True, trim_blocks=True)
     return environment.from_string(HTML).render(page=page)
-
-
-def _markdown_title(table: Table) -> str:
-    caption = f"\n\n{_escaped(table.caption)}" if table.caption else ""
-    return f"**{_escaped(table.title)}**{caption}"
-
-
-def _markdown(table: Table) -> str:
-    dashes = ["---" if column.is_text else "---:" for column in table.columns]
-    lines = [[_escaped(column.header) for column in table.columns], dashes]
-    lines += [[_markdown_cell(cell) for cell in row] for group in table.shown() for row in group]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _markdown_cell(cell: Cell) -> str:
-    text = _escaped(cell.text)
-    text = {1: f"**{text}**", 2: f"<ins>{text}</ins>"}.get(cell.place, text)
-    return text + cell.behind
-
-
-def _escaped(text: str) -> str:
-    return _one_line(text).replace("|", "\\|").replace("<", "&lt;")
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
