@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from camera.calibration.corpora import HUB
 from experiments.config.location import EMBEDDED
-from experiments.tables.names.datasets import dataset_label
+from experiments.tables.names.datasets import data_name, dataset_label
 from experiments.tables.names.methods import display_name
 
 SHARE_OF = {
@@ -27,7 +28,7 @@ class Heading:
 def run_words(asked: dict[str, Any], alpha: float | None = None) -> str:
     """A run's model, method, ratio and calibration, from its settings.json; α where it matters."""
     settings, identity = asked["settings"], asked.get("identity", {})
-    data = settings.get("data", "")
+    data = data_name(settings.get("data", HUB))
     parts = [
         model_words(settings["model"]["name"], data),
         display_name(asked["method"]),

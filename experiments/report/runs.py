@@ -18,7 +18,7 @@ from PIL import Image
 from experiments.records.files import RunFiles, is_json, read_json
 from experiments.records.identity import flat
 from experiments.report.defaults import differences
-from experiments.tables.cells import Column, cell
+from experiments.tables.layouts.cells import Column, cell
 from experiments.tables.names.methods import display_name, method_order
 
 OWN = ("finished", "overrides")  # of an environment, what each run has of its own
