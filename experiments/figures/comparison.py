@@ -206,8 +206,9 @@ def _dense(rows: pd.DataFrame, measure: Measure) -> Reference | None:
 
 
 def _common(told: list[str]) -> str:
-    """What all say, if they say the same."""
-    return told[0] if len(set(told)) == 1 else ""
+    """What all say that say anything, if they say the same."""
+    said = {*told} - {""}
+    return said.pop() if len(said) == 1 else ""
 
 
 def _alpha(identity: dict) -> str:
