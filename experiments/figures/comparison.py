@@ -46,9 +46,9 @@ from experiments.tables.names.methods import display_name
 from experiments.tables.rows import perplexity_columns
 
 SPEEDS = [
-    Measure(f"{phase}_x", f"{label}, times the original's speed", digits=2)
-    for phase, label in (("prefill", "reading a prompt"), ("decode", "writing"))
+    Measure(f"{phase}_x", "times the original's speed", digits=2) for phase in ("prefill", "decode")
 ]
+SPEED_OF = {"prefill_x": "Speed of reading a prompt", "decode_x": "Speed of writing"}
 ORIGINAL = Reference("the original", 1.0)
 
 
@@ -149,7 +149,7 @@ def _draw(
 def _head(measure: Measure, axis: Axis, group: Group) -> str:
     data = group.block.data
     if measure in SPEEDS:
-        return f"Speed of {measure.label.partition(',')[0]}"
+        return SPEED_OF[measure.column]
     over = {ALPHA: " by α", SAMPLES: " by calibration size"}.get(axis, "")
     return f"{_named(measure, data)}{over}"
 
