@@ -281,6 +281,6 @@ class _Packer:
 
 def _uneven(path: str) -> CameraError:
     return CameraError(
-        f"module {path} has weights of several bits or a permuted order, and compressed-tensors has "
-        "the same bits for all weights of a layer's experts: use gptq or rtn."
+        f"module {path} has weights of several bits or in another order, and compressed-tensors "
+        "has the same bits for all weights of a layer's experts: use gptq or rtn."
     )

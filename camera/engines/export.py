@@ -15,6 +15,7 @@ from camera.runtime.errors import CameraError
 from camera.runtime.files import CheckpointFiles
 
 log = logging.getLogger("camera")
+SMALLER = 0.98  # of the original: an export above that isn't worth it
 ExportFormat = Literal["native", "gguf", "compressed-tensors"]
 
 
@@ -65,7 +66,7 @@ def export(
 def _say_size(plain: PlainModel) -> None:
     """Warn, before anything is written, of an export that isn't smaller than the original."""
     original = _original_bytes(plain.folder)
-    if original is not None and plain.nbytes >= original:
+    if original is not None and plain.nbytes >= SMALLER * original:
         log.warning(
             "this export will weigh %.1f MB and the original weighs %.1f MB, since every expert is "
             "padded to the widest: method.expert_widths=uniform prunes all to one width.",
