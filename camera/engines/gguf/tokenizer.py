@@ -49,7 +49,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int, pre: str | 
     if not model["merges"]:  # llama.cpp wants one: the text of this one is no token
         first, second = tokens[0], tokens[-1]
         writer.add_token_merges([f"{first} {second}"])
-    special = SpecialVocab(folder, load_merges=True, n_vocab=len(tokens))
+    special = SpecialVocab(folder, load_merges=bool(model["merges"]), n_vocab=len(tokens))
     special.add_to_gguf(writer, quiet=True)
 
 

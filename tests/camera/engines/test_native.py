@@ -52,7 +52,8 @@ def test_the_size_is_said_before_and_is_that_of_the_files(tmp_path, caplog):
 
 def test_an_export_that_is_not_smaller_is_warned_of(tmp_path, caplog):
     """One expert that keeps its whole width makes all of them as wide."""
-    folder = cut(tmp_path, "mixtral", sparsity=0.02)
+    wide = {"hidden_size": 128, "intermediate_size": 128}
+    folder = cut(tmp_path, "mixtral", overrides=wide, sparsity=0.02)
     camera.export(folder, tmp_path / "out")
     assert "expert_widths=uniform" in caplog.text
 
