@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments.records.failures import one_line
 from experiments.records.files import OutputFolder, RunFiles, SweepFiles
 
 if TYPE_CHECKING:
     import pandas as pd
 
+log = logging.getLogger("camera")
+
 
 def draw_sweep(sweep: SweepFiles, runs: pd.DataFrame) -> list[str]:
     """Draw what the sweep's runs show together, and say in a line each where figures are."""
-    from experiments.figures.comparison import draw_comparisons
-
     folder = OutputFolder(sweep.folder).figures
-    over = [file.stem for file in draw_comparisons(runs, folder)]
+    over = _over_runs(runs, folder)
     own = [figures for path in runs["_path"] if (figures := RunFiles(Path(path)).figures())]
     lines = []
     if own:
@@ -26,3 +28,13 @@ def draw_sweep(sweep: SweepFiles, runs: pd.DataFrame) -> list[str]:
     if over:
         lines.append(f"figures over the runs, in {folder}: {', '.join(over)}")
     return lines
+
+
+def _over_runs(runs: pd.DataFrame, folder: Path) -> list[str]:
+    from experiments.figures.comparison import draw_comparisons
+
+    try:
+        return [file.stem for file in draw_comparisons(runs, folder)]
+    except Exception as error:  # a font, a backend: they can be drawn again
+        log.warning("The figures over the runs can't be drawn: %s", one_line(error))
+        return []

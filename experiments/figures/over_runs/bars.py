@@ -64,5 +64,6 @@ def draw_bars(
         axes.set_yticks(rows, names)
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel(measure.label)
+        begins = f" (bars from {measure.least:g})" if measure.least else ""
+        axes.set_xlabel(f"{measure.label}{begins}")
         return save(figure, file)
