@@ -108,7 +108,7 @@ def _show(run: Path) -> None:
     from experiments.tables.rows import read_runs
     from experiments.tables.writing import show
 
-    show(read_runs([run]))
+    show(read_runs([run]).assign(studies=[_preset()]))  # not those of sweeps that shared it
 
 
 def _folder(config: DictConfig) -> Path | None:
