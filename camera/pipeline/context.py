@@ -13,6 +13,7 @@ from camera.calibration.tokens import CalibrationTokens
 from camera.method import Method, Plan, Propagate
 from camera.moe.budget import Budget
 from camera.pipeline.estimate import MemoryEstimate
+from camera.pipeline.measured import CompressionListener
 from camera.pipeline.result import versions
 from camera.pipeline.state import RunState
 from camera.runtime import distributed
@@ -47,6 +48,7 @@ class CompressionRequest:
     statistics: Path | None = None  # folder of the shared cache
     plan: Plan | None = None  # given, not made
     listeners: Sequence[LayerListener] = ()
+    listener: CompressionListener | None = None  # is told how it goes
     show_progress: bool = True
 
     @property
