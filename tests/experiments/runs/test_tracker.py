@@ -123,7 +123,7 @@ def test_layers_are_curves_over_the_layer(runs):
     for kept in (pruned, quantised):
         for key in curves(kept):
             curve = kept.curve(key)
-            assert list(curve)[-3:] == [0, 1, 2] or list(curve) == [0, 1, 2]
+            assert list(curve) in ([0, 1, 2], [1, 2])  # the first layer has no experts
             assert all(isinstance(value, float) and value >= 0 for value in curve.values())
 
 
@@ -157,10 +157,11 @@ def test_energies_are_one_histogram_over_the_layer(runs):
 
 
 def test_results_are_the_summary_and_no_curve(runs):
-    for name, more in (("dense", set()), ("camera_p-40", {"memory/peak_gb"}), ("rtn-4.2bits", BITS)):
+    memory = {"memory/peak_gb"}
+    for name, more in (("dense", set()), ("camera_p-40", memory), ("rtn-4.2bits", memory | BITS)):
         folder, kept = runs[name]
         metrics = json.loads((folder / "metrics.json").read_text())
-        known = {*SCORES, *COSTS, *more, *({"memory/peak_gb"} & kept.summary.keys())}
+        known = {*SCORES, *COSTS, *more}
         assert numbers(kept) == known and len(known) <= 22
         for text in ("wikitext2", "c4"):
             assert kept.summary[f"perplexity/{text}"] == metrics["perplexity"][text]
@@ -230,7 +231,7 @@ def test_a_sweep_has_the_table_of_the_paper(output, runs, sweep):
     asked = {kept.summary["perplexity/wikitext2"] for _, kept in runs.values()}
     tables = [sweep.table(f"tables/{key}") for key in sweep.config["tables"]]
     shown = {value for one in tables if "Wiki2" in one for value in one["Wiki2"]}
-    assert shown == pytest.approx(asked)
+    assert sorted(shown) == pytest.approx(sorted(asked))
     assert set(sweep.config["runs"]) == {folder.name for folder, _ in runs.values()}
     assert (files.folder / "table.md").exists()
 
