@@ -72,13 +72,13 @@ class WandbTracker(NullTracker):
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        identity: dict[str, Any] = {"group": group}
-        if "WANDB_RUN_ID" in os.environ:
-            identity = {}
-        elif self.mode == "online":
-            identity |= {"id": wandb_files.online_id(folder), "resume": "allow"}
-        try:
+        identity: dict[str, Any] = {}
+        if "WANDB_RUN_ID" not in os.environ:
             wandb_files.supersede(folder)
+            identity["group"] = group
+            if self.mode == "online":
+                identity |= {"id": wandb_files.online_id(folder), "resume": "allow"}
+        try:
             self._run = wandb.init(
                 dir=folder,
                 mode=self.mode,
