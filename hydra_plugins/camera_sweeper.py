@@ -78,7 +78,8 @@ class GridSweeper(Sweeper):
         finally:
             if distributed.rank() == 0:
                 output = OutputFolder(Path(user_path(self.config.output)))
-                tracker = OmegaConf.to_container(self.config.tracker, resolve=True, enum_to_str=True)
+                asked = self.config.tracker
+                tracker = OmegaConf.to_container(asked, resolve=True, enum_to_str=True)
                 preset = preset_of(self.config.hydra)
                 all_done = end_sweep(sweep, output, launches.ends(jobs), tracker, preset)
         if distributed.rank() == 0 and not all_done:

@@ -1,7 +1,8 @@
 """The files of a run and the folders of an output: the one place that names them.
 
 output/
-  runs/RUN/          settings.json, PART.json, metrics.json, DONE, error.txt, log.txt, figures
+  runs/RUN/          settings.json, PART.json, metrics.json, DONE, error.txt, log.txt, figures,
+                     wandb/ (experiments.runs.wandb_files)
   checkpoints/RUN/   the compressed model
   statistics/        statistics of dense models, shared by runs
   sweeps/SWEEP/      multirun.yaml, plan.json, jobs/NUMBER.json, tables

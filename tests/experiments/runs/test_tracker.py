@@ -1,4 +1,4 @@
-"""The offline W&B runs of a tiny sweep are read back from their files: keys, steps, tables, types."""
+"""The offline W&B runs of a tiny sweep, read back from their files: keys, steps, tables, types."""
 
 import json
 from collections.abc import Callable

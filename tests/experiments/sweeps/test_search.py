@@ -1,4 +1,4 @@
-"""Sweepers that search get the number that `objective` names; W&B's agents get a run of their own."""
+"""Sweepers that search get the number that `objective` names; W&B's agents a run of their own."""
 
 import json
 import shlex
@@ -22,7 +22,7 @@ def overrides(checkpoints, data_folder, tmp_path):
 
 def the_search() -> list[str]:
     """The arguments of the example with Optuna in docs/wandb.md."""
-    (line,) = [line for line in blocks(page("wandb.md"), "console") if "optuna" in line]
+    (line,) = [line for line in blocks(page("wandb.md"), "text") if "optuna" in line]
     return shlex.split(line)[2:]
 
 
@@ -89,4 +89,3 @@ def test_a_run_of_an_agent_is_told_under_the_agents_id_also_when_it_is_done(
         assert asked["metric"]["name"] in kept.summary
         assert set(asked["parameters"]) <= kept.config.keys()
     wandb.teardown()
-
