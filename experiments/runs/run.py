@@ -52,11 +52,11 @@ def run(
 
     `sweep` groups runs in the tracker, where `preset` is a tag, and leaves alone what failed before
     (FailedBeforeError): `retry=failed` tries again what failed before `since`; a run by itself is
-    always tried. `force` redoes what was finished before `since` (default: now), so that jobs of one sweep that share a
-    checkpoint don't redo each other's. What fails is written to the folder's error.txt and raised
-    again, CameraError if the user can mend it. A run that another process is doing is waited for,
-    or `filelock.Timeout` without `wait`. Under torchrun rank 0 does all that; the other ranks join
-    it where it compresses.
+    always tried. `force` redoes what was finished before `since` (default: now), so that jobs of
+    one sweep that share a checkpoint don't redo each other's. What fails is written to the folder's
+    error.txt and raised again, CameraError if the user can mend it. A run that another process is
+    doing is waited for, or `filelock.Timeout` without `wait`. Under torchrun rank 0 does all that;
+    the other ranks join it where it compresses.
     """
     folders = Folders.of(settings)
     ranks.join()
