@@ -14,7 +14,7 @@ from camera.runtime.values import renaming, seed_of
 if TYPE_CHECKING:
     from camera.calibration.settings import Calibration
     from camera.evaluation.suite import EvaluationRequest
-    from camera.pipeline.measured import CompressionListener
+    from camera.pipeline.context import CompressionListener
     from camera.pipeline.result import CompressionResult
     from camera.streaming.settings import MemoryChoices
 

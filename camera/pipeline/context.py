@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,6 @@ from camera.calibration.tokens import CalibrationTokens
 from camera.method import Method, Plan, Propagate
 from camera.moe.budget import Budget
 from camera.pipeline.estimate import MemoryEstimate
-from camera.pipeline.measured import CompressionListener
 from camera.pipeline.result import versions
 from camera.pipeline.state import RunState
 from camera.runtime import distributed
@@ -34,6 +33,19 @@ class LayerListener(Protocol):
 
     def results(self, peak_memory_bytes: int) -> dict[str, Any]:
         """Called after the last layer; what stands in evaluation.json."""
+
+
+class CompressionListener(Protocol):
+    """Is told how a compression goes, on the first process."""
+
+    def begin(self) -> None:
+        """Nothing is refused any more: the first weight is about to be read."""
+
+    def layer(self, index: int, measured: Mapping[str, float]) -> None:
+        """A layer is compressed; of a run that goes on also those that were compressed before.
+
+        `measured` are its `seconds`, `memory_bytes` and what `passes.measured.of_layer` knows.
+        """
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from camera.checkpoint.source import resolve_model
 from camera.evaluation.placement import should_stream
 from camera.evaluation.suite import EvaluationRequest
 from camera.pipeline import model_card
-from camera.pipeline.measured import CompressionListener
+from camera.pipeline.context import CompressionListener
 from camera.runtime import distributed
 from camera.streaming.settings import MemoryChoices
 from experiments.config.constructor import build

@@ -22,7 +22,7 @@ from camera.method import Pass, PassKind, Plan, Seen
 from camera.moe.expert_module import ExpertModule
 from camera.moe.pool import KeptRows
 from camera.pipeline.context import PassContext
-from camera.pipeline.measured import of_layer
+from camera.pipeline.passes.measured import of_layer
 from camera.pipeline.passes.tokens import CompressedTokens
 from camera.pipeline.passes.weights import observe_weights
 from camera.pipeline.resume import PassProgress

@@ -4,24 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from statistics import mean
-from typing import Any, Protocol
+from typing import Any
 
 from camera.calibration.statistics import LayerStatistics
 from camera.method import Method
 from camera.moe.pool import KeptRows
-
-Measured = dict[str, float]
-"""By kind: see `of_layer`; what a method doesn't have is absent."""
-
-
-class CompressionListener(Protocol):
-    """Is told how a compression goes, on the first process."""
-
-    def begin(self) -> None:
-        """Nothing is refused any more: the first weight is about to be read."""
-
-    def layer(self, index: int, measured: Measured) -> None:
-        """A layer is compressed; of a run that goes on also those that were compressed before."""
 
 
 def of_layer(
@@ -30,8 +17,8 @@ def of_layer(
     kept: KeptRows | None,
     widths: tuple[int, int],
     report: Mapping[str, Any],
-) -> Measured:
-    """The numbers of a compressed layer of the pool, whose width was and is the sum `widths`.
+) -> dict[str, float]:
+    """By name the numbers of a layer of the pool, whose width was and is the sum `widths`.
 
     `kept_share` is the share of its micro-experts that stays; `energy_removed` the share of its
     energy that goes with the others; `bits` are stored per weight, scales included; `output_error`
@@ -39,7 +26,7 @@ def of_layer(
     the removed squared output that a refit doesn't bring back.
     """
     before, after = widths
-    found: Measured = {}
+    found: dict[str, float] = {}
     if before and (hasattr(method, "sparsity") or after != before):
         found["kept_share"] = after / before
     alpha = getattr(method, "alpha", None)

@@ -9,7 +9,7 @@ import camera
 from camera.calibration.settings import Calibration
 from camera.calibration.statistics import Statistics
 from camera.method import Plan
-from camera.pipeline.measured import of_layer
+from camera.pipeline.passes.measured import of_layer
 from camera.runtime.errors import CameraError
 
 
