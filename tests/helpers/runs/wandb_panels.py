@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 from experiments.records.files import OutputFolder
 from tests.helpers.runs.offline_wandb import Kept, read_back
@@ -47,8 +48,11 @@ def draw(output: Path, picture: Path) -> None:
     _table(figure.add_subplot(grid[3, :]), sweep)
     handles = [plt.Line2D([], [], color=c, marker="o", label=name) for name, c in colour.items()]
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False)
-    figure.savefig(picture, dpi=90, pil_kwargs={"optimize": True})
+    figure.savefig(picture, dpi=90)
     plt.close(figure)
+    with Image.open(picture) as drawn:
+        small = drawn.convert("RGB").quantize(128)
+    small.save(picture, optimize=True)
 
 
 def _curves(axis: Any, key: str, runs: list[Kept], colour: dict[str, str]) -> None:
