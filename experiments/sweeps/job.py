@@ -34,7 +34,8 @@ def job(config: DictConfig) -> dict[str, Any] | str | float | None:
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.MULTIRUN:
         sweep = SweepFiles(Path(hydra.sweep.dir))
-        if not sweep.plan.exists():
+        basic = hydra.sweeper._target_.endswith(".BasicSweeper")  # Hydra's own, which wants nothing
+        if not sweep.plan.exists() and not basic:
             return _trial(config, sweep, hydra.job.num)
         return _job_of_sweep(config, sweep, hydra.job.num)
     if _failure(config, None) is not None:

@@ -63,6 +63,12 @@ def test_a_search_without_its_number_is_refused_before_it_computes(
     assert not list(tmp_path.rglob("metrics.json")) and not (tmp_path / "checkpoints").exists()
 
 
+def test_hydras_own_sweeper_needs_no_number(overrides, tmp_path):
+    basic = ("-m", "hydra/sweeper=basic", "method=dense")
+    assert command(*basic, *overrides) in (0, None)
+    assert len(list(tmp_path.rglob("metrics.json"))) == 1
+
+
 def test_a_run_of_an_agent_is_told_under_the_agents_id_also_when_it_is_done(
     overrides, tmp_path, monkeypatch
 ):
