@@ -1,8 +1,8 @@
 """The files of a run and the folders of an output: the one place that names them.
 
 output/
-  runs/RUN/          settings.json, PART.json, metrics.json, DONE, error.txt, log.txt, figures,
-                     wandb/ (experiments.runs.wandb_files)
+  runs/RUN/          settings.json, studies.json, PART.json, metrics.json, DONE, error.txt, log.txt,
+                     figures, wandb/ (experiments.runs.wandb_files)
   checkpoints/RUN/   the compressed model
   statistics/        statistics of dense models, shared by runs
   sweeps/SWEEP/      multirun.yaml, plan.json, jobs/NUMBER.json, tables
@@ -15,7 +15,7 @@ output/
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,18 @@ class RunFiles:
     def figures(self) -> list[Path]:
         """The PNGs that were drawn."""
         return sorted(self.folder.glob("*.png"))
+
+    @property
+    def studies(self) -> list[str]:
+        """The grids of presets that asked for the run, or presets; none for a run by itself."""
+        file = self.folder / "studies.json"
+        return read_json(file)["studies"] if is_json(file) else []
+
+    def enter_studies(self, names: Iterable[str]) -> None:
+        """Add studies that ask for the run; the caller holds its lock."""
+        known = self.studies
+        if new := [name for name in names if name not in known]:
+            write_json(self.folder / "studies.json", {"studies": [*known, *new]})
 
     @property
     def is_run(self) -> bool:

@@ -11,8 +11,8 @@ from experiments.records.files import OutputFolder
 from experiments.report.headlines import headlines
 from experiments.report.runs import Figure, Run, embedded, environments, read_run
 from experiments.tables.aggregate import over_seeds
+from experiments.tables.layouts.html import to_html
 from experiments.tables.pages import Page, paper_page
-from experiments.tables.renderers import to_html
 
 
 def write_report(runs: pd.DataFrame, folder: Path, page: Path) -> Path:

@@ -13,6 +13,7 @@ import torch
 from camera.evaluation.tasks.names import average
 from experiments.config.settings import Settings
 from experiments.records.files import PERPLEXITY, SPEED, TASK
+from experiments.tables.names.datasets import data_name
 
 PACKAGES = (
     "camera-moe",
@@ -34,8 +35,10 @@ def assemble(
     """The report of a run from its parts (`perplexity-CORPUS`, `task-NAME`).
 
     Scores are fractions as lm-eval gives them, `average` is in percent (acc_norm where a task has
-    it, else acc), null without tasks; `bytes` are of the tensors on disk, `peak_memory_bytes` is
-    of the compression (0 where nothing was compressed).
+    it, else acc), null without tasks; `data` is where texts and tasks come from: hub, embedded or
+    a folder's name; `cached_statistics` are the seconds and the peak memory of statistics that the
+    compression used and another run had gathered; `bytes` are of the tensors on disk,
+    `peak_memory_bytes` is of the compression (0 where nothing was compressed).
     """
     perplexities = _named(PERPLEXITY, results)
     tasks = _named(TASK, results)
@@ -54,8 +57,10 @@ def assemble(
         "tasks": {name: {key: part[key] for key in SCORES} for name, part in tasks.items()},
         "average": average(tasks) if tasks else None,
         "speed": results[SPEED]["batches"] if SPEED in results else None,
+        "data": data_name(settings.data),
         "bytes": compression["bytes"],
         "seconds": seconds,
+        "cached_statistics": compression.get("cached_statistics"),
         "peak_memory_bytes": compression["peak_memory_bytes"],
         "evaluation_memory_bytes": max(
             (part["peak_memory_bytes"] for part in results.values()), default=None

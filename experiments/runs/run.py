@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ def run(
     since: float | None = None,
     wait: bool = True,
     preset: str | None = None,
+    studies: Sequence[str] = (),
 ) -> Path:
     """Do what is not done yet of one run and return its folder, which then holds DONE.
 
@@ -55,8 +56,9 @@ def run(
     always tried. `force` redoes what was finished before `since` (default: now), so that jobs of
     one sweep that share a checkpoint don't redo each other's. What fails is written to the folder's
     error.txt and raised again, CameraError if the user can mend it. A run that another process is
-    doing is waited for, or `filelock.Timeout` without `wait`. Under torchrun rank 0 does all that;
-    the other ranks join it where it compresses.
+    doing is waited for, or `filelock.Timeout` without `wait`. `studies` are what asks for it, which
+    tables group runs by. Under torchrun rank 0 does all that; the other ranks join it where it
+    compresses.
     """
     folders = Folders.of(settings)
     ranks.join()
@@ -64,7 +66,7 @@ def run(
         ranks.follow(partial(camera_compress, settings, folders))
         return folders.run
     with ranks.leading():
-        return _run(settings, folders, sweep, since, wait, preset)
+        return _run(settings, folders, sweep, since, wait, preset, studies)
 
 
 def _run(
@@ -74,15 +76,18 @@ def _run(
     since: float | None,
     wait: bool,
     preset: str | None,
+    studies: Sequence[str],
 ) -> Path:
     if wait and is_locked(folders.run):
         log.info("%s is being done by another process: waiting for it.", folders.run)
     files = folders.files
     with lock_of(folders.run).acquire(timeout=-1 if wait else 0):
         since = time.time() if since is None else since
+        studies = [*files.studies, *studies]
         if settings.force:
             folders.remove_outputs(before=since)
         if files.is_done:
+            files.enter_studies(studies)
             log.info("%s is done already.", folders.run)
             if "WANDB_SWEEP_ID" in os.environ:  # an agent waits for a run of its own
                 replay(CarefulTracker(build(settings.tracker)), files)
@@ -99,6 +104,7 @@ def _run(
         with _error_file(files), _log_file(files), naming_output(folders.output.folder):
             check(settings)
             check_objective(settings)
+            files.enter_studies(studies)
             computed = computed_in(settings)
             files.start(asked | {"identity": folders.identity | {"computed": computed}})
             if begun not in (None, computed):

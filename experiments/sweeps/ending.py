@@ -50,7 +50,8 @@ def end_sweep(
     folders = [Path(record["folder"]) for _, record in found if record and record["folder"]]
     try:
         with _undisturbed():
-            own = _tables(sweep, output, folders, sorted(failed))
+            grids = {grid for job, _ in found for grid in job.grids}
+            own = _tables(sweep, output, folders, sorted(failed), grids)
             if tracker and not waiting:
                 track_sweep(CarefulTracker(build(tracker)), sweep, preset, own)
     except Exception as error:  # what failed is yet to be said
@@ -78,15 +79,20 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _tables(
-    sweep: SweepFiles, output: OutputFolder, folders: list[Path], failed: list[tuple[str, str]]
+    sweep: SweepFiles,
+    output: OutputFolder,
+    folders: list[Path],
+    failed: list[tuple[str, str]],
+    grids: set[str],
 ) -> pd.DataFrame:
+    from experiments.tables.layouts.terminal import print_page
     from experiments.tables.pages import paper_page
-    from experiments.tables.renderers import print_page
     from experiments.tables.rows import read_runs, with_dense_rows
+    from experiments.tables.studies import asked_here
     from experiments.tables.writing import write
 
     everything = read_runs(output.runs() if folders else [])
-    own = with_dense_rows(everything, [folder.name for folder in folders])
+    own = asked_here(with_dense_rows(everything, [folder.name for folder in folders]), grids)
     page = _with_failures(paper_page(own), own, failed)
     try:
         with output.lock("tables"):

@@ -15,10 +15,10 @@ from omegaconf import DictConfig
 from camera.runtime.errors import CameraError
 from experiments.config.settings import Settings
 from experiments.records.failures import naming_output, one_line
-from experiments.records.files import LOST, RunFiles, SweepFiles, read_json
+from experiments.records.files import LOST, RunFiles, SweepFiles, is_json, read_json
 from experiments.records.folders import Folders
 from experiments.runs.summary import numbers_of
-from experiments.sweeps.jobs import BUSY
+from experiments.sweeps.jobs import BUSY, read_plan
 
 log = logging.getLogger("camera")
 
@@ -85,15 +85,18 @@ def _failure(config: DictConfig, sweep: SweepFiles | None) -> str | None:
         settings, preset = Settings.of(config), preset_of(HydraConfig.get())
         with naming_output(Path(settings.output)):
             if sweep is None:
-                done = run(settings, preset=preset)
+                studies = [preset] if preset else []
+                done = run(settings, preset=preset, studies=studies)
                 if distributed.rank() == 0:
-                    _show(done)
+                    _show(done, studies)
             else:
                 # which of the ranks are told is of no matter: the first alone decides by it
                 since = sweep.config.stat().st_mtime if sweep.config.exists() else None
                 # the other ranks of a torchrun don't know who holds what, other sweepers not BUSY
                 wait = distributed.world() > 1 or not sweep.plan.exists()
-                run(settings, sweep=sweep.name, since=since, wait=wait, preset=preset)
+                studies = _grids(sweep, config) or ([preset] if preset else [])
+                about = {"preset": preset, "studies": studies}
+                run(settings, sweep=sweep.name, since=since, wait=wait, **about)
     except Timeout:
         raise
     except Exception as failure:
@@ -111,11 +114,18 @@ def preset_of(hydra: Any) -> str | None:
     return chosen if chosen is None or isinstance(chosen, str) else "+".join(chosen)
 
 
-def _show(run: Path) -> None:
+def _grids(sweep: SweepFiles, config: DictConfig) -> list[str]:
+    """The grids of the sweep's preset that ask for the run."""
+    folder = _folder(config)
+    planned = read_plan(sweep.folder) if is_json(sweep.plan) else []
+    return [grid for job in planned if job.run == folder for grid in job.grids]
+
+
+def _show(run: Path, studies: list[str]) -> None:
     from experiments.tables.rows import read_runs
     from experiments.tables.writing import show
 
-    show(read_runs([run]))
+    show(read_runs([run]).assign(studies=[studies]))  # not those of sweeps that shared it
 
 
 def _folder(config: DictConfig) -> Path | None:

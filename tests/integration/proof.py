@@ -349,6 +349,7 @@ SWEEP = (
 NO_PART_OF_REPORT = {
     "seconds",
     "measured",
+    "cached_statistics",
     "peak_memory_bytes",
     "expected_memory_bytes",
     "versions",
@@ -356,7 +357,8 @@ NO_PART_OF_REPORT = {
     "settings",
     "native",
 }
-NO_PART_OF_TABLE = {"settings", "minutes", "peak_gb", "seconds", "folder"}
+NO_PART_OF_TABLE = {"settings", "minutes", "evaluation_minutes", "peak_gb", "cached", "seconds"}
+NO_PART_OF_TABLE |= {"folder", "studies", "data"}
 
 
 def cases() -> list[tuple[str, str]]:
