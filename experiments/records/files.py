@@ -116,6 +116,11 @@ class RunFiles:
         reason = self.reason
         return None if reason is None or reason.startswith(INTERRUPTIONS) else reason
 
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether it ended early for no reason not to go on."""
+        return self.reason is not None and self.failure is None
+
     def read_part(self, name: str) -> dict[str, Any] | None:
         """What a part reported; None before it is done, and where that can't be read."""
         file = self.part(name)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 
 from camera.evaluation.tasks.names import average
 from experiments.config.settings import Settings
@@ -94,10 +97,35 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
+def _commit() -> str | None:
+    """The commit of the checkout that this code is in, with what isn't committed said."""
+    top = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        asked = ["git", "-C", str(top), *arguments]
+        done = subprocess.run(asked, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != top:  # installed within another's checkout
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=10", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _overrides() -> list[str] | None:
+    """What was said on Hydra's command line to make this run."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None
+
+
 def _environment() -> dict[str, Any]:
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": _commit(),
+        "overrides": _overrides(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -16,6 +16,7 @@ from experiments.config.constructor import build
 from experiments.records.failures import one_line
 from experiments.records.files import OutputFolder, SweepFiles
 from experiments.runs.tracker import CarefulTracker
+from experiments.sweeps.drawing import draw_sweep
 from experiments.sweeps.jobs import SweepJob
 from experiments.sweeps.tracking import track_sweep
 
@@ -101,6 +102,8 @@ def _tables(
     except OSError as error:
         log.error("The tables can't be written: %s", one_line(error))
     print_page(page)
+    for line in draw_sweep(sweep, own):
+        print(line)
     return own
 
 
