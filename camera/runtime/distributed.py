@@ -23,8 +23,9 @@ def process_group() -> Iterator[None]:
     if "WORLD_SIZE" not in os.environ or _joined():
         yield
         return
-    import torch
     from torch import distributed
+
+    from camera.runtime.device.accelerator import share_cards
 
     timeout = timedelta(days=7)  # rank 0 may evaluate long
     store, rank, world = next(iter(distributed.rendezvous("env://", timeout=timeout)))
@@ -34,11 +35,11 @@ def process_group() -> Iterator[None]:
     distributed.init_process_group(
         "gloo", store=store, rank=rank, world_size=world, timeout=timeout
     )
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    share_cards(int(os.environ.get("LOCAL_RANK", 0)))
     try:
         yield
     finally:
+        share_cards(None)
         distributed.destroy_process_group()
 
 

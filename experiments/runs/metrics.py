@@ -57,6 +57,7 @@ def assemble(
         "bytes": compression["bytes"],
         "seconds": seconds,
         "peak_memory_bytes": compression["peak_memory_bytes"],
+        "peak_host_memory_bytes": compression["peak_host_memory_bytes"],
         "evaluation_memory_bytes": max(
             (part["peak_memory_bytes"] for part in results.values()), default=None
         ),
@@ -64,7 +65,7 @@ def assemble(
         "versions": _versions(),
         "data_hash": _data_hashes(compression, perplexities | tasks),
         "seed": settings.seed,
-        "environment": _environment(),
+        "environment": _environment(settings.device),
     }
 
 
@@ -89,12 +90,11 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def _environment() -> dict[str, Any]:
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+def _environment(device: str) -> dict[str, Any]:
     return {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "accelerator": accelerator,
+        "accelerator": device_name(torch.device(resolve_device(device))),
     }
