@@ -85,9 +85,7 @@ def run(args: argparse.Namespace) -> dict:
     }
 
 
-def _search(
-    error: OutputError, drop: int, cache_s: float, per_run: float, device: str
-) -> dict:
+def _search(error: OutputError, drop: int, cache_s: float, per_run: float, device: str) -> dict:
     took, found = _timed(lambda: search(error, EXPERTS, drop, how="greedy"), device)
     running_s = found.evaluations * per_run
     return {
