@@ -36,7 +36,7 @@ def assemble(
 
     Scores are fractions as lm-eval gives them, `average` is in percent (acc_norm where a task has
     it, else acc), null without tasks; `bytes` are of the tensors on disk, `peak_memory_bytes` is
-    of the compression (0 where nothing was compressed), `peak_host_memory_bytes` the process's then,
+    of the compression (0 where nothing was compressed), `peak_host_memory_bytes` the process's,
     null in runs of before.
     """
     perplexities = _named(PERPLEXITY, results)
