@@ -67,7 +67,7 @@ def assemble(
         "versions": _versions(),
         "data_hash": _data_hashes(compression, perplexities | tasks),
         "seed": settings.seed,
-        "environment": _environment(settings.device),
+        "environment": environment(settings.device),
     }
 
 
@@ -92,7 +92,8 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def _environment(device: str) -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
+    """When and where a run on this device ended."""
     return {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "platform": platform.platform(),

@@ -34,7 +34,7 @@ def job(config: DictConfig) -> dict[str, Any] | str | None:
         if _beside_others(hydra):
             from camera.runtime.device.accelerator import share_cards
 
-            share_cards(hydra.job.num, wrap=True)
+            share_cards(hydra.job.num)
         return _job_of_sweep(config, SweepFiles(Path(hydra.sweep.dir)), hydra.job.num)
     if _failure(config, None) is not None:
         sys.exit(1)
