@@ -83,6 +83,12 @@ def accelerator(request) -> str:
     return request.getfixturevalue("fake")
 
 
+@pytest.fixture
+def no_accelerator(monkeypatch) -> None:
+    """`auto` is the CPU, whatever this machine has."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for mark in metafunc.definition.iter_markers("golden"):
         values = golden_values(golden_folder(metafunc.config), *mark.args)
