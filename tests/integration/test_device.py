@@ -80,14 +80,17 @@ def _library() -> None:
 @pytest.mark.parametrize("asked", SUITES)
 def test_the_tests_of_a_device_pass_on_the_fake(asked):
     done = subprocess.run(
-        [*(sys.executable, "-m", "pytest", "-n", "0", f"--accelerator={asked}"), *SUITES[asked]],
+        [
+            *(sys.executable, "-m", "pytest", "-n", "0", "-rs", f"--accelerator={asked}"),
+            *SUITES[asked],
+        ],
         cwd=CONF.parent,
         capture_output=True,
         text=True,
         timeout=900,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
-    assert "skipped" not in done.stdout
+    assert "SKIPPED" not in done.stdout, done.stdout[-2000:]
 
 
 def run(folder, fake, *arguments) -> list[list]:
