@@ -8,6 +8,7 @@ from omegaconf import OmegaConf, open_dict
 
 from camera.runtime.device.accelerator import all_cards, resolve_device, share_cards
 from experiments.config.schema import CONF
+from experiments.records.files import SweepFiles
 from experiments.sweeps.job import job
 
 
@@ -19,6 +20,7 @@ def start(tmp_path, monkeypatch):
         "experiments.runs.run.run",
         lambda settings, **_: said.append((resolve_device(settings.device), all_cards("auto"))),
     )
+    SweepFiles(tmp_path).plan.write_text("[]")  # the project's own sweeper planned it
     before = HydraConfig.instance().cfg
 
     def go(number, *overrides):
