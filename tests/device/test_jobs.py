@@ -8,7 +8,6 @@ from omegaconf import OmegaConf, open_dict
 
 from camera.runtime.device.accelerator import all_cards, resolve_device, share_cards
 from experiments.config.schema import CONF
-from experiments.records.files import SweepFiles
 from experiments.sweeps.job import job
 
 
@@ -20,12 +19,13 @@ def start(tmp_path, monkeypatch):
         "experiments.runs.run.run",
         lambda settings, **_: said.append((resolve_device(settings.device), all_cards("auto"))),
     )
-    SweepFiles(tmp_path).plan.write_text("[]")  # the project's own sweeper planned it
     before = HydraConfig.instance().cfg
 
     def go(number, *overrides):
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", list(overrides), return_hydra_config=True)
+            config = compose(
+                "config", ["hydra/sweeper=basic", *overrides], return_hydra_config=True
+            )
         with open_dict(config):
             config.hydra.mode, config.hydra.job.num = RunMode.MULTIRUN, number
             config.hydra.sweep.dir = str(tmp_path)
