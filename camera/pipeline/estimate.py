@@ -16,6 +16,7 @@ from camera.calibration.trials import trial_bytes
 from camera.compensation.experts import fit_bytes
 from camera.method import Method, Pass, PassKind
 from camera.moe.pool import LayerShape
+from camera.runtime.device.accelerator import free_memory, has_own_memory, total_memory
 from camera.runtime.errors import CameraError
 from camera.runtime.progress import format_bytes
 from camera.streaming.lm_head import HEAD_LOGITS, HEAD_TABLES
@@ -25,9 +26,7 @@ from camera.streaming.memory import (
     HIDDEN_HELD,
     HIDDEN_SHARE,
     active_width,
-    free_memory,
     parameters_of,
-    total_memory,
 )
 from camera.streaming.settings import MemoryChoices
 from camera.streaming.skeleton import MetaModel
@@ -188,7 +187,7 @@ def require_memory(
     """
     ids = Part("the calibration tokens", TOKEN_BYTES * tokens + SAMPLE_BYTES * samples, FEWER)
     hidden = Part("the hidden states", estimate.states, f"set memory.hidden=disk, or {FEWER}")
-    apart = device.type == "cuda"
+    apart = has_own_memory(device)
     saved = estimate.experts and not estimate.experts_on_disk and method.compensation is None
     on_disk = "set memory.experts=disk" if saved else LARGER
     kept = estimate.phi * estimate.keep_phi

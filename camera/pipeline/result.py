@@ -34,6 +34,7 @@ class CompressionResult:
     # seconds and peak_memory_bytes of statistics that another run gathered; empty without such
     cached_statistics: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0  # of the process (on an accelerator: of its memory)
+    peak_host_memory_bytes: int = 0  # of the process, wherever it computes
     expected_memory_bytes: int = 0  # the same, as estimated when it began
     coverage: dict[str, Any] = field(default_factory=dict)
     widths: dict[str, list[int]] = field(default_factory=dict)  # kept, by module path
@@ -81,6 +82,7 @@ def report(
         seconds={name: round(spent, 3) for name, spent in state.seconds.items()},
         cached_statistics=state.cached,
         peak_memory_bytes=context.memory.bytes,
+        peak_host_memory_bytes=context.memory.host_bytes,
         expected_memory_bytes=context.memory.before + context.estimate.peak,
         coverage=coverage,
         widths=state.widths,

@@ -16,8 +16,8 @@ _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" el
 
 
 def allocate(size: int) -> torch.Tensor:
-    """`size` bytes (uint8) of a mapping of their own, pinned where there is CUDA."""
-    if torch.cuda.is_available():
+    """`size` bytes (uint8) of a mapping of their own, pinned where there is an accelerator."""
+    if torch.accelerator.is_available():
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     if not size:
         return torch.empty(0, dtype=torch.uint8)

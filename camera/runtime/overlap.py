@@ -6,6 +6,8 @@ from time import perf_counter
 
 import torch
 
+from camera.runtime.device.accelerator import current_stream, side_stream
+
 
 class BackgroundWriter:
     """Runs what it is given in a thread; never more than one piece is under way.
@@ -56,7 +58,8 @@ Read = Callable[[int, bool], dict[str, torch.Tensor]]
 
 
 class LayerPrefetcher:
-    """Layers from disk to the device, the next one in a thread (and on CUDA a stream) of its own.
+    """Layers from disk to the device, the next one in a thread of its own, on an accelerator also
+    on a stream of its own.
 
     Layers are taken one after the other, up or down. `seconds_read` is what reading took,
     `seconds_waited` the part of it that computing did not hide.
@@ -64,7 +67,7 @@ class LayerPrefetcher:
 
     def __init__(self, read: Read, layers: int, device: torch.device):
         self._read, self._layers, self._device = read, layers, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = side_stream(device)
         self._coming: tuple[tuple[int, bool], Future] | None = None
         self._last, self._up = (-1, False), True
         self.seconds_read = self.seconds_waited = 0.0
@@ -80,7 +83,7 @@ class LayerPrefetcher:
         tensors = coming[1].result()
         if self._stream is not None:
             for tensor in tensors.values():
-                tensor.record_stream(torch.cuda.current_stream(self._device))
+                tensor.record_stream(current_stream(self._device))
         self._up, self._last = index > self._last[0], asked
         self.seconds_waited += perf_counter() - start
         return tensors
@@ -104,7 +107,7 @@ class LayerPrefetcher:
         try:
             tensors = self._read(index, without_experts)
             if self._stream is not None:
-                with torch.cuda.stream(self._stream):
+                with self._stream:
                     tensors = {
                         key: tensor.to(self._device, non_blocking=True)
                         for key, tensor in tensors.items()

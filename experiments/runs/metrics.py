@@ -14,6 +14,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 
 from camera.evaluation.tasks.names import average
+from camera.runtime.device.accelerator import device_name, resolve_device
 from experiments.config.settings import Settings
 from experiments.records.files import PERPLEXITY, SPEED, TASK
 from experiments.tables.names.datasets import data_name
@@ -41,7 +42,8 @@ def assemble(
     it, else acc), null without tasks; `data` is where texts and tasks come from: hub, embedded or
     a folder's name; `cached_statistics` are the seconds and the peak memory of statistics that the
     compression used and another run had gathered; `bytes` are of the tensors on disk,
-    `peak_memory_bytes` is of the compression (0 where nothing was compressed).
+    `peak_memory_bytes` is of the compression (0 where nothing was compressed),
+    `peak_host_memory_bytes` the process's then, null in runs of before.
     """
     perplexities = _named(PERPLEXITY, results)
     tasks = _named(TASK, results)
@@ -65,6 +67,7 @@ def assemble(
         "seconds": seconds,
         "cached_statistics": compression.get("cached_statistics"),
         "peak_memory_bytes": compression["peak_memory_bytes"],
+        "peak_host_memory_bytes": compression.get("peak_host_memory_bytes"),
         "evaluation_memory_bytes": max(
             (part["peak_memory_bytes"] for part in results.values()), default=None
         ),
@@ -72,7 +75,7 @@ def assemble(
         "versions": _versions(),
         "data_hash": _data_hashes(compression, perplexities | tasks),
         "seed": settings.seed,
-        "environment": _environment(),
+        "environment": environment(settings.device),
     }
 
 
@@ -120,8 +123,8 @@ def _overrides() -> list[str] | None:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None
 
 
-def _environment() -> dict[str, Any]:
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+def environment(device: str) -> dict[str, Any]:
+    """When and where a run on this device ended."""
     return {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": _commit(),
@@ -129,5 +132,5 @@ def _environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "accelerator": accelerator,
+        "accelerator": device_name(torch.device(resolve_device(device))),
     }
