@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub.errors import StrictDataclassError
 
+from camera.checkpoint.loading import require_finite
 from camera.checkpoint.shards import ShardWriter
 from camera.checkpoint.source import fingerprint
 from camera.method import Method, Pass, PassKind
@@ -54,8 +55,8 @@ def run(request: CompressionRequest, model: MetaModel, memory: MemoryChoices) ->
     samples, length = (0, 0) if request.tokens is None else request.tokens.ids_NL.shape
     estimate = foresee(request, model, memory, samples, length)
     log.info("%s: this takes %s", request.out.name, estimate)
-    model.check_rest()
     require_writable_config(model)
+    require_finite(model.reader)
     spill = request.out.parent if estimate.hidden_on_disk else None
     streamer = LayerStreamer(model, Placement(estimate.experts_on_disk, spill))
     with PeakMemory(model.device) as peak:

@@ -49,7 +49,7 @@ def test_the_home_folder_is_found(checkpoints, tmp_path, monkeypatch):
 def test_a_broken_config_is_told_by_its_path(checkpoints, tmp_path):
     source = changed(checkpoints("mixtral"), tmp_path / "source")
     (source / "config.json").write_text(json.dumps({"model_type": "unheard_of"}))
-    with pytest.raises(CameraError, match=r"source can't be loaded: .*unheard_of"):
+    with pytest.raises(CameraError, match=r"source/config\.json can't be used: .*unheard_of"):
         load_model(source, device="cpu")
 
 
