@@ -19,11 +19,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from camera.checkpoint.formats.format import FORMATS
+from camera.checkpoint.source import INDEX
 from camera.moe.families import FAMILIES, family_of
 from camera.runtime.errors import CameraError
+from camera.runtime.files import content_key
 
 FORMAT = 2
 GENERATION = "generation_config.json"
+MODULES = "camera_modules"  # key of the index's metadata: which specs the weights were written by
 # Keys of any family that no model can be built without.
 COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 COUNTS += ("num_key_value_heads",)
@@ -46,8 +49,13 @@ class CameraConfig(QuantizationConfigMixin):
     ):
         self.quant_method = "camera"
         self.format = format
-        self.modules = modules or {}
-        self.made_by = made_by or {}
+        self.modules = {} if modules is None else modules
+        self.made_by = {} if made_by is None else made_by
+        if not isinstance(self.modules, dict) or type(format) is not int:
+            raise CameraError(
+                "quantization_config of config.json has no modules by path, or no format number: "
+                "take the config.json that was written with these weights."
+            )
         if format < FORMAT:
             raise CameraError(
                 f"checkpoint format {format} is older than this package reads ({FORMAT}): compress "
@@ -155,8 +163,29 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     _refuse_values(config, path)
     stored = getattr(config, "quantization_config", None)
     if isinstance(stored, dict) and stored.get("quant_method") == "camera":
-        config.quantization_config = CameraConfig.from_dict(stored)
+        config.quantization_config = compressed = CameraConfig.from_dict(stored)
+        _require_own(compressed, folder)
     return config
+
+
+def modules_key(modules: dict[str, Any]) -> str:
+    """A short name of these specs, for the index beside weights that were written by them."""
+    return content_key({"modules": modules})
+
+
+def _require_own(compressed: CameraConfig, folder: Path) -> None:
+    """CameraError for specs that weights were not written by: their tensors may have equal shapes.
+
+    An index that says nothing, of an older folder or another program, is taken.
+    """
+    index = folder / INDEX
+    metadata = _told(index).get("metadata") if index.exists() else None
+    wanted = metadata.get(MODULES) if isinstance(metadata, dict) else None
+    if wanted is not None and wanted != modules_key(compressed.modules):
+        raise CameraError(
+            f"quantization_config in {folder / 'config.json'} isn't the one that its weights were "
+            "written with: take the config.json of the same run."
+        )
 
 
 def reason_of(error: Exception) -> str:

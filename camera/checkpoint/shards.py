@@ -260,12 +260,12 @@ class ShardWriter:
         """Size of the files written."""
         return sum(self.files.values())
 
-    def close(self) -> None:
-        """Write the index, after the last shard."""
+    def close(self, **about: str) -> None:
+        """Write the index, after the last shard; `about` stands in its metadata."""
         if len(self.files) != self.shards:
             raise RuntimeError(f"{len(self.files)} of {self.shards} shards were written")
         index = {
-            "metadata": {"total_size": sum(size for _, size in self.sizes.values())},
+            "metadata": {"total_size": sum(size for _, size in self.sizes.values()), **about},
             "weight_map": dict(sorted(self.weight_map.items())),
         }
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 
 from huggingface_hub.errors import StrictDataclassError
@@ -65,6 +66,8 @@ def run(request: CompressionRequest, model: MetaModel, memory: MemoryChoices) ->
             with context.state.timed("calibrate"):
                 seen[step.kind] = RUNNERS[step.kind](context).run(step, seen)
         plan = request.plan or method.plan(seen, budget)
+        made_for = {"model_type": budget.model_type, "hidden_size": budget.hidden}
+        plan = replace(plan, model=made_for)
         progress = PassProgress(request.partial / "progress", _fingerprint(context, passes[-1]))
         writer = ShardWriter(request.partial, len(model.layers) + 1)
         last = CompressedPass(context, progress, writer)
