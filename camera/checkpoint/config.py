@@ -83,7 +83,7 @@ def build_forms(model: nn.Module, config: CameraConfig) -> None:
     """
     for path, spec in config.modules.items():
         form = spec.get("form") if isinstance(spec, dict) else None
-        if form not in FORMATS:
+        if not isinstance(form, str) or form not in FORMATS:
             raise CameraError(
                 f"module {path} has the form '{form}', which this package doesn't know "
                 f"({', '.join(sorted(FORMATS))}): upgrade camera-moe."

@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from camera.checkpoint.config import load_config, read_config, reason_of
+from camera.checkpoint.config import CameraConfig, load_config, read_config, reason_of
 from camera.checkpoint.matching import require_runnable, require_whole
 from camera.checkpoint.shards import Place, ShardReader, read_places
 from camera.checkpoint.source import refuse_adapter, refuse_no_model
@@ -45,7 +45,10 @@ def load_model(
     folder = _local(path)
     if isinstance(folder, Path):  # sentences of our own tell more than transformers'
         ShardReader(folder)
-        require_runnable(load_config(folder, trust_remote_code), folder, trust_remote_code)
+        config = load_config(folder, trust_remote_code)
+        require_runnable(config, folder, trust_remote_code)
+        if isinstance(getattr(config, "quantization_config", None), CameraConfig):
+            require_whole(config, folder, trust_remote_code)
     config = read_config(folder, trust_remote_code)
     choose_kernels(config)
     try:

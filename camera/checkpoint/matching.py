@@ -27,7 +27,9 @@ from camera.checkpoint.config import (
     look_at,
     reason_of,
 )
+from camera.checkpoint.formats.format import Format
 from camera.checkpoint.shards import Place, ShardReader
+from camera.moe.budget import owner_of
 from camera.moe.families import RUN_ON_META
 from camera.runtime.errors import CameraError
 
@@ -116,13 +118,15 @@ class HeaderMatch:
     """How the tensors that the headers tell of fit a model.
 
     `missing` are parameters, `unused` keys of the checkpoint, `misshapen` sentences, `mistyped`
-    {key: (dtype there, dtype asked)} where floating point meets whole numbers.
+    {key: (dtype there, dtype asked)} where floating point meets whole numbers. `foreign` are unused
+    keys inside compressed modules, which would compute something else without them.
     """
 
     missing: set[str]
     unused: list[str]
     misshapen: list[str]
     mistyped: dict[str, tuple[torch.dtype, torch.dtype]]
+    foreign: list[str]
 
     def require(self, folder: Path) -> None:
         """CameraError if a tensor is missing, or of another shape or type."""
@@ -137,6 +141,12 @@ class HeaderMatch:
                 "together, download the model again."
             )
         refuse_missing(folder, self.missing)
+        for key in self.foreign:
+            raise CameraError(
+                f"{folder} holds tensor '{key}', which its module in quantization_config of "
+                "config.json doesn't have: take the config.json that was written with these "
+                "weights."
+            )
 
 
 def match_headers(model: nn.Module, places: dict[str, Place], conversions: list) -> HeaderMatch:
@@ -154,15 +164,18 @@ def match_headers(model: nn.Module, places: dict[str, Place], conversions: list)
         f"{list(expected[name])}"
         for name in sorted(info.conversion_errors)
     ]
+    unused = [key for key, header in headers.items() if header.asked is None]
+    forms = [name for name, module in model.named_modules() if isinstance(module, Format)]
     return HeaderMatch(
         set(info.missing_keys) - set(info.conversion_errors),
-        [key for key, header in headers.items() if header.asked is None],
+        unused,
         misshapen,
         {
             key: (header.place.dtype, header.asked)
             for key, header in headers.items()
             if header.asked is not None and not _same_kind(header.place.dtype, header.asked)
         },
+        [key for key in unused if owner_of(key, forms) is not None],
     )
 
 

@@ -13,7 +13,7 @@ from camera.checkpoint.shards import INDEX
 
 Change = Callable[[Path], object]
 DROPPED = object()
-VALUES = (None, [], "", 0, -1, 3, "7", 2**40, float("nan"), DROPPED)
+VALUES = (None, [], 0, -1, 3, "7", 2**40, float("nan"), DROPPED)
 TEXTS = ("null", "[]", "3", "{", "", "{}", "\ufeff{}")
 TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
     "gone": lambda t: None,

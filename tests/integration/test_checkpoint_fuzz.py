@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 import camera
 from camera.checkpoint.loading import load_model
@@ -32,39 +32,8 @@ EXPERT = "model.layers.0.mlp.experts.3.up_proj.weight"
 OTHERS = ["model.layers.0.self_attn.k_proj.weight", "model.norm.weight"]
 IDS_BL = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(0))
 CONFIG = "config.json"
-# As tests/helpers/models.py writes them, and what no file of that family says
-KEYS = [
-    "attention_dropout",
-    "bos_token_id",
-    "decoder_sparse_step",
-    "dtype",
-    "eos_token_id",
-    "hidden_act",
-    "hidden_size",
-    "intermediate_size",
-    "layer_types",
-    "max_position_embeddings",
-    "mlp_only_layers",
-    "model_type",
-    "moe_intermediate_size",
-    "norm_topk_prob",
-    "num_attention_heads",
-    "num_experts",
-    "num_experts_per_tok",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "pad_token_id",
-    "quantization_config",
-    "rms_norm_eps",
-    "rope_parameters",
-    "shared_expert_intermediate_size",
-    "sliding_window",
-    "tie_word_embeddings",
-    "use_sliding_window",
-    "vocab_size",
-    "head_dim",
-    "attn_implementation",
-]
+KEYS = ["dtype", "model_type", "quantization_config", "head_dim"]
+KEYS += sorted(AutoConfig.for_model(FAMILY).to_dict().keys() - PretrainedConfig().to_dict().keys())
 DRAWN = 24  # damages of other families, drawn
 
 
@@ -78,6 +47,10 @@ FILES |= {f"{CONFIG} {content!r}": mutations.text(CONFIG, content) for content i
 FILES |= {
     f"generation_config.json {content!r}": mutations.text("generation_config.json", content)
     for content in ("null", "{")
+}
+FILES |= {
+    f"attn_implementation {value!r}": keyed(CONFIG, "attn_implementation", value=value)
+    for value in ([], 3, "x")  # this machine's matter, not the model's
 }
 FILES |= {
     f"{key} {kind}": mutations.tensor(key, kind) for key in (EXPERT, *OTHERS) for kind in TENSORS
