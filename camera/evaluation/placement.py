@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import psutil
 import torch
 
 from camera.checkpoint.loading import resolve_device, resolve_dtype
 from camera.checkpoint.shards import ShardReader
+from camera.runtime.device.host_memory import free_host_memory
 from camera.runtime.errors import CameraError
 from camera.runtime.progress import format_bytes
 
@@ -59,7 +59,7 @@ def free_memory(device: str = "auto") -> int:
     """Bytes free on a device; of `auto` with several accelerators on all of them."""
     place = torch.device(resolve_device(device))
     if place.type in ("cpu", "mps"):  # these share the system's memory
-        return psutil.virtual_memory().available
+        return free_host_memory()
     torch.accelerator.empty_cache()
     if device == "auto":
         indices = range(torch.accelerator.device_count())

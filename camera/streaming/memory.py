@@ -1,9 +1,9 @@
 """Sizes of layers and batches, and the machine's memory."""
 
-import psutil
 import torch
 from torch import nn
 
+from camera.runtime.device.host_memory import free_host_memory, total_host_memory
 from camera.streaming.skeleton import MetaModel
 
 HIDDEN_SHARE = 0.3  # of the memory that is free: more than that of hidden states goes to disk
@@ -36,11 +36,11 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return free_host_memory()
 
 
 def total_memory(device: torch.device) -> int:
     """Bytes of the device's memory, on a CPU of the system's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total
+    return total_host_memory()

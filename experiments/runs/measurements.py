@@ -24,8 +24,8 @@ from camera.evaluation.placement import should_stream
 from camera.evaluation.speed import measure_speed
 from camera.evaluation.suite import EvaluationRequest, evaluate_streamed
 from camera.evaluation.tasks.evaluate import evaluate_tasks
+from camera.runtime.device.peak_memory import PeakMemory
 from camera.runtime.files import write_json
-from camera.runtime.peak_memory import PeakMemory
 from experiments.config.settings import Settings
 from experiments.records.files import PERPLEXITY, SPEED, TASK, is_json, read_json
 from experiments.records.folders import Folders

@@ -127,7 +127,7 @@ def test_a_model_that_lacks_a_tensor_is_not_measured(checkpoints, tmp_path):
 
 
 def test_peak_memory_of_an_accelerator_is_reported_while_it_runs(monkeypatch):
-    from camera.runtime.peak_memory import PeakMemory
+    from camera.runtime.device.peak_memory import PeakMemory
 
     asked = []
     for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
