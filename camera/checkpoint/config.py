@@ -132,9 +132,12 @@ def _touches_experts(conversion: Any) -> bool:
 
 
 def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
-    """config.json of a folder or hub id as transformers reads it; CameraError if it can't."""
+    """config.json of a folder or hub id as transformers reads it; CameraError if it can't.
+
+    What a forward pass is to return beside logits is no property of the weights: it is left out.
+    """
     try:
-        return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
     except CameraError:
         raise
     except Exception as error:  # a value of another type leads to any of a dozen types
@@ -142,6 +145,9 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
         if "custom code" in reason:
             reason = "it needs code of its own; set trust_remote_code=true if you trust that code"
         raise CameraError(f"{Path(source) / 'config.json'} can't be used: {reason}.") from error
+    for switch in ("output_attentions", "output_hidden_states"):
+        setattr(config, switch, False)
+    return config
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:

@@ -106,12 +106,7 @@ def declared_passes(request: CompressionRequest, budget: Budget) -> tuple[Pass, 
 
 
 def require_writable_config(model: MetaModel) -> None:
-    """CameraError for a config.json that transformers reads but doesn't write.
-
-    What a forward pass is to return beside logits is no property of the weights: it is left out.
-    """
-    for switch in ("output_attentions", "output_hidden_states"):
-        setattr(model.config, switch, False)
+    """CameraError for a config.json that transformers reads but doesn't write."""
     with TemporaryDirectory() as folder:
         try:
             model.config.save_pretrained(folder)

@@ -34,7 +34,7 @@ def total_host_memory() -> int:
 
 
 def _limits() -> Iterator[tuple[int, int]]:
-    """Limit and use, without files that are only cached, of the process's groups and those above."""
+    """Limit and use, without cached files, of the process's groups and those above."""
     for folder in _groups():
         for names in FILES:
             limit, used, prefix = _number(folder / names[0]), _number(folder / names[1]), names[2]

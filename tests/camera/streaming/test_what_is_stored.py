@@ -185,6 +185,9 @@ def test_config_promises_no_prediction_layers_that_are_left_out(
     out, report = compress(source)
     assert config_of(out)["num_nextn_predict_layers"] == 0
     assert "num_nextn_predict_layers=1" in caplog.text
+    caplog.clear()
+    MetaModel(source)
+    assert "num_nextn_predict_layers" not in caplog.text  # said once
     bare = changed(plain, tmp_path / "bare", num_nextn_predict_layers=0)
     assert abs(report.bytes["dense"] - camera.describe(bare).bytes["dense"]) < 9000  # headers
 
