@@ -1,5 +1,6 @@
 """Loading of models and tokenizers."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from camera.runtime import distributed
 from camera.runtime.errors import CameraError
 from camera.runtime.files import remembered
 
+PIECE = 2**26  # bytes of a tensor that are looked through at a time
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -111,9 +113,20 @@ def require_finite(reader: ShardReader) -> None:
 
 def _refuse_infinite(reader: ShardReader, places: dict[str, Place]) -> bool:
     for key, place in places.items():
-        if not all_finite(read_places({key: place})[key]):
-            raise CameraError(f"tensor '{key}' in {reader.folder} holds NaN or inf.")
+        for piece in _pieces(place):
+            if not all_finite(read_places({key: piece})[key]):
+                raise CameraError(f"tensor '{key}' in {reader.folder} holds NaN or inf.")
     return True
+
+
+def _pieces(place: Place) -> Iterator[Place]:
+    """A tensor by some of its rows: the experts of a layer in one tensor may exceed the memory."""
+    if place.bytes <= PIECE:
+        yield place
+        return
+    rows = max(1, place.shape[0] * PIECE // place.bytes)
+    for first in range(0, place.shape[0], rows):
+        yield place.rows(first, rows)
 
 
 def choose_kernels(config: PretrainedConfig) -> None:
