@@ -120,7 +120,7 @@ def _run(
     from camera.streaming.settings import MemoryChoices
     from camera.streaming.skeleton import MetaModel
 
-    out, seed = Path(out), seed_of(seed)
+    out, seed = Path(out).expanduser(), seed_of(seed)
     if propagate not in get_args(Propagate):
         choices = ", ".join(get_args(Propagate))
         raise CameraError(f"propagate={propagate} is none of {choices}.")
@@ -132,7 +132,7 @@ def _run(
     meta = MetaModel(folder, resolve_device(device), dtype, trust_remote_code)
     make_current(meta.device)
     method.check(meta.budget)
-    _check_plan(plan, meta)
+    _check_plan(plan, method, meta)
     name = name or base_name(model)
     request = CompressionRequest(name, method, out, propagate, plan=plan)
     tokens = None
@@ -163,7 +163,7 @@ def _run(
         out,
         propagate,
         tokens,
-        Path(statistics) if statistics else None,
+        Path(statistics).expanduser() if statistics else None,
         plan,
         listeners,
         listener if distributed.rank() == 0 else None,
@@ -172,15 +172,29 @@ def _run(
     return run(request, meta, memory)
 
 
-def _check_plan(plan: Plan | None, model: Any) -> None:
+def _check_plan(plan: Plan | None, method: Method, model: Any) -> None:
+    """CameraError for a plan that was made for another model, or isn't one of its method."""
     if plan is None:
         return
-    missing = sorted(set(model.budget.layers) - set(plan.layers))
-    if missing:
-        raise CameraError(
-            f"the plan of method {plan.method} says nothing of layer {missing[0]}: it was made for "
-            "another model."
-        )
+    budget, ours = model.budget, f"the plan of method {plan.method}"
+    here = {"model_type": budget.model_type, "hidden_size": budget.hidden}
+    for key, value in here.items():
+        if plan.model.get(key, value) != value:
+            raise CameraError(
+                f"{ours} was made for {key}={plan.model[key]}, and the model has {value}: apply it "
+                "to the model that it was made for."
+            )
+    for index in sorted(set(budget.layers) ^ set(plan.layers)):
+        told = "says nothing of" if index in budget.layers else "speaks of"
+        raise CameraError(f"{ours} {told} layer {index}: it was made for another model.")
+    for index, layer in sorted(plan.layers.items()):
+        wrong = layer.misfit(budget.layers[index], budget.hidden)
+        if method.plan_kind is not None and layer.kind != method.plan_kind:
+            wrong = f"is of the kind {layer.kind}, where the method makes {method.plan_kind}"
+        if wrong:
+            raise CameraError(
+                f"{ours}, layer {index}, {wrong}: apply it to the model that it was made for."
+            )
 
 
 def describe(model: str | Path, trust_remote_code: bool = False) -> CompressionResult:

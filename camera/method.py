@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from camera.compensation.settings import CompensationSettings
     from camera.moe.budget import Budget
     from camera.moe.feed_forward import FeedForward
-    from camera.moe.pool import KeptRows, LayerShape
+    from camera.moe.pool import KeptRows, LayerPool, LayerShape
 
 METHODS = Registry(
     "method",
@@ -116,13 +116,18 @@ class LayerPlan(ABC):
     def of(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> LayerPlan:
         """The inverse of `tensors` and `facts`."""
 
+    def misfit(self, pool: LayerPool, hidden: int) -> str | None:
+        """What of the plan is not of a layer with this pool and width; None where all is."""
+        return None
+
 
 @dataclass(frozen=True)
 class Plan:
     """What a method decided for a model: by layer, and what all layers share.
 
     `scores` are those of the dense model, fp64 [N], where layers are ranked by it that are planned
-    on the way.
+    on the way. `model` is what it was made for: model_type and hidden_size (empty in plans of
+    before).
     """
 
     method: str
@@ -130,6 +135,7 @@ class Plan:
     shared: dict[str, Any] = field(default_factory=dict)
     layers: dict[int, LayerPlan] = field(default_factory=dict)
     scores: dict[int, Tensor] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
 
     def with_layer(self, index: int, layer: LayerPlan) -> Plan:
         """The plan with the decision of one more layer."""
@@ -150,6 +156,7 @@ class Plan:
             for index, layer in sorted(self.layers.items())
         }
         header = {"method": self.method, "settings": self.settings, "shared": self.shared}
+        header |= {"model": self.model} if self.model else {}
         # one entry only: safetensors writes several in any order, and files are compared by bytes
         save_file(tensors, path, metadata={"camera": json.dumps(header | {"layers": layers})})
 
@@ -159,9 +166,9 @@ class Plan:
 
         CameraError if it is missing or broken.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        path = Path(path)
+        path = Path(path).expanduser()
         path = path / CheckpointFiles.PLAN if path.is_dir() else path
         try:
             with safe_open(path, "pt") as file:
@@ -177,8 +184,11 @@ class Plan:
                 for index, entry in header["layers"].items()
             }
             scores = {int(index): score_N for index, score_N in tensors["scores"].items()}
-            return cls(header["method"], header["settings"], header["shared"], layers, scores)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            shared, model = dict(header["shared"]), dict(header.get("model", {}))
+            return cls(header["method"], dict(header["settings"]), shared, layers, scores, model)
+        except CameraError:
+            raise
+        except Exception as error:  # a file of any content; what it leads to depends on the kind
             raise CameraError(f"plan {path} can't be read ({error}): make it again.") from error
 
 
@@ -189,6 +199,7 @@ class Method(ABC):
     name: ClassVar[str]
     compresses: ClassVar[bool] = True
     slices: ClassVar[bool] = False  # only removes micro-experts: phi of the others stays valid
+    plan_kind: ClassVar[str | None] = None  # of its layers' plans, where it has one kind only
     native: ClassVar[bool] = False  # writes a checkpoint of the base model's type
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

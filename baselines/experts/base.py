@@ -38,6 +38,7 @@ class ExpertPruning(Method):
     that count, of `model` their router rows too. Shared experts stay.
     """
 
+    plan_kind: ClassVar[str] = "experts"
     native: ClassVar[bool] = True
     reads_text: ClassVar[bool] = True
 

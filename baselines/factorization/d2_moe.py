@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from camera.calibration.statistics import LayerStatistics
     from camera.moe.budget import Budget
     from camera.moe.feed_forward import FeedForward
+    from camera.moe.pool import LayerPool
 
 Merge = Literal["fisher_freq", "fisher", "freq", "mean"]
 
@@ -41,6 +42,26 @@ class LayerFactors(LayerPlan):
     def of(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> LayerFactors:
         return cls(tensors, facts["report"])
 
+    def misfit(self, pool: LayerPool, hidden: int) -> str | None:
+        widths = [w for w, routed in zip(pool.widths, pool.routed, strict=True) if routed]
+        if not widths or {"gate_up_proj", "down_right"} - self.factors.keys():
+            return "holds no factors of routed experts"
+        experts, width = len(widths), widths[0]
+        rank, base = self.factors["down_right"].shape[1:2], len(self.factors["gate_up_proj"]) // 2
+        asked = {
+            "gate_up_proj": (2 * base, hidden),
+            "gate_up_left": (experts, 2 * width, *rank),
+            "gate_up_right": (experts, *(2 * r for r in rank), hidden),
+            "down_proj": (hidden, base),
+            "down_left": (experts, hidden, *rank),
+            "down_right": (experts, *rank, width),
+        }
+        for name, shape in asked.items():
+            found = self.factors.get(name)
+            if found is None or tuple(found.shape) != shape or not found.is_floating_point():
+                return f"has no '{name}' of the shape {list(shape)}"
+        return None
+
 
 @dataclass(frozen=True)
 class D2Moe(Method):
@@ -54,6 +75,7 @@ class D2Moe(Method):
     """
 
     name: ClassVar[str] = "d2_moe"
+    plan_kind: ClassVar[str] = LayerFactors.kind
     reads_text: ClassVar[bool] = True
 
     sparsity: float

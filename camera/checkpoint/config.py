@@ -5,20 +5,31 @@ module formats. `from_pretrained` builds these modules on meta and loads their t
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from camera.checkpoint.formats.format import FORMATS
-from camera.moe.families import family_of
+from camera.checkpoint.source import INDEX
+from camera.moe.families import FAMILIES, family_of
 from camera.runtime.errors import CameraError
+from camera.runtime.files import content_key
 
 FORMAT = 2
+GENERATION = "generation_config.json"
+MODULES = "camera_modules"  # key of the index's metadata: which specs the weights were written by
+# Keys of any family that no model can be built without.
+COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+COUNTS += ("num_key_value_heads",)
 
 
 @register_quantization_config("camera")
@@ -38,8 +49,13 @@ class CameraConfig(QuantizationConfigMixin):
     ):
         self.quant_method = "camera"
         self.format = format
-        self.modules = modules or {}
-        self.made_by = made_by or {}
+        self.modules = {} if modules is None else modules
+        self.made_by = {} if made_by is None else made_by
+        if not isinstance(self.modules, dict) or type(format) is not int:
+            raise CameraError(
+                "quantization_config of config.json has no modules by path, or no format number: "
+                "take the config.json that was written with these weights."
+            )
         if format < FORMAT:
             raise CameraError(
                 f"checkpoint format {format} is older than this package reads ({FORMAT}): compress "
@@ -61,15 +77,33 @@ class CameraConfig(QuantizationConfigMixin):
 
 
 def build_forms(model: nn.Module, config: CameraConfig) -> None:
-    """Replace modules of a freshly built model (on meta) by those of a compressed checkpoint."""
+    """Replace modules of a freshly built model (on meta) by those of a compressed checkpoint.
+
+    CameraError, with the module's path, for a spec that doesn't fit the model.
+    """
     for path, spec in config.modules.items():
-        if spec["form"] not in FORMATS:
+        form = spec.get("form") if isinstance(spec, dict) else None
+        if not isinstance(form, str) or form not in FORMATS:
             raise CameraError(
-                f"module {path} has the form '{spec['form']}', which this package doesn't know "
+                f"module {path} has the form '{form}', which this package doesn't know "
                 f"({', '.join(sorted(FORMATS))}): upgrade camera-moe."
             )
-        native = model.get_submodule(path)
-        model.set_submodule(path, FORMATS[spec["form"]].from_spec(native, spec))
+        try:
+            native = model.get_submodule(path)
+        except AttributeError as error:
+            raise CameraError(
+                f"quantization_config of config.json names module {path}, which the model doesn't "
+                "have: take the config.json that was written with these weights."
+            ) from error
+        try:
+            module = FORMATS[form].from_spec(native, spec)
+        except Exception as error:  # a spec is data: what it leads to depends on what is wrong
+            raise CameraError(
+                f"quantization_config of config.json has no usable spec of module {path} "
+                f"({reason_of(error)}): take the config.json that was written with "
+                "these weights."
+            ) from error
+        model.set_submodule(path, module)
 
 
 @register_quantizer("camera")
@@ -97,26 +131,133 @@ def _touches_experts(conversion: Any) -> bool:
     return any(".experts" in target for target in conversion._original_target_patterns)
 
 
-def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """config.json as transformers reads it; CameraError for an unknown model type."""
+def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
+    """config.json of a folder or hub id as transformers reads it; CameraError if it can't.
+
+    What a forward pass is to return beside logits is no property of the weights: it is left out.
+    """
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        if "custom code" in first:
-            first = "it needs code of its own; set trust_remote_code=true if you trust that code."
-        raise CameraError(f"{folder / 'config.json'} can't be used: {first}") from error
-    told = json.loads((folder / "config.json").read_text())
+        config = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    except CameraError:
+        raise
+    except Exception as error:  # a value of another type leads to any of a dozen types
+        reason = reason_of(error)
+        if "custom code" in reason:
+            reason = "it needs code of its own; set trust_remote_code=true if you trust that code"
+        raise CameraError(f"{Path(source) / 'config.json'} can't be used: {reason}.") from error
+    for switch in ("output_attentions", "output_hidden_states"):
+        setattr(config, switch, False)
+    return config
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """config.json as transformers reads it; CameraError, with the key, for an unknown model type
+    and for values that no model can have."""
+    path = folder / "config.json"
+    told = _told(path)
+    if (folder / GENERATION).exists():
+        _told(folder / GENERATION)
+    config = read_config(folder, trust_remote_code)
+    for key in _not_numbers(told):
+        raise CameraError(f"{path} says {key}=NaN: give a number.")
     for other, key in (config.attribute_map or {}).items():
-        if told.get(key, told.get(other)) != told.get(other, told.get(key)):
+        if key in told and other in told and told[key] != told[other]:
             raise CameraError(
-                f"{folder / 'config.json'} says {key}={told[key]} and {other}={told[other]}, which "
+                f"{path} says {key}={told[key]} and {other}={told[other]}, which "
                 "are two names of one thing: remove the wrong one."
             )
+    _refuse_values(config, path)
     stored = getattr(config, "quantization_config", None)
     if isinstance(stored, dict) and stored.get("quant_method") == "camera":
-        config.quantization_config = CameraConfig.from_dict(stored)
+        config.quantization_config = compressed = CameraConfig.from_dict(stored)
+        _require_own(compressed, folder)
     return config
+
+
+def modules_key(modules: dict[str, Any]) -> str:
+    """A short name of these specs, for the index beside weights that were written by them."""
+    return content_key({"modules": modules})
+
+
+def _require_own(compressed: CameraConfig, folder: Path) -> None:
+    """CameraError for specs that weights were not written by: their tensors may have equal shapes.
+
+    An index that says nothing, of an older folder or another program, is taken.
+    """
+    index = folder / INDEX
+    metadata = _told(index).get("metadata") if index.exists() else None
+    wanted = metadata.get(MODULES) if isinstance(metadata, dict) else None
+    if wanted is not None and wanted != modules_key(compressed.modules):
+        raise CameraError(
+            f"quantization_config in {folder / 'config.json'} isn't the one that its weights were "
+            "written with: take the config.json of the same run."
+        )
+
+
+def reason_of(error: Exception) -> str:
+    """One sentence of what another library raised: its first line, or the rule that was broken."""
+    cause = error.__cause__ if isinstance(error, StrictDataclassError) else None
+    lines = str(cause or error).strip().splitlines() or [""]
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", lines[0].partition(". Errors:")[0])
+    if not isinstance(error, ValueError | OSError | StrictDataclassError):
+        text = f"{type(error).__name__}: {text}"
+    return text.rstrip(" .")
+
+
+def look_at(config: Any) -> str:
+    """The keys of a config that no model can be made of whose values are unlikely."""
+    odd = []
+    for key, value in vars(config).items():
+        strange = type(value) is int and not (0 < value < 2**31) and not key.endswith("_id")
+        if (strange or value is None) and getattr(type(config), key, None) not in (None, value):
+            odd.append(f"{key}={value}")
+    return f": look at {', '.join(odd)}" if odd else ""
+
+
+def _told(path: Path) -> dict[str, Any]:
+    """What a JSON file says; CameraError unless it is an object."""
+    try:
+        told = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise CameraError(f"{path} is no valid JSON ({error}): download it again.") from error
+    if not isinstance(told, dict):
+        raise CameraError(f"{path} holds no JSON object: download it again.")
+    return told
+
+
+def _refuse_values(config: Any, path: Path) -> None:
+    """CameraError for values that transformers takes, and nothing can be computed with."""
+    for key in COUNTS:
+        _require_count(config, key, path)
+    sliding = getattr(config, "use_sliding_window", True)  # where it isn't, its width is 0
+    if sliding and getattr(config, "sliding_window", None) is not None:
+        _require_count(config, "sliding_window", path)
+    family = FAMILIES.get(config.model_type)
+    if family is not None and hasattr(config, family.keys.experts):
+        _require_count(config, family.keys.top_k, path, getattr(config, family.keys.experts))
+    act = getattr(config, "hidden_act", None)
+    if isinstance(act, str) and act not in ACT2FN:
+        raise CameraError(f"{path} says hidden_act={act!r}, which transformers doesn't know.")
+    if config.dtype is not None and not isinstance(config.dtype, torch.dtype):
+        raise CameraError(f"{path} says dtype={config.dtype!r}: give float32, bfloat16 or float16.")
+
+
+def _require_count(config: Any, key: str, path: Path, most: int | None = None) -> None:
+    value = getattr(config, key, 1)
+    if not isinstance(value, int) or value < 1 or (most and value > most):
+        asked = f"from 1 to {most}" if most else "of at least 1"
+        raise CameraError(f"{path} says {key}={value!r}: give a whole number {asked}.")
+
+
+def _not_numbers(told: dict[str, Any]) -> list[str]:
+    """Keys, of inner objects too, whose value is NaN."""
+    found = []
+    for key, value in told.items():
+        if isinstance(value, dict):
+            found += [f"{key}.{inner}" for inner in _not_numbers(value)]
+        elif isinstance(value, float) and value != value:
+            found.append(key)
+    return found
 
 
 def save_config(config: PretrainedConfig, folder: Path) -> None:

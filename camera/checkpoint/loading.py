@@ -1,11 +1,11 @@
 """Loading of models and tokenizers."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -13,13 +13,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from camera.checkpoint.config import load_config
-from camera.checkpoint.matching import require_whole
-from camera.checkpoint.shards import ShardReader
+from camera.checkpoint.config import CameraConfig, load_config, read_config, reason_of
+from camera.checkpoint.matching import require_runnable, require_whole
+from camera.checkpoint.shards import Place, ShardReader, read_places
 from camera.checkpoint.source import refuse_adapter, refuse_no_model
+from camera.runtime import distributed
 from camera.runtime.device.accelerator import all_cards, resolve_device
 from camera.runtime.errors import CameraError
+from camera.runtime.files import remembered
 
+PIECE = 2**26  # bytes of a tensor that are looked through at a time
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -40,11 +43,15 @@ def load_model(
     on_cpu = torch.device(place).type == "cpu"
     precision = resolve_dtype(dtype) or (torch.float32 if on_cpu else "auto")
     folder = _local(path)
-    if isinstance(folder, Path):
-        ShardReader(folder)  # its sentences tell more than transformers'
+    if isinstance(folder, Path):  # sentences of our own tell more than transformers'
+        ShardReader(folder)
+        config = load_config(folder, trust_remote_code)
+        require_runnable(config, folder, trust_remote_code)
+        if isinstance(getattr(config, "quantization_config", None), CameraConfig):
+            require_whole(config, folder, trust_remote_code)
+    config = read_config(folder, trust_remote_code)
+    choose_kernels(config)
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        choose_kernels(config)
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),
             config=config,
@@ -55,12 +62,12 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and isinstance(folder, Path):  # a tensor: which one?
-            config = load_config(folder, trust_remote_code)
-            require_whole(config, folder, trust_remote_code)
-        first = str(error).strip().splitlines()[0]
-        raise CameraError(f"model {path} can't be loaded: {first}") from error
+    except CameraError:
+        raise
+    except Exception as error:  # what a wrong size leads to depends on the model's code
+        if isinstance(folder, Path):  # a tensor: which one?
+            require_whole(load_config(folder, trust_remote_code), folder, trust_remote_code)
+        raise CameraError(f"model {path} can't be loaded: {reason_of(error)}.") from error
     for name, found, asked in sorted(info["mismatched_keys"]):
         raise CameraError(
             f"model {path}: tensor '{name}' has the shape {list(found)} where config.json asks for "
@@ -73,8 +80,51 @@ def load_model(
         if not parameter.is_floating_point():
             kind = str(parameter.dtype).removeprefix("torch.")
             raise CameraError(f"model {path}: tensor '{name}' is {kind}, which no weight can be.")
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_meta and not all_finite(tensor):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CameraError(f"model {path}: tensor '{name}' holds NaN or inf as {kind}.")
     choose_experts(model)
     return model.eval()
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is free of NaN and inf, in one read and without a copy."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def require_finite(reader: ShardReader) -> None:
+    """CameraError that names a tensor with NaN or inf, which a run would else meet hours later.
+
+    A large file is read for it once, not once a run; several processes share the files.
+    """
+    files: dict[Path, dict[str, Place]] = {}
+    for key, place in reader.places.items():
+        files.setdefault(place.file, {})[key] = place
+    for file in sorted(files)[distributed.rank() :: distributed.world()]:
+        remembered(
+            reader.folder / file, "finite", lambda file=file: _refuse_infinite(reader, files[file])
+        )
+
+
+def _refuse_infinite(reader: ShardReader, places: dict[str, Place]) -> bool:
+    for key, place in places.items():
+        for piece in _pieces(place):
+            if not all_finite(read_places({key: piece})[key]):
+                raise CameraError(f"tensor '{key}' in {reader.folder} holds NaN or inf.")
+    return True
+
+
+def _pieces(place: Place) -> Iterator[Place]:
+    """A tensor by some of its rows: the experts of a layer in one tensor may exceed the memory."""
+    if place.bytes <= PIECE:
+        yield place
+        return
+    rows = max(1, place.shape[0] * PIECE // place.bytes)
+    for first in range(0, place.shape[0], rows):
+        yield place.rows(first, rows)
 
 
 def choose_kernels(config: PretrainedConfig) -> None:

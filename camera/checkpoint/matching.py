@@ -4,6 +4,7 @@ The headers of the files go the same way as their tensors: what is missing, of a
 type, or used by nobody is known before a weight is read.
 """
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +20,20 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from camera.checkpoint.config import CameraConfig, CameraQuantizer, build_forms
+from camera.checkpoint.config import (
+    CameraConfig,
+    CameraQuantizer,
+    build_forms,
+    look_at,
+    reason_of,
+)
+from camera.checkpoint.formats.format import Format
 from camera.checkpoint.shards import Place, ShardReader
+from camera.moe.budget import owner_of
+from camera.moe.families import RUN_ON_META
 from camera.runtime.errors import CameraError
+
+_RAN: set[str] = set()  # configurations that were tried
 
 
 def convert(
@@ -47,11 +59,10 @@ def empty_model(
     config: Any, folder: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> tuple[nn.Module, list]:
     """The model of a config on meta, compressed modules in place, and transformers' rules for its
-    keys; CameraError for weights that another tool quantised."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+    keys; CameraError for a config that no model can be built of, and for weights that another tool
+    quantised."""
+    require_runnable(config, folder, trust_remote_code)
+    model = _built(config, folder, dtype=dtype, trust_remote_code=trust_remote_code)
     model.eval().requires_grad_(False)
     conversions = get_model_conversion_mapping(model)
     compressed = getattr(config, "quantization_config", None)
@@ -65,18 +76,57 @@ def empty_model(
     return model, CameraQuantizer(compressed).update_weight_conversions(conversions, model)
 
 
+def _built(config: Any, folder: Path, **options: Any) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, **options)
+    except Exception as error:  # what a wrong size leads to depends on the model's code
+        raise CameraError(
+            f"no model can be built of {folder / 'config.json'}: {reason_of(error)}"
+            f"{look_at(config)}."
+        ) from error
+
+
+def require_runnable(config: Any, folder: Path, trust_remote_code: bool = False) -> None:
+    """CameraError for a config whose model fails when it is called: tried on meta, once a process.
+
+    Only with families whose code asks for no number of a tensor, of which meta has none.
+    """
+    if config.model_type not in RUN_ON_META or trust_remote_code:
+        return
+    config = copy.copy(config)
+    vars(config).pop("quantization_config", None)
+    config._attn_implementation = "eager"  # a machine may lack the others
+    key = config.to_json_string(use_diff=False)
+    if key in _RAN:
+        return
+    trial = _built(config, folder)
+    if hasattr(trial, "set_experts_implementation"):
+        trial.set_experts_implementation("batched_mm")  # its shapes don't depend on the routing
+    ids_BL, mask_B1LL = torch.zeros(1, 2).long().to("meta"), torch.zeros(1, 1, 2, 2).to("meta")
+    try:
+        trial.eval()(ids_BL, attention_mask=mask_B1LL, use_cache=False)
+    except Exception as error:  # what a wrong value leads to depends on the model's code
+        raise CameraError(
+            f"the model of {folder / 'config.json'} can't run: {reason_of(error)}{look_at(config)}."
+        ) from error
+    _RAN.add(key)
+
+
 @dataclass(frozen=True)
 class HeaderMatch:
     """How the tensors that the headers tell of fit a model.
 
     `missing` are parameters, `unused` keys of the checkpoint, `misshapen` sentences, `mistyped`
-    {key: (dtype there, dtype asked)} where floating point meets whole numbers.
+    {key: (dtype there, dtype asked)} where floating point meets whole numbers. `foreign` are unused
+    keys inside compressed modules, which would compute something else without them.
     """
 
     missing: set[str]
     unused: list[str]
     misshapen: list[str]
     mistyped: dict[str, tuple[torch.dtype, torch.dtype]]
+    foreign: list[str]
 
     def require(self, folder: Path) -> None:
         """CameraError if a tensor is missing, or of another shape or type."""
@@ -91,6 +141,12 @@ class HeaderMatch:
                 "together, download the model again."
             )
         refuse_missing(folder, self.missing)
+        for key in self.foreign:
+            raise CameraError(
+                f"{folder} holds tensor '{key}', which its module in quantization_config of "
+                "config.json doesn't have: take the config.json that was written with these "
+                "weights."
+            )
 
 
 def match_headers(model: nn.Module, places: dict[str, Place], conversions: list) -> HeaderMatch:
@@ -108,15 +164,18 @@ def match_headers(model: nn.Module, places: dict[str, Place], conversions: list)
         f"{list(expected[name])}"
         for name in sorted(info.conversion_errors)
     ]
+    unused = [key for key, header in headers.items() if header.asked is None]
+    forms = [name for name, module in model.named_modules() if isinstance(module, Format)]
     return HeaderMatch(
         set(info.missing_keys) - set(info.conversion_errors),
-        [key for key, header in headers.items() if header.asked is None],
+        unused,
         misshapen,
         {
             key: (header.place.dtype, header.asked)
             for key, header in headers.items()
             if header.asked is not None and not _same_kind(header.place.dtype, header.asked)
         },
+        [key for key in unused if owner_of(key, forms) is not None],
     )
 
 

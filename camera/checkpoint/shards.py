@@ -101,7 +101,17 @@ class ShardReader:
                 f"tensor '{lost}' is not in shard {self.folder / names[lost]}, where {INDEX} puts "
                 "it: download the model again."
             )
-        return {key: headers[name][key] for key, name in names.items()}
+        # what a shard holds counts whether the index lists it or not, as in transformers
+        places: dict[str, Place] = {}
+        for name, found in headers.items():
+            for key in places.keys() & found.keys():
+                if not _are_equal(places[key], found[key]):
+                    raise CameraError(
+                        f"{self.folder} holds two different tensors '{key}', in shards "
+                        f"{places[key].file.name} and {name}: download the model again."
+                    )
+            places |= found
+        return places
 
     def read(self, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
         """Tensors of the keys that `wanted` accepts."""
@@ -140,6 +150,14 @@ def read_places(places: dict[str, Place]) -> dict[str, torch.Tensor]:
                 files[place.file] = stack.enter_context(place.file.open("rb", buffering=0))
             found[key] = _read(files[place.file], place)
     return found
+
+
+def _are_equal(one: Place, other: Place) -> bool:
+    """Whether two tensors are the same bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    found = read_places({"one": one, "other": other})
+    return torch.equal(*(tensor.view(-1).view(torch.uint8) for tensor in found.values()))
 
 
 def _places(path: Path) -> dict[str, Place]:
@@ -242,12 +260,12 @@ class ShardWriter:
         """Size of the files written."""
         return sum(self.files.values())
 
-    def close(self) -> None:
-        """Write the index, after the last shard."""
+    def close(self, **about: str) -> None:
+        """Write the index, after the last shard; `about` stands in its metadata."""
         if len(self.files) != self.shards:
             raise RuntimeError(f"{len(self.files)} of {self.shards} shards were written")
         index = {
-            "metadata": {"total_size": sum(size for _, size in self.sizes.values())},
+            "metadata": {"total_size": sum(size for _, size in self.sizes.values()), **about},
             "weight_map": dict(sorted(self.weight_map.items())),
         }
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -82,11 +82,22 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """{tensor: file} of an index; CameraError for one that can't be read."""
+    """{tensor: file} of an index; CameraError for one that can't be read or leaves the folder."""
     try:
-        return json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        found = dict(json.loads(index.read_text())["weight_map"])
+        strange = [key for key, name in found.items() if not _is_shard(name)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CameraError(f"{index} is no valid index ({error}): download it again.") from error
+    for key in strange:
+        raise CameraError(
+            f"{index} puts tensor '{key}' into {found[key]!r}, which is no file of that folder: "
+            "download it again."
+        )
+    return found
+
+
+def _is_shard(name: str) -> bool:
+    return name not in ("", "..") and Path(name).name == name
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -29,17 +29,22 @@ def should_stream(
         raise CameraError(f"evaluation.stream={mode} is none of {', '.join(MODES)}.")
     if mode == "always":
         return True
-    needed, free = weight_bytes(folder, device, dtype), free_memory(device)
     if mode == "auto":
-        return MARGIN * needed > free
+        return MARGIN * weight_bytes(folder, device, dtype) > free_memory(device)
+    require_fit(folder, device, dtype, "evaluation.stream=never", "set evaluation.stream=auto")
+    return False
+
+
+def require_fit(folder: Path, device: str, dtype: str, what: str, way_out: str) -> None:
+    """CameraError, before anything is read, where the weights alone exceed all that is free."""
+    needed, free = weight_bytes(folder, device, dtype), free_memory(device)
     if all_cards(device) > 1:  # what exceeds the accelerators goes to the system's memory
         free += free_memory("cpu")
     if needed > free:
         raise CameraError(
-            f"evaluation.stream=never: the model takes {format_bytes(needed)} and "
-            f"{format_bytes(free)} are free: set evaluation.stream=auto."
+            f"{what}: the weights of {folder} take {format_bytes(needed)} and "
+            f"{format_bytes(free)} are free: {way_out}."
         )
-    return False
 
 
 def weight_bytes(folder: Path, device: str = "auto", dtype: str = "auto") -> int:

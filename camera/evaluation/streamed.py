@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from camera.evaluation.shared_context import MASKABLE, Pack, Rows, packs_of, reach, rows_of
 from camera.moe.capture import replaced_submodule, unwrap
+from camera.runtime.device.host_memory import free_host_memory
 from camera.runtime.device.peak_memory import PeakMemory
 from camera.runtime.errors import CameraError
 from camera.runtime.mapped import MappedTable
@@ -116,7 +116,7 @@ class StreamedEvaluation:
         size = 0
         for batch in self._batches:
             batch.first, size = size, size + batch.ids_BL.numel()
-        ram = HIDDEN_SHARE * psutil.virtual_memory().available if self.ram is None else self.ram
+        ram = HIDDEN_SHARE * free_host_memory() if self.ram is None else self.ram
         self._hidden = MappedTable(
             size, meta.config.get_text_config().hidden_size, meta.dtype, ram, self.folder
         )

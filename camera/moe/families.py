@@ -167,6 +167,8 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "qwen3": Family(),
 }
+# their models compute on meta, where shapes are all that there is
+RUN_ON_META = frozenset(FAMILIES)
 
 
 def register_family(model_type: str, family: Family) -> None:

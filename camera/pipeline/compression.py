@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 
 from huggingface_hub.errors import StrictDataclassError
 
+from camera.checkpoint.loading import require_finite
 from camera.checkpoint.shards import ShardWriter
 from camera.checkpoint.source import fingerprint
 from camera.method import Method, Pass, PassKind
@@ -54,8 +56,8 @@ def run(request: CompressionRequest, model: MetaModel, memory: MemoryChoices) ->
     samples, length = (0, 0) if request.tokens is None else request.tokens.ids_NL.shape
     estimate = foresee(request, model, memory, samples, length)
     log.info("%s: this takes %s", request.out.name, estimate)
-    model.check_rest()
     require_writable_config(model)
+    require_finite(model.reader)
     spill = request.out.parent if estimate.hidden_on_disk else None
     streamer = LayerStreamer(model, Placement(estimate.experts_on_disk, spill))
     with PeakMemory(model.device) as peak:
@@ -66,6 +68,8 @@ def run(request: CompressionRequest, model: MetaModel, memory: MemoryChoices) ->
             with context.state.timed("calibrate"):
                 seen[step.kind] = RUNNERS[step.kind](context).run(step, seen)
         plan = request.plan or method.plan(seen, budget)
+        made_for = {"model_type": budget.model_type, "hidden_size": budget.hidden}
+        plan = replace(plan, model=made_for)
         progress = PassProgress(request.partial / "progress", _fingerprint(context, passes[-1]))
         writer = ShardWriter(request.partial, len(model.layers) + 1)
         last = CompressedPass(context, progress, writer)
@@ -104,12 +108,7 @@ def declared_passes(request: CompressionRequest, budget: Budget) -> tuple[Pass, 
 
 
 def require_writable_config(model: MetaModel) -> None:
-    """CameraError for a config.json that transformers reads but doesn't write.
-
-    What a forward pass is to return beside logits is no property of the weights: it is left out.
-    """
-    for switch in ("output_attentions", "output_hidden_states"):
-        setattr(model.config, switch, False)
+    """CameraError for a config.json that transformers reads but doesn't write."""
     with TemporaryDirectory() as folder:
         try:
             model.config.save_pretrained(folder)

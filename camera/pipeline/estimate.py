@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import psutil
 import torch
 
 from camera.calibration.trials import trial_bytes
@@ -17,6 +16,7 @@ from camera.compensation.experts import fit_bytes
 from camera.method import Method, Pass, PassKind
 from camera.moe.pool import LayerShape
 from camera.runtime.device.accelerator import free_memory, has_own_memory, total_memory
+from camera.runtime.device.host_memory import free_host_memory
 from camera.runtime.errors import CameraError
 from camera.runtime.progress import format_bytes
 from camera.streaming.lm_head import HEAD_LOGITS, HEAD_TABLES
@@ -126,7 +126,7 @@ class MemoryEstimate:
         keep_phi = keep_phi and method.slices and not on_disk and tokens > 0
         hidden_on_disk = memory.hidden == "disk"
         if memory.hidden == "auto":
-            free = psutil.virtual_memory().available
+            free = free_host_memory()
             hidden_on_disk = HIDDEN_HELD * hidden > HIDDEN_SHARE * free
         top_k = model.family.top_k(config) if max(experts) else 1
         tables = BATCH_TABLES if keep_phi else BATCH_TABLES + SLOT_TABLES * top_k

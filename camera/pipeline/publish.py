@@ -6,7 +6,7 @@ import json
 import shutil
 from typing import Any
 
-from camera.checkpoint.config import CameraConfig, save_config
+from camera.checkpoint.config import MODULES, CameraConfig, modules_key, save_config
 from camera.checkpoint.shards import ShardWriter
 from camera.checkpoint.source import copy_companions
 from camera.pipeline.context import PassContext
@@ -58,7 +58,15 @@ def _write_rest(context: PassContext, done: CompressedPass, writer: ShardWriter)
     tied = tied_names(model.model)
     rest = model.take_out(model.model)
     done.add(len(model.layers), {n: t for n, t in rest.items() if n not in tied})
-    writer.close()
+    if context.method.native:
+        writer.close()
+    else:
+        writer.close(**{MODULES: modules_key(_modules(context))})
+
+
+def _modules(context: PassContext) -> dict[str, Any]:
+    before = context.streamer.model.compressed
+    return {**({} if before is None else before.modules), **context.state.modules}
 
 
 def _write_config(context: PassContext) -> None:
@@ -68,9 +76,8 @@ def _write_config(context: PassContext) -> None:
         for key, value in method.native_config(config, context.budget).items():
             setattr(config, key, value)
     else:
-        before = {} if model.compressed is None else model.compressed.modules
         made_by: dict[str, Any] = {"method": method.name, **method.settings()}
-        config.quantization_config = CameraConfig(before | context.state.modules, made_by)
+        config.quantization_config = CameraConfig(_modules(context), made_by)
     config.architectures = [type(model.model).__name__]
     config.dtype = model.stored_dtype
     if type(model.model).__module__.startswith(("transformers.", "camera.")):

@@ -55,6 +55,7 @@ class MicroExpertPruning(Method):
     """
 
     slices: ClassVar[bool] = True
+    plan_kind: ClassVar[str] = "micro_experts"
 
     sparsity: float
     sparsity_of: SparsityOf = "moe"

@@ -13,6 +13,8 @@ from camera.method import LayerPlan
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from camera.moe.pool import LayerPool
+
 
 @dataclass(frozen=True)
 class KeptMicroExperts(LayerPlan):
@@ -32,6 +34,11 @@ class KeptMicroExperts(LayerPlan):
     @classmethod
     def of(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> KeptMicroExperts:
         return cls(tensors["keep_N"], facts["widths"])
+
+    def misfit(self, pool: LayerPool, hidden: int) -> str | None:
+        if self.widths != pool.widths:
+            return "was made for experts of other widths"
+        return _misfit(self.keep_N, "keep_N", sum(pool.widths))
 
     @property
     def kept_widths(self) -> list[int]:
@@ -58,7 +65,20 @@ class KeptExperts(LayerPlan):
     def of(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> KeptExperts:
         return cls(tensors["keep_E"], facts["report"])
 
+    def misfit(self, pool: LayerPool, hidden: int) -> str | None:
+        wrong = _misfit(self.keep_E, "keep_E", sum(pool.routed))
+        if wrong is None and pool.routing is not None and len(self.removed) > pool.routing.most:
+            return f"removes {len(self.removed)} experts, and the router spares {pool.routing.most}"
+        return wrong
+
     @property
     def removed(self) -> list[int]:
         """The experts that don't stay."""
         return (~self.keep_E).nonzero().flatten().tolist()
+
+
+def _misfit(keep: Tensor, name: str, count: int) -> str | None:
+    kind = str(keep.dtype).removeprefix("torch.")
+    if kind == "bool" and keep.shape == (count,):
+        return None
+    return f"has {name} as {kind} {list(keep.shape)} instead of bool [{count}]"

@@ -45,6 +45,7 @@ class Quantization(Method):
     before the layer is run (null: left alone).
     """
 
+    plan_kind: ClassVar[str] = "bits"
     tolerance: ClassVar[float] = 0.01  # share of the target by which a plan may stay below it
     calibrates: ClassVar[bool] = True
 

@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from camera.checkpoint.formats.packed.codes import MAX_BITS
 from camera.method import LayerPlan
+from camera.moe.pool import LayerPool
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,24 @@ class LayerBits(LayerPlan):
             for gate, up, bits, (_, _, has) in parts
         ]
         return cls(experts, facts["group_size"])
+
+    def misfit(self, pool: LayerPool, hidden: int) -> str | None:
+        if [len(expert.down) for expert in self.experts] != pool.widths:
+            return "was made for experts of other widths"
+        if self.group_size is not None and not (
+            type(self.group_size) is int and self.group_size > 0
+        ):
+            return f"has group_size={self.group_size!r}"
+        for number, expert in enumerate(self.experts):
+            across = len(expert.down) if expert.axis == "rows" else hidden
+            for name in ("gate", "up", "down"):
+                bits = getattr(expert, name)
+                whole = not bits.is_floating_point() and bits.dtype != torch.bool
+                if not whole or ((bits < 0) | (bits > MAX_BITS)).any():
+                    return f"has bits of {name} of expert {number} that are not 0 to {MAX_BITS}"
+                if name != "down" and len(bits) != across:
+                    return f"has {len(bits)} bits of {name} of expert {number} instead of {across}"
+        return None
 
     @property
     def mean_bits(self) -> list[float]:

@@ -6,11 +6,14 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from camera.runtime.errors import CameraError
+
+T = TypeVar("T")
 
 log = logging.getLogger("camera")
 REMEMBERED = 2**28  # bytes from which on hashing a file again is worth a note of its digest
@@ -98,29 +101,37 @@ def digest_of(path: Path) -> str:
 
 
 def known_digest(path: Path) -> str:
-    """`digest_of` a file that seldom changes: a large one is read once, not once a run.
+    """`digest_of` a file that seldom changes: a large one is read once, not once a run."""
+    return remembered(path, "sha256", lambda: digest_of(path))
 
-    A note in the user's cache (`XDG_CACHE_HOME`) holds it under the file's place, size, times and
+
+def remembered(path: Path, what: str, read: Callable[[], T]) -> T:
+    """What `read` finds out of a large file, by the note of an earlier run if there is one.
+
+    Notes in the user's cache (`XDG_CACHE_HOME`) hold it under the file's place, size, times and
     inode: a file that was written since has another.
     """
     about = path.stat()
     if about.st_size < REMEMBERED or time.time() - about.st_ctime < SETTLED:
-        return digest_of(path)
+        return read()
     stamp = [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     note = cache / "camera" / f"{content_key({'file': str(path.resolve()), 'stamp': stamp})}.json"
+    known: dict = {"file": str(path)}
     if note.exists():
         try:
-            return json.loads(note.read_text())["sha256"]
-        except (ValueError, KeyError):
-            log.warning("%s can't be read: hashing %s anew.", note, path)
-    digest = digest_of(path)
+            known |= json.loads(note.read_text())
+        except (ValueError, TypeError):
+            log.warning("%s can't be read: reading %s anew.", note, path)
+    if what in known:
+        return known[what]
+    found = read()
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_json(note, {"file": str(path), "sha256": digest})
+        write_json(note, known | {what: found})
     except OSError as error:
-        log.warning("the digest of %s is not kept for the next run (%s).", path, error)
-    return digest
+        log.warning("what %s holds is not kept for the next run (%s).", path, error)
+    return found
 
 
 def content_key(about: dict) -> str:

@@ -3,6 +3,7 @@
 import logging
 import re
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -124,20 +125,20 @@ def _leave_out(unused: list[str], config: Any, reader: ShardReader, family: Fami
             )
         strange.append(key)
     if strange:
-        log.warning(
-            "%s holds %d tensors (%.1f MB) that the model doesn't use, '%s' first: they are left "
-            "out.",
-            reader.folder,
-            len(strange),
-            sum(sizes[key] for key in strange) / 1e6,
-            min(strange),
+        size = sum(sizes[key] for key in strange) / 1e6
+        _warn_once(
+            f"{reader.folder} holds {len(strange)} tensors ({size:.1f} MB) that the model doesn't "
+            f"use, '{min(strange)}' first: they are left out."
         )
     if predicting:
-        log.warning(
-            "%s: the model that transformers builds has no prediction layers (%s=%d): they are "
-            "left out, and the key is written as 0.",
-            reader.folder,
-            promised,
-            predicting,
+        _warn_once(
+            f"{reader.folder}: the model that transformers builds has no prediction layers "
+            f"({promised}={predicting}): they are left out, and the key is written as 0."
         )
         setattr(config, promised, 0)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """A run builds its model several times: to describe, compress and evaluate it."""
+    log.warning("%s", message)

@@ -10,6 +10,7 @@ from torch import nn
 
 from camera.checkpoint.config import load_config
 from camera.checkpoint.loading import (
+    all_finite,
     choose_experts,
     choose_kernels,
     compute_dtype,
@@ -222,12 +223,6 @@ class MetaModel:
             "dtype=bfloat16 or float32."
         )
 
-    def check_rest(self) -> None:
-        """CameraError for NaN or inf outside the layers, where a run would meet them last."""
-        for key in [key for key in self.reader.places if layer_of(key) is None]:
-            if not all_finite(self.reader.read(lambda other, key=key: other == key)[key]):
-                self._blame(key)
-
     def _materialise_rotary(self) -> None:
         for name, module in list(self.model.named_modules()):
             if name.endswith("rotary_emb"):  # its buffers live in code, not in the checkpoint
@@ -241,13 +236,6 @@ class MetaModel:
                 self.folder,
                 *(str(dtype).removeprefix("torch.") for dtype in (told, self.stored_dtype)),
             )
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is free of NaN and inf, in one read and without a copy."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 class _Once:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from camera.checkpoint.loading import all_finite
 from camera.moe.capture import (
     ModuleStub,
     OutputSum,
@@ -30,7 +31,7 @@ from camera.runtime.mapped import MappedTable, release_pages
 from camera.streaming.batches import Arguments, FfnInput, FfnOutput, FfnPhi, LayerInput
 from camera.streaming.disk_experts import DiskExpertsPass
 from camera.streaming.recorder import ArgumentRecorder
-from camera.streaming.skeleton import MetaModel, all_finite
+from camera.streaming.skeleton import MetaModel
 
 
 @dataclass(frozen=True)

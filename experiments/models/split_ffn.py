@@ -25,6 +25,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from camera.checkpoint.source import resolve_model
+from camera.evaluation.placement import require_fit
+from camera.runtime.device.host_memory import free_host_memory
+from camera.runtime.errors import CameraError
+from camera.runtime.progress import format_bytes
+
 ROUTER_SCALE = 0.01  # spread of the logits: chosen experts' weights differ by about a percent
 ROUTER_RIDGE = 0.01  # of the hidden states' mean energy
 REFIT_RIDGE = 0.1  # of a micro-expert's mean output energy
@@ -192,6 +198,22 @@ def split(
     return moe
 
 
+def require_memory(model: torch.nn.Module, tokens: int) -> None:
+    """CameraError where the machine can't hold what is watched and the split model."""
+    config = model.config
+    watched = (
+        4 * tokens * config.num_hidden_layers * (config.hidden_size + config.intermediate_size)
+    )
+    split_model = 4 * model.num_parameters()
+    free = free_host_memory()
+    if watched + split_model > free:
+        raise CameraError(
+            f"splitting takes {format_bytes(watched + split_model)} of memory, where "
+            f"{format_bytes(free)} are free; {format_bytes(watched)} of it are activations: lower "
+            "--samples or --length."
+        )
+
+
 def main() -> None:
     """Load, let the model write, split, save in bf16."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -206,17 +228,23 @@ def main() -> None:
     given = parser.parse_args()
     if given.out.exists():
         raise SystemExit(f"error: {given.out} exists already: delete it or choose another.")
-    model = AutoModelForCausalLM.from_pretrained(given.dense, dtype=torch.float32).eval()
+    folder = resolve_model(given.dense)
+    require_fit(folder, "cpu", "float32", "splitting", "it takes a machine with more memory")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if model.config.model_type != "llama":
         raise SystemExit(
             f"error: {given.dense} is a {model.config.model_type}: only a llama can be split."
         )
+    require_memory(model, given.samples * given.length)
     ids_NL = own_text(model, given.samples, given.length, given.seed)
     moe = split(model, ids_NL, given.shared, given.experts, given.active)
     moe.to(torch.bfloat16).save_pretrained(given.out)
-    AutoTokenizer.from_pretrained(given.dense).save_pretrained(given.out)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(given.out)
     print(f"{given.out}: use it with model=smollm2_135m model.path={given.out}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CameraError as error:
+        raise SystemExit(f"error: {error}") from error

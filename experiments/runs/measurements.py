@@ -19,7 +19,7 @@ from camera.checkpoint.loading import load_model, load_tokenizer
 from camera.checkpoint.source import resolve_model
 from camera.evaluation.passages import read_passage
 from camera.evaluation.perplexity import perplexity
-from camera.evaluation.placement import should_stream
+from camera.evaluation.placement import require_fit, should_stream
 from camera.evaluation.speed import measure_speed
 from camera.evaluation.suite import EvaluationRequest, evaluate_streamed
 from camera.evaluation.tasks.evaluate import evaluate_tasks
@@ -57,10 +57,22 @@ def _load(settings: Settings, folders: Folders) -> tuple[Any, Any]:
     if not sys.stderr.isatty():
         disable_progress_bar()
     with checkpoint(settings, folders) as path:
+        _require_fit(str(path), settings)
         model = load_model(path, settings.device, settings.dtype, remote)
         if settings.evaluation["dequantize"] and not settings.evaluation["speed"]["batch_sizes"]:
             camera.dequantize(model)
         return model, load_tokenizer(path, remote)
+
+
+def _require_fit(model: str, settings: Settings) -> None:
+    require_fit(
+        resolve_model(model),
+        settings.device,
+        settings.dtype,
+        "measuring a whole model",
+        "set evaluation.speed.batch_sizes=[] and evaluation.stream=auto, or take a machine with "
+        "more memory",
+    )
 
 
 def stream(settings: Settings, folders: Folders) -> None:
@@ -128,6 +140,7 @@ def measurements(settings: Settings) -> dict[str, Callable[[Any, Any], dict[str,
 
 def _speed(settings: Settings, model: Any, tokenizer: Any) -> dict[str, Any]:
     """The compressed model against the original, taking turns in this process."""
+    _require_fit(settings.model_path, settings)
     dense = load_model(
         settings.model_path, settings.device, settings.dtype, settings.trust_remote_code
     )

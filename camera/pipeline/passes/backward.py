@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from camera.calibration.observers import ObserverSpec
 from camera.calibration.statistics import LayerStatistics, Statistics
+from camera.checkpoint.loading import all_finite
 from camera.method import Pass, Seen
 from camera.moe.gradients import backpropagate
 from camera.pipeline.cache import gathered_once
@@ -34,7 +35,6 @@ from camera.runtime.progress import EachLayer
 from camera.streaming.batches import Arguments, LayerInput
 from camera.streaming.lm_head import lm_head_loaded, logits, tokens_per_chunk
 from camera.streaming.memory import BACKWARD_TOKENS
-from camera.streaming.skeleton import all_finite
 from camera.streaming.streamer import LayerStreamer
 
 

@@ -4,10 +4,10 @@ Any accelerator that torch sees counts, whatever its name. A CPU, and an acceler
 system's memory (mps), has no memory of its own: nothing is copied to it beside the computing.
 """
 
-import psutil
 import torch
 from torch.nn import functional as F
 
+from camera.runtime.device.host_memory import free_host_memory, total_host_memory
 from camera.runtime.errors import CameraError
 
 SHARING = ("cpu", "mps", "meta")  # the system's memory is theirs
@@ -85,7 +85,7 @@ def synchronize(device: torch.device | str) -> None:
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device; of the system's where it has none of its own."""
     if not has_own_memory(device):
-        return psutil.virtual_memory().available
+        return free_host_memory()
     torch.accelerator.empty_cache()
     return _memory_info(device)[0]
 
@@ -93,7 +93,7 @@ def free_memory(device: torch.device) -> int:
 def total_memory(device: torch.device) -> int:
     """Bytes of the device's memory; of the system's where it has none of its own."""
     if not has_own_memory(device):
-        return psutil.virtual_memory().total
+        return total_host_memory()
     return _memory_info(device)[1]
 
 

@@ -327,3 +327,13 @@ def test_an_export_below_the_home_folder_stays_in_its_dtype(tmp_path, monkeypatc
     camera.export("~/small", tmp_path / "native")
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "native", dtype="auto")
     assert stored.dtype == torch.bfloat16
+
+
+def test_an_older_folder_with_switches_of_the_forward_pass_is_exported(compressed, tmp_path):
+    folder = tmp_path / "older"
+    shutil.copytree(compressed("qwen3_moe")[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    switches = {"output_attentions": True, "output_hidden_states": True}
+    (folder / "config.json").write_text(json.dumps(config | switches))
+    plain = camera.export(folder, tmp_path / "plain")
+    assert not json.loads((plain / "config.json").read_text()).get("output_attentions")

@@ -5,7 +5,10 @@ import json
 import pytest
 import torch
 
-from camera.checkpoint.loading import load_model, load_tokenizer
+from camera.checkpoint import loading
+from camera.checkpoint.loading import load_model, load_tokenizer, require_finite
+from camera.checkpoint.shards import ShardReader
+from camera.runtime import files
 from camera.runtime.errors import CameraError
 from tests.helpers.checkpoints import changed
 
@@ -49,7 +52,7 @@ def test_the_home_folder_is_found(checkpoints, tmp_path, monkeypatch):
 def test_a_broken_config_is_told_by_its_path(checkpoints, tmp_path):
     source = changed(checkpoints("mixtral"), tmp_path / "source")
     (source / "config.json").write_text(json.dumps({"model_type": "unheard_of"}))
-    with pytest.raises(CameraError, match=r"source can't be loaded: .*unheard_of"):
+    with pytest.raises(CameraError, match=r"source/config\.json can't be used: .*unheard_of"):
         load_model(source, device="cpu")
 
 
@@ -60,3 +63,30 @@ def test_weights_in_another_float_are_loaded(checkpoints, tmp_path):
         lambda ts: {k: t.half() for k, t in ts.items()},
     )
     assert load_model(halved, device="cpu").dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("piece", [2**26, 100])
+def test_the_last_number_of_a_tensor_is_looked_at(piece, value, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "PIECE", piece)
+    whole = checkpoints("mixtral")
+    require_finite(ShardReader(whole))
+
+    def spoil(tensors):
+        tensors["lm_head.weight"][-1, -1] = value
+
+    source = changed(whole, tmp_path / "source", spoil)
+    with pytest.raises(CameraError, match=r"'lm_head\.weight' in .* holds NaN or inf"):
+        require_finite(ShardReader(source))
+    with pytest.raises(CameraError, match=r"'lm_head\.weight' holds NaN or inf as float32"):
+        load_model(source, device="cpu")
+
+
+def test_a_large_file_is_looked_through_once(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "REMEMBERED", 0)
+    monkeypatch.setattr(files, "SETTLED", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    reader = ShardReader(checkpoints("mixtral"))
+    require_finite(reader)
+    monkeypatch.setattr(loading, "read_places", lambda _: pytest.fail("read again"))
+    require_finite(reader)

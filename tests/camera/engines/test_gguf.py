@@ -9,6 +9,7 @@ import camera
 from camera.checkpoint.loading import load_model
 from camera.engines.gguf.architectures import ARCHITECTURES
 from camera.runtime.errors import CameraError
+from tests.helpers.dropping import GROUPED_V2
 from tests.helpers.models import build_model, build_tokenizer
 
 pytest.importorskip("gguf", reason="needs the package gguf")
@@ -116,7 +117,7 @@ def test_the_tokenizer_of_a_template_is_taken(tmp_path):
     [
         ("phimoe", {}, "LayerNorm and sparsemixer"),
         ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob=False built in"),
-        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "topk_method=greedy built in"),
+        ("deepseek_v2", GROUPED_V2, "topk_method=greedy built in"),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(family, overrides, said, tmp_path):

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from camera.runtime import progress
 from camera.runtime.device.peak_memory import PeakMemory
-from camera.runtime.progress import each_layer, progress_bar
+from camera.runtime.progress import each_layer, format_bytes, progress_bar
 
 
 @pytest.fixture
@@ -98,3 +98,18 @@ def test_a_notebook_without_widgets_is_spared_the_bar(clock, lines, monkeypatch,
     run(clock, [90, 90])
     assert len(lines()) == 2
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [
+        (0, "0 bytes"),
+        (9, "9 bytes"),
+        (10, "0.01 kB"),
+        (250_000, "0.25 MB"),
+        (4_000_000, "4.00 MB"),
+        (93_400_000_000, "93.40 GB"),
+    ],
+)
+def test_a_size_is_told_in_a_unit_in_which_it_is_not_0(size, told):
+    assert format_bytes(size) == told

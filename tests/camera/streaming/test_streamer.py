@@ -146,6 +146,16 @@ def test_native_fused_keys_are_read_too(tmp_path):
     assert torch.equal(layer.mlp.experts.down_proj, model.model.layers[1].mlp.experts.down_proj)
 
 
+def remove(folder, name):
+    """Take a tensor out of its shard and out of the index."""
+    index = json.loads((folder / INDEX).read_text())
+    shard = folder / index["weight_map"].pop(name)
+    tensors = load_file(shard)
+    del tensors[name]
+    save_file(tensors, shard)
+    (folder / INDEX).write_text(json.dumps(index))
+
+
 def damaged(checkpoints, tmp_path, family="qwen2_moe"):
     folder = tmp_path / "model"
     shutil.copytree(checkpoints(family), folder)
@@ -205,18 +215,14 @@ def test_a_folder_without_weights_is_refused(checkpoints, tmp_path):
 
 def test_a_missing_tensor_is_refused_by_name(checkpoints, tmp_path):
     folder = damaged(checkpoints, tmp_path)
-    index = json.loads((folder / INDEX).read_text())
-    del index["weight_map"]["model.layers.1.post_attention_layernorm.weight"]
-    (folder / INDEX).write_text(json.dumps(index))
+    remove(folder, "model.layers.1.post_attention_layernorm.weight")
     with pytest.raises(CameraError, match=r"lacks tensor 'model\.layers\.1\.post_attention_layer"):
         MetaModel(folder).load_layer(1)
 
 
 def test_missing_embeddings_are_refused_by_name(checkpoints, tmp_path):
     folder = damaged(checkpoints, tmp_path)
-    index = json.loads((folder / INDEX).read_text())
-    del index["weight_map"]["model.embed_tokens.weight"]
-    (folder / INDEX).write_text(json.dumps(index))
+    remove(folder, "model.embed_tokens.weight")
     with pytest.raises(CameraError, match=r"lacks tensor 'model\.embed_tokens\.weight'"):
         LayerStreamer(MetaModel(folder)).embed(plain_batches())
 

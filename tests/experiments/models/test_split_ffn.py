@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from camera.runtime.errors import CameraError
 from experiments.models import split_ffn
 from tests.helpers.models import build_model
 
@@ -72,3 +73,13 @@ def test_clusters_of_equal_size_find_what_is_active_together():
 def test_widths_that_do_not_divide_are_refused(dense, text):
     with pytest.raises(SystemExit, match="48 micro-experts less 10 shared ones"):
         split_ffn.split(dense, text, shared=10, experts=4, active=2)
+
+
+def test_what_the_machine_cannot_hold_is_refused(dense, monkeypatch):
+    watched = 4 * 1000 * 2 * (32 + 48)
+    needed = watched + 4 * dense.num_parameters()
+    monkeypatch.setattr(split_ffn, "free_host_memory", lambda: needed)
+    split_ffn.require_memory(dense, tokens=1000)
+    monkeypatch.setattr(split_ffn, "free_host_memory", lambda: needed - 1)
+    with pytest.raises(CameraError, match="activations: lower --samples or --length"):
+        split_ffn.require_memory(dense, tokens=1000)
