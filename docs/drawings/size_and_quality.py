@@ -18,7 +18,7 @@ LOOKS = {  # by method: colour and marker
     "HEAPr": (SECOND, "^"),
     "GPTQ": (SECOND, "^"),
     "Random": (MUTED, "x"),
-    "Round to nearest": (MUTED, "x"),
+    "RTN": (MUTED, "x"),
 }
 Rows = list[dict[str, str]]
 
@@ -79,7 +79,7 @@ def draw(folder: Path = FIGURES, page: Path = RESULTS) -> Path:
     panel(
         right,
         table("smollm2-quantisation", page),
-        ("Camera-Q", "GPTQ", "Round to nearest"),
+        ("Camera-Q", "GPTQ", "RTN"),
         "Stored",
     )
     right.set(
