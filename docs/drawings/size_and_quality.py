@@ -46,42 +46,41 @@ def points(rows: Rows, method: str, x: str) -> list[tuple[float, float]]:
     return [(number(row[x]), number(row["Wiki2"])) for row in mine]
 
 
-def panel(axes: Axes, rows: Rows, methods: tuple[str, ...], x: str) -> None:
-    """A curve for each method, and the dense model as a line."""
+def panel(axes: Axes, rows: Rows, methods: tuple[str, ...], x: str) -> str:
+    """A curve for each method, and the dense model as a line; the points in words."""
     (dense,) = [number(row["Wiki2"]) for row in rows if row["Method"] == "Dense"]
     axes.axhline(dense, color=INK, lw=1, ls=(0, (4, 3)))
     place = axes.get_yaxis_transform()
     axes.text(
         0.5, dense / 1.06, f"dense {dense:.1f}", ha="center", va="top", fontsize=9, transform=place
     )
+    told = [f"dense {dense}"]
     for method in methods:
         colour, marker = LOOKS[method]
         found = sorted(points(rows, method, x))
         if x == "MoE":
             found = [(0.0, dense), *found] if len(found) > 1 else found
+        told.append(f"{method} " + ", ".join(f"{at:g}: {value:g}" for at, value in found))
         axes.plot(*zip(*found, strict=True), f"{marker}-", color=colour, label=method, lw=1.8)
     axes.set(yscale="log", ylabel="perplexity, WikiText-2 (lower is better)")
     axes.grid(axis="y", color="#eeeeee")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=10)
+    return "; ".join(told)
 
 
 def draw(folder: Path = FIGURES, page: Path = RESULTS) -> Path:
     """Pruning on the left, quantisation on the right."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 3.8), layout="constrained")
     pruned = ("Camera-Plus", "Camera-P", "HEAPr", "Random")
-    panel(left, table("smollm2", page), pruned, "MoE")
+    first = panel(left, table("smollm2", page), pruned, "MoE")
     left.set(
         title="SmolLM2-135M, pruned",
         xlabel="removed from the feed-forward layers, %",
         ylim=(9, 4e3),
     )
-    panel(
-        right,
-        table("smollm2-quantisation", page),
-        ("Camera-Q", "GPTQ", "RTN"),
-        "Stored",
-    )
+    coded = table("smollm2-quantisation", page)
+    second = panel(right, coded, ("Camera-Q", "GPTQ", "RTN"), "Stored")
     right.set(
         title="SmolLM2-135M, quantised",
         xlabel="stored bits per weight, scales included",
@@ -91,7 +90,7 @@ def draw(folder: Path = FIGURES, page: Path = RESULTS) -> Path:
         axes.set_yticks([10, 100, 1e3, 1e4, 1e5][: 3 if axes is left else 5])
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.minorticks_off()
-    return write(figure, "size-and-quality", folder)
+    return write(figure, "size-and-quality", folder, f"{first}. {second}.")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,13 @@ matplotlib.rcParams.update(
 )
 
 
-def write(figure: Figure, name: str, folder: Path = FIGURES) -> Path:
-    """The figure as an SVG on white, readable on a dark page too."""
+def write(figure: Figure, name: str, folder: Path = FIGURES, description: str = "") -> Path:
+    """The figure as an SVG on white, readable on a dark page too, with a description inside."""
     file = folder / f"{name}.svg"
-    figure.savefig(file, facecolor="white", bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(
+        file,
+        facecolor="white",
+        bbox_inches="tight",
+        metadata={"Date": None, "Description": description},
+    )
     return file

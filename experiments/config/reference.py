@@ -120,8 +120,9 @@ def page() -> str:
         "<!-- Written by python -m experiments.config.reference docs/settings.md from the comments",
         "of conf/: change them there. -->",
         "",
-        "Each is given as `key=value` to `python main.py` or `camera run`. Several values with "
-        "`-m`, or to `camera sweep`, are a sweep. `--help` prints the same text.",
+        "A setting and its value, `sparsity=0.4`, are arguments of `python main.py` or "
+        "`camera run`. Several values, with `-m`, or to `camera sweep`, are a sweep. `--help` "
+        "prints the same text.",
         "",
         *_table(main_settings()),
     ]

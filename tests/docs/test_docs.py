@@ -29,10 +29,12 @@ from tests.helpers.runs.documents import (
     without_blocks,
 )
 
+EXAMPLES = ROOT / "examples" / "README.md"
 TEXTS = {name: text_of(path) for name, path in PAGES.items()}
-MEASURED = ("differences.md", "performance.md", "results.md")  # name settings without their group
+# these name settings without their group
+MEASURED = ("differences.md", "performance.md", "results.md", *(n for n in PAGES if "/" in n))
 PLACEHOLDERS = {"NAME": "roofline"}  # of a benchmark; others will do as they stand
-WORDS = ("git", "make", "pip", "source", "wandb")
+WORDS = ("camera", "git", "make", "pip", "source", "wandb")
 ELLIPSIS = "…"
 
 
@@ -165,7 +167,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in plain}
 
 
-@pytest.mark.parametrize("page", [README, *PAGES.values()], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [README, EXAMPLES, *PAGES.values()], ids=str)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", without_blocks(text_of(page))):
         if re.match(r"\w+:", link):
