@@ -1,4 +1,4 @@
-"""What a user calls: compress a model, apply a plan, describe a model."""
+"""The functions of the library: compress a model, apply a plan, describe a model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def compress(
     evaluated on the way, while a layer is in memory, and stand in evaluation.json (not where a
     killed run goes on). `name` is what model card and report call the base model (default: its hub
     id, or the name of its folder). `progress` shows a bar, or where there is no terminal a line a
-    minute in the log (logger `camera`, level INFO). Raises CameraError for what a user can mend;
+    minute in the log (logger `camera`, level INFO). Raises CameraError for what a user can fix;
     `out` appears only when it is complete.
     """
     method = as_method(method, settings)
@@ -178,7 +178,7 @@ def _check_plan(plan: Plan | None, model: Any) -> None:
 
 
 def describe(model: str | Path, trust_remote_code: bool = False) -> CompressionResult:
-    """What `compress` would report of the original model: its counts, with nothing removed."""
+    """The counts of the original model, as `compress` reports them with nothing removed."""
     from camera.checkpoint.source import resolve_model, revision_of
     from camera.pipeline.result import CompressionResult, versions
     from camera.streaming.skeleton import MetaModel
