@@ -111,9 +111,10 @@ def check(settings: Settings) -> None:
     method, evaluation = settings.method, settings.evaluation
     sparsity, alpha = method.get("sparsity"), method.get("alpha")
     if sparsity is not None and not 0 < sparsity < 1:
-        raise CameraError(
-            f"sparsity={sparsity} must lie between 0 and 1; method=dense removes nothing."
-        )
+        remedy = "method=dense removes nothing"
+        if 1 < sparsity < 100:
+            remedy = f"for {sparsity:g} % give {sparsity / 100:g}"
+        raise CameraError(f"sparsity={sparsity} must lie between 0 and 1: {remedy}.")
     if alpha is not None and not 0 <= alpha <= 1:
         raise CameraError(f"alpha={alpha} must lie in [0, 1].")
     if settings.seed < 0:
