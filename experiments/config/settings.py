@@ -111,10 +111,9 @@ def check(settings: Settings) -> None:
     method, evaluation = settings.method, settings.evaluation
     sparsity, alpha = method.get("sparsity"), method.get("alpha")
     if sparsity is not None and not 0 < sparsity < 1:
-        remedy = "method=dense removes nothing"
-        if 1 < sparsity < 100:
-            remedy = f"for {sparsity:g} % give {sparsity / 100:g}"
-        raise CameraError(f"sparsity={sparsity} must lie between 0 and 1: {remedy}.")
+        raise CameraError(
+            f"sparsity={sparsity} must lie between 0 and 1; method=dense removes nothing."
+        )
     if alpha is not None and not 0 <= alpha <= 1:
         raise CameraError(f"alpha={alpha} must lie in [0, 1].")
     if settings.seed < 0:

@@ -162,7 +162,6 @@ def test_an_added_key_is_refused_with_the_nearest_one():
     [
         ("sparsity=0", "sparsity=0.0"),
         ("sparsity=1.5", "sparsity=1.5"),
-        ("sparsity=40", "for 40 % give 0.4"),
         ("alpha=-0.1", "alpha=-0.1"),
         ("seed=-1", "seed=-1"),
         ("evaluation.batch_size=0", "evaluation.batch_size=0"),
