@@ -2,13 +2,14 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
 
 import pytest
 
-from tests.helpers.runs.documents import DOCS, PAGES, ROOT, text_of
+from tests.helpers.runs.documents import DOCS, PAGES, README, ROOT, text_of
 
 DRAWINGS = sorted(file for file in (DOCS / "drawings").glob("*.py") if file.name != "style.py")
 TEXT = re.compile(r"<(?:text|dc:description)[^>]*>(.*?)</", re.DOTALL)
@@ -58,3 +59,14 @@ def test_a_drawing_is_current(file, tmp_path):
     words = TEXT.findall(text_of(new))
     assert len(words) > 5
     assert TEXT.findall(text_of(DOCS / "figures" / new.name)) == words, f"python {file}"
+
+
+def test_what_a_command_prints_is_put_below_it():
+    blocks = runpy.run_path(str(DOCS / "printed.py"))
+    page = "<!-- printed by: echo 1; echo 2 -->\n```text\nold\n```\n\nrest\n"
+    assert blocks["printed"](page) == page.replace("old", "1\n2")
+    (first, *_) = blocks["BLOCK"].findall(text_of(README))
+    assert first[1].startswith("python ")
+    assert "```text\n```" not in text_of(README)
+    with pytest.raises(SystemExit, match="false"):
+        blocks["printed"](page.replace("echo 1; echo 2", "false"))
