@@ -80,7 +80,9 @@ def runs() -> list[str]:
 
 
 def modules() -> list[str]:
-    return [line.removeprefix("python -m ") for line in commands() if line.startswith("python -m ")]
+    """What is said to a module: `python -m`, and the subcommands that are the library's own."""
+    told = [line for line in commands() if re.match(r"python -m |camera (export|describe) ", line)]
+    return [line.removeprefix("python -m ") for line in told]
 
 
 def settings_told() -> list[str]:
