@@ -47,13 +47,13 @@ def command() -> None:
         sys.exit(str(refusal))
     with naming_valid_keys(), _interruptible():
         if "WORLD_SIZE" not in os.environ:
-            start()
+            start(sys.argv[1:])
             main()
             return
         from camera.runtime.distributed import process_group
 
         with process_group():
-            start()
+            start(sys.argv[1:])
             main()
 
 

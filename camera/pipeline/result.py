@@ -31,6 +31,8 @@ class CompressionResult:
     bits: dict[str, float]  # per weight: raw, stored with metadata, average of the whole model
     bytes: dict[str, int]  # dense, compressed
     seconds: dict[str, float] = field(default_factory=dict)  # calibrate, compress
+    # seconds and peak_memory_bytes of statistics that another run gathered; empty without such
+    cached_statistics: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0  # of the process (on an accelerator: of its memory)
     expected_memory_bytes: int = 0  # the same, as estimated when it began
     coverage: dict[str, Any] = field(default_factory=dict)
@@ -76,6 +78,7 @@ def report(
         bits=bits(sizes, state.modules, compressed, budget.weights),
         bytes={"dense": context.streamer.model.reader.bytes, "compressed": writer.bytes},
         seconds={name: round(spent, 3) for name, spent in state.seconds.items()},
+        cached_statistics=state.cached,
         peak_memory_bytes=context.memory.bytes,
         expected_memory_bytes=context.memory.before + context.estimate.peak,
         coverage=coverage,

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,11 @@ log = logging.getLogger("camera")
 
 
 def run(
-    settings: Settings, sweep: str | None = None, since: float | None = None, wait: bool = True
+    settings: Settings,
+    sweep: str | None = None,
+    since: float | None = None,
+    wait: bool = True,
+    studies: Sequence[str] = (),
 ) -> Path:
     """Do what is not done yet of one run and return its folder, which then holds DONE.
 
@@ -48,7 +52,8 @@ def run(
     redoes what was finished before `since` (default: now), so that jobs of one sweep that share a
     checkpoint don't redo each other's. What fails is written to the folder's error.txt and raised
     again, CameraError if the user can mend it. A run that another process is doing is waited for,
-    or `filelock.Timeout` without `wait`. Under torchrun rank 0 does all that; the other ranks join
+    or `filelock.Timeout` without `wait`. `studies` are what asks for it, which tables group runs
+    by. Under torchrun rank 0 does all that; the other ranks join
     it where it compresses.
     """
     folders = Folders.of(settings)
@@ -57,20 +62,27 @@ def run(
         ranks.follow(partial(camera_compress, settings, folders))
         return folders.run
     with ranks.leading():
-        return _run(settings, folders, sweep, since, wait)
+        return _run(settings, folders, sweep, since, wait, studies)
 
 
 def _run(
-    settings: Settings, folders: Folders, sweep: str | None, since: float | None, wait: bool
+    settings: Settings,
+    folders: Folders,
+    sweep: str | None,
+    since: float | None,
+    wait: bool,
+    studies: Sequence[str],
 ) -> Path:
     if wait and is_locked(folders.run):
         log.info("%s is being done by another process: waiting for it.", folders.run)
     files = folders.files
     with lock_of(folders.run).acquire(timeout=-1 if wait else 0):
         since = time.time() if since is None else since
+        studies = [*files.studies, *studies]
         if settings.force:
             folders.remove_outputs(before=since)
         if files.is_done:
+            files.enter_studies(studies)
             log.info("%s is done already.", folders.run)
             return folders.run
         tried = settings.retry == "none" or newer(files.error, since)
@@ -83,6 +95,7 @@ def _run(
         files.start(asked | {"identity": folders.identity | {"computed": begun}})
         with _error_file(files), _log_file(files), naming_output(folders.output.folder):
             check(settings)
+            files.enter_studies(studies)
             computed = computed_in(settings)
             files.start(asked | {"identity": folders.identity | {"computed": computed}})
             if begun not in (None, computed):

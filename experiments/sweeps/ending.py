@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.records.failures import one_line
 from experiments.records.files import OutputFolder, SweepFiles
+from experiments.sweeps.drawing import draw_sweep
 from experiments.sweeps.jobs import SweepJob
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def end_sweep(
     folders = [Path(record["folder"]) for _, record in found if record and record["folder"]]
     try:
         with _undisturbed():
-            _tables(sweep, output, folders, sorted(failed))
+            grids = {grid for job, _ in found for grid in job.grids}
+            _tables(sweep, output, folders, sorted(failed), grids)
     except Exception as error:  # what failed is yet to be said
         log.error("The table can't be made: %s", one_line(error), exc_info=True)
     for folder, error in sorted(failed):
@@ -70,15 +72,20 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _tables(
-    sweep: SweepFiles, output: OutputFolder, folders: list[Path], failed: list[tuple[str, str]]
+    sweep: SweepFiles,
+    output: OutputFolder,
+    folders: list[Path],
+    failed: list[tuple[str, str]],
+    grids: set[str],
 ) -> None:
+    from experiments.tables.layouts.terminal import print_page
     from experiments.tables.pages import paper_page
-    from experiments.tables.renderers import print_page
     from experiments.tables.rows import read_runs, with_dense_rows
+    from experiments.tables.studies import asked_here
     from experiments.tables.writing import write
 
     everything = read_runs(output.runs() if folders else [])
-    own = with_dense_rows(everything, [folder.name for folder in folders])
+    own = asked_here(with_dense_rows(everything, [folder.name for folder in folders]), grids)
     page = _with_failures(paper_page(own), own, failed)
     try:
         with output.lock("tables"):
@@ -87,6 +94,8 @@ def _tables(
     except OSError as error:
         log.error("The tables can't be written: %s", one_line(error))
     print_page(page)
+    for line in draw_sweep(sweep, own):
+        print(line)
 
 
 def _with_failures(page: Page, runs: pd.DataFrame, failed: list[tuple[str, str]]) -> Page:

@@ -15,9 +15,9 @@ from omegaconf import DictConfig
 from camera.runtime.errors import CameraError
 from experiments.config.settings import Settings
 from experiments.records.failures import naming_output, one_line
-from experiments.records.files import LOST, SweepFiles
+from experiments.records.files import LOST, SweepFiles, is_json
 from experiments.records.folders import Folders
-from experiments.sweeps.jobs import BUSY
+from experiments.sweeps.jobs import BUSY, read_plan
 
 log = logging.getLogger("camera")
 
@@ -66,14 +66,20 @@ def _failure(config: DictConfig, sweep: SweepFiles | None) -> str | None:
         settings = Settings.of(config)
         with naming_output(Path(settings.output)):
             if sweep is None:
-                done = run(settings)
+                done = run(settings, studies=_preset())
                 if distributed.rank() == 0:
                     _show(done)
             else:
                 # which of the ranks are told is of no matter: the first alone decides by it
                 since = sweep.config.stat().st_mtime if sweep.config.exists() else None
                 # the other ranks of a torchrun don't know who holds what
-                run(settings, sweep=sweep.name, since=since, wait=distributed.world() > 1)
+                run(
+                    settings,
+                    sweep=sweep.name,
+                    since=since,
+                    wait=distributed.world() > 1,
+                    studies=_grids(sweep, config) or _preset(),
+                )
     except Timeout:
         raise
     except Exception as failure:
@@ -83,6 +89,19 @@ def _failure(config: DictConfig, sweep: SweepFiles | None) -> str | None:
         log.error("%s: %s", _folder(config) or "job", error, exc_info=not expected)
         return error
     return None
+
+
+def _grids(sweep: SweepFiles, config: DictConfig) -> list[str]:
+    """The grids of the sweep's preset that ask for the run."""
+    folder = _folder(config)
+    planned = read_plan(sweep.folder) if is_json(sweep.plan) else []
+    return [grid for job in planned if job.run == folder for grid in job.grids]
+
+
+def _preset() -> list[str]:
+    """The preset that was chosen, if one was."""
+    preset = HydraConfig.get().runtime.choices.get("experiment")
+    return [preset] if isinstance(preset, str) else []
 
 
 def _show(run: Path) -> None:

@@ -205,6 +205,8 @@ def test_layers_are_evaluated_as_they_are_when_another_pass_changes_them(checkpo
     assert got["perplexity"]["wikitext2"]["nll_per_token"] == pytest.approx(
         expected["nll_per_token"], rel=1e-5
     )
+    for key in ("nll_per_block", "nll_stderr"):
+        assert got["perplexity"]["wikitext2"][key] == pytest.approx(expected[key], rel=1e-3)
     tasks = evaluate_tasks(model, tokenizer, TASKS, data=data, progress=False)
     assert [got["tasks"][t]["acc"] for t in TASKS] == [tasks[t]["acc"] for t in TASKS]
 
