@@ -121,6 +121,8 @@ def _number(name: str, value: float) -> str:
         return str(int(value))
     if name == "delta":
         return f"{round(value, 1) + 0:+.1f}".replace("-", "−")
-    digits = 2 if name in TWO_DIGITS or name.startswith("bits_") or name.endswith("_x") else 1
+    fine = name in TWO_DIGITS or name.startswith("bits_") or name.endswith("_x")
+    fine = fine or (name.endswith("minutes") and value < 10)
+    digits = 2 if fine else 1
     unit = "%" if name.startswith("sparsity_") else ""
     return f"{value:,.{digits}f}{unit}" if abs(value) < 1e6 else f"{value:.1e}"

@@ -162,7 +162,7 @@ def assert_parts_equal(got, expected):
     assert got.pop("peak_memory_bytes") > 0 and got["seconds"] > 0
     assert got.keys() == expected.keys()
     for key in got.keys() - {"seconds"}:
-        if isinstance(expected[key], float):
+        if isinstance(expected[key], float | list):
             assert got[key] == pytest.approx(expected[key], rel=1e-5), key
         else:
             assert got[key] == expected[key], key
