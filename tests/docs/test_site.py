@@ -66,7 +66,7 @@ def test_what_a_command_prints_is_put_below_it():
     page = "<!-- printed by: echo 1; echo 2 -->\n```text\nold\n```\n\nrest\n"
     assert blocks["printed"](page) == page.replace("old", "1\n2")
     found = blocks["BLOCK"].findall(text_of(README))
-    assert found and all(command.startswith("python ") for _, command in found)
+    assert found and all(command.startswith("python ") for _, command, _ in found)
     assert "```text\n```" not in text_of(README)
     with pytest.raises(SystemExit, match="false"):
         blocks["printed"](page.replace("echo 1; echo 2", "false"))
