@@ -1,9 +1,9 @@
-"""A hook of MkDocs: on the site, a link out of docs/ is a file's path, or leads to `repo_url`."""
+"""A hook of MkDocs: on the site, a link to no page is a file's path, or leads to `repo_url`."""
 
 import posixpath
 import re
 
-LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<target>(?:\.\./)+[^)\s]*)\)")
+LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>(?!\w+:|#)[^)\s]+)\)")
 
 
 def on_page_markdown(markdown: str, page, config, files) -> str:
@@ -12,7 +12,7 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
 
     def replaced(link: re.Match) -> str:
         path = posixpath.normpath(posixpath.join(here, link["target"].partition("#")[0]))
-        if path == "docs" or path.startswith("docs/"):
+        if path.startswith("docs/") and path.endswith(".md"):
             return link[0]
         if config.repo_url:
             return f"[{link['text']}]({config.repo_url.rstrip('/')}/blob/main/{path})"
