@@ -29,7 +29,7 @@ from experiments.config.started import start
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(config: DictConfig) -> dict[str, Any] | str | None:
+def main(config: DictConfig) -> dict[str, Any] | str | float | None:
     """One job of Hydra: a run, recorded in its folder whether it succeeds or fails."""
     from experiments.sweeps.job import job
 

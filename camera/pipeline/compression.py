@@ -60,6 +60,8 @@ def run(request: CompressionRequest, model: MetaModel, memory: MemoryChoices) ->
     streamer = LayerStreamer(model, Placement(estimate.experts_on_disk, spill))
     with PeakMemory(model.device) as peak:
         context, seen = PassContext(request, streamer, estimate, peak), {}
+        if request.listener is not None:
+            request.listener.begin()
         for step in passes[:-1]:
             with context.state.timed("calibrate"):
                 seen[step.kind] = RUNNERS[step.kind](context).run(step, seen)

@@ -40,6 +40,7 @@ class CompressionResult:
     full_widths: dict[str, int] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # what the method says of each
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)  # of each layer
     statistics: str | None = None  # file name inside the checkpoint
     versions: dict[str, str] = field(default_factory=dict)
     revision: str | None = None  # commit of a model of the hub
@@ -87,6 +88,7 @@ def report(
         calibration=request.tokens.describe() if request.tokens else None,
         statistics=CheckpointFiles.STATISTICS if statistics and statistics.travels else None,
         layers=state.layer_reports,
+        measured=state.measured,
         versions=versions(),
         revision=revision_of(context.streamer.model.folder),
         checkpoint=str(request.out),

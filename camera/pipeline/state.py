@@ -21,6 +21,7 @@ class RunState:
     full_widths: dict[str, int] = field(default_factory=dict)  # before compression
     routed: list[str] = field(default_factory=list)  # paths of routed experts
     layer_reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)  # of each layer
     seconds: dict[str, float] = field(default_factory=lambda: {"calibrate": 0.0, "compress": 0.0})
     cached: dict[str, float] = field(default_factory=dict)  # `cached_statistics` of the report
     shards: dict[str, Any] = field(default_factory=dict)  # of checkpoint.shards.ShardWriter

@@ -46,9 +46,9 @@ from experiments.tables.names.methods import display_name
 from experiments.tables.rows import perplexity_columns
 
 SPEEDS = [
-    Measure(f"{phase}_x", f"{label}, times the original's speed", digits=2)
-    for phase, label in (("prefill", "reading a prompt"), ("decode", "writing"))
+    Measure(f"{phase}_x", "times the original's speed", digits=2) for phase in ("prefill", "decode")
 ]
+SPEED_OF = {"prefill_x": "Speed of reading a prompt", "decode_x": "Speed of writing"}
 ORIGINAL = Reference("the original", 1.0)
 
 
@@ -149,7 +149,7 @@ def _draw(
 def _head(measure: Measure, axis: Axis, group: Group) -> str:
     data = group.block.data
     if measure in SPEEDS:
-        return f"Speed of {measure.label.partition(',')[0]}"
+        return SPEED_OF[measure.column]
     over = {ALPHA: " by α", SAMPLES: " by calibration size"}.get(axis, "")
     return f"{_named(measure, data)}{over}"
 
@@ -206,8 +206,9 @@ def _dense(rows: pd.DataFrame, measure: Measure) -> Reference | None:
 
 
 def _common(told: list[str]) -> str:
-    """What all say, if they say the same."""
-    return told[0] if len(set(told)) == 1 else ""
+    """What all say that say anything, if they say the same."""
+    said = {*told} - {""}
+    return said.pop() if len(said) == 1 else ""
 
 
 def _alpha(identity: dict) -> str:

@@ -27,6 +27,7 @@ ORDERED = "cividis"  # its lightness rises with the value, for colour-blind eyes
 ABSENT = "#d9d9d9"
 PAPER, INK, GREY, GRID = "#ffffff", "#1b1f24", "#595959", "#e6e6e6"
 STYLE = {
+    "figure.dpi": DPI,
     "savefig.dpi": DPI,
     "figure.constrained_layout.use": True,
     "figure.facecolor": PAPER,
@@ -60,6 +61,7 @@ STYLE = {
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 HEAD_POINTS, WORDS_POINTS = 8.5, 6.8
 LEGEND_LINE = 0.15  # inches
+PAD = 0.07
 LEADING = 1.3 / 72  # inches of a line for each point of its letters
 # Okabe & Ito's colours without the yellow, which is too light on paper.
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", INK, "#8c8c8c")
@@ -124,7 +126,8 @@ def canvas(
     words = textwrap.wrap(heading.words, int(18.5 * width))
     above = LEADING * (HEAD_POINTS + WORDS_POINTS * len(words)) + 0.06
     figure, axes = plt.subplots(rows, figsize=(width, height + above), squeeze=False)
-    figure.get_layout_engine().set(rect=(0, 0, 1, height / (height + above)))
+    rect = (0, 0, 1, height / (height + above))
+    figure.get_layout_engine().set(rect=rect, w_pad=PAD)  # letters of a PDF are wider than a PNG's
     figure.set_label(": ".join(filter(None, (heading.head, heading.words))))
     _write_heading(figure, heading.head, words)
     return figure, axes[:, 0]

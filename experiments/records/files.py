@@ -2,7 +2,7 @@
 
 output/
   runs/RUN/          settings.json, studies.json, PART.json, metrics.json, DONE, error.txt, log.txt,
-                     figures
+                     figures, wandb/ (experiments.runs.wandb_files)
   checkpoints/RUN/   the compressed model
   statistics/        statistics of dense models, shared by runs
   sweeps/SWEEP/      multirun.yaml, plan.json, jobs/NUMBER.json, tables

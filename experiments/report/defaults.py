@@ -13,6 +13,14 @@ from experiments.config.constructor import locate
 from experiments.config.location import CONF
 from experiments.records.identity import flat
 
+EVALUATION = "quick"  # the default option of conf/evaluation
+NOTHING: dict[str, Any] = {
+    "perplexity": [],
+    "blocks": None,
+    "tasks": [],
+    "limit": None,
+}  # what options begin with
+NOTHING |= {"speed": {"batch_sizes": []}}
 # What a row has in other columns, or what changes no result.
 UNTOLD = ("model", "tracker", "seed", "sparsity", "sparsity_of", "bits", "data", "output", "force")
 UNTOLD += ("retry", "keep_checkpoint", "method._target_", "method.sparsity", "method.bits")
@@ -24,8 +32,9 @@ def differences(settings: dict[str, Any], method: str) -> dict[str, str]:
 
     A root key that the method has as a key of its own is told once, by the method's name of it.
     """
-    known = _defaults(method, settings["method"].get("_target_", ""))
-    told = {}
+    chosen = _evaluation(settings.get("evaluation", {}))
+    known = _defaults(method, settings["method"].get("_target_", ""), chosen)
+    told = {} if chosen == EVALUATION else {"evaluation": chosen}
     for key, value in flat(settings).items():
         name = key.removeprefix("method.")
         is_untold = key in UNTOLD or key.split(".")[0] in UNTOLD
@@ -34,18 +43,35 @@ def differences(settings: dict[str, Any], method: str) -> dict[str, str]:
     return told
 
 
+def _evaluation(asked: dict[str, Any]) -> str:
+    """The option of conf/evaluation that the least of what was asked differs from."""
+
+    def distance(name: str) -> tuple[int, bool]:
+        usual = flat(_measured(name))
+        others = [key for key, value in flat(asked).items() if usual.get(key, value) != value]
+        return len(others), name != EVALUATION
+
+    return min((file.stem for file in sorted((CONF / "evaluation").glob("*.yaml"))), key=distance)
+
+
 @cache
-def _defaults(method: str, target: str) -> dict[str, Any]:
+def _measured(name: str) -> dict[str, Any]:
+    found = NOTHING | _yaml(f"evaluation/{name}.yaml")
+    return found | {"tasks": [*NINE_TASKS]} if isinstance(found.get("tasks"), str) else found
+
+
+@cache
+def _defaults(method: str, target: str, evaluation: str) -> dict[str, Any]:
     scalars = _yaml("config.yaml")
     groups = {
         "method": _fields(target) | _yaml(f"method/{method}.yaml"),
         "calibration": _yaml("calibration/wikitext2.yaml"),
-        "evaluation": _yaml("evaluation/quick.yaml") | {"tasks": [*NINE_TASKS]},
+        "evaluation": _measured(evaluation),
         "memory": scalars["memory"],
     }
     found = {key: value for key, value in scalars.items() if not isinstance(value, dict)}
     for group, values in groups.items():
-        found |= {f"{group}.{key}": value for key, value in values.items()}
+        found |= flat(values, f"{group}.")
     return {key: _resolved(value, scalars) for key, value in found.items()}
 
 

@@ -12,10 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.config.constructor import build
 from experiments.records.failures import one_line
 from experiments.records.files import OutputFolder, SweepFiles
+from experiments.runs.tracker import CarefulTracker
 from experiments.sweeps.drawing import draw_sweep
 from experiments.sweeps.jobs import SweepJob
+from experiments.sweeps.tracking import track_sweep
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,11 +32,14 @@ def end_sweep(
     sweep: SweepFiles,
     output: OutputFolder,
     ends: Iterable[tuple[SweepJob, dict[str, Any] | None]],
+    tracker: dict[str, Any] | None = None,
+    preset: str | None = None,
 ) -> bool:
     """Write and print the tables, then what failed; whether all jobs are done.
 
     `ends` has each job with its record, or None where it wasn't started. A table that can't be
     written is printed all the same, and what failed is printed whatever becomes of the tables.
+    A sweep that was gone through is told to the tracker too, whose settings are given.
     """
     found = list(ends)
     failed = {
@@ -46,7 +52,9 @@ def end_sweep(
     try:
         with _undisturbed():
             grids = {grid for job, _ in found for grid in job.grids}
-            _tables(sweep, output, folders, sorted(failed), grids)
+            own = _tables(sweep, output, folders, sorted(failed), grids)
+            if tracker and not waiting:
+                track_sweep(CarefulTracker(build(tracker)), sweep, preset, own)
     except Exception as error:  # what failed is yet to be said
         log.error("The table can't be made: %s", one_line(error), exc_info=True)
     for folder, error in sorted(failed):
@@ -77,7 +85,7 @@ def _tables(
     folders: list[Path],
     failed: list[tuple[str, str]],
     grids: set[str],
-) -> None:
+) -> pd.DataFrame:
     from experiments.tables.layouts.terminal import print_page
     from experiments.tables.pages import paper_page
     from experiments.tables.rows import read_runs, with_dense_rows
@@ -96,6 +104,7 @@ def _tables(
     print_page(page)
     for line in draw_sweep(sweep, own):
         print(line)
+    return own
 
 
 def _with_failures(page: Page, runs: pd.DataFrame, failed: list[tuple[str, str]]) -> Page:

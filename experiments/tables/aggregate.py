@@ -8,7 +8,7 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from experiments.records.identity import differing_settings, without_seed
-from experiments.tables.rows import BLOCKS, score_columns
+from experiments.tables.rows import BLOCKS, named_identities, score_columns
 
 
 def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
@@ -32,7 +32,7 @@ def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     if rows["seed"].isna().any():  # else pandas makes 1234.0 of the others
         rows["seed"] = pd.Series([seeds[0] for seeds in rows["seeds"]], rows.index, dtype=object)
     kinds = list(zip(rows["model"], rows["method"], strict=True))
-    settings = differing_settings(kinds, list(rows["_identity"]), leave_usual=True)
+    settings = differing_settings(kinds, named_identities(rows), leave_usual=True)
     return rows.assign(settings=settings)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.records.identity import differing_settings, measurement_key
-from experiments.tables.names.datasets import dataset_label
+from experiments.tables.names.datasets import with_text_named
 from experiments.tables.names.methods import method_order
 from experiments.tables.names.studies import PRUNING, QUANTISING, study_order, study_title
 from experiments.tables.rows import natural_ranks
@@ -109,21 +109,13 @@ def settings_told(runs: pd.DataFrame, *, leave_usual: bool) -> list[str]:
     """In what each row differs from others of its method, texts by the names they may have."""
     kinds = [(method,) for method in runs["method"]]
     named = [
-        _named(identity, data)
+        {k: v for k, v in with_text_named(identity, data).items() if k not in UNVARIED}
         for identity, data in zip(runs["_identity"], runs["data"], strict=True)
     ]
     told = differing_settings(kinds, named, leave_usual=leave_usual)
     told = [text.replace("calibration.source=", "text=") for text in told]
     told = [text.replace("calibration.", "") for text in told]
     return [re.sub(r"=(-?\d+)\.0(?=,|$)", r"=\1", text) for text in told]  # 0 as it was typed
-
-
-def _named(identity: dict[str, Any], data: str) -> dict[str, Any]:
-    kept = {key: value for key, value in identity.items() if key not in UNVARIED}
-    if calibration := kept.get("calibration"):
-        source = dataset_label(calibration["source"], data)
-        kept["calibration"] = calibration | {"source": source}
-    return kept
 
 
 def _ways(models: pd.Series, measured: pd.Series) -> list[str]:

@@ -22,6 +22,7 @@ from experiments.records.files import (
     read_json,
 )
 from experiments.records.identity import differing_settings, measurement_key
+from experiments.tables.names.datasets import with_text_named
 from experiments.tables.names.methods import method_order
 
 KEYS = ["model", "method", "settings", "sparsity", "sparsity_of"]
@@ -60,7 +61,7 @@ def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
     numbers = [*NUMBERS, *score_columns(frame), *(c for c in frame if c.endswith("_se"))]
     frame[numbers] = frame[numbers].astype(float)
     kinds = list(zip(frame["model"], frame["method"], strict=True))
-    frame["settings"] = differing_settings(kinds, list(frame["_identity"]), leave_usual=True)
+    frame["settings"] = differing_settings(kinds, named_identities(frame), leave_usual=True)
     order = frame.assign(
         _compressed=frame["method"] != "dense",
         method=frame["method"].map(method_order),
@@ -68,6 +69,11 @@ def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
     )
     by = ["model", "_compressed", "sparsity", "bits", "method", "settings", "folder"]
     return frame.loc[order.sort_values(by, na_position="first").index].reset_index(drop=True)
+
+
+def named_identities(runs: pd.DataFrame) -> list[dict[str, Any]]:
+    """What the runs depend on, their calibration texts by the names that they may have."""
+    return [with_text_named(i, d) for i, d in zip(runs["_identity"], runs["data"], strict=True)]
 
 
 def natural_ranks(texts: pd.Series) -> pd.Series:

@@ -81,6 +81,12 @@ def _by_data(frame: pd.DataFrame) -> pd.DataFrame:
             name = dataset_key(score, data) + column.removeprefix(score)
             own = frame[column].where(frame["data"] == data)
             columns[name] = columns[name].fillna(own) if name in columns else own
+    calibrated = zip(frame["calibration"], frame["data"], strict=True)
+    columns["calibration"] = pd.Series(
+        [dataset_key(text, data) if isinstance(text, str) else text for text, data in calibrated],
+        index=frame.index,
+        dtype=object,
+    )
     return pd.DataFrame(columns)
 
 

@@ -348,6 +348,7 @@ SWEEP = (
 # Of camera.json and of a table: what differs from run to run, or says how things are named.
 NO_PART_OF_REPORT = {
     "seconds",
+    "measured",
     "cached_statistics",
     "peak_memory_bytes",
     "expected_memory_bytes",

@@ -89,7 +89,10 @@ def draw_shares_by_alpha(
             line = LINES[i % len(LINES)]
             axes.plot(percents, shares, color=colours(i), linestyle=line, label=f"α = {alpha:g}")
         _frame(axes, percents)
-        axes.set_xlabel("% of a layer's micro-experts, highest first, mean over layers")
+        axes.set(
+            xlabel="% of a layer's micro-experts, highest first",
+            ylabel="% of the layer's energy (mean of layers)",
+        )
         legend(figure)
         return save(figure, file)
 

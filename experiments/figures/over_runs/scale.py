@@ -20,15 +20,17 @@ def honest_limits(
 ) -> tuple[float, float]:
     """Limits that hold all values with their errors, at least ±5 % and ±2 standard errors wide.
 
-    Both are counted from `level`, what the values are compared with, else from their middle. An
-    error may be NaN.
+    Both are counted from `level`, what the values are compared with, else from their middle; the
+    standard error is the median of those known. An error may be NaN.
     """
-    value, error = np.asarray(values, float), np.nan_to_num(np.asarray(errors, float))
+    value, known = np.asarray(values, float), np.asarray(errors, float)
+    error, known = np.nan_to_num(known), known[~np.isnan(known)]
+    usual = float(np.median(known)) if len(known) else 0.0
     low, high = float((value - error).min()), float((value + error).max())
     if level is not None:
         low, high = min(low, level), max(high, level)
     middle = (low + high) / 2 if level is None else level
-    half = max(LEAST_SHARE * abs(middle), LEAST_ERRORS * float(error.max()))
+    half = max(LEAST_SHARE * abs(middle), LEAST_ERRORS * usual)
     return min(low, middle - half), max(high, middle + half)
 
 

@@ -7,6 +7,7 @@ folder, by its path or its name.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from camera.calibration.corpora import HUB
 from camera.calibration.settings import MIXTURES
@@ -50,11 +51,20 @@ def dataset_label(name: str, data: str, *, short: bool = False) -> str:
 
 def dataset_key(name: str, data: str) -> str:
     """The same as the name of a column in CSV files and of a key in trackers: no spaces."""
-    if data == HUB:
+    if data == HUB or "/" in name or "." in name:
         return name
     if data == EMBEDDED:
         return EMBEDDED_TEXTS.get(name, f"tiny {name}").replace(" ", "_")
     return f"{Path(data).name}/{name}"
+
+
+def with_text_named(identity: dict[str, Any], data: str) -> dict[str, Any]:
+    """What a result depends on, the calibration text by the name that it may have."""
+    calibration = identity.get("calibration")
+    if not calibration:
+        return identity
+    named = calibration | {"source": dataset_label(calibration["source"], data)}
+    return identity | {"calibration": named}
 
 
 def data_note(data: str) -> str | None:

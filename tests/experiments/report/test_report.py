@@ -151,6 +151,8 @@ def test_the_commands_of_sweeps_are_said_once_for_all_their_runs(tmp_path):
         ("method=gptq", {}),
         ("method=camera_p sparsity=0.4 seed=3", {}),
         ("method=camera_p alpha=0.5 calibration.samples=8", {"alpha": "0.5", "samples": "8"}),
+        ("method=camera_p evaluation=none", {"evaluation": "none"}),
+        ("method=camera_p evaluation=speed sparsity=0.6", {"evaluation": "speed"}),
         ("method=heapr method.rank_scope=layer", {"rank_scope": "layer"}),
         (
             "method=camera_p propagate=dense evaluation.limit=5",
