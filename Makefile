@@ -5,13 +5,14 @@
 #             accelerator; needs a C++ compiler
 # make cluster-test  a sweep each on SLURM, Ray, joblib and torchrun, some 10 minutes; SLURM needs
 #             apt-get install slurm-wlm munge, and is left out without
+# make docs   the documentation as a site: site/index.html, or with search python -m http.server -d site
 # All set .venv up at their first call. ARGS adds to each: make run ARGS="sparsity=0.3"
 
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: run test test-cpus test-device cluster-test clean
+.PHONY: run test test-cpus test-device cluster-test docs clean
 
 run: $(READY)
 	$(VENV)/bin/python main.py experiment=main $(ARGS)
@@ -40,6 +41,11 @@ cluster-test: $(READY)
 		-e '.[all,ray,test]'
 	$(VENV)/bin/python -m pytest -m cluster -n 0 -s -ra tests/cluster $(ARGS)
 
+docs: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(VENV)/bin/python -m experiments.config.reference docs/settings.md
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet --strict $(ARGS)
+
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || \
@@ -48,4 +54,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) outputs site

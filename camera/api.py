@@ -1,4 +1,4 @@
-"""What a user calls: compress a model, apply a plan, describe a model."""
+"""The functions of the library: compress a model, apply a plan, describe a model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def compress(
     killed run goes on). `name` is what model card and report call the base model (default: its hub
     id, or the name of its folder). `progress` shows a bar, or where there is no terminal a line a
     minute in the log (logger `camera`, level INFO); `listener` is told of each layer as it is done.
-    Raises CameraError for what a user can mend; `out` appears only when it is complete.
+    Raises CameraError for what a user can fix; `out` appears only when it is complete.
     """
     method = as_method(method, settings)
     options = dict(calibration=calibration, propagate=propagate, data=data, seed=seed)
@@ -198,7 +198,7 @@ def _check_plan(plan: Plan | None, method: Method, model: Any) -> None:
 
 
 def describe(model: str | Path, trust_remote_code: bool = False) -> CompressionResult:
-    """What `compress` would report of the original model: its counts, with nothing removed."""
+    """The counts of the original model, as `compress` reports them with nothing removed."""
     from camera.checkpoint.source import resolve_model, revision_of
     from camera.pipeline.result import CompressionResult, versions
     from camera.streaming.skeleton import MetaModel

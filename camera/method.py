@@ -94,7 +94,7 @@ class Applied:
 
 
 class LayerPlan(ABC):
-    """What was decided for one layer; subclasses with a `kind` are known by it."""
+    """The decision for one layer; subclasses are registered by their `kind`."""
 
     kind: ClassVar[str]
 
@@ -123,7 +123,7 @@ class LayerPlan(ABC):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a method decided for a model: by layer, and what all layers share.
+    """The decisions of a method for a model: by layer, and those that all layers share.
 
     `scores` are those of the dense model, fp64 [N], where layers are ranked by it that are planned
     on the way. `model` is what it was made for: model_type and hidden_size (empty in plans of
@@ -241,7 +241,7 @@ class Method(ABC):
         return (replace(last, observer=None, tokens=self.compensation is not None),)
 
     def plan(self, seen: Seen, budget: Budget) -> Plan:
-        """What needs all layers at once; layers that it leaves open are planned one by one."""
+        """Plan what needs all layers at once; layers that it leaves open are planned one by one."""
         return Plan(self.name, self.settings())
 
     def plan_layer(

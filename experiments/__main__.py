@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -22,6 +23,7 @@ from omegaconf import DictConfig
 from camera.runtime.errors import CameraError
 from experiments.config.arguments import as_typed
 from experiments.config.location import CONF
+from experiments.config.reference import help_text
 from experiments.config.schema import naming_valid_keys
 from experiments.config.started import start
 
@@ -36,6 +38,9 @@ def main(config: DictConfig) -> dict[str, Any] | str | float | None:
 
 def command() -> None:
     """Compose the command line and do what it asks for, with the other ranks of a torchrun."""
+    if not {"--help", "-h"}.isdisjoint(sys.argv[1:]):
+        print(help_text(sys.argv[1:], _program()))
+        return
     try:
         sys.argv[1:] = as_typed(sys.argv[1:])
     except CameraError as refusal:
@@ -50,6 +55,12 @@ def command() -> None:
         with process_group():
             start(sys.argv[1:])
             main()
+
+
+def _program() -> str:
+    """What the user typed before the settings: `camera run`, or `python` and a file."""
+    name = sys.argv[0]
+    return name if name.startswith("camera") else f"python {Path(name).name}"
 
 
 @contextlib.contextmanager

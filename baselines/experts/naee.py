@@ -31,8 +31,8 @@ class NAEE(ExpertPruning):
 
     J(D) = ||Z - Z_D||_F over a sample of tokens, Z the routed output with all experts, Z_D the one
     that the model's own router gives without the experts D (renormalised or not, in groups or not,
-    as the model does). Source: NAEE (ACL 2024), equations and code; the search beyond enumeration
-    is this framework's.
+    as the model does). Source: NAEE (ACL 2024, arXiv 2402.14800), equations and code; the search
+    beyond enumeration is this framework's.
 
     `search` is enumerate | greedy | random | independent | auto (enumerate where there are at most
     `max_subsets` sets, else greedy). `sample_tokens` are sampled per layer (0: all), each of which

@@ -25,7 +25,8 @@ class Reap(ScoredExperts):
     """Router-weighted expert activation pruning.
 
     S_e = mean over the tokens routed to e of g_e(x) * ||f_e(x)||_2, f_e the expert's output before
-    its routing weight g_e; 0 for an expert no token reached. Source: REAP (ICLR 2026).
+    its routing weight g_e; 0 for an expert no token reached. Source: REAP (ICLR 2026,
+    arXiv 2510.13999).
 
     `routing_weights` model takes g as the model applies it; softmax is the reference's for a config
     without norm_topk_prob (Mixtral): the softmax over all logits, not renormalised. Other `score`s

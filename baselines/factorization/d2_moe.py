@@ -71,7 +71,7 @@ class D2Moe(Method):
     `pp_ratio` is the pruned share of the base's intermediate channels; the rank, the same in all
     projections, experts and layers, is the smallest that removes no more than `sparsity` of
     `sparsity_of` (moe | model | routed). `damping` of the Grams is in units of their mean diagonal.
-    Statistics are those of the original model. Source: D2-MoE (ICML 2025).
+    Statistics are those of the original model. Source: D2-MoE (ICML 2025, arXiv 2502.17298).
     """
 
     name: ClassVar[str] = "d2_moe"

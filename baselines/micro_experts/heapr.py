@@ -22,7 +22,7 @@ class HEAPr(MicroExpertPruning):
     factorises, mean((h * dloss/dh)^2). `normalize` routed takes means over an expert's own tokens,
     all sums over the calibration set. The reference prunes routed experts only: `sparsity_of`
     routed with `rank_scope` global; otherwise shared experts are ranked along. Source: HEAPr (ICLR
-    2026); experts without a token are pruned first, as there.
+    2026, arXiv 2509.22299); experts without a token are pruned first, as there.
     """
 
     name: ClassVar[str] = "heapr"

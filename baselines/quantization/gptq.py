@@ -26,7 +26,7 @@ class Gptq(Quantization):
     per 128 weights. The largest number of bits is taken that a group size allows (without
     `group_size`: the smallest multiple of 8 that stays within the target), which may store up to
     5 % less than the target; where nothing comes that close, the target is refused.
-    Source: Frantar et al. (ICLR 2023).
+    Source: Frantar et al. (ICLR 2023, arXiv 2210.17323).
     """
 
     name: ClassVar[str] = "gptq"

@@ -36,7 +36,7 @@ class MixtureCompressor(Quantization):
     `expert_alpha` and `expert_beta` are the paper's alpha and beta; its loss_exponent is 2, the
     released code's 1. Routing weights are those the model applies; the released code sums them
     before they are renormalised.
-    Source: Mixture Compressor (ICLR 2025).
+    Source: Mixture Compressor (ICLR 2025, arXiv 2410.06270).
     """
 
     name: ClassVar[str] = "mc"

@@ -1,4 +1,4 @@
-"""Where text and tasks come from: the Hugging Face hub, or a folder in the offline layout.
+"""Sources of text and tasks: the Hugging Face hub, or a folder in the offline layout.
 
 `data` is `"hub"` or a folder that holds
 
@@ -209,7 +209,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise CameraError(
-                f"{path} line {number} is not JSON ({error.msg}); mend the line or write the file "
+                f"{path} line {number} is not JSON ({error.msg}); fix the line or write the file "
                 f"again with {MIRROR}"
             ) from error
         if not isinstance(row, dict):

@@ -1,4 +1,4 @@
-"""What a method asks to see of a layer: a spec that states its cost, and the observer it builds."""
+"""Observers of a layer, and the specs that state their cost and build them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LayerObserver(Observer, ABC):
 
 @dataclass(frozen=True)
 class ObserverSpec(ABC):
-    """What looks at each layer in a pass; its fields are the settings that decide what is seen."""
+    """The observer of each layer in a pass; the fields are its settings."""
 
     statistics: ClassVar[type[LayerStatistics]]
     reads: ClassVar[Literal["activations", "gradients", "weights"]] = "activations"

@@ -17,7 +17,7 @@ MIXTURES: dict[str, tuple[str, ...]] = {"mixed": ("wikitext2", "c4")}
 
 @dataclass(frozen=True)
 class Calibration:
-    """What to calibrate on: `samples` windows of `length` tokens from the `split` of a `source`.
+    """A calibration set: `samples` windows of `length` tokens from the `split` of a `source`.
 
     `source` is wikitext2, c4, mixed (half of each), or the path of a text or jsonl file (which has
     no splits).

@@ -106,7 +106,7 @@ def _warn_of_unknown(tokenizer, ids_NL: Tensor, source: str) -> None:
 
 
 def _mixed(tokenizer, calibration: Calibration, data: str | Path, seed: int) -> Windows:
-    """The windows of every part, dealt in turn so that any first stretch is mixed too."""
+    """The windows of every part, interleaved, so that the first samples are mixed too."""
     parts = _parts(calibration)
     drawn = [_windows(tokenizer, part, data, seed) for part in parts]
     if len(drawn) == 1:

@@ -1,1 +1,1 @@
-"""What lies on disk: shards, module formats, configuration, native export."""
+"""Checkpoints on disk: shards, module formats, configuration, native export."""

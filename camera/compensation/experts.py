@@ -42,7 +42,7 @@ def output_weights(ffn: FeedForward) -> Weights:
 def fit_bytes(
     tokens: int, hidden: int, widths: list[int], itemsize: int, dense: bool = False
 ) -> int:
-    """What a fit holds beside phi, at most: hidden states, residual, output, new and old weights,
+    """Peak bytes of a fit beside phi: hidden states, residual, output, new and old weights,
     Gram matrices and their factors, in fp32; hidden states and FFN inputs of the dense model, where
     it is aimed at; phi of the widest expert once more, where all tokens are its own, as it is put
     together and as it is cut."""

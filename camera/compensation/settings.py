@@ -21,9 +21,9 @@ class CompensationSettings:
     `target` layer is the output of the unpruned layer on the same input; dense is the dense model's
     hidden states after the layer, which also corrects errors of the layers before, and refits the
     output weights of attention too (`camera.compensation.attention`). `token_weights` relative
-    weighs a token's error by the inverse squared norm of its hidden state, uniform all alike.
-    `ridges` are tried from the largest, with at most `sweeps` over the experts each, as long as the
-    error on the share `held_out` of the calibration samples falls.
+    weighs a token's error by the inverse squared norm of its hidden state, uniform weighs all
+    equally. `ridges` are tried from the largest, with at most `sweeps` over the experts each, as
+    long as the error on the share `held_out` of the calibration samples falls.
     """
 
     scope: Scope = "layer"
@@ -54,6 +54,6 @@ class CompensationSettings:
             )
 
     def fitted(self, samples: int, length: int) -> int:
-        """How many tokens of so many samples are fitted to: those of the first ones."""
+        """The number of tokens that are fitted to: those of the first samples."""
         held_out = min(max(1, round(samples * self.held_out)), samples - 1)
         return length * (samples - held_out)

@@ -1,1 +1,1 @@
-"""What a model is measured by: perplexity, zero-shot tasks, speed."""
+"""Measurements of a model: perplexity, zero-shot tasks, speed."""

@@ -1,4 +1,4 @@
-"""Whether a model is evaluated whole or streamed: what it takes, and what is free."""
+"""The choice between evaluating a model whole and streaming it, by its memory."""
 
 from pathlib import Path
 

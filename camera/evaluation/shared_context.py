@@ -49,7 +49,7 @@ class Rows(NamedTuple):
         """What is added to the attention scores, [B, 1, L, L]: 0 where a row may look at a column.
 
         A token sees its context and the earlier tokens of its own answer. Padding sees something
-        too, as a softmax over nothing is NaN, and nobody sees padding.
+        too, as a softmax over nothing is NaN, and no row reads padding.
         """
         position_BL, segment_BL = self.position_BL.to(device), self.segment_BL.to(device)
         seen_BLL = position_BL[:, None, :] <= position_BL[:, :, None]

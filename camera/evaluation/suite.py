@@ -17,7 +17,7 @@ from camera.streaming.skeleton import MetaModel
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What is to be measured: corpora for perplexity, lm-eval tasks, and how much of each.
+    """A request for measurements: corpora for perplexity, lm-eval tasks, and how much of each.
 
     The fields mean what the arguments of `perplexity` and `evaluate_tasks` do; `blocks` is the
     limit of the first, `limit` of the second.
@@ -132,7 +132,7 @@ def evaluate_streamed(
     """Measure a model, compressed or not, in one read of its weights, a layer in memory at a time.
 
     Returns what `EvaluationSuite.results` does, with `peak_memory_bytes` in each part; `options`
-    are StreamedEvaluation's. Raises CameraError for what a user can mend.
+    are StreamedEvaluation's. Raises CameraError for what a user can fix.
     """
     folder = resolve_model(str(model))
     meta = MetaModel(folder, resolve_device(device), dtype, trust_remote_code)

@@ -1,1 +1,1 @@
-"""What an MoE layer is: families, router, experts, pool, budget; one pass through it."""
+"""MoE layers: families, router, experts, pool, budget; one pass through it."""

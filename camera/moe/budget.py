@@ -60,7 +60,7 @@ class Count:
 
 @dataclass
 class Budget:
-    """What a model has, and what removing a share of it means in micro-experts."""
+    """Parameter counts of a model, and a share of them in micro-experts."""
 
     dense: Count
     layers: dict[int, LayerPool] = field(default_factory=dict)
@@ -161,7 +161,7 @@ def require_counts(config: Any, family: Family, shapes: Mapping[str, Sequence[in
         said = getattr(config, key, None)
         if most and isinstance(said, int) and said > most:
             raise CameraError(
-                f"config.json says {key}={said}, and the checkpoint has tensors of {most}: mend "
+                f"config.json says {key}={said}, and the checkpoint has tensors of {most}: fix "
                 "config.json, or download the model again."
             )
 

@@ -1,4 +1,4 @@
-"""What looks at a layer's experts while it runs."""
+"""The interface of an observer of a layer's experts."""
 
 from __future__ import annotations
 

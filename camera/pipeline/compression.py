@@ -116,7 +116,7 @@ def require_writable_config(model: MetaModel) -> None:
             reason = " ".join(str(error).split())
             raise CameraError(
                 f"{model.folder / 'config.json'} can't be written by transformers, as the "
-                f"compressed model's must be: {reason}; mend that key."
+                f"compressed model's must be: {reason}; fix that key."
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""What the passes of one compression share: the request, the streamed model, tokens, progress."""
+"""The context of the passes of one compression: request, streamed model, tokens, progress."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class CompressionListener(Protocol):
 
 @dataclass(frozen=True)
 class CompressionRequest:
-    """What `camera.compress` is asked for."""
+    """The arguments of `camera.compress`."""
 
     model: str  # what model card and report call the base model
     method: Method
@@ -76,7 +76,7 @@ class CompressionRequest:
 
 @dataclass
 class PassContext:
-    """What every pass of a run works with."""
+    """The objects that every pass of a run uses."""
 
     request: CompressionRequest
     streamer: LayerStreamer

@@ -84,7 +84,7 @@ class MemoryEstimate:
 
     @property
     def work(self) -> int:
-        """What a batch or the method takes."""
+        """Bytes of a batch or of the method."""
         return max(self.working, self.method)
 
     def __str__(self) -> str:

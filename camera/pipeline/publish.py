@@ -88,19 +88,19 @@ def _write_config(context: PassContext) -> None:
 def _read_back(context: PassContext) -> None:
     """CameraError unless the written folder is, by its config and headers, the whole model."""
     model, partial = context.streamer.model, context.request.partial
-    mend = f"delete {partial} and run again, or report it if that doesn't help"
+    fix = f"delete {partial} and run again, or report it if that doesn't help"
     try:
         written = MetaModel(partial, trust_remote_code=model.trust_remote_code)
     except CameraError as error:
-        raise CameraError(f"what was written is no whole checkpoint ({error}): {mend}.") from error
+        raise CameraError(f"what was written is no whole checkpoint ({error}): {fix}.") from error
     for name in written.reader.left_out:
-        raise CameraError(f"what was written holds tensor '{name}', which has no use: {mend}.")
+        raise CameraError(f"what was written holds tensor '{name}', which has no use: {fix}.")
     tied = tied_names(written.model)
     for name, tensor in written.model.state_dict().items():
         found, asked = written.dtype_on_disk(name), model.dtype_on_disk(name)
         if tensor.is_floating_point() and name not in tied and found != asked:
             raise CameraError(
-                f"tensor '{name}' was written as {found} instead of {asked}: {mend}.".replace(
+                f"tensor '{name}' was written as {found} instead of {asked}: {fix}.".replace(
                     "torch.", ""
                 )
             )

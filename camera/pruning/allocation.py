@@ -1,4 +1,4 @@
-"""How many micro-experts each layer gives, from what trial cuts of each cost.
+"""How many micro-experts each layer gives, from the cost of pruning each on trial.
 
 Any change makes later routers send some tokens elsewhere; that costs much the same however little
 is cut, and is paid once, whichever layer is cut. So a curve starts where its first two trials point

@@ -16,7 +16,7 @@ class CameraP(MicroExpertPruning):
     """Camera-P prunes the micro-experts of lowest decoding-time energy: rows of gate and up,
     columns of down.
 
-    Source: CAMERA (AAAI 2026); `alpha` weighs the L-infinity term of the energy.
+    Source: CAMERA (AAAI 2026, arXiv 2508.02322); `alpha` weighs the L-infinity term of the energy.
     """
 
     name: ClassVar[str] = "camera_p"

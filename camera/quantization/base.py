@@ -141,7 +141,7 @@ class Quantization(Method):
         return self.passes(budget, propagate)[-1:]  # Hessians are needed again
 
     def observer(self) -> ObserverSpec:
-        """What quantisation needs of a layer: Hessians."""
+        """The statistics that quantisation reads: Hessians."""
         from camera.calibration.hessians import HessianSpec
 
         keep = self.sequential_tokens if self.true_sequential else 0

@@ -38,7 +38,7 @@ class CameraQ(Quantization):
     scores of the dense model). score: energy, or another name of `camera.calibration.scores`, of
     the dense model. align: boundaries in an expert are multiples.
 
-    Source: CAMERA (AAAI 2026), whose shares and group size aren't published.
+    Source: CAMERA (AAAI 2026, arXiv 2508.02322), whose shares and group size aren't published.
     """
 
     name: ClassVar[str] = "camera_q"

@@ -2,7 +2,7 @@
 
 malloc keeps what was freed below its mmap threshold (glibc: up to 32 MB, and that is most of a
 checkpoint's tensors), for each thread apart: layers that are read in one thread, computed in
-another and written in a third would pile up as pieces that nobody can use.
+another and written in a third would pile up as pieces too small to be used again.
 """
 
 import ctypes

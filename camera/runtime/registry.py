@@ -21,7 +21,7 @@ class Registry(Mapping[str, type[T]]):
     what: noun of an entry, and key: the setting that names it, both for error messages. packages:
     those whose modules register classes when they are imported, so that a new class is a new file.
     entry_points: the group under which other distributions announce theirs (name = "module:Class");
-    these are loaded one by one, so that a broken one is in nobody's way.
+    these are loaded one by one, so that a broken one stops no other.
     """
 
     def __init__(

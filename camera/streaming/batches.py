@@ -18,7 +18,7 @@ from camera.moe.capture import ExpertPhi
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the model itself passes to each layer, and which tokens aren't padding."""
+    """The arguments that the model passes to each layer, and the tokens that aren't padding."""
 
     kwargs: list[dict[str, Any]]
     mask_T: torch.Tensor | None
@@ -57,7 +57,7 @@ class FfnPhi:
 
 @dataclass(frozen=True)
 class FfnOutput:
-    """What the FFN puts out, before it is added to the residual."""
+    """The output of the FFN, before it is added to the residual."""
 
     at: FfnInput
     y_TH: torch.Tensor

@@ -26,7 +26,7 @@ def build_on_meta(
 ) -> tuple[nn.Module, list]:
     """The model, its tensors in the dtypes that are stored, and transformers' rules for its keys.
 
-    Names of tied tensors and tensors that nobody uses are put right in `reader` and `config`.
+    Names of tied tensors and unused tensors are put right in `reader` and `config`.
     CameraError where tensors are missing or don't fit.
     """
     model, conversions = empty_model(config, reader.folder, dtype, trust_remote_code)

@@ -10,7 +10,7 @@ from camera.runtime.errors import CameraError
 
 @dataclass(frozen=True)
 class MemoryChoices:
-    """Where memory may be saved, each `auto` by size.
+    """Choices that save memory, each `auto` by size.
 
     phi: activations of one layer are kept until it is pruned, or recomputed. hidden: hidden states
     between layers are in RAM or memory-mapped from disk. experts: a layer's routed experts are

@@ -36,7 +36,7 @@ from camera.streaming.skeleton import MetaModel
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a run keeps what doesn't fit: routed experts on disk, hidden states in the folder
+    """The places of what doesn't fit in memory: routed experts on disk, hidden states in the folder
     `spill` between layers (None: in RAM)."""
 
     experts_on_disk: bool = False

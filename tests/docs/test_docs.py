@@ -29,8 +29,10 @@ from tests.helpers.runs.documents import (
     without_blocks,
 )
 
+EXAMPLES = ROOT / "examples" / "README.md"
 TEXTS = {name: text_of(path) for name, path in PAGES.items()}
-MEASURED = ("differences.md", "performance.md", "results.md")  # name settings without their group
+# these name settings without their group
+MEASURED = ("differences.md", "performance.md", "results.md", *(n for n in PAGES if "/" in n))
 PLACEHOLDERS = {"NAME": "roofline"}  # of a benchmark; others will do as they stand
 WORDS = ("camera", "git", "make", "pip", "source", "wandb")
 ELLIPSIS = "…"
@@ -78,7 +80,9 @@ def runs() -> list[str]:
 
 
 def modules() -> list[str]:
-    return [line.removeprefix("python -m ") for line in commands() if line.startswith("python -m ")]
+    """What is said to a module: `python -m`, and the subcommands that are the library's own."""
+    told = [line for line in commands() if re.match(r"python -m |camera (export|describe) ", line)]
+    return [line.removeprefix("python -m ") for line in told]
 
 
 def settings_told() -> list[str]:
@@ -165,7 +169,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in plain}
 
 
-@pytest.mark.parametrize("page", [README, *PAGES.values()], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [README, EXAMPLES, *PAGES.values()], ids=str)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", without_blocks(text_of(page))):
         if re.match(r"\w+:", link):

@@ -41,7 +41,7 @@ class Score(ABC):
             SCORES.register(cls)
 
     def observer(self) -> ObserverSpec | None:
-        """What gathers the statistics that the score reads; None: it needs none."""
+        """The observer of the statistics that the score reads; None: it needs none."""
         return None
 
     def values(self, seen: LayerStatistics) -> torch.Tensor:

@@ -22,7 +22,7 @@ from camera.runtime.errors import CameraError
 
 @dataclass
 class EnergyStatistics(LayerStatistics):
-    """What energies of one layer's pool are made of; any alpha is served without another pass.
+    """The parts of the energies of one layer's pool; any alpha is served without another pass.
 
     sum2_N = sum over tokens of phi^2 (fp64), max2_N = max over tokens of phi^2 (fp32),
     basis_N = |w_down|^2 (fp32), tokens_E = tokens each expert saw (int64).

@@ -37,7 +37,7 @@ class CheckedRequests:
             row = f"{KEY}: row {instance.doc_id} of {instance.task_name}"
             if not context or not answer:
                 what = "no answer" if context else "a blank question"
-                raise CameraError(f"{row} has {what}: mend the row, or leave the task out.")
+                raise CameraError(f"{row} has {what}: fix the row, or leave the task out.")
             if len(answer) > self.max_length:
                 raise CameraError(
                     f"{row} has an answer of {len(answer)} tokens, and the model's context holds "

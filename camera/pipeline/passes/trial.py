@@ -75,7 +75,7 @@ def trial_costs(
     (dense,) = streamer.embed([{"input_ids": ids_NL}])
     pruned: dict[tuple[int, int], LayerInput] = {}
     groups: dict[int, dict[str, list[int]]] = {}
-    for index in each_layer("try cuts", 0):
+    for index in each_layer("trial pruning", 0):
         streamer.load_layer(index)
         places = list(pruned)
         inputs = streamer.attend(index, [dense, *pruned.values()])
@@ -91,7 +91,7 @@ def trial_costs(
     found = {}
     with lm_head_loaded(model) as vocabulary:
         chunk = tokens_per_chunk(vocabulary)
-        for index in each_layer("compare cuts", 0):
+        for index in each_layer("compare trials", 0):
             if index in masks:
                 tried = [pruned.pop((index, trial)) for trial in range(len(masks[index]))]
                 found[index] = TrialStatistics(

@@ -10,7 +10,8 @@ from experiments.config.location import CONF
 
 ROOT = CONF.parent
 README = ROOT / "README.md"
-PAGES = {path.name: path for path in sorted((ROOT / "docs").glob("*.md"))}
+DOCS = ROOT / "docs"
+PAGES = {path.relative_to(DOCS).as_posix(): path for path in sorted(DOCS.rglob("*.md"))}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -19,7 +19,7 @@ def check_bits(bits: torch.Tensor) -> torch.Tensor:
     inside = not bits.numel() or 1 <= int(bits.min()) <= int(bits.max()) <= MAX_BITS
     if bits.is_floating_point() or not inside:
         raise CameraError(
-            f"bits must be whole numbers from 1 to {MAX_BITS}: mend `bits` or `group_bits`."
+            f"bits must be whole numbers from 1 to {MAX_BITS}: set `bits` or `group_bits`."
         )
     return bits.long()
 
