@@ -57,7 +57,8 @@ def run(request: CompressionRequest, model: MetaModel, memory: MemoryChoices) ->
     model.check_rest()
     require_writable_config(model)
     spill = request.out.parent if estimate.hidden_on_disk else None
-    streamer = LayerStreamer(model, Placement(estimate.experts_on_disk, spill))
+    placement = Placement(estimate.experts_on_disk, estimate.hidden_place, spill)
+    streamer = LayerStreamer(model, placement)
     with PeakMemory(model.device) as peak:
         context, seen = PassContext(request, streamer, estimate, peak), {}
         for step in passes[:-1]:

@@ -16,8 +16,10 @@ from camera.calibration.trials import trial_bytes
 from camera.compensation.experts import fit_bytes
 from camera.method import Method, Pass, PassKind
 from camera.moe.pool import LayerShape
+from camera.runtime.device.accelerator import free_memory, has_own_memory, total_memory
 from camera.runtime.errors import CameraError
 from camera.runtime.progress import format_bytes
+from camera.streaming.hidden_states import HiddenPlace
 from camera.streaming.lm_head import HEAD_LOGITS, HEAD_TABLES
 from camera.streaming.memory import (
     BACKWARD_TOKENS,
@@ -25,9 +27,7 @@ from camera.streaming.memory import (
     HIDDEN_HELD,
     HIDDEN_SHARE,
     active_width,
-    free_memory,
     parameters_of,
-    total_memory,
 )
 from camera.streaming.settings import MemoryChoices
 from camera.streaming.skeleton import MetaModel
@@ -59,8 +59,13 @@ class MemoryEstimate:
     method: int  # statistics and workspace of the method, beside the layer
     logits: int  # at a time, where a pass computes them
     keep_phi: bool
-    hidden_on_disk: bool
+    hidden_place: HiddenPlace
     experts_on_disk: bool
+
+    @property
+    def hidden_on_disk(self) -> bool:
+        """Whether hidden states wait on disk between layers."""
+        return self.hidden_place == "disk"
 
     @property
     def peak(self) -> int:
@@ -90,13 +95,13 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         experts = ", its experts on disk" if self.experts_on_disk else ""
-        place = "on disk" if self.hidden_on_disk else "in memory"
+        place = {"device": "on the device", "ram": "in memory", "disk": "on disk"}
         phi = "kept" if self.keep_phi else "recomputed"
         work = f", the method {format_bytes(self.method)}" if self.method else ""
         return (
             f"about {format_bytes(self.peak)} beside the process itself (largest layer "
             f"{format_bytes(self.layer)}{experts}, hidden states {format_bytes(self.hidden)} "
-            f"{place}, phi {format_bytes(self.phi)} {phi}, a batch "
+            f"{place[self.hidden_place]}, phi {format_bytes(self.phi)} {phi}, a batch "
             f"{format_bytes(self.working)}{work})"
         )
 
@@ -125,10 +130,11 @@ class MemoryEstimate:
         on_disk = on_disk and max(experts) > 0 and not model.compressed
         keep_phi = memory.phi == "keep" or (memory.phi == "auto" and phi <= PHI_LIMIT)
         keep_phi = keep_phi and method.slices and not on_disk and tokens > 0
-        hidden_on_disk = memory.hidden == "disk"
+        hidden_place = memory.hidden
         if memory.hidden == "auto":
             free = psutil.virtual_memory().available
-            hidden_on_disk = HIDDEN_HELD * hidden > HIDDEN_SHARE * free
+            hidden_place = "disk" if HIDDEN_HELD * hidden > HIDDEN_SHARE * free else "ram"
+            if has_own_memory(model.device) : hidden_place="device"
         top_k = model.family.top_k(config) if max(experts) else 1
         tables = BATCH_TABLES if keep_phi else BATCH_TABLES + SLOT_TABLES * top_k
         working = min(tokens, BATCH_TOKENS) * config.hidden_size * size * tables
@@ -147,7 +153,7 @@ class MemoryEstimate:
             method=max((_method_bytes(step, model, method, tokens) for step in passes), default=0),
             logits=4 * min(HEAD_LOGITS, HEAD_TABLES * tokens * config.vocab_size) * asks_head,
             keep_phi=keep_phi,
-            hidden_on_disk=hidden_on_disk,
+            hidden_place=hidden_place,
             experts_on_disk=on_disk,
         )
 
@@ -188,7 +194,7 @@ def require_memory(
     """
     ids = Part("the calibration tokens", TOKEN_BYTES * tokens + SAMPLE_BYTES * samples, FEWER)
     hidden = Part("the hidden states", estimate.states, f"set memory.hidden=disk, or {FEWER}")
-    apart = device.type == "cuda"
+    apart = has_own_memory(device)
     saved = estimate.experts and not estimate.experts_on_disk and method.compensation is None
     on_disk = "set memory.experts=disk" if saved else LARGER
     kept = estimate.phi * estimate.keep_phi

@@ -6,15 +6,20 @@ from time import perf_counter
 
 import torch
 
+from camera.runtime.device.accelerator import current_stream, side_stream
+
 
 class BackgroundWriter:
     """Runs what it is given in a thread; never more than one piece is under way.
 
-    An error surfaces at the next call. `seconds_worked` is what the work took, `seconds_waited` the
+    On an accelerator the thread has a stream of its own, which waits for what was computed before a
+    piece was given, and for nothing after it. An error surfaces at the next call. `seconds_worked` is what the work took, `seconds_waited` the
     part of it that the main thread stood still for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
+        self._stream = None if device is None else side_stream(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
         self._work: Future | None = None
         self.seconds_worked = self.seconds_waited = 0.0
@@ -22,12 +27,21 @@ class BackgroundWriter:
     def submit(self, work: Callable[[], None]) -> None:
         """Start a piece of work once the last one is done."""
         self.wait()
-        self._work = self._thread.submit(self._timed, work)
+        computed = None
+        if self._stream is not None:
+            computed = current_stream(self._device).record_event()
+        self._work = self._thread.submit(self._timed, work, computed)
 
-    def _timed(self, work: Callable[[], None]) -> None:
+    def _timed(self, work: Callable[[], None], computed: torch.Event | None) -> None:
         start = perf_counter()
         try:
-            work()
+            if self._stream is None:
+                work()
+            else:
+                self._stream.wait_event(computed)
+                with self._stream:
+                    work()
+                self._stream.synchronize()  # before memory that it reads is freed
         finally:
             self.seconds_worked += perf_counter() - start
 
@@ -52,11 +66,12 @@ class BackgroundWriter:
 
 
 Read = Callable[[int, bool], dict[str, torch.Tensor]]
-"""read(layer, without_experts): the tensors of a layer."""
+"""read(layer, without_experts): the tensors of a layer, copied on the current stream."""
 
 
 class LayerPrefetcher:
-    """Layers from disk to the device, the next one in a thread (and on CUDA a stream) of its own.
+    """Layers from disk to the device, the next one in a thread of its own, on an accelerator also
+    on a stream of its own.
 
     Layers are taken one after the other, up or down. `seconds_read` is what reading took,
     `seconds_waited` the part of it that computing did not hide.
@@ -64,7 +79,7 @@ class LayerPrefetcher:
 
     def __init__(self, read: Read, layers: int, device: torch.device):
         self._read, self._layers, self._device = read, layers, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = side_stream(device)
         self._coming: tuple[tuple[int, bool], Future] | None = None
         self._last, self._up = (-1, False), True
         self.seconds_read = self.seconds_waited = 0.0
@@ -80,7 +95,7 @@ class LayerPrefetcher:
         tensors = coming[1].result()
         if self._stream is not None:
             for tensor in tensors.values():
-                tensor.record_stream(torch.cuda.current_stream(self._device))
+                tensor.record_stream(current_stream(self._device))
         self._up, self._last = index > self._last[0], asked
         self.seconds_waited += perf_counter() - start
         return tensors
@@ -102,14 +117,11 @@ class LayerPrefetcher:
     def _fetch(self, index: int, without_experts: bool) -> dict[str, torch.Tensor]:
         start = perf_counter()
         try:
-            tensors = self._read(index, without_experts)
-            if self._stream is not None:
-                with torch.cuda.stream(self._stream):
-                    tensors = {
-                        key: tensor.to(self._device, non_blocking=True)
-                        for key, tensor in tensors.items()
-                    }
-                self._stream.synchronize()
+            if self._stream is None:
+                return self._read(index, without_experts)
+            with self._stream:
+                tensors = self._read(index, without_experts)
+            self._stream.synchronize()
             return tensors
         finally:
             self.seconds_read += perf_counter() - start

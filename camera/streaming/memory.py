@@ -1,7 +1,5 @@
-"""Sizes of layers and batches, and the machine's memory."""
+"""Sizes of layers and batches."""
 
-import psutil
-import torch
 from torch import nn
 
 from camera.streaming.skeleton import MetaModel
@@ -29,18 +27,3 @@ def active_width(skeleton: MetaModel) -> float:
         )
         widest = max(widest, active)
     return widest
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, on a CPU in the system."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
-
-
-def total_memory(device: torch.device) -> int:
-    """Bytes of the device's memory, on a CPU of the system's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total

@@ -29,6 +29,7 @@ from camera.streaming.disk_experts import (
     single_expert_module,
     single_expert_places,
 )
+from camera.streaming.finite import FiniteCheck, all_finite
 from camera.streaming.meta_build import build_on_meta, tied_names
 
 log = logging.getLogger("camera")
@@ -122,7 +123,8 @@ class MetaModel:
             lambda key: (
                 layer_of(key) == index
                 and not (without_experts and self.family.checkpoint_names.holds(key))
-            )
+            ),
+            self.device,
         )
 
     def _leave_on_disk(self, index: int, experts: ExpertGroup) -> None:
@@ -137,7 +139,8 @@ class MetaModel:
             one = single_expert_module(native)
             with replaced_submodule(ffn.module, self.family.experts, one):
                 tensors = read_places(
-                    single_expert_places(places, expert, self.family.checkpoint_names)
+                    single_expert_places(places, expert, self.family.checkpoint_names),
+                    self.device,
                 )
                 self._load(tensors, lambda name: name.startswith(f"{experts.path}."))
             return one.gate_up_proj.data[0], one.down_proj.data[0]
@@ -148,7 +151,7 @@ class MetaModel:
         """Read what is outside the layers: embeddings, final norm, head (or those named `only`)."""
         tied = tied_names(self.model)
         self._load(
-            self.reader.read(lambda key: layer_of(key) is None and only in key),
+            self.reader.read(lambda key: layer_of(key) is None and only in key, self.device),
             lambda name: layer_of(name) is None and only in name and name not in tied,
         )
 
@@ -160,10 +163,11 @@ class MetaModel:
         held = {prefix + name: tensor for name, tensor in module.state_dict().items()}
         held = {name: tensor for name, tensor in held.items() if not tensor.is_meta}
         self.free(module)
-        found = {}
+        found, check = {}, FiniteCheck()
         for name in list(held):
             tensor = held.pop(name)
-            found[name] = self._as_stored(name, tensor) if tensor.is_floating_point() else tensor
+            found[name] = self._as_stored(name, tensor, check)
+        self._require_storable(check, found)
         trim_heap()
         return found
 
@@ -174,21 +178,30 @@ class MetaModel:
         exempt = self.model._get_dtype_plan(self.stored_dtype)  # what the family keeps in fp32
         return torch.float32 if any(part in name for part in exempt) else self.stored_dtype
 
-    def _as_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor in the dtype of its place on disk; CameraError for what doesn't fit that."""
+    def _as_stored(self, name: str, tensor: torch.Tensor, check: FiniteCheck) -> torch.Tensor:
+        """A tensor in the dtype of its place on disk, entered in `check` unless it is as it was."""
+        if not tensor.is_floating_point():
+            return tensor
         dtype = self.dtype_on_disk(name)
         if torch.promote_types(dtype, self.dtype) != self.dtype and name in self.reader.places:
             # computed in a coarser dtype: what nobody changed is written as it was
-            original = self.reader.read(lambda key: key == name)[name]
+            original = self.reader.read(lambda key: key == name, tensor.device)[name]
             if torch.equal(original.to(tensor), tensor):
                 return original.to(dtype)
-        stored = tensor.to(dtype)
-        if not all_finite(stored):
-            told = f"doesn't fit {dtype}, in which it is stored: set dtype=bfloat16 or float32"
-            if not all_finite(tensor):
-                told = "holds NaN or inf when it is compressed: run with dtype=float32"
-            raise CameraError(f"tensor '{name}' {told}.".replace("torch.", ""))
-        return stored
+        check.add(name, tensor)
+        return tensor.to(dtype)
+
+    def _require_storable(self, check: FiniteCheck, stored: dict[str, torch.Tensor]) -> None:
+        """CameraError for a tensor that doesn't fit the dtype in which it is stored."""
+        name = check.first_broken({name: tensor.dtype for name, tensor in stored.items()})
+        if name is None:
+            return
+        dtype = stored[name].dtype
+        told = f"doesn't fit {dtype}, in which it is stored: set dtype=bfloat16 or float32"
+        if check.first_broken() is not None:
+            name = check.first_broken()
+            told = "holds NaN or inf when it is compressed: run with dtype=float32"
+        raise CameraError(f"tensor '{name}' {told}.".replace("torch.", ""))
 
     def free(self, module: nn.Module) -> None:
         """Give a module's memory back."""
@@ -206,9 +219,13 @@ class MetaModel:
                 f"tensor '{name}' in {self.folder} doesn't have the shape config.json asks for."
             )
         refuse_missing(self.folder, {name for name in info.missing_keys if due(name)})
+        check = FiniteCheck()
         for name, tensor in self.model.state_dict().items():
-            if due(name) and not tensor.is_meta and not all_finite(tensor):
-                self._blame(name)
+            if due(name) and not tensor.is_meta:
+                check.add(name, tensor)
+        broken = check.first_broken()
+        if broken is not None:
+            self._blame(broken)
 
     def _blame(self, name: str) -> None:
         """CameraError for a tensor that isn't finite: the file's fault, or that of the dtype."""
@@ -241,13 +258,6 @@ class MetaModel:
                 self.folder,
                 *(str(dtype).removeprefix("torch.") for dtype in (told, self.stored_dtype)),
             )
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is free of NaN and inf, in one read and without a copy."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 class _Once:

@@ -34,7 +34,7 @@ from camera.runtime.progress import EachLayer
 from camera.streaming.batches import Arguments, LayerInput
 from camera.streaming.lm_head import lm_head_loaded, logits, tokens_per_chunk
 from camera.streaming.memory import BACKWARD_TOKENS
-from camera.streaming.skeleton import all_finite
+from camera.streaming.finite import all_finite
 from camera.streaming.streamer import LayerStreamer
 
 
