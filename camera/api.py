@@ -107,12 +107,13 @@ def _run(
 ) -> CompressionResult:
     from camera.calibration.settings import Calibration, check_calibration
     from camera.calibration.tokens import calibration_tokens
-    from camera.checkpoint.loading import load_tokenizer, resolve_device
+    from camera.checkpoint.loading import load_tokenizer
     from camera.checkpoint.source import resolve_model
     from camera.pipeline.compression import declared_passes, foresee, run
     from camera.pipeline.context import CompressionRequest, LayerListener
     from camera.pipeline.model_card import base_name
     from camera.runtime import distributed
+    from camera.runtime.device.accelerator import make_current, resolve_device
     from camera.streaming.settings import MemoryChoices
     from camera.streaming.skeleton import MetaModel
 
@@ -126,6 +127,7 @@ def _run(
         raise CameraError(f"method {method.name} leaves the model as it is: nothing to do.")
     folder = resolve_model(str(model))
     meta = MetaModel(folder, resolve_device(device), dtype, trust_remote_code)
+    make_current(meta.device)
     method.check(meta.budget)
     _check_plan(plan, meta)
     name = name or base_name(model)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import camera
+from tests import fake_device
 from tests.helpers import gptq_problem
 from tests.helpers.golden import golden_folder, golden_values
 from tests.helpers.models import build_model, build_tokenizer, write_layout
@@ -22,17 +23,67 @@ os.environ.setdefault("WANDB_MODE", "offline")
 torch.set_num_threads(int(os.environ.get("CAMERA_TEST_THREADS", "1")))
 
 
+_no_fake = f"none is asked for (--accelerator, or {fake_device.ASKED}): cuda, or another name"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--accelerator",
+        default=None,
+        help="a fake device that all tests, and the processes they start, have: cuda, or another "
+        "name; cuda:2 is two cards",
+    )
     parser.addoption(
         "--golden", default=None, help="folder of golden vectors (default: ../shared/golden)"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("accelerator"):
+        os.environ[fake_device.ASKED] = config.getoption("accelerator")
+    _give_fake_device()
     config.addinivalue_line(
         "markers",
         "golden(method, pattern): run with `expected`, each golden value of that method and name",
     )
+
+
+def _give_fake_device() -> None:
+    global _no_fake
+    asked = fake_device.asked()
+    if asked is None:
+        return
+    try:
+        fake_device.activate(**asked)
+    except fake_device.CannotBuildError as error:
+        _no_fake = str(error)
+        del os.environ[fake_device.ASKED]  # processes that tests start need not try
+        return
+    _no_fake = ""
+    everywhere = str(Path(fake_device.__file__).parent / "everywhere")
+    paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    if everywhere not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([everywhere, *paths])
+
+
+def pytest_report_header() -> str:
+    return f"fake device: {_no_fake or os.environ[fake_device.ASKED]}"
+
+
+@pytest.fixture(scope="session")
+def fake() -> str:
+    """The name of the fake device; skips where there is none."""
+    if _no_fake:
+        pytest.skip(f"no fake device: {_no_fake}")
+    return fake_device.name()
+
+
+@pytest.fixture(scope="session")
+def accelerator(request) -> str:
+    """The name of the accelerator, a real one or a fake; skips where there is none."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator().type
+    return request.getfixturevalue("fake")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

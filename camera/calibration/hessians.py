@@ -29,6 +29,8 @@ class HessianStatistics(EnergyStatistics):
     hidden_F = sum h h^T, [W, W] for each expert in turn: the inputs of down.
     input_max2_EH = max over tokens of x^2 (the sum over tokens is the diagonal of input_EHH).
     kept_PH, kept_E = the first inputs of every expert, as asked for, and how many these are.
+
+    input_EHH and hidden_F, as large as the layer, lie on its device; all other fields on the CPU.
     """
 
     kind: ClassVar[str] = "hessians"
@@ -54,8 +56,9 @@ class HessianStatistics(EnergyStatistics):
         return self.kept_PH.split(self.kept_E.tolist())[expert]
 
     def channel_energy(self, alpha: float) -> torch.Tensor:
-        """[(1 - alpha) |X_c|_2^2 + alpha |X_c|_inf^2] of every input channel, fp64 [E, H]."""
-        sum2_EH = self.input_EHH.diagonal(0, 1, 2).double()
+        """[(1 - alpha) |X_c|_2^2 + alpha |X_c|_inf^2] of every input channel, fp64 [E, H], on the
+        CPU."""
+        sum2_EH = self.input_EHH.diagonal(0, 1, 2).cpu().double()
         return (1 - alpha) * sum2_EH + alpha * self.input_max2_EH.double()
 
     def stored(self) -> EnergyStatistics:

@@ -17,6 +17,7 @@ from camera.checkpoint.config import load_config
 from camera.checkpoint.matching import require_whole
 from camera.checkpoint.shards import ShardReader
 from camera.checkpoint.source import refuse_adapter, refuse_no_model
+from camera.runtime.device.accelerator import all_cards, resolve_device
 from camera.runtime.errors import CameraError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -31,16 +32,12 @@ def load_model(
     """Load any causal language model, compressed or not, for evaluation.
 
     `device` auto is the accelerator if there is one (spread over all of them by accelerate if there
-    are several), else the CPU. `dtype` auto is the checkpoint's own, on a CPU float32. Raises
-    CameraError for what can't be loaded.
+    are several and no other process shares them), else the CPU. `dtype` auto is the checkpoint's
+    own, on a CPU float32. Raises CameraError for what can't be loaded.
     """
-    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    if device == "auto":
-        placement = "auto" if count > 1 else {"": resolve_device(device)}
-    else:
-        placement = {"": device}
-    on_cpu = count == 0 or device.startswith("cpu")
-    precision = resolve_dtype(dtype) or (torch.float32 if on_cpu else "auto")
+    place = resolve_device(device)
+    placement = "auto" if all_cards(device) > 1 else {"": place}
+    precision = resolve_dtype(dtype) or (torch.float32 if place == "cpu" else "auto")
     folder = _local(path)
     if isinstance(folder, Path):
         ShardReader(folder)  # its sentences tell more than transformers'
@@ -108,21 +105,6 @@ def grouped(model: PreTrainedModel) -> bool:
 def native_experts(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that hold all experts of a layer and run by one of transformers' ways."""
     return [m for m in model.modules() if hasattr(m, "has_gate") and hasattr(m, "is_transposed")]
-
-
-def resolve_device(device: str) -> str:
-    """`auto` is the accelerator torch sees, else the CPU; CameraError for one it hasn't got."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if device == "auto":
-        return found.type if found else "cpu"
-    try:
-        asked = torch.device(device)
-    except RuntimeError as error:
-        raise CameraError(f"device={device} is no device: use auto, cpu or cuda.") from error
-    count = torch.accelerator.device_count() if found and asked.type == found.type else 0
-    if asked.type != "cpu" and (asked.index or 0) >= count:
-        raise CameraError(f"device={device} is not available here: use device=auto or device=cpu.")
-    return device
 
 
 def resolve_dtype(dtype: str) -> torch.dtype | None:

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-import psutil
 import torch
 
-from camera.checkpoint.loading import resolve_device, resolve_dtype
+from camera.checkpoint.loading import resolve_dtype
 from camera.checkpoint.shards import ShardReader
+from camera.runtime.device import accelerator
+from camera.runtime.device.accelerator import all_cards, resolve_device
 from camera.runtime.errors import CameraError
 from camera.runtime.progress import format_bytes
 
@@ -31,8 +32,7 @@ def should_stream(
     needed, free = weight_bytes(folder, device, dtype), free_memory(device)
     if mode == "auto":
         return MARGIN * needed > free
-    several = device == "auto" and torch.accelerator.device_count() > 1
-    if several:  # what exceeds the accelerators goes to the system's memory
+    if all_cards(device) > 1:  # what exceeds the accelerators goes to the system's memory
         free += free_memory("cpu")
     if needed > free:
         raise CameraError(
@@ -56,15 +56,9 @@ def weight_bytes(folder: Path, device: str = "auto", dtype: str = "auto") -> int
 
 
 def free_memory(device: str = "auto") -> int:
-    """Bytes free on a device; of `auto` with several accelerators on all of them."""
+    """Bytes free on a device; of `auto` on all accelerators that are this process's alone."""
     place = torch.device(resolve_device(device))
-    if place.type in ("cpu", "mps"):  # these share the system's memory
-        return psutil.virtual_memory().available
-    torch.accelerator.empty_cache()
-    if device == "auto":
-        indices = range(torch.accelerator.device_count())
-    else:
-        indices = [
-            place.index if place.index is not None else torch.accelerator.current_device_index()
-        ]
-    return sum(torch.accelerator.get_memory_info(index)[0] for index in indices)
+    count = all_cards(device)
+    if count > 1 and accelerator.has_own_memory(place):
+        return sum(accelerator.free_memory(torch.device(place.type, i)) for i in range(count))
+    return accelerator.free_memory(place)

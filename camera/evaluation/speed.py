@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from camera.checkpoint.loading import grouped, native_experts
 from camera.moe.families import family_of
+from camera.runtime.device.accelerator import synchronize
 from camera.runtime.errors import CameraError
 
 # transformers' own ways to run experts, to prefill and to decode; it never prefills by batched_mm,
@@ -96,8 +97,7 @@ class _Runner:
             self.model.set_experts_implementation(self.ways[phase])
 
     def _now(self) -> float:
-        if self.model.device.type != "cpu":
-            torch.accelerator.synchronize()
+        synchronize(self.model.device)
         return self.clock()
 
 

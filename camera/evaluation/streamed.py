@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from camera.evaluation.shared_context import MASKABLE, Pack, Rows, packs_of, reach, rows_of
 from camera.moe.capture import replaced_submodule, unwrap
+from camera.runtime.device.peak_memory import PeakMemory
 from camera.runtime.errors import CameraError
 from camera.runtime.mapped import MappedTable
-from camera.runtime.peak_memory import PeakMemory
 from camera.runtime.progress import each_layer
 from camera.streaming.lm_head import lm_head_loaded, tokens_per_chunk
 from camera.streaming.memory import BATCH_TOKENS, HIDDEN_SHARE

@@ -5,12 +5,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from camera.checkpoint.loading import load_tokenizer, resolve_device
+from camera.checkpoint.loading import load_tokenizer
 from camera.checkpoint.source import resolve_model
 from camera.evaluation.passages import Passage, read_passage
 from camera.evaluation.streamed import StreamedEvaluation
 from camera.evaluation.tasks.definitions import quiet
 from camera.evaluation.tasks.evaluate import Task, read_tasks
+from camera.runtime.device.accelerator import resolve_device
 from camera.streaming.skeleton import MetaModel
 
 

@@ -166,11 +166,14 @@ class _RoutedStub:
         group, top_k = self.group, index_TK.shape[-1]
         experts, slots = zip(*routed_slots(index_TK, len(group.widths)), strict=True)
         sizes, order_S = [len(part) for part in slots], torch.cat(slots)
+        row_S = torch.empty_like(order_S)
+        row_S[order_S] = torch.arange(len(order_S), device=order_S.device)
         token_S, weight_S = order_S // top_k, weight_TK.reshape(-1)[order_S].float()
+        x_SH = _Gathered.apply(x_TH, token_S, row_S.view_as(index_TK))
         parts = zip(
             experts,
             token_S.split(sizes),
-            x_TH[token_S].split(sizes),  # gathered once: one scatter on the way back
+            x_SH.split(sizes),
             weight_S.split(sizes),
             strict=True,
         )
@@ -179,8 +182,45 @@ class _RoutedStub:
             h_NW = group.activations(expert, x_NH)
             outputs.append(group.project(expert, (h_NW * a_N[:, None]).to(x_TH.dtype)))
             self.calls.append(_Call(group, expert, tokens_N, x_NH, h_NW, a_N))
-        self.output = torch.zeros_like(x_TH).index_add(0, token_S, torch.cat(outputs))
+        self.output = _Summed.apply(torch.cat(outputs), token_S, row_S.view_as(index_TK))
         return self.output
+
+
+class _Gathered(torch.autograd.Function):
+    """The rows of x_TH that each slot reads; on the way back a token's K rows are summed.
+
+    row_TK says where the slots of a token are, so that nothing is added in an order of the moment:
+    index_add's atomics would give other last bits in every run.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: torch.Tensor, token_S: torch.Tensor, row_TK: torch.Tensor):
+        ctx.save_for_backward(token_S, row_TK)
+        return x_TH.index_select(0, token_S)
+
+    @staticmethod
+    def backward(ctx: Any, dx_SH: torch.Tensor):
+        _, row_TK = ctx.saved_tensors
+        return _sum_of_slots(dx_SH, row_TK), None, None
+
+
+class _Summed(torch.autograd.Function):
+    """The sum of each token's K rows; on the way back each row has its token's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y_SH: torch.Tensor, token_S: torch.Tensor, row_TK: torch.Tensor):
+        ctx.save_for_backward(token_S, row_TK)
+        return _sum_of_slots(y_SH, row_TK)
+
+    @staticmethod
+    def backward(ctx: Any, dy_TH: torch.Tensor):
+        token_S, _ = ctx.saved_tensors
+        return dy_TH.index_select(0, token_S), None, None
+
+
+def _sum_of_slots(y_SH: torch.Tensor, row_TK: torch.Tensor) -> torch.Tensor:
+    tokens, top_k = row_TK.shape
+    return y_SH.index_select(0, row_TK.reshape(-1)).view(tokens, top_k, -1).sum(1)
 
 
 class _MlpStub:

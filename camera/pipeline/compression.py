@@ -24,9 +24,9 @@ from camera.pipeline.publish import publish
 from camera.pipeline.result import CompressionResult
 from camera.pipeline.resume import PassProgress
 from camera.runtime import distributed
+from camera.runtime.device.peak_memory import PeakMemory
 from camera.runtime.errors import CameraError
 from camera.runtime.files import require_space
-from camera.runtime.peak_memory import PeakMemory
 from camera.runtime.progress import format_bytes
 from camera.streaming.memory import HIDDEN_HELD
 from camera.streaming.settings import MemoryChoices

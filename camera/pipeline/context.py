@@ -16,8 +16,8 @@ from camera.pipeline.estimate import MemoryEstimate
 from camera.pipeline.result import versions
 from camera.pipeline.state import RunState
 from camera.runtime import distributed
+from camera.runtime.device.peak_memory import PeakMemory
 from camera.runtime.files import partial_of
-from camera.runtime.peak_memory import PeakMemory
 from camera.runtime.progress import each_layer
 from camera.streaming.streamer import LayerStreamer
 

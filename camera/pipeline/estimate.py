@@ -134,7 +134,8 @@ class MemoryEstimate:
         if memory.hidden == "auto":
             free = psutil.virtual_memory().available
             hidden_place = "disk" if HIDDEN_HELD * hidden > HIDDEN_SHARE * free else "ram"
-            if has_own_memory(model.device) : hidden_place="device"
+            if has_own_memory(model.device):
+                hidden_place = "device"
         top_k = model.family.top_k(config) if max(experts) else 1
         tables = BATCH_TABLES if keep_phi else BATCH_TABLES + SLOT_TABLES * top_k
         working = min(tokens, BATCH_TOKENS) * config.hidden_size * size * tables

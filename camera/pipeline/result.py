@@ -32,6 +32,7 @@ class CompressionResult:
     bytes: dict[str, int]  # dense, compressed
     seconds: dict[str, float] = field(default_factory=dict)  # calibrate, compress
     peak_memory_bytes: int = 0  # of the process (on an accelerator: of its memory)
+    peak_host_memory_bytes: int = 0  # of the process, wherever it computes
     expected_memory_bytes: int = 0  # the same, as estimated when it began
     coverage: dict[str, Any] = field(default_factory=dict)
     widths: dict[str, list[int]] = field(default_factory=dict)  # kept, by module path
@@ -77,6 +78,7 @@ def report(
         bytes={"dense": context.streamer.model.reader.bytes, "compressed": writer.bytes},
         seconds={name: round(spent, 3) for name, spent in state.seconds.items()},
         peak_memory_bytes=context.memory.bytes,
+        peak_host_memory_bytes=context.memory.host_bytes,
         expected_memory_bytes=context.memory.before + context.estimate.peak,
         coverage=coverage,
         widths=state.widths,

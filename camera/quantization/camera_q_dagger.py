@@ -104,7 +104,7 @@ class CameraQDagger(CameraQ):
             energy_N, pool, levels, errors, where=f"layer {index}"
         )
         falling_H = _channel_bits(pool.hidden, boundaries, len(bits_N), levels)
-        channel_EH, widths = seen.channel_energy(self.alpha).cpu(), ffn.widths
+        channel_EH, widths = seen.channel_energy(self.alpha), ffn.widths
         parts = iter(zip(bits_N.split(widths), energy_N.split(widths), channel_EH, strict=True))
         experts = []
         for group in ffn.groups:

@@ -7,14 +7,18 @@ anything is decided, so that all make the same plan. Rank 0 writes.
 from __future__ import annotations
 
 import os
+import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
+
+PATIENCE = timedelta(days=7)  # rank 0 may evaluate long
 
 
 @contextmanager
@@ -23,22 +27,23 @@ def process_group() -> Iterator[None]:
     if "WORLD_SIZE" not in os.environ or _joined():
         yield
         return
-    import torch
     from torch import distributed
 
-    timeout = timedelta(days=7)  # rank 0 may evaluate long
-    store, rank, world = next(iter(distributed.rendezvous("env://", timeout=timeout)))
+    from camera.runtime.device.accelerator import share_cards
+
+    store, rank, world = next(iter(distributed.rendezvous("env://", timeout=PATIENCE)))
     # processes that torchrun starts anew find in its store the addresses of those that were killed
     store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    # statistics are on the CPU by the time they are added up
+    # the host's tensors; what lies on cards may have a group of its own
     distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=timeout
+        "gloo", store=store, rank=rank, world_size=world, timeout=PATIENCE
     )
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    share_cards(int(os.environ.get("LOCAL_RANK", 0)))
     try:
         yield
     finally:
+        share_cards(None)
+        _groups.clear()
         distributed.destroy_process_group()
 
 
@@ -58,23 +63,62 @@ def shard_samples(ids_NL: torch.Tensor) -> torch.Tensor:
 
 
 def all_combined(tensor: torch.Tensor, how: str) -> torch.Tensor:
-    """All ranks' tensors, added up (sum) or element by element the largest (max)."""
+    """All ranks' tensors, added up (sum) or element by element the largest (max), where it lies.
+
+    Between cards by their own library (NCCL), if every rank has one of its own; else by gloo, which
+    knows the host's memory alone.
+    """
     from torch import distributed
 
-    tensor = tensor.contiguous()
-    distributed.all_reduce(tensor, getattr(distributed.ReduceOp, how.upper()))
-    return tensor
+    operation = getattr(distributed.ReduceOp, how.upper())
+    group = _group_of_cards(tensor.device)
+    if group is not None:
+        tensor = tensor.contiguous()
+        distributed.all_reduce(tensor, operation, group=group)
+        return tensor
+    on_host = tensor.cpu().contiguous()
+    distributed.all_reduce(on_host, operation)
+    return on_host.to(tensor.device)
+
+
+_groups: dict[str, ProcessGroup | None] = {}  # by kind of device, once asked for
+
+
+def _group_of_cards(device: torch.device) -> ProcessGroup | None:
+    """All ranks by the library of their cards; None where it isn't there or two share a card.
+
+    Every rank asks at the same place, and gets the same answer.
+    """
+    if device.type == "cpu":
+        return None
+    if device.type not in _groups:
+        from torch import distributed
+
+        backend = distributed.Backend.default_device_backend_map.get(device.type, "gloo")
+        mine = (socket.gethostname(), str(device), backend)
+        everyone: list[Any] = [None] * world()
+        distributed.all_gather_object(everyone, mine)
+        apart = _have_their_own(everyone)
+        _groups[device.type] = (
+            distributed.new_group(backend=backend, timeout=PATIENCE) if apart else None
+        )
+    return _groups[device.type]
+
+
+def _have_their_own(everyone: Sequence[tuple[str, str, str]]) -> bool:
+    """Whether no two of (host, card, backend) share a card, and one backend serves all."""
+    from torch import distributed
+
+    backends = {backend for _, _, backend in everyone}
+    if len(set(everyone)) < len(everyone) or len(backends) > 1:
+        return False
+    backend = backends.pop()
+    return backend != "gloo" and getattr(distributed, f"is_{backend}_available", lambda: True)()
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of all ranks' tensors."""
-    if world() == 1:
-        return tensor
-    from torch import distributed
-
-    summed = tensor.cpu()
-    distributed.all_reduce(summed)
-    return summed.to(tensor.device)
+    return tensor if world() == 1 else all_combined(tensor, "sum")
 
 
 def all_min(number: int) -> int:

@@ -13,8 +13,8 @@ class BackgroundWriter:
     """Runs what it is given in a thread; never more than one piece is under way.
 
     On an accelerator the thread has a stream of its own, which waits for what was computed before a
-    piece was given, and for nothing after it. An error surfaces at the next call. `seconds_worked` is what the work took, `seconds_waited` the
-    part of it that the main thread stood still for.
+    piece was given, and for nothing after it. An error surfaces at the next call. `seconds_worked`
+    is what the work took, `seconds_waited` the part of it that the main thread stood still for.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:

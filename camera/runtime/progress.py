@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from camera.runtime.peak_memory import PeakMemory
+from camera.runtime.device.peak_memory import PeakMemory
 
 LINE_EVERY = 60.0  # seconds between the lines of a log
 

@@ -13,8 +13,8 @@ class MemoryChoices:
     """Where memory may be saved, each `auto` by size.
 
     phi: activations of one layer are kept until it is pruned, or recomputed. hidden: hidden states
-    between layers are on the device, in RAM or memory-mapped from disk. experts: a layer's routed experts are
-    loaded into RAM together, or stay on disk and are loaded one at a time.
+    between layers are on the device, in RAM or memory-mapped from disk. experts: a layer's routed
+    experts are loaded into RAM together, or stay on disk and are loaded one at a time.
     """
 
     phi: Literal["auto", "keep", "recompute"] = "auto"

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> dict:
         "tokens": args.tokens,
         "scale": args.scale,
         "threads": torch.get_num_threads(),
-        "clock": clock().__name__,
+        "clock": clock(args.device).__name__,
         "device": args.device,
         "shapes": {shape: _shape(shape, args) for shape in args.shapes},
     }
@@ -61,7 +61,9 @@ def _shape(shape: str, args: argparse.Namespace) -> dict:
         found["dense"] = every_expert(ffn, x_TH)
 
     product, product_flops = matmul_peak(args.device)
-    took = take_turns({"routed": routed, "dense": dense, "peak": product}, args.repeats)
+    took = take_turns(
+        {"routed": routed, "dense": dense, "peak": product}, args.repeats, args.device
+    )
     flops = args.tokens * top_k * 2 * (2 * width * hidden)
     peak = product_flops / took["peak"]
     return {

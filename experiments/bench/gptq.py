@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> dict:
         "group_size": args.group_size,
         "block_size": solver.block_size,
         "threads": torch.get_num_threads(),
-        "clock": clock().__name__,
+        "clock": clock(args.device).__name__,
         "device": args.device,
         "repeats": args.repeats,
         "batched_s": {step: round(took, 4) for step, took in fast.items()},
@@ -81,13 +81,14 @@ def _once(
 ) -> tuple[list[torch.Tensor], dict[str, float]]:
     """Solve all matrices in so many parts; their codes, and the seconds of both steps."""
     codes, seconds = [], {}
-    start = now()
+    device = str(work[0][0].device)
+    start = now(device)
     factors: list[list[Factor]] = [
         [solver.factor(H) for H in H_ECC.chunk(parts)] for _, H_ECC in work
     ]
-    middle = now()
+    middle = now(device)
     for (W_ERC, _), some in zip(work, factors, strict=True):
         pairs = zip(W_ERC.chunk(parts), some, strict=True)
         codes.append(torch.cat([solver.solve(W, f, bits=bits).codes_ERC for W, f in pairs]))
-    seconds["factor"], seconds["solve"] = middle - start, now() - middle
+    seconds["factor"], seconds["solve"] = middle - start, now(device) - middle
     return codes, seconds

@@ -69,14 +69,14 @@ def run(args: argparse.Namespace) -> dict:
             two=_reference(copies["reference"], x_BLH, rotary, args.sparsity)
         ),
     }
-    took = take_turns(sides, args.repeats)
+    took = take_turns(sides, args.repeats, args.device)
     return {
         "shape": args.shape,
         "scale": args.scale,
         "tokens": args.samples * args.length,
         "sparsity": args.sparsity,
         "threads": torch.get_num_threads(),
-        "clock": clock().__name__,
+        "clock": clock(args.device).__name__,
         "device": args.device,
         "one_pass_s": round(took["one_pass"], 4),
         "reference_s": round(took["reference"], 4),

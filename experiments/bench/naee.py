@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> dict:
     x_TH = torch.randn(args.tokens, HIDDEN // args.scale, device=args.device)
     observer = OutputObserver(ffn, args.tokens, seed=0)
     observer.ffn_input(0, x_TH, None, None)
-    cache_s, seen = _timed(observer.result)
+    cache_s, seen = _timed(observer.result, args.device)
     route = Rerouter(ffn, seen.x_TH)
     error = OutputError(seen.gram_TEE, route)
     z_TH = _output(ffn, x_TH, error.gates_T1E[:, 0])
@@ -62,9 +62,9 @@ def run(args: argparse.Namespace) -> dict:
     few_CE = keep_CE[: args.candidates]
     cached, ran = [], []
     for _ in range(args.repeats):
-        took, J_C = _timed(lambda: error(keep_CE))
+        took, J_C = _timed(lambda: error(keep_CE), args.device)
         cached.append(took / len(keep_CE))
-        took, few_C = _timed(lambda: by_running(few_CE))
+        took, few_C = _timed(lambda: by_running(few_CE), args.device)
         ran.append(took / len(few_CE))
     per_cached, per_run = min(cached), min(ran)
     return {
@@ -74,19 +74,19 @@ def run(args: argparse.Namespace) -> dict:
         "width": WIDTH // args.scale,
         "tokens": args.tokens,
         "threads": torch.get_num_threads(),
-        "clock": clock().__name__,
+        "clock": clock(args.device).__name__,
         "device": args.device,
         "cache_s": round(cache_s, 4),
         "cached_s": round(per_cached, 6),
         "running_s": round(per_run, 6),
         "ratio": round(per_run / per_cached, 1),
         "largest_difference": float(((J_C[: len(few_C)] - few_C) / few_C).abs().max()),
-        "search": [_search(error, drop, cache_s, per_run) for drop in args.drop],
+        "search": [_search(error, drop, cache_s, per_run, args.device) for drop in args.drop],
     }
 
 
-def _search(error: OutputError, drop: int, cache_s: float, per_run: float) -> dict:
-    took, found = _timed(lambda: search(error, EXPERTS, drop, how="greedy"))
+def _search(error: OutputError, drop: int, cache_s: float, per_run: float, device: str) -> dict:
+    took, found = _timed(lambda: search(error, EXPERTS, drop, how="greedy"), device)
     running_s = found.evaluations * per_run
     return {
         "drop": drop,
@@ -117,7 +117,7 @@ def _output(ffn: FeedForward, x_TH: torch.Tensor, gates_TE: torch.Tensor) -> tor
     return ffn.module.experts(x_TH, index_TK, weight_TK)
 
 
-def _timed(function: Callable) -> tuple[float, object]:
-    start = now()
+def _timed(function: Callable, device: str) -> tuple[float, object]:
+    start = now(device)
     found = function()
-    return now() - start, found
+    return now(device) - start, found

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> dict:
                 "plain": lambda p=plain, c=call: p(*c),
                 "dequantize": lambda h=hit: _dequantize(packed, h),
             }
-            best = take_turns(sides, args.repeats)
+            best = take_turns(sides, args.repeats, args.device)
             results.append(
                 {
                     "dtype": name,
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> dict:
         "average_bits": round(8 * spec_bytes(spec) / spec_weights(spec), 4),
         "group_size": args.group_size,
         "threads": torch.get_num_threads(),
-        "clock": clock().__name__,
+        "clock": clock(args.device).__name__,
         "device": args.device,
         "repeats": args.repeats,
         "results": results,

@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> dict:
         torch.set_num_threads(args.threads)
     with TemporaryDirectory() as folder:
         dense, text, prune = MODELS[args.model](Path(folder), args.device)
-        counts = (args.batch_sizes, args.prompt_length, args.new_tokens, args.repeats, clock())
+        timer = clock(args.device)
+        counts = (args.batch_sizes, args.prompt_length, args.new_tokens, args.repeats, timer)
         found = {}
         for sparsity in args.sparsity:
             measured = measure_speed(dense, prune(sparsity), text, *counts)
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> dict:
             size: {phase: row["ratio"] for phase, row in phases.items()}
             for size, phases in ceiling.items()
         },
-        "settings": measured["settings"] | {"clock": clock().__name__},
+        "settings": measured["settings"] | {"clock": timer.__name__},
     }
 
 

@@ -15,6 +15,7 @@ from camera.checkpoint.native import native_state
 from camera.checkpoint.shards import ShardWriter
 from camera.checkpoint.source import copy_companions
 from camera.runtime.buffers import trim_heap
+from camera.runtime.device.accelerator import has_own_memory
 from camera.runtime.errors import CameraError
 from camera.streaming.settings import MemoryChoices
 from experiments.bench.support.architectures import ARCHITECTURES
@@ -79,7 +80,7 @@ def _streamed(args: argparse.Namespace, source: Path, folder: Path) -> dict:
     took, seconds = perf_counter() - start, result.seconds
     moved = [now - then for now, then in zip(_disk(), disk, strict=True)]
     total = ARCHITECTURES[args.model]["num_hidden_layers"]
-    tokens, on_gpu = args.samples * args.length, args.device.startswith("cuda")
+    tokens, on_gpu = args.samples * args.length, has_own_memory(torch.device(args.device))
     more = seconds["calibrate"] * (PAPER_TOKENS / tokens - 1)
     peak = result.peak_memory_bytes - (0 if on_gpu else before)
     return {

@@ -106,7 +106,7 @@ def check(settings: Settings) -> None:
 
     Raises CameraError that names the key and the fix.
     """
-    from camera.checkpoint.loading import resolve_device
+    from camera.runtime.device.accelerator import resolve_device
 
     method, evaluation = settings.method, settings.evaluation
     sparsity, alpha = method.get("sparsity"), method.get("alpha")

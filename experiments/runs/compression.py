@@ -11,12 +11,12 @@ import torch
 
 import camera
 from camera.calibration.settings import Calibration
-from camera.checkpoint.loading import resolve_device
 from camera.checkpoint.source import resolve_model
 from camera.evaluation.placement import should_stream
 from camera.evaluation.suite import EvaluationRequest
 from camera.pipeline import model_card
 from camera.runtime import distributed
+from camera.runtime.device.accelerator import resolve_device
 from camera.streaming.settings import MemoryChoices
 from experiments.config.constructor import build
 from experiments.config.location import EMBEDDED

@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from transformers.utils.logging import disable_progress_bar
 
 import camera
@@ -24,8 +23,9 @@ from camera.evaluation.placement import should_stream
 from camera.evaluation.speed import measure_speed
 from camera.evaluation.suite import EvaluationRequest, evaluate_streamed
 from camera.evaluation.tasks.evaluate import evaluate_tasks
+from camera.runtime.device.accelerator import release_cache
+from camera.runtime.device.peak_memory import PeakMemory
 from camera.runtime.files import write_json
-from camera.runtime.peak_memory import PeakMemory
 from experiments.config.settings import Settings
 from experiments.records.files import PERPLEXITY, SPEED, TASK, is_json, read_json
 from experiments.records.folders import Folders
@@ -49,8 +49,7 @@ def lazy_model(settings: Settings, folders: Folders) -> Iterator[Callable[[], tu
     finally:
         loaded.clear()
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_cache()
 
 
 def _load(settings: Settings, folders: Folders) -> tuple[Any, Any]:

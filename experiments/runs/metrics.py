@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from camera.evaluation.tasks.names import average
+from camera.runtime.device.accelerator import device_name, resolve_device
 from experiments.config.settings import Settings
 from experiments.records.files import PERPLEXITY, SPEED, TASK
 
@@ -35,7 +36,8 @@ def assemble(
 
     Scores are fractions as lm-eval gives them, `average` is in percent (acc_norm where a task has
     it, else acc), null without tasks; `bytes` are of the tensors on disk, `peak_memory_bytes` is
-    of the compression (0 where nothing was compressed).
+    of the compression (0 where nothing was compressed), `peak_host_memory_bytes` the process's,
+    null in runs of before.
     """
     perplexities = _named(PERPLEXITY, results)
     tasks = _named(TASK, results)
@@ -57,6 +59,7 @@ def assemble(
         "bytes": compression["bytes"],
         "seconds": seconds,
         "peak_memory_bytes": compression["peak_memory_bytes"],
+        "peak_host_memory_bytes": compression.get("peak_host_memory_bytes"),
         "evaluation_memory_bytes": max(
             (part["peak_memory_bytes"] for part in results.values()), default=None
         ),
@@ -64,7 +67,7 @@ def assemble(
         "versions": _versions(),
         "data_hash": _data_hashes(compression, perplexities | tasks),
         "seed": settings.seed,
-        "environment": _environment(),
+        "environment": _environment(settings.device),
     }
 
 
@@ -89,12 +92,11 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def _environment() -> dict[str, Any]:
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+def _environment(device: str) -> dict[str, Any]:
     return {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "accelerator": accelerator,
+        "accelerator": device_name(torch.device(resolve_device(device))),
     }

@@ -31,10 +31,22 @@ def job(config: DictConfig) -> dict[str, Any] | str | None:
     """
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.MULTIRUN:
+        if _beside_others(hydra):
+            from camera.runtime.device.accelerator import share_cards
+
+            share_cards(hydra.job.num, wrap=True)
         return _job_of_sweep(config, SweepFiles(Path(hydra.sweep.dir)), hydra.job.num)
     if _failure(config, None) is not None:
         sys.exit(1)
     return None
+
+
+def _beside_others(hydra: Any) -> bool:
+    """Whether other jobs of the sweep run on this machine at the same time, and see its cards.
+
+    SLURM and Ray give a job the cards that it asks for, and hide the others.
+    """
+    return "joblib" in hydra.launcher._target_ and hydra.launcher.n_jobs != 1
 
 
 def _job_of_sweep(config: DictConfig, sweep: SweepFiles, number: int) -> dict[str, Any] | str:

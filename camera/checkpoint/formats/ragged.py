@@ -23,6 +23,7 @@ from camera.moe.families import Family
 from camera.moe.feed_forward import RoutedExperts
 from camera.moe.pool import rows_on
 from camera.moe.routing import counts_of, sorted_slots
+from camera.runtime.device.accelerator import has_grouped_products
 
 # A CPU without instructions for half precision multiplies such matrices many times slower.
 SLOW_HALF = "AVX512" not in torch.backends.cpu.get_cpu_capability()
@@ -117,7 +118,7 @@ class RaggedExperts(nn.Module, Format):
         All are equal up to the order of summation. On a CPU one token reads its K experts, and
         layers that are too small for a loop run in one product; the others run by width where few
         differ, else by expert. On an accelerator few tokens gather their experts' rows; many run
-        by width.
+        by width where grouped products are one kernel, else by expert.
         """
         tokens, top_k = top_k_index.shape
         if not tokens or not self.micro_experts:
@@ -126,7 +127,7 @@ class RaggedExperts(nn.Module, Format):
         if hidden_states.device.type != "cpu":
             if tokens * top_k <= self.num_experts:
                 run = self.gathered
-            elif can_group(hidden_states.device):
+            elif has_grouped_products(hidden_states.device, hidden_states.dtype):
                 run = self.by_width
         elif hidden_states.dtype == torch.float32:
             if tokens == 1 and not torch.is_grad_enabled():
@@ -282,13 +283,6 @@ def ragged_of(
         # written row by row: a copy into the transposed view would take several times as long
         plain.down(e).t().copy_(experts.down(e).index_select(1, rows[e]).t())
     return plain
-
-
-def can_group(device: torch.device) -> bool:
-    """Whether this device has fast grouped matrix products (NVIDIA: from A100 on)."""
-    if not hasattr(F, "grouped_mm"):
-        return False
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _wide(x_TH: torch.Tensor) -> torch.Tensor:

@@ -32,9 +32,9 @@ from camera.runtime.errors import CameraError
 from camera.runtime.files import partial_of, replace_durably, require_space
 from camera.runtime.progress import EachLayer
 from camera.streaming.batches import Arguments, LayerInput
+from camera.streaming.finite import all_finite
 from camera.streaming.lm_head import lm_head_loaded, logits, tokens_per_chunk
 from camera.streaming.memory import BACKWARD_TOKENS
-from camera.streaming.finite import all_finite
 from camera.streaming.streamer import LayerStreamer
 
 

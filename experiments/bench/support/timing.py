@@ -5,40 +5,43 @@ from collections.abc import Callable
 
 import torch
 
+from camera.runtime.device.accelerator import synchronize
+
 PEAK_SIZE = 1024
 
 
-def take_turns(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of each side: the best of its turns, after one that warms up.
+def take_turns(
+    sides: dict[str, Callable[[], object]], repeats: int, device: str = "cpu"
+) -> dict[str, float]:
+    """Seconds of each side on a device: the best of its turns, after one that warms up.
 
     Other work on the machine only ever adds time, and hits all sides alike while they take turns.
     """
     spent: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats + 1):
         for name, side in sides.items():
-            took = seconds(side)
+            took = seconds(side, device)
             if turn:
                 spent[name].append(took)
     return {name: min(took) for name, took in spent.items()}
 
 
-def seconds(side: Callable[[], object]) -> float:
-    """How long one call takes, with all that it started on an accelerator."""
-    start = now()
+def seconds(side: Callable[[], object], device: str = "cpu") -> float:
+    """How long one call takes, with all that it started on the device."""
+    start = now(device)
     side()
-    return now() - start
+    return now(device) - start
 
 
-def now() -> float:
-    """The clock, once the accelerator has done what it was told."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return clock()()
+def now(device: str = "cpu") -> float:
+    """The clock, once the device has done what it was told."""
+    synchronize(device)
+    return clock(device)()
 
 
-def clock() -> Callable[[], float]:
+def clock(device: str = "cpu") -> Callable[[], float]:
     """On one CPU thread the process's own time, which stands still while other programs run."""
-    alone = torch.get_num_threads() == 1 and not torch.accelerator.is_available()
+    alone = torch.get_num_threads() == 1 and torch.device(device).type == "cpu"
     return time.process_time if alone else time.perf_counter
 
 

@@ -127,11 +127,13 @@ def test_a_model_that_lacks_a_tensor_is_not_measured(checkpoints, tmp_path):
 
 
 def test_peak_memory_of_an_accelerator_is_reported_while_it_runs(monkeypatch):
-    from camera.runtime.peak_memory import PeakMemory
+    from camera.runtime.device.peak_memory import PeakMemory
 
     asked = []
     for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
-        monkeypatch.setattr(f"torch.cuda.{name}", lambda device: asked.append(str(device)) or 123)
+        monkeypatch.setattr(
+            f"torch.accelerator.{name}", lambda device: asked.append(str(device)) or 123
+        )
     with PeakMemory(torch.device("cuda:1")) as memory:
         assert memory.bytes == memory.now() == 123
     assert set(asked) == {"cuda:1"}

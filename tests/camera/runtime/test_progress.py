@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from camera.runtime import progress
-from camera.runtime.peak_memory import PeakMemory
+from camera.runtime.device.peak_memory import PeakMemory
 from camera.runtime.progress import each_layer, progress_bar
 
 

@@ -153,7 +153,7 @@ def test_an_accelerator_gathers_few_tokens_and_groups_many(tokens, grouped, way,
     experts, ran = make(WIDTHS["ragged"]).to("meta"), []
     for name in WAYS[1:]:
         monkeypatch.setattr(experts, name, lambda x, *_, name=name: ran.append(name))
-    monkeypatch.setattr(ragged, "can_group", lambda device: grouped)
+    monkeypatch.setattr(ragged, "has_grouped_products", lambda device, dtype: grouped)
     experts(*(part.to("meta") for part in routed(tokens)))
     assert ran == [way]
 
