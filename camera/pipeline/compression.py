@@ -83,7 +83,7 @@ def foresee(
     """
     method, passes = request.method, declared_passes(request, model.budget)
     share = len(range(distributed.rank(), samples, distributed.world()))
-    estimate = MemoryEstimate.of(model, method, passes, memory, share * length)
+    estimate = MemoryEstimate.of(model, method, passes, memory, share * length, length)
     if method.compensation and not estimate.keep_phi:
         raise CameraError(
             f"compensate={method.compensation.scope} needs the {format_bytes(estimate.phi)} of a "
