@@ -101,11 +101,12 @@ class DeviceMemory:
         if PassKind.TRIAL in kinds:
             hidden += trial_bytes(len(model.budget.layers), model.budget.hidden)
         seen = _most(passes, shapes, {PassKind.DENSE, PassKind.COMPRESSED, PassKind.WEIGHTS})
-        waiting = HIDDEN_HELD - 1 if hidden and batch == tokens else HIDDEN_HELD
+        # the last layer's outputs until they are written, and two tables of every batch but one
+        waiting = 1 + (HIDDEN_HELD - 1) * max(0, 1 - batch / tokens) if tokens else 0
         return cls(
             layers=layers,
             outside=int(OUTSIDE_HELD * outside),
-            hidden=waiting * hidden,
+            hidden=int(waiting * hidden),
             phi=phi,
             attention=(ATTENTION_TABLES * table + scores * batch) * bool(tokens),
             observing=seen + max((_ffn_bytes(shape, batch) for shape in shapes), default=0),

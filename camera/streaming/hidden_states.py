@@ -38,7 +38,7 @@ class HiddenStates:
             table = MappedTable(tokens, hidden, states.dtype, -1, self._folder)
             table.write(0, states)
             return table.read(0, tokens).view_as(states)
-        if self._stream is None or states.device != self._device:
+        if self._stream is None or not has_own_memory(states.device):
             return states.cpu()
         kept = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
         self._stream.wait_stream(current_stream(self._device))
