@@ -69,6 +69,7 @@ class PassContext:
     estimate: MemoryEstimate
     memory: PeakMemory
     state: RunState = field(default_factory=RunState)
+    halvings: int = 0  # how often a batch was halved for want of memory
 
     @property
     def method(self) -> Method:

@@ -107,6 +107,12 @@ class LayerPrefetcher:
         if self._coming is None and 0 <= index < self._layers:
             self._coming = self._begin((index, without_experts))
 
+    def drop(self) -> None:
+        """Let go of what was read ahead."""
+        coming, self._coming = self._coming, None
+        if coming is not None:
+            wait([coming[1]])
+
     def _begin(self, asked: tuple[int, bool]) -> tuple[tuple[int, bool], Future]:
         thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         try:

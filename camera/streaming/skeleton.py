@@ -50,7 +50,7 @@ class MetaModel:
         trust_remote_code: bool = False,
     ):
         self.folder, self.device = folder, torch.device(device)
-        self.trust_remote_code = trust_remote_code
+        self.trust_remote_code, self._asked = trust_remote_code, dtype
         self.config = load_config(folder, trust_remote_code)
         choose_kernels(self.config)
         self.family = family_of(self.config.model_type)
@@ -83,6 +83,12 @@ class MetaModel:
         self.model.to(self.dtype)
         choose_experts(self.model)
         self._materialise_rotary()
+
+    def reopened(self) -> "MetaModel":
+        """The model as its files have it; this object holds no memory from then on."""
+        self.prefetcher.drop()
+        self.free(self.model)
+        return MetaModel(self.folder, str(self.device), self._asked, self.trust_remote_code)
 
     @property
     def layers(self) -> nn.ModuleList:

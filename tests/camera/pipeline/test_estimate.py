@@ -242,7 +242,7 @@ def test_what_is_free_now_changes_no_rounding(decide, monkeypatch):
     before = decide()
     free = psutil.virtual_memory()._replace(available=1)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    assert replace(decide(), hidden_on_disk=False) == before
+    assert replace(decide(), hidden_place="ram") == before
 
 
 def test_the_peak_counts_only_what_is_in_memory(decide):

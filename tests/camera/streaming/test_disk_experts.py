@@ -146,7 +146,9 @@ def test_experts_on_disk_are_not_read_with_the_layer(source, monkeypatch):
     monkeypatch.setattr(
         ShardReader,
         "read",
-        lambda self, wanted: original(self, lambda key: wanted(key) and not read.append(key)),
+        lambda self, wanted, *where: original(
+            self, lambda key: wanted(key) and not read.append(key), *where
+        ),
     )
     layer = model.load_layer(0, experts_on_disk=True)
     assert read and not any(NAMES.holds(key) for key in read)
