@@ -21,7 +21,7 @@ from camera.streaming.memory import (
 )
 from camera.streaming.skeleton import MetaModel
 
-LAYERS_HELD = 3  # one computed, one read ahead, one being pruned or written
+LAYERS_HELD = 3  # one computed, one read ahead, one compressed or being written
 OUTSIDE_HELD = 1.5  # embeddings and head, and the one of them that is converted
 DEVICE_SHARE = 0.9  # of the card's memory: the rest are its libraries and what lies between blocks
 # What computing takes, in tables of a batch's hidden states: attention with what it multiplies,
@@ -117,14 +117,17 @@ class DeviceMemory:
         )
 
 
-def layers_bytes(model: MetaModel, experts_on_disk: bool) -> int:
-    """The layers that are held, of the largest; experts that stay on disk count once."""
+def layers_bytes(model: MetaModel, method: Method, experts_on_disk: bool) -> int:
+    """The layers that are held, of the largest; experts that stay on disk count once, and what is
+    pruned of the one that is written doesn't."""
     size, most = model.dtype.itemsize, 0
+    pruned = getattr(method, "sparsity", None) or 0.0
     for index, layer in enumerate(model.layers):
         group = model.feed_forward(index).routed
         experts = group.module_size if group and experts_on_disk else 0
-        most = max(most, LAYERS_HELD * parameters_of(layer) + (1 - LAYERS_HELD) * experts)
-    return most * size
+        held = (LAYERS_HELD - pruned) * parameters_of(layer)
+        most = max(most, held + (1 - LAYERS_HELD) * experts)
+    return int(most * size)
 
 
 def _most(passes: Sequence[Pass], shapes: list[LayerShape], kinds: set[PassKind]) -> int:

@@ -163,7 +163,9 @@ class MemoryEstimate:
         apart = has_own_memory(model.device)
 
         def on_device(there: int, kept: int) -> DeviceMemory:
-            sizes = dict(layers=layers_bytes(model, on_disk), outside=outside, logits=logits)
+            sizes = dict(
+                layers=layers_bytes(model, method, on_disk), outside=outside, logits=logits
+            )
             asked = (model, method, passes, tokens, length)
             return DeviceMemory.of(*asked, hidden=there, phi=kept, **sizes)
 
