@@ -22,6 +22,7 @@ from camera.moe.capture import replaced_submodule
 from camera.moe.families import family_of, layer_of
 from camera.moe.feed_forward import ExpertGroup, FeedForward
 from camera.runtime.buffers import trim_heap
+from camera.runtime.device.finite import FiniteCheck, all_finite
 from camera.runtime.errors import CameraError
 from camera.runtime.overlap import LayerPrefetcher
 from camera.streaming.disk_experts import (
@@ -29,7 +30,6 @@ from camera.streaming.disk_experts import (
     single_expert_module,
     single_expert_places,
 )
-from camera.streaming.finite import FiniteCheck, all_finite
 from camera.streaming.meta_build import build_on_meta, tied_names
 
 log = logging.getLogger("camera")

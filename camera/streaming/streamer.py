@@ -26,11 +26,11 @@ from camera.moe.capture import (
 from camera.moe.observer import Observer
 from camera.moe.pool import KeptRows, rows_on
 from camera.runtime.buffers import trim_heap
+from camera.runtime.device.finite import FiniteCheck
 from camera.runtime.errors import CameraError
 from camera.runtime.mapped import release_pages
 from camera.streaming.batches import Arguments, FfnInput, FfnOutput, FfnPhi, LayerInput
 from camera.streaming.disk_experts import DiskExpertsPass
-from camera.streaming.finite import FiniteCheck
 from camera.streaming.hidden_states import HiddenPlace, HiddenStates
 from camera.streaming.recorder import ArgumentRecorder
 from camera.streaming.skeleton import MetaModel

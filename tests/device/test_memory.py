@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import camera
-from camera.pipeline.estimate import MemoryEstimate
+from camera.pipeline.memory.estimate import MemoryEstimate
 from camera.runtime.errors import CameraError
 from camera.streaming.settings import MemoryChoices
 from camera.streaming.skeleton import MetaModel

@@ -29,11 +29,11 @@ from camera.pipeline.context import PassContext
 from camera.pipeline.passes.dense import regrouped
 from camera.pipeline.resume import PassProgress
 from camera.runtime import distributed
+from camera.runtime.device.finite import all_finite
 from camera.runtime.errors import CameraError
 from camera.runtime.files import partial_of, replace_durably, require_space
 from camera.runtime.progress import EachLayer
 from camera.streaming.batches import Arguments, LayerInput
-from camera.streaming.finite import all_finite
 from camera.streaming.lm_head import lm_head_loaded, logits, tokens_per_chunk
 from camera.streaming.memory import BACKWARD_TOKENS
 from camera.streaming.streamer import LayerStreamer

@@ -10,9 +10,9 @@ import torch
 
 import camera
 from camera.calibration.settings import Calibration
-from camera.pipeline import estimate as estimates
-from camera.pipeline.device_memory import DeviceMemory
-from camera.pipeline.estimate import MemoryEstimate, require_memory
+from camera.pipeline.memory import estimate as estimates
+from camera.pipeline.memory.device import DeviceMemory
+from camera.pipeline.memory.estimate import MemoryEstimate, require_memory
 from camera.runtime.errors import CameraError
 from camera.streaming.settings import MemoryChoices
 from camera.streaming.skeleton import MetaModel

@@ -13,7 +13,7 @@ from camera.checkpoint.shards import ShardReader, read_places
 from camera.method import Applied
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
-from camera.pipeline.estimate import MemoryEstimate
+from camera.pipeline.memory.estimate import MemoryEstimate
 from camera.runtime.errors import CameraError
 from camera.streaming.disk_experts import DiskExperts, single_expert_places
 from camera.streaming.settings import MemoryChoices

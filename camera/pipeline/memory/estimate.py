@@ -16,7 +16,7 @@ from camera.calibration.trials import trial_bytes
 from camera.compensation.experts import fit_bytes
 from camera.method import Method, Pass, PassKind
 from camera.moe.pool import LayerShape
-from camera.pipeline.device_memory import (
+from camera.pipeline.memory.device import (
     DEVICE_SHARE,
     GRAPH_TABLES,
     LAYERS_HELD,
