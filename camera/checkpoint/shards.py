@@ -180,7 +180,7 @@ def _places(path: Path) -> dict[str, Place]:
     return places
 
 
-def _read(file: BinaryIO, place: Place, staging: Staging | None) -> torch.Tensor:
+def _read(file: BinaryIO, place: Place, staging: Staging | None = None) -> torch.Tensor:
     file.seek(place.start)
 
     def fill(view: memoryview) -> None:
