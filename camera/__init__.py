@@ -30,7 +30,7 @@ _MODULES = {
     "compress": "camera.api",
     "dequantize": "camera.checkpoint.dequantize",
     "describe": "camera.api",
-    "export": "camera.checkpoint.native",
+    "export": "camera.engines.export",
 }
 __all__ = [*_MODULES]
 

@@ -14,6 +14,7 @@ from camera.runtime.values import renaming, seed_of
 if TYPE_CHECKING:
     from camera.calibration.settings import Calibration
     from camera.evaluation.suite import EvaluationRequest
+    from camera.pipeline.context import CompressionListener
     from camera.pipeline.result import CompressionResult
     from camera.streaming.settings import MemoryChoices
 
@@ -35,6 +36,7 @@ def compress(
     trust_remote_code: bool = False,
     name: str | None = None,
     progress: bool = True,
+    listener: CompressionListener | None = None,
     **settings: Any,
 ) -> CompressionResult:
     """Compress a model, one layer in memory at a time, into the folder `out`.
@@ -47,14 +49,14 @@ def compress(
     evaluated on the way, while a layer is in memory, and stand in evaluation.json (not where a
     killed run goes on). `name` is what model card and report call the base model (default: its hub
     id, or the name of its folder). `progress` shows a bar, or where there is no terminal a line a
-    minute in the log (logger `camera`, level INFO). Raises CameraError for what a user can mend;
-    `out` appears only when it is complete.
+    minute in the log (logger `camera`, level INFO); `listener` is told of each layer as it is done.
+    Raises CameraError for what a user can mend; `out` appears only when it is complete.
     """
     method = as_method(method, settings)
     options = dict(calibration=calibration, propagate=propagate, data=data, seed=seed)
     options |= dict(device=device, dtype=dtype, statistics=statistics, memory=memory, name=name)
     options |= dict(measures=measures, trust_remote_code=trust_remote_code, progress=progress)
-    return _run(model, method, out, None, **options)
+    return _run(model, method, out, None, **options, listener=listener)
 
 
 def apply(
@@ -104,6 +106,7 @@ def _run(
     trust_remote_code: bool,
     name: str | None,
     progress: bool,
+    listener: CompressionListener | None = None,
 ) -> CompressionResult:
     from camera.calibration.settings import Calibration, check_calibration
     from camera.calibration.tokens import calibration_tokens
@@ -163,6 +166,7 @@ def _run(
         Path(statistics) if statistics else None,
         plan,
         listeners,
+        listener if distributed.rank() == 0 else None,
         progress,
     )
     return run(request, meta, memory)

@@ -101,5 +101,6 @@ SUBCOMMANDS = {
     "export": Subcommand("a native checkpoint", _module("camera.__main__", "export")),
     "lm-eval": Subcommand("lm-eval, on compressed checkpoints too", _lm_eval),
     "mirror": Subcommand("data for machines without network", _module("experiments.mirror")),
+    "wandb": Subcommand("finished runs to W&B", _module("experiments.upload")),
     "bench": Subcommand("benchmarks of the library", _module("experiments.bench.__main__")),
 }

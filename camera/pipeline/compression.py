@@ -97,6 +97,8 @@ def _run(
     streamer = LayerStreamer(model, placement)
     with PeakMemory(model.device) as peak:
         context, seen = PassContext(request, streamer, estimate, peak, halvings=halvings), {}
+        if request.listener is not None:
+            request.listener.begin()
         for step in passes[:-1]:
             with context.state.timed("calibrate"):
                 seen[step.kind] = RUNNERS[step.kind](context).run(step, seen)

@@ -114,6 +114,7 @@ class Config:
     force: bool = False
     retry: Retry = Retry.none
     keep_checkpoint: bool = True
+    objective: str | None = None
     trust_remote_code: bool = False
 
 

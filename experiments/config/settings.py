@@ -45,6 +45,7 @@ class Settings:
     force: bool
     retry: str
     keep_checkpoint: bool
+    objective: str | None
     trust_remote_code: bool
 
     @classmethod
