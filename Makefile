@@ -1,6 +1,8 @@
 # make run    the main job on the embedded model: dense and Camera-P at 0.2, 0.4, 0.6, then the table
 # make test   the tests
 # make test-cpus  the numerical tests as older CPUs run them: other vector widths, other sum orders
+# make test-device  tests of the device, and those that leave the device to `auto`, with a fake
+#             accelerator; needs a C++ compiler
 # make cluster-test  a sweep each on SLURM, Ray, joblib and torchrun, some 10 minutes; SLURM needs
 #             apt-get install slurm-wlm munge, and is left out without
 # All set .venv up at their first call. ARGS adds to each: make run ARGS="sparsity=0.3"
@@ -9,7 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: run test test-cpus cluster-test clean
+.PHONY: run test test-cpus test-device cluster-test clean
 
 run: $(READY)
 	$(VENV)/bin/python main.py experiment=main $(ARGS)
@@ -24,6 +26,14 @@ test-cpus: $(READY)
 	for level in default avx2; do \
 		ATEN_CPU_CAPABILITY=$$level $(VENV)/bin/python -m pytest $(NUMERICAL) $(ARGS) || exit 1; \
 	done
+
+ON_DEVICE := $(addprefix tests/,camera/pipeline/test_resume.py camera/pipeline/test_compression.py \
+	camera/pipeline/test_processes.py camera/pipeline/passes camera/evaluation camera/streaming \
+	camera/checkpoint camera/runtime experiments/runs/test_runs.py experiments/bench)
+
+test-device: $(READY)
+	$(VENV)/bin/python -m pytest --accelerator=cuda $(ON_DEVICE) $(ARGS)
+	$(VENV)/bin/python -m pytest --accelerator=camdev:2 tests/device $(ARGS)
 
 cluster-test: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \

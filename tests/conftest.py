@@ -60,10 +60,7 @@ def _give_fake_device() -> None:
         del os.environ[fake_device.ASKED]  # processes that tests start need not try
         return
     _no_fake = ""
-    everywhere = str(Path(fake_device.__file__).parent / "everywhere")
-    paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-    if everywhere not in paths:
-        os.environ["PYTHONPATH"] = os.pathsep.join([everywhere, *paths])
+    os.environ.update(fake_device.environment(os.environ[fake_device.ASKED]))
 
 
 def pytest_report_header() -> str:
@@ -84,6 +81,12 @@ def accelerator(request) -> str:
     if torch.accelerator.is_available():
         return torch.accelerator.current_accelerator().type
     return request.getfixturevalue("fake")
+
+
+@pytest.fixture
+def no_accelerator(monkeypatch) -> None:
+    """`auto` is the CPU, whatever this machine has."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -37,7 +37,8 @@ def load_model(
     """
     place = resolve_device(device)
     placement = "auto" if all_cards(device) > 1 else {"": place}
-    precision = resolve_dtype(dtype) or (torch.float32 if place == "cpu" else "auto")
+    on_cpu = torch.device(place).type == "cpu"
+    precision = resolve_dtype(dtype) or (torch.float32 if on_cpu else "auto")
     folder = _local(path)
     if isinstance(folder, Path):
         ShardReader(folder)  # its sentences tell more than transformers'

@@ -166,15 +166,15 @@ class _RoutedStub:
         group, top_k = self.group, index_TK.shape[-1]
         experts, slots = zip(*routed_slots(index_TK, len(group.widths)), strict=True)
         sizes, order_S = [len(part) for part in slots], torch.cat(slots)
-        row_S = torch.empty_like(order_S)
-        row_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-        token_S, weight_S = order_S // top_k, weight_TK.reshape(-1)[order_S].float()
-        x_SH = _Gathered.apply(x_TH, token_S, row_S.view_as(index_TK))
+        row_S = order_S.argsort()  # where each slot went
+        token_S, row_TK = order_S // top_k, row_S.view_as(index_TK)
+        x_SH = _Gathered.apply(x_TH, token_S, row_TK)
+        weight_S1 = _Gathered.apply(weight_TK.reshape(-1, 1), order_S, row_S[:, None])
         parts = zip(
             experts,
             token_S.split(sizes),
             x_SH.split(sizes),
-            weight_S.split(sizes),
+            weight_S1[:, 0].float().split(sizes),
             strict=True,
         )
         outputs = []
@@ -182,7 +182,7 @@ class _RoutedStub:
             h_NW = group.activations(expert, x_NH)
             outputs.append(group.project(expert, (h_NW * a_N[:, None]).to(x_TH.dtype)))
             self.calls.append(_Call(group, expert, tokens_N, x_NH, h_NW, a_N))
-        self.output = _Summed.apply(torch.cat(outputs), token_S, row_S.view_as(index_TK))
+        self.output = _Summed.apply(torch.cat(outputs), token_S, row_TK)
         return self.output
 
 
@@ -195,12 +195,12 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TH: torch.Tensor, token_S: torch.Tensor, row_TK: torch.Tensor):
-        ctx.save_for_backward(token_S, row_TK)
+        ctx.save_for_backward(row_TK)
         return x_TH.index_select(0, token_S)
 
     @staticmethod
     def backward(ctx: Any, dx_SH: torch.Tensor):
-        _, row_TK = ctx.saved_tensors
+        (row_TK,) = ctx.saved_tensors
         return _sum_of_slots(dx_SH, row_TK), None, None
 
 
@@ -209,12 +209,12 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y_SH: torch.Tensor, token_S: torch.Tensor, row_TK: torch.Tensor):
-        ctx.save_for_backward(token_S, row_TK)
+        ctx.save_for_backward(token_S)
         return _sum_of_slots(y_SH, row_TK)
 
     @staticmethod
     def backward(ctx: Any, dy_TH: torch.Tensor):
-        token_S, _ = ctx.saved_tensors
+        (token_S,) = ctx.saved_tensors
         return dy_TH.index_select(0, token_S), None, None
 
 

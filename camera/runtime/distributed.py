@@ -38,7 +38,8 @@ def process_group() -> Iterator[None]:
     distributed.init_process_group(
         "gloo", store=store, rank=rank, world_size=world, timeout=PATIENCE
     )
-    share_cards(int(os.environ.get("LOCAL_RANK", 0)))
+    number, ranks = (int(os.environ.get(key, 0)) for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    share_cards(number, ranks=ranks)
     try:
         yield
     finally:

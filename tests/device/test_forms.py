@@ -10,7 +10,7 @@ from camera.checkpoint.loading import load_model
 
 FORMS = {
     "ragged": ("camera_p", {}),
-    "uniform": ("camera_p", dict(expert_widths="uniform")),
+    "uniform": ("camera_p", dict(expert_widths="uniform", sparsity=0.4138)),
     "fewer experts": ("reap", {}),
     "packed": ("camera_q", {}),
     "packed columns": ("camera_q_dagger", {}),

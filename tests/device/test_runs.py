@@ -11,13 +11,14 @@ from camera.evaluation.perplexity import perplexity
 from camera.evaluation.speed import measure_speed
 from camera.evaluation.suite import EvaluationRequest, evaluate_streamed
 from camera.evaluation.tasks.evaluate import evaluate_tasks
+from camera.pipeline import resume
+from camera.runtime.device.accelerator import device_name
 from camera.streaming.streamer import LayerStreamer
-from experiments.runs.run import run
+from experiments.runs.metrics import environment
 from tests.camera.evaluation.tasks.test_evaluate import ROWS, write
 from tests.helpers.checkpoints import shards_of, tensors_of
 from tests.helpers.methods import method_of
 from tests.helpers.models import build_tokenizer
-from tests.helpers.runs.composing import settings_of, tiny
 
 
 @pytest.mark.parametrize("case", ["camera_p", "camera_q"])
@@ -28,7 +29,7 @@ def test_perplexity_is_that_of_the_cpu_whole_and_streamed(case, compressed, data
         perplexity(
             load_model(folder, where, "float32"),
             load_tokenizer(folder),
-            "wikitext2",
+            corpus="wikitext2",
             data=data_folder,
             progress=False,
             **asked,
@@ -71,12 +72,11 @@ def test_an_export_is_that_of_the_cpu(compressed, device, tmp_path):
 def test_a_run_that_broke_ends_in_the_same_bytes(
     case, compressed, checkpoints, data_folder, device, tmp_path, monkeypatch
 ):
-    load, out = LayerStreamer.load_layer, tmp_path / "out"
+    out, write = tmp_path / "out", resume.write_json
 
-    def broken(self, index):
-        if (tmp_path / ".out.partial" / "progress" / "state-1.json").exists():
-            raise KeyboardInterrupt
-        return load(self, index)
+    def killed(*args):
+        write(*args)
+        raise KeyboardInterrupt
 
     def compress():
         camera.compress(
@@ -90,10 +90,13 @@ def test_a_run_that_broke_ends_in_the_same_bytes(
         )
 
     with monkeypatch.context() as patch:
-        patch.setattr(LayerStreamer, "load_layer", broken)
+        patch.setattr(resume, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             compress()
+    loaded, load = [], LayerStreamer.load_layer
+    monkeypatch.setattr(LayerStreamer, "load_layer", lambda s, i: loaded.append(i) or load(s, i))
     compress()
+    assert loaded[0] == 1  # where it broke
     assert shards_of(out) == shards_of(compressed(case, device))
 
 
@@ -112,18 +115,18 @@ def test_speed_waits_for_the_card_that_the_models_are_on(compressed, device, mon
     assert found["settings"]["device"] == torch.device(device).type
 
 
-def test_a_run_says_which_card_it_used(checkpoints, data_folder, tmp_path, device, accelerator):
-    said = {}
-    for where in ("cpu", device):
-        overrides = tiny(checkpoints("qwen2_moe"), data_folder, tmp_path / where)
-        asked = settings_of(*overrides, "method=camera_p", f"device={where}")
-        said[where] = json.loads((run(asked) / "metrics.json").read_text())
-    assert said["cpu"]["environment"]["accelerator"] is None
-    assert said[device]["environment"]["accelerator"]
-    assert said[device]["peak_memory_bytes"] < 50e6 < said[device]["peak_host_memory_bytes"]
-    assert said["cpu"]["peak_memory_bytes"] == said["cpu"]["peak_host_memory_bytes"]
-    for corpus, expected in said["cpu"]["perplexity"].items():
-        assert said[device]["perplexity"][corpus] == pytest.approx(expected, rel=1e-4)
+def test_a_run_is_filed_under_its_own_card(device):
+    assert environment("cpu")["accelerator"] is None
+    assert environment(device)["accelerator"] == device_name(torch.device(device))
+
+
+def test_a_run_reports_the_peaks_of_the_card_and_of_the_process(compressed, device):
+    there, here = (
+        json.loads((compressed("camera_p", where) / "camera.json").read_text())
+        for where in (device, "cpu")
+    )
+    assert 0 < there["peak_memory_bytes"] < 50e6 < there["peak_host_memory_bytes"]
+    assert here["peak_memory_bytes"] == here["peak_host_memory_bytes"] > 50e6
 
 
 def test_tensors_are_on_the_card_that_was_asked_for(compressed, device):

@@ -19,6 +19,7 @@ be several kernels. NCCL, graphs, Triton and `torch.compile` aren't there.
 """
 
 import os
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -37,6 +38,7 @@ __all__ = [
     "core",
     "counting",
     "devices",
+    "environment",
     "late",
     "name",
     "pinned",
@@ -114,6 +116,15 @@ def asked() -> dict[str, Any] | None:
         else:
             raise ValueError(f"{ASKED}={text}: no setting {key}")
     return found
+
+
+def environment(text: str) -> dict[str, str]:
+    """What gives a process that is started with it the fake device that `text` asks for."""
+    everywhere = str(Path(__file__).parent / "everywhere")
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if everywhere not in paths:
+        paths.insert(0, everywhere)
+    return {ASKED: text, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def devices() -> list[torch.device]:

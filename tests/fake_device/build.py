@@ -34,7 +34,12 @@ def load() -> ModuleType:
     folder = _cache()
     built = folder / f"{name}.so"
     if not built.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CannotBuildError(
+                f"{folder} can't be made ({error}); {CACHE} names another"
+            ) from error
         with FileLock(folder / f"{name}.lock"):
             if not built.exists():
                 _compile(name, built)

@@ -14,6 +14,7 @@ SHARING = ("cpu", "mps", "meta")  # the system's memory is theirs
 GROUPING = (9, 10)  # CUDA architectures for which torch has a kernel of grouped products
 
 _card: int | None = None  # this process's number among those that share the cards
+_ranks = 0  # of torchrun on this machine; 0: they need not have a card each
 
 
 def resolve_device(device: str) -> str:
@@ -23,33 +24,32 @@ def resolve_device(device: str) -> str:
     `share_cards` gave it.
     """
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if device == "auto":
-        device = found.type if found else "cpu"
+    kind = (found.type if found else "cpu") if device == "auto" else device
     try:
-        asked = torch.device(device)
+        asked = torch.device(kind)
     except RuntimeError as error:
         raise CameraError(f"device={device} is no device: use auto, cpu or cuda.") from error
     count = torch.accelerator.device_count() if found and asked.type == found.type else 0
     if asked.type != "cpu" and (asked.index or 0) >= count:
         raise CameraError(f"device={device} is not available here: use device=auto or device=cpu.")
     if asked.type == "cpu" or asked.index is not None or _card is None:
-        return device
-    if _card >= count:
+        return kind
+    if _ranks > count:
         raise CameraError(
-            f"device={device}: process {_card} of this machine has no {asked.type} of its own, "
-            f"there are {count}: start torchrun with --nproc-per-node={count}, or set device=cpu."
+            f"device={device}: torchrun started {_ranks} processes on this machine, which has "
+            f"{count} {asked.type}: start it with --nproc-per-node={count}, or set device=cpu."
         )
-    return f"{asked.type}:{_card}"
+    return f"{asked.type}:{_card % count}"
 
 
-def share_cards(number: int | None, *, wrap: bool = False) -> None:
+def share_cards(number: int | None, *, ranks: int = 0) -> None:
     """Give this process the card of its number, wherever no other is asked for by number.
 
-    `wrap`: numbers beyond the last card begin again at the first. None: all cards are its own.
+    Numbers beyond the last card begin again at the first; so many `ranks` need a card each. None:
+    all cards are this process's own.
     """
-    global _card
-    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    _card = number % count if wrap and number is not None and count else number
+    global _card, _ranks
+    _card, _ranks = number, ranks
 
 
 def all_cards(device: str) -> int:

@@ -146,6 +146,7 @@ def test_whole_method(family, checkpoints, data_folder, calibration, tmp_path):
         tmp_path / "mc",
         calibration=calibration,
         data=str(data_folder),
+        device="cpu",
         progress=False,
     )
     config = json.loads((tmp_path / "mc" / "config.json").read_text())
@@ -163,7 +164,9 @@ def test_whole_method(family, checkpoints, data_folder, calibration, tmp_path):
     for layer in report.values():
         assert 0.9 * target < layer["bits"]["stored"] <= target
     assert result.bits["stored"] <= target
-    logits = camera.checkpoint.loading.load_model(tmp_path / "mc")(torch.arange(3, 40)[None]).logits
+    logits = camera.checkpoint.loading.load_model(tmp_path / "mc", "cpu")(
+        torch.arange(3, 40)[None]
+    ).logits
     assert logits.isfinite().all()
 
 

@@ -40,13 +40,13 @@ PAIRS = list(zip(FAMILIES, METHODS, strict=True))
 
 def compress(method, model, out, calibration, data):
     return camera.compress(
-        model, method, out, calibration=calibration, data=str(data), progress=False
+        model, method, out, calibration=calibration, data=str(data), device="cpu", progress=False
     )
 
 
 def in_memory(method, family, folder, tokens_NL):
     """The plain path: the whole model in memory, each layer from what stands before it."""
-    model = load_model(folder)
+    model = load_model(folder, "cpu")
     layers = model.model.layers
     has_experts = any(hasattr(ffn_of(layer), "experts") for layer in layers)
     todo = [
@@ -97,7 +97,7 @@ def test_checkpoint_computes_what_the_model_in_memory_does(
         data=str(data_folder),
         seed=1234,
     )
-    loaded = load_model(tmp_path / "q")
+    loaded = load_model(tmp_path / "q", "cpu")
     memory = in_memory(method, family, source, tokens.ids_NL)
     with torch.no_grad():
         got, want = loaded(IDS).logits, memory(IDS).logits
@@ -120,16 +120,16 @@ def test_checkpoint_computes_what_the_model_in_memory_does(
 @pytest.mark.parametrize("family", ["qwen3_moe", "phimoe", "deepseek_v3", "granitemoe"])
 def test_attention_and_router_are_rounded(family, checkpoints, tmp_path):
     source, method = checkpoints(family, **TINY), Rtn(bits=3.25, attn_bits=8, router_bits=4)
-    camera.compress(source, method, tmp_path / "q", progress=False)
+    camera.compress(source, method, tmp_path / "q", device="cpu", progress=False)
     spec = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
     forms = [module["form"] for module in spec["modules"].values()]
     assert sum(form in ("packed_linear", "packed_router") for form in forms) >= 5
-    loaded, memory = load_model(tmp_path / "q"), in_memory(method, family, source, None)
+    loaded, memory = load_model(tmp_path / "q", "cpu"), in_memory(method, family, source, None)
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS).logits, memory(IDS).logits, rtol=1e-4, atol=1e-4)
     attention, native = (
         loaded.model.layers[1].self_attn,
-        load_model(source).model.layers[1].self_attn,
+        load_model(source, "cpu").model.layers[1].self_attn,
     )
     projection = next(n for n, m in native.named_modules() if isinstance(m, torch.nn.Linear))
     got = attention.get_submodule(projection).dense()
@@ -151,4 +151,4 @@ def test_camera_q_on_a_pruned_checkpoint(checkpoints, data_folder, calibration, 
         assert spec["widths"] == before.get("widths", [before.get("width")])
     tensors = load_file(tmp_path / "q" / "model-00001-of-00003.safetensors")
     assert any(tensor.dtype == torch.uint8 for tensor in tensors.values())
-    assert load_model(tmp_path / "q")(IDS).logits.isfinite().all()
+    assert load_model(tmp_path / "q", "cpu")(IDS).logits.isfinite().all()

@@ -1,9 +1,6 @@
 """Several processes share the calibration samples, agree on the plan, and are killed together."""
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -22,9 +19,9 @@ from camera.moe.feed_forward import FeedForward
 from camera.pipeline.compression import refuse_unshared
 from camera.runtime import distributed
 from camera.runtime.errors import CameraError
-from experiments.config.location import CONF
 from tests.helpers.damage import damage
 from tests.helpers.models import build_model
+from tests.helpers.processes import torchrun
 from tests.helpers.runs.composing import command, tiny
 
 LAYERS = 4
@@ -82,18 +79,9 @@ JOB = textwrap.dedent("""
 """)
 
 
-def torchrun(*arguments, restarts=0, **environment):
-    launch = ["--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *launch, *map(str, arguments)],
-        cwd=CONF.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def succeed(*arguments, **options):
+    done = torchrun(*arguments, **options)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +96,7 @@ def two(source, data_folder, tmp_path_factory):
     script = folder / "job.py"
     script.write_text(JOB)
     asked = (source, folder, data_folder, json.dumps(JOBS))
-    torchrun(script, *asked, restarts=1, PYTHONPATH=str(CONF.parent))
+    succeed(script, *asked, restarts=1)
     said = [
         {fact["job"]: fact for fact in map(json.loads, (folder / f"rank-{r}").open())}
         for r in range(2)
@@ -218,12 +206,12 @@ def test_what_can_not_be_added_up_is_refused_by_both(two):
 
 
 def test_main_py_runs_under_torchrun(source, data_folder, tmp_path):
-    asked = ("method=camera_p", "evaluation.perplexity=[wikitext2]")
+    asked = ("method=camera_p", "evaluation.perplexity=[wikitext2]", "device=cpu")
     runs = []
     for name in ("two", "one"):
         overrides = [*tiny(source, data_folder, tmp_path / name), *asked]
         if name == "two":
-            torchrun("main.py", *overrides)
+            succeed("main.py", *overrides)
         else:
             assert command(*overrides) == 0
         (checkpoint,) = (tmp_path / name / "checkpoints").iterdir()
@@ -261,8 +249,7 @@ STOPPED = """
 def test_what_two_processes_began_one_does_anew(source, data_folder, one, tmp_path, caplog):
     script = tmp_path / "job.py"
     script.write_text(textwrap.dedent(STOPPED))
-    with pytest.raises(AssertionError):
-        torchrun(script, source, tmp_path / "out", data_folder, PYTHONPATH=str(CONF.parent))
+    assert torchrun(script, source, tmp_path / "out", data_folder).returncode
     assert (tmp_path / ".out.partial" / "progress" / "state-1.json").exists()
     camera.compress(
         source,

@@ -91,6 +91,7 @@ def test_from_the_settings_to_a_model_that_runs(
         tmp_path / "out",
         calibration=calibration,
         data=str(data_folder),
+        device="cpu",
         progress=False,
     )
     for layer in result.layers.values():

@@ -99,7 +99,7 @@ def test_a_hub_model_is_named_by_its_commit(make, monkeypatch, tmp_path):
     identity._hub_contents.cache_clear()
 
 
-def test_runs_on_other_devices_are_not_compared(make, monkeypatch):
+def test_runs_on_other_devices_are_not_compared(make, no_accelerator, monkeypatch):
     settings = make("evaluation=none")
     folder = run(settings)
     (row,) = read_runs([folder])["_identity"]
@@ -111,7 +111,7 @@ def test_runs_on_other_devices_are_not_compared(make, monkeypatch):
     assert measurement_key(row) != measurement_key(other)
 
 
-def test_parts_of_another_device_are_measured_anew(make, monkeypatch, caplog):
+def test_parts_of_another_device_are_measured_anew(make, no_accelerator, monkeypatch, caplog):
     settings = make("method=dense")
     folder = run(settings)
     (folder / "DONE").unlink()

@@ -1,13 +1,10 @@
 """A sweep under torchrun: what all ranks refuse is recorded, a lost one ends it in a table."""
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
 
-from experiments.config.location import CONF
+from tests.helpers.processes import torchrun
 from tests.helpers.runs.composing import tiny
 
 # main.py, of which one rank dies, or fails alone, where both compress.
@@ -34,22 +31,10 @@ FAILING = textwrap.dedent("""
 """)
 
 
-def torchrun(*arguments):
-    launch = ["--standalone", "--nproc-per-node=2"]
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *launch, *map(str, arguments)],
-        cwd=CONF.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONF.parent)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-
-
 @pytest.fixture
 def overrides(checkpoints, data_folder, tmp_path):
     source = checkpoints("qwen2_moe")
-    return ["-m", *tiny(source, data_folder, tmp_path / "out"), "evaluation=none"]
+    return ["-m", *tiny(source, data_folder, tmp_path / "out"), "evaluation=none", "device=cpu"]
 
 
 def table(tmp_path):
