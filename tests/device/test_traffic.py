@@ -116,7 +116,7 @@ def test_what_has_no_room_crosses_once_each_way_from_pinned_memory(pruned, model
     whole, cut = layer_bytes(models(2, 8)), layer_bytes(pruned(batches=2)[0])
     tables = (up - whole) / table  # inputs, FFN's inputs, residuals
     assert 3 <= tables <= 3 + ROWS / table
-    assert (down - cut) / table == pytest.approx(3, abs=0.1)
+    assert 3 <= (down - cut) / table <= 3.2  # and the energies, and how many tokens each has
     for kind in ("h2d pageable", "d2h pageable"):
         assert a_layer(pruned, lambda c, k=kind: c.bytes(k), **options) < 0.01 * table
 
