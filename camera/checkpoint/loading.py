@@ -19,6 +19,7 @@ from camera.checkpoint.shards import Place, ShardReader, read_places
 from camera.checkpoint.source import refuse_adapter, refuse_no_model
 from camera.runtime import distributed
 from camera.runtime.device.accelerator import all_cards, resolve_device
+from camera.runtime.device.finite import all_finite
 from camera.runtime.errors import CameraError
 from camera.runtime.files import remembered
 
@@ -86,13 +87,6 @@ def load_model(
             raise CameraError(f"model {path}: tensor '{name}' holds NaN or inf as {kind}.")
     choose_experts(model)
     return model.eval()
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is free of NaN and inf, in one read and without a copy."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def require_finite(reader: ShardReader) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,11 +15,14 @@ from safetensors import SafetensorError, safe_open
 
 from camera.checkpoint.source import INDEX, SINGLE, weight_map
 from camera.runtime.buffers import allocate
+from camera.runtime.device.accelerator import has_own_memory
+from camera.runtime.device.staging import Staging
 from camera.runtime.errors import CameraError
 from camera.runtime.files import digest_of, replace_durably
 from camera.runtime.mapped import release_pages
 
 log = logging.getLogger("camera")
+CPU = torch.device("cpu")
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -113,9 +117,12 @@ class ShardReader:
             places |= found
         return places
 
-    def read(self, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
-        """Tensors of the keys that `wanted` accepts."""
-        return read_places({key: place for key, place in self.places.items() if wanted(key)})
+    def read(
+        self, wanted: Callable[[str], bool], device: torch.device = CPU
+    ) -> dict[str, torch.Tensor]:
+        """Tensors of the keys that `wanted` accepts, on a device."""
+        places = {key: place for key, place in self.places.items() if wanted(key)}
+        return read_places(places, device)
 
     def leave_out(self, keys: Iterable[str]) -> None:
         """Forget tensors, which then count nowhere."""
@@ -140,15 +147,19 @@ class ShardReader:
         return sum(path.stat().st_size for path in self._files) - unused
 
 
-def read_places(places: dict[str, Place]) -> dict[str, torch.Tensor]:
-    """Tensors at these places, read in the order of the files."""
+def read_places(places: dict[str, Place], device: torch.device = CPU) -> dict[str, torch.Tensor]:
+    """Tensors at these places, read in the order of the files.
+
+    Copies to a device with memory of its own run on the current stream, and aren't waited for.
+    """
     found: dict[str, torch.Tensor] = {}
+    staging = Staging(device) if places and has_own_memory(device) else None
     with ExitStack() as stack:
         files: dict[Path, BinaryIO] = {}
         for key, place in sorted(places.items(), key=lambda item: (item[1].file, item[1].start)):
             if place.file not in files:
                 files[place.file] = stack.enter_context(place.file.open("rb", buffering=0))
-            found[key] = _read(files[place.file], place)
+            found[key] = _read(files[place.file], place, staging)
     return found
 
 
@@ -187,15 +198,22 @@ def _places(path: Path) -> dict[str, Place]:
     return places
 
 
-def _read(file: BinaryIO, place: Place) -> torch.Tensor:
-    raw = allocate(place.bytes)
+def _read(file: BinaryIO, place: Place, staging: Staging | None = None) -> torch.Tensor:
     file.seek(place.start)
-    view, done = memoryview(raw.numpy()), 0
-    while done < place.bytes:  # one read gives 2 GB at most
-        got = file.readinto(view[done:])
-        if not got:
-            raise CameraError(f"shard {place.file} ends early: download it again.")
-        done += got
+
+    def fill(view: memoryview) -> None:
+        done = 0
+        while done < len(view):  # one read gives 2 GB at most
+            got = file.readinto(view[done:])
+            if not got:
+                raise CameraError(f"shard {place.file} ends early: download it again.")
+            done += got
+
+    if staging is not None:
+        raw = staging.upload(place.bytes, fill)
+    else:
+        raw = allocate(place.bytes)
+        fill(memoryview(raw.numpy()))
     return raw.view(place.dtype).view(place.shape)
 
 
@@ -275,7 +293,8 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write tensors as a safetensors file, one after the other.
 
     safetensors' own writer first copies all of them, a whole layer once more in memory. This one
-    copies a tensor only from a device or to make it contiguous.
+    copies a tensor only to make it contiguous, and from a device through buffers of a fixed size,
+    on the current stream.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -294,7 +313,12 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for key in order:
-            whole = tensors[key].detach().cpu().contiguous().reshape(-1)
-            file.write(whole.view(torch.uint8).numpy().data)
-            release_pages(tensors[key])
+        for device, keys in groupby(order, key=lambda key: tensors[key].device):
+            if has_own_memory(device):
+                for view in Staging(device).download(tensors[key] for key in keys):
+                    file.write(view)
+                continue
+            for key in keys:
+                whole = tensors[key].detach().cpu().contiguous().reshape(-1)
+                file.write(whole.view(torch.uint8).numpy().data)
+                release_pages(tensors[key])

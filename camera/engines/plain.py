@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from camera.checkpoint.config import CameraConfig
 from camera.checkpoint.formats.format import Format
 from camera.checkpoint.formats.narrow import PROJECTIONS, padded_mlp
-from camera.checkpoint.loading import all_finite
 from camera.checkpoint.source import resolve_model
 from camera.moe.families import layer_of
+from camera.runtime.device.finite import all_finite
 from camera.runtime.errors import CameraError
 from camera.streaming.meta_build import tied_names
 from camera.streaming.skeleton import MetaModel

@@ -3,8 +3,8 @@
 The layer's own router decides; its experts are replaced, for the length of the call, by stubs that
 compute only the tokens routed to them. Nothing of the routing is computed here.
 
-Shapes: B samples, L tokens of a sample, T = B * L tokens, H hidden, K experts per token, N tokens
-of one expert, W width of one expert.
+Shapes: B samples, L tokens of a sample, T = B * L tokens, H hidden, K experts per token,
+S = T * K slots, N tokens of one expert, W width of one expert.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert, RoutedExperts
 from camera.moe.observer import Observer
 from camera.moe.pool import KeptRows
-from camera.moe.routing import routed_slots
+from camera.moe.routing import counts_of, sorted_slots
 
 Sink = Callable[[ExpertGroup, int, torch.Tensor | None, torch.Tensor], None]
 """sink(group, expert, tokens_N, phi_NW): phi in the model's precision; None for all tokens."""
@@ -97,7 +97,7 @@ def project_phi(
     """y_TH of the pruned layer `ffn` from the phi of the whole one; `kept` micro-experts stayed."""
     groups = {group.path: group for group in ffn.groups}
     for call in calls:
-        rows = kept[call.path][call.expert].to(call.phi_NW.device)
+        rows = kept[call.path][call.expert]
         phi_NW = call.phi_NW.index_select(1, rows)
         output(groups[call.path], call.expert, call.tokens_N, phi_NW)
     return output.y_TH
@@ -165,16 +165,29 @@ def _routed(
     index_TK: torch.Tensor,
     weight_TK: torch.Tensor,
 ) -> torch.Tensor:
-    top_k, weight = index_TK.shape[-1], weight_TK.reshape(-1)
-    for expert, slots in routed_slots(index_TK, len(group.widths)):
-        shown_N = None
-        if mask_T is not None and sink is None:
-            slots = slots[mask_T[slots // top_k]]
-        elif mask_T is not None:
-            shown_N = mask_T[slots // top_k]
-        tokens_N = slots // top_k
-        x_NH, a_N = x_TH.index_select(0, tokens_N), weight.index_select(0, slots)
-        run_expert(group, expert, observer, sink, batch, tokens_N, x_NH, a_N, shown_N)
+    top_k, experts = index_TK.shape[-1], len(group.widths)
+    index_S, shown_S = index_TK.reshape(-1), None
+    if mask_T is not None and sink is None:  # padding is nobody's
+        index_S = index_S.where(mask_T.repeat_interleave(top_k), experts)
+    order_S, end_E = sorted_slots(index_S, experts)
+    counts = counts_of(end_E)
+    order_S = order_S[: sum(counts)]
+    token_S = order_S // top_k
+    if mask_T is not None and sink is not None:
+        shown_S = mask_T[token_S]
+    a_S = weight_TK.reshape(-1).index_select(0, order_S).float()
+    # an accelerator has room for the inputs of all experts, and loses time with every launch
+    x_SH = x_TH.index_select(0, token_S) if x_TH.device.type != "cpu" else None
+    first = 0
+    for expert, count in enumerate(counts):
+        here = slice(first, first + count)
+        first += count
+        if not count:
+            continue
+        tokens_N = token_S[here]
+        x_NH = x_TH.index_select(0, tokens_N) if x_SH is None else x_SH[here]
+        shown_N = None if shown_S is None else shown_S[here]
+        run_expert(group, expert, observer, sink, batch, tokens_N, x_NH, a_S[here], shown_N)
     return torch.zeros_like(x_TH)
 
 

@@ -88,6 +88,22 @@ def rows_of_mask(ffn: FeedForward, keep_N: torch.Tensor) -> KeptRows:
     return {group.path: [next(rows) for _ in group.widths] for group in ffn.groups}
 
 
+def rows_on(rows: KeptRows, device: torch.device) -> KeptRows:
+    """Row indices of a layer on a device, in one copy that nothing waits for."""
+    import torch
+
+    from camera.runtime.device.accelerator import has_own_memory
+
+    parts = [part for parts in rows.values() for part in parts]
+    if all(part.device == device for part in parts):
+        return rows
+    joined = torch.cat(parts)
+    if has_own_memory(device):
+        joined = joined.pin_memory()
+    moved = iter(joined.to(device, non_blocking=True).split([len(part) for part in parts]))
+    return {path: [next(moved) for _ in parts] for path, parts in rows.items()}
+
+
 def sum_dtype(device: torch.device) -> torch.dtype:
     """Dtype of sums over tokens: fp64, fp32 on a device without it."""
     import torch

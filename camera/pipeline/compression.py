@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from camera.checkpoint.loading import require_finite
@@ -16,7 +17,7 @@ from camera.method import Method, Pass, PassKind
 from camera.moe.budget import Budget
 from camera.pipeline.cache import computed_by, tokens_key
 from camera.pipeline.context import CompressionRequest, PassContext
-from camera.pipeline.estimate import MemoryEstimate, require_memory
+from camera.pipeline.memory.estimate import MemoryEstimate, require_memory
 from camera.pipeline.passes.backward import BackwardPass
 from camera.pipeline.passes.compressed import CompressedPass
 from camera.pipeline.passes.dense import DensePass
@@ -30,7 +31,7 @@ from camera.runtime.device.peak_memory import PeakMemory
 from camera.runtime.errors import CameraError
 from camera.runtime.files import require_space
 from camera.runtime.progress import format_bytes
-from camera.streaming.memory import HIDDEN_HELD
+from camera.streaming.memory import BATCH_TOKENS, HIDDEN_HELD
 from camera.streaming.settings import MemoryChoices
 from camera.streaming.skeleton import MetaModel
 from camera.streaming.streamer import LayerStreamer, Placement
@@ -48,8 +49,42 @@ RUNNERS = {
 def run(request: CompressionRequest, model: MetaModel, memory: MemoryChoices) -> CompressionResult:
     """Run the passes of the request's method (or of its plan) over a model, and publish.
 
+    Where a device runs out of memory, the run goes on from its last layer with half the batch.
     Raises CameraError for what can't be done, before any weight is read.
     """
+    halvings = 0
+    while True:
+        try:
+            return _run(request, model, memory, halvings)
+        except torch.OutOfMemoryError as error:
+            _require_smaller(request, model, halvings, error)
+        halvings += 1
+        log.warning(
+            "%s: %s is out of memory: going on with batches of %d tokens.",
+            request.out.name,
+            model.device,
+            BATCH_TOKENS >> halvings,
+        )
+        model = model.reopened()
+        request = replace(request, listeners=())  # they look at the model that is gone
+
+
+def _require_smaller(
+    request: CompressionRequest, model: MetaModel, halvings: int, error: torch.OutOfMemoryError
+) -> None:
+    """CameraError where no smaller batch helps."""
+    length = 0 if request.tokens is None else request.tokens.ids_NL.shape[1]
+    if length and BATCH_TOKENS >> halvings > length and distributed.world() == 1:
+        return
+    raise CameraError(
+        f"{model.device} is out of memory, and batches can't be smaller: set memory.hidden=ram, "
+        "memory.phi=recompute or memory.experts=disk, or take a device with more memory."
+    ) from error
+
+
+def _run(
+    request: CompressionRequest, model: MetaModel, memory: MemoryChoices, halvings: int
+) -> CompressionResult:
     budget, method = model.budget, request.method
     passes = declared_passes(request, budget)
     refuse_unshared(passes, method)
@@ -59,9 +94,10 @@ def run(request: CompressionRequest, model: MetaModel, memory: MemoryChoices) ->
     require_writable_config(model)
     require_finite(model.reader)
     spill = request.out.parent if estimate.hidden_on_disk else None
-    streamer = LayerStreamer(model, Placement(estimate.experts_on_disk, spill))
+    placement = Placement(estimate.experts_on_disk, estimate.hidden_place, spill)
+    streamer = LayerStreamer(model, placement)
     with PeakMemory(model.device) as peak:
-        context, seen = PassContext(request, streamer, estimate, peak), {}
+        context, seen = PassContext(request, streamer, estimate, peak, halvings=halvings), {}
         if request.listener is not None:
             request.listener.begin()
         for step in passes[:-1]:
@@ -75,7 +111,10 @@ def run(request: CompressionRequest, model: MetaModel, memory: MemoryChoices) ->
         last = CompressedPass(context, progress, writer)
         last.run(passes[-1], seen, plan)
         result = publish(context, last, progress, writer)
-    log.info("%s: this took %s", request.out.name, format_bytes(peak.added))
+    took = format_bytes(peak.added)
+    if estimate.device is not None:
+        took += f" on the device and {format_bytes(peak.host_added)} of the system's memory"
+    log.info("%s: this took %s", request.out.name, took)
     return result
 
 
@@ -88,7 +127,7 @@ def foresee(
     """
     method, passes = request.method, declared_passes(request, model.budget)
     share = len(range(distributed.rank(), samples, distributed.world()))
-    estimate = MemoryEstimate.of(model, method, passes, memory, share * length)
+    estimate = MemoryEstimate.of(model, method, passes, memory, share * length, length)
     if method.compensation and not estimate.keep_phi:
         raise CameraError(
             f"compensate={method.compensation.scope} needs the {format_bytes(estimate.phi)} of a "

@@ -12,7 +12,7 @@ import torch
 from camera.calibration.tokens import CalibrationTokens
 from camera.method import Method, Plan, Propagate
 from camera.moe.budget import Budget
-from camera.pipeline.estimate import MemoryEstimate
+from camera.pipeline.memory.estimate import MemoryEstimate
 from camera.pipeline.result import versions
 from camera.pipeline.state import RunState
 from camera.runtime import distributed
@@ -83,6 +83,7 @@ class PassContext:
     estimate: MemoryEstimate
     memory: PeakMemory
     state: RunState = field(default_factory=RunState)
+    halvings: int = 0  # how often a batch was halved for want of memory
 
     @property
     def method(self) -> Method:

@@ -9,7 +9,7 @@ from camera.checkpoint.formats.format import Format
 from camera.checkpoint.formats.narrow import narrow_mlp
 from camera.checkpoint.formats.ragged import ragged_of
 from camera.moe.feed_forward import FeedForward, MlpExpert
-from camera.moe.pool import KeptRows
+from camera.moe.pool import KeptRows, rows_on
 from camera.runtime.errors import CameraError
 
 
@@ -20,7 +20,7 @@ def slice_layer(ffn: FeedForward, kept: KeptRows) -> dict[str, dict[str, Any]]:
     linear layers, narrower. A module in a compressed format selects them itself. Returns the specs
     of all modules that were pruned, by path. CameraError for a format that can't be pruned.
     """
-    forms = {}
+    forms, kept = {}, rows_on(kept, next(ffn.module.parameters()).device)
     for group in ffn.groups:
         rows, module = kept[group.path], group.module
         if isinstance(module, Format):

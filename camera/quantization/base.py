@@ -180,11 +180,14 @@ class Quantization(Method):
         return {None: default, -1: None}.get(self.group_size, self.group_size)
 
     def apply_bytes(self, layer: LayerShape) -> int:
-        from camera.quantization.layer import SOLVE_BYTES, solving_bytes
+        from camera.quantization.layer import batch_bytes
 
-        widths = layer.pool.widths
-        solving = len(widths) * solving_bytes(layer.hidden, max(widths))
-        return 5 * min(solving, SOLVE_BYTES) // 4  # a quarter packs codes
+        needs = self.calibrates and self.quantizer_of(None).needs_hessian
+        pairs = zip(layer.pool.widths, layer.pool.routed, strict=True)
+        modules = [[width] for width, routed in pairs if not routed]
+        modules += [layer.routed_widths] if layer.routed_widths else []
+        solving = max(batch_bytes(layer.hidden, widths, hessians=needs) for widths in modules)
+        return 5 * solving // 4  # a quarter packs codes
 
     def apply(
         self, index: int, ffn: FeedForward, plan: LayerPlan, seen: LayerStatistics | None

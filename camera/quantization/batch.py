@@ -57,11 +57,10 @@ def quantize_batch(
         nearest = quantizer.solve(W_ERC, **asked).weight
     entries, experts = report
     entries.add(experts, W_ERC, weight_ERC, nearest, H_ECC, quantized.damping_E, quantized.fallback)
-    solved = []
-    for e, w in enumerate(matrices):
+    solved, counts = [], _group_counts(quantized.group_EC, [w.shape[1] for w in matrices])
+    for (e, w), groups in zip(enumerate(matrices), counts, strict=True):
         r, c = w.shape
         group_C = quantized.group_EC[e, :c]
-        groups = int(group_C.max()) + 1 if c else 0
         solved.append(
             QuantizedMatrix(
                 quantized.codes_ERC[e, :r, :c],
@@ -71,6 +70,15 @@ def quantize_batch(
             )
         )
     return solved, [weight_ERC[e, : w.shape[0], : w.shape[1]] for e, w in enumerate(matrices)]
+
+
+def _group_counts(group_EC: torch.Tensor, columns_E: list[int]) -> list[int]:
+    """Scale groups of every expert's own columns, without those of the padding; waits once."""
+    if not group_EC.shape[1]:
+        return [0] * len(columns_E)
+    device = group_EC.device
+    own_EC = torch.arange(group_EC.shape[1]) < torch.tensor(columns_E)[:, None]
+    return (group_EC.where(own_EC.to(device), -1).amax(1) + 1).tolist()
 
 
 def _pad_bits(bits: torch.Tensor, columns: int) -> torch.Tensor:

@@ -32,9 +32,16 @@ from camera.quantization.quantizers.quantizer import Quantizer
 SOLVE_BYTES = 4 * 2**30  # of Hessians, factors and weights that are solved as one batch
 
 
-def solving_bytes(hidden: int, width: int) -> int:
-    """What solving one expert takes: Hessians, factors and weights, in fp32."""
-    return 4 * (6 * hidden**2 + 6 * width**2 + 12 * hidden * width)
+def solving_bytes(hidden: int, width: int, *, hessians: bool = True) -> int:
+    """What solving one expert takes: Hessians and their factors, and weights, in fp32."""
+    return 4 * (6 * (hidden**2 + width**2) * hessians + 12 * hidden * width)
+
+
+def batch_bytes(hidden: int, widths: list[int], *, hessians: bool = True) -> int:
+    """What solving a module's experts takes, those that fit `SOLVE_BYTES` (or one) at a time."""
+    widest = max(widths)
+    together = min(len(widths), max(1, SOLVE_BYTES // max(1, solving_bytes(hidden, widest))))
+    return together * solving_bytes(hidden, widest, hessians=hessians)
 
 
 def quantize_layer(

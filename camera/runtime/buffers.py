@@ -16,9 +16,7 @@ _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" el
 
 
 def allocate(size: int) -> torch.Tensor:
-    """`size` bytes (uint8) of a mapping of their own, pinned where there is an accelerator."""
-    if torch.accelerator.is_available():
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    """`size` bytes (uint8) of a mapping of their own."""
     if not size:
         return torch.empty(0, dtype=torch.uint8)
     return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)

@@ -12,11 +12,14 @@ from camera.runtime.device.accelerator import current_stream, side_stream
 class BackgroundWriter:
     """Runs what it is given in a thread; never more than one piece is under way.
 
-    An error surfaces at the next call. `seconds_worked` is what the work took, `seconds_waited` the
-    part of it that the main thread stood still for.
+    On an accelerator the thread has a stream of its own, which waits for what was computed before a
+    piece was given, and for nothing after it. An error surfaces at the next call. `seconds_worked`
+    is what the work took, `seconds_waited` the part of it that the main thread stood still for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
+        self._stream = None if device is None else side_stream(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
         self._work: Future | None = None
         self.seconds_worked = self.seconds_waited = 0.0
@@ -24,12 +27,21 @@ class BackgroundWriter:
     def submit(self, work: Callable[[], None]) -> None:
         """Start a piece of work once the last one is done."""
         self.wait()
-        self._work = self._thread.submit(self._timed, work)
+        computed = None
+        if self._stream is not None:
+            computed = current_stream(self._device).record_event()
+        self._work = self._thread.submit(self._timed, work, computed)
 
-    def _timed(self, work: Callable[[], None]) -> None:
+    def _timed(self, work: Callable[[], None], computed: torch.Event | None) -> None:
         start = perf_counter()
         try:
-            work()
+            if self._stream is None:
+                work()
+            else:
+                self._stream.wait_event(computed)
+                with self._stream:
+                    work()
+                self._stream.synchronize()  # before memory that it reads is freed
         finally:
             self.seconds_worked += perf_counter() - start
 
@@ -54,7 +66,7 @@ class BackgroundWriter:
 
 
 Read = Callable[[int, bool], dict[str, torch.Tensor]]
-"""read(layer, without_experts): the tensors of a layer."""
+"""read(layer, without_experts): the tensors of a layer, copied on the current stream."""
 
 
 class LayerPrefetcher:
@@ -95,6 +107,12 @@ class LayerPrefetcher:
         if self._coming is None and 0 <= index < self._layers:
             self._coming = self._begin((index, without_experts))
 
+    def drop(self) -> None:
+        """Let go of what was read ahead."""
+        coming, self._coming = self._coming, None
+        if coming is not None:
+            wait([coming[1]])
+
     def _begin(self, asked: tuple[int, bool]) -> tuple[tuple[int, bool], Future]:
         thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         try:
@@ -105,14 +123,11 @@ class LayerPrefetcher:
     def _fetch(self, index: int, without_experts: bool) -> dict[str, torch.Tensor]:
         start = perf_counter()
         try:
-            tensors = self._read(index, without_experts)
-            if self._stream is not None:
-                with self._stream:
-                    tensors = {
-                        key: tensor.to(self._device, non_blocking=True)
-                        for key, tensor in tensors.items()
-                    }
-                self._stream.synchronize()
+            if self._stream is None:
+                return self._read(index, without_experts)
+            with self._stream:
+                tensors = self._read(index, without_experts)
+            self._stream.synchronize()
             return tensors
         finally:
             self.seconds_read += perf_counter() - start

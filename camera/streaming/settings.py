@@ -13,12 +13,12 @@ class MemoryChoices:
     """Choices that save memory, each `auto` by size.
 
     phi: activations of one layer are kept until it is pruned, or recomputed. hidden: hidden states
-    between layers are in RAM or memory-mapped from disk. experts: a layer's routed experts are
-    loaded into RAM together, or stay on disk and are loaded one at a time.
+    between layers are on the device, in RAM or memory-mapped from disk. experts: a layer's routed
+    experts are loaded into RAM together, or stay on disk and are loaded one at a time.
     """
 
     phi: Literal["auto", "keep", "recompute"] = "auto"
-    hidden: Literal["auto", "ram", "disk"] = "auto"
+    hidden: Literal["auto", "device", "ram", "disk"] = "auto"
     experts: Literal["auto", "ram", "disk"] = "auto"
 
     def __post_init__(self) -> None:

@@ -10,7 +10,6 @@ from torch import nn
 
 from camera.checkpoint.config import load_config
 from camera.checkpoint.loading import (
-    all_finite,
     choose_experts,
     choose_kernels,
     compute_dtype,
@@ -23,6 +22,7 @@ from camera.moe.capture import replaced_submodule
 from camera.moe.families import family_of, layer_of
 from camera.moe.feed_forward import ExpertGroup, FeedForward
 from camera.runtime.buffers import trim_heap
+from camera.runtime.device.finite import FiniteCheck, all_finite
 from camera.runtime.errors import CameraError
 from camera.runtime.overlap import LayerPrefetcher
 from camera.streaming.disk_experts import (
@@ -50,7 +50,7 @@ class MetaModel:
         trust_remote_code: bool = False,
     ):
         self.folder, self.device = folder, torch.device(device)
-        self.trust_remote_code = trust_remote_code
+        self.trust_remote_code, self._asked = trust_remote_code, dtype
         self.config = load_config(folder, trust_remote_code)
         choose_kernels(self.config)
         self.family = family_of(self.config.model_type)
@@ -83,6 +83,12 @@ class MetaModel:
         self.model.to(self.dtype)
         choose_experts(self.model)
         self._materialise_rotary()
+
+    def reopened(self) -> "MetaModel":
+        """The model as its files have it; this object holds no memory from then on."""
+        self.prefetcher.drop()
+        self.free(self.model)
+        return MetaModel(self.folder, str(self.device), self._asked, self.trust_remote_code)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -123,7 +129,8 @@ class MetaModel:
             lambda key: (
                 layer_of(key) == index
                 and not (without_experts and self.family.checkpoint_names.holds(key))
-            )
+            ),
+            self.device,
         )
 
     def _leave_on_disk(self, index: int, experts: ExpertGroup) -> None:
@@ -138,7 +145,8 @@ class MetaModel:
             one = single_expert_module(native)
             with replaced_submodule(ffn.module, self.family.experts, one):
                 tensors = read_places(
-                    single_expert_places(places, expert, self.family.checkpoint_names)
+                    single_expert_places(places, expert, self.family.checkpoint_names),
+                    self.device,
                 )
                 self._load(tensors, lambda name: name.startswith(f"{experts.path}."))
             return one.gate_up_proj.data[0], one.down_proj.data[0]
@@ -149,7 +157,7 @@ class MetaModel:
         """Read what is outside the layers: embeddings, final norm, head (or those named `only`)."""
         tied = tied_names(self.model)
         self._load(
-            self.reader.read(lambda key: layer_of(key) is None and only in key),
+            self.reader.read(lambda key: layer_of(key) is None and only in key, self.device),
             lambda name: layer_of(name) is None and only in name and name not in tied,
         )
 
@@ -161,10 +169,11 @@ class MetaModel:
         held = {prefix + name: tensor for name, tensor in module.state_dict().items()}
         held = {name: tensor for name, tensor in held.items() if not tensor.is_meta}
         self.free(module)
-        found = {}
+        found, check = {}, FiniteCheck()
         for name in list(held):
             tensor = held.pop(name)
-            found[name] = self._as_stored(name, tensor) if tensor.is_floating_point() else tensor
+            found[name] = self._as_stored(name, tensor, check)
+        self._require_storable(check, found)
         trim_heap()
         return found
 
@@ -175,21 +184,30 @@ class MetaModel:
         exempt = self.model._get_dtype_plan(self.stored_dtype)  # what the family keeps in fp32
         return torch.float32 if any(part in name for part in exempt) else self.stored_dtype
 
-    def _as_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor in the dtype of its place on disk; CameraError for what doesn't fit that."""
+    def _as_stored(self, name: str, tensor: torch.Tensor, check: FiniteCheck) -> torch.Tensor:
+        """A tensor in the dtype of its place on disk, entered in `check` unless it is as it was."""
+        if not tensor.is_floating_point():
+            return tensor
         dtype = self.dtype_on_disk(name)
         if torch.promote_types(dtype, self.dtype) != self.dtype and name in self.reader.places:
             # computed in a coarser dtype: what nobody changed is written as it was
-            original = self.reader.read(lambda key: key == name)[name]
+            original = self.reader.read(lambda key: key == name, tensor.device)[name]
             if torch.equal(original.to(tensor), tensor):
                 return original.to(dtype)
-        stored = tensor.to(dtype)
-        if not all_finite(stored):
-            told = f"doesn't fit {dtype}, in which it is stored: set dtype=bfloat16 or float32"
-            if not all_finite(tensor):
-                told = "holds NaN or inf when it is compressed: run with dtype=float32"
-            raise CameraError(f"tensor '{name}' {told}.".replace("torch.", ""))
-        return stored
+        check.add(name, tensor)
+        return tensor.to(dtype)
+
+    def _require_storable(self, check: FiniteCheck, stored: dict[str, torch.Tensor]) -> None:
+        """CameraError for a tensor that doesn't fit the dtype in which it is stored."""
+        name = check.first_broken({name: tensor.dtype for name, tensor in stored.items()})
+        if name is None:
+            return
+        dtype = stored[name].dtype
+        told = f"doesn't fit {dtype}, in which it is stored: set dtype=bfloat16 or float32"
+        if check.first_broken() is not None:
+            name = check.first_broken()
+            told = "holds NaN or inf when it is compressed: run with dtype=float32"
+        raise CameraError(f"tensor '{name}' {told}.".replace("torch.", ""))
 
     def free(self, module: nn.Module) -> None:
         """Give a module's memory back."""
@@ -207,9 +225,13 @@ class MetaModel:
                 f"tensor '{name}' in {self.folder} doesn't have the shape config.json asks for."
             )
         refuse_missing(self.folder, {name for name in info.missing_keys if due(name)})
+        check = FiniteCheck()
         for name, tensor in self.model.state_dict().items():
-            if due(name) and not tensor.is_meta and not all_finite(tensor):
-                self._blame(name)
+            if due(name) and not tensor.is_meta:
+                check.add(name, tensor)
+        broken = check.first_broken()
+        if broken is not None:
+            self._blame(broken)
 
     def _blame(self, name: str) -> None:
         """CameraError for a tensor that isn't finite: the file's fault, or that of the dtype."""

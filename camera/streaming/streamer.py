@@ -5,15 +5,15 @@ Shapes: B samples of a batch, L tokens of a sample, H hidden, T = B * L.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from camera.checkpoint.loading import all_finite
 from camera.moe.capture import (
     ModuleStub,
     OutputSum,
@@ -24,22 +24,27 @@ from camera.moe.capture import (
     unwrap,
 )
 from camera.moe.observer import Observer
-from camera.moe.pool import KeptRows
+from camera.moe.pool import KeptRows, rows_on
 from camera.runtime.buffers import trim_heap
+from camera.runtime.device.finite import FiniteCheck
 from camera.runtime.errors import CameraError
-from camera.runtime.mapped import MappedTable, release_pages
+from camera.runtime.mapped import release_pages
 from camera.streaming.batches import Arguments, FfnInput, FfnOutput, FfnPhi, LayerInput
 from camera.streaming.disk_experts import DiskExpertsPass
+from camera.streaming.hidden_states import HiddenPlace, HiddenStates
 from camera.streaming.recorder import ArgumentRecorder
 from camera.streaming.skeleton import MetaModel
+
+Stage = TypeVar("Stage", FfnInput, FfnPhi, FfnOutput)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The places of what doesn't fit in memory: routed experts on disk, hidden states in the folder
-    `spill` between layers (None: in RAM)."""
+    """Where a run keeps what doesn't fit: routed experts on disk, hidden states between layers on
+    the device, in RAM, or on disk in the folder `spill`."""
 
     experts_on_disk: bool = False
+    hidden: HiddenPlace = "ram"
     spill: Path | None = None
 
 
@@ -51,6 +56,7 @@ class LayerStreamer:
 
     def __init__(self, model: MetaModel, placement: Placement | None = None):
         self.model, self.placement = model, placement or Placement()
+        self.hidden = HiddenStates(model.device, self.placement.hidden, self.placement.spill)
 
     def load_layer(self, index: int) -> nn.Module:
         """Read one decoder layer, and begin to read the next one."""
@@ -80,17 +86,18 @@ class LayerStreamer:
                     kwargs = same.setdefault(batch["input_ids"].shape, kwargs)
                 else:
                     mask = mask.bool().reshape(-1)
-                hidden_BLH = self._keep(recorders[0].call[0])
+                hidden_BLH = self.hidden.keep(recorders[0].call[0])
                 found.append(LayerInput(Arguments(kwargs, mask), hidden_BLH))
         model.free(model.base.embed_tokens)
+        self.hidden.settle()
         return found
 
     @torch.no_grad()
     def attend(self, index: int, batches: list[LayerInput]) -> list[FfnInput]:
         """Run a loaded layer up to its FFN: the FFN's inputs and the residuals."""
         layer, found = self.model.layers[index], []
-        while batches:
-            batch = batches.pop(0)
+        coming = self.hidden.fetched(batches, lambda batch: [batch.hidden_BLH], use_up=True)
+        for batch, (hidden_BLH,) in coming:
             inputs: list[torch.Tensor] = []
 
             def record(x_BLH: torch.Tensor, inputs: list = inputs) -> torch.Tensor:
@@ -98,9 +105,11 @@ class LayerStreamer:
                 return torch.zeros_like(x_BLH)
 
             with replaced_submodule(layer, self.model.family.ffn, ModuleStub(record)):
-                hidden_BLH = batch.hidden_BLH.to(self.model.device)
                 residual = unwrap(layer(hidden_BLH, **batch.arguments.kwargs[index]))
-            found.append(FfnInput(batch.arguments, self._keep(residual), self._keep(inputs[0])))
+            kept = self.hidden.keep(residual), self.hidden.keep(inputs[0])
+            found.append(FfnInput(batch.arguments, *kept))
+            del batch, hidden_BLH, residual
+        self.hidden.settle()
         trim_heap()
         return found
 
@@ -125,98 +134,129 @@ class LayerStreamer:
         self, index: int, batches: list[FfnInput], observer: Observer | None = None
     ) -> list[LayerInput]:
         """Finish the layer expert by expert, and show each one's activations on the way."""
-        found: list[LayerInput] = []
         if self._on_disk(index):  # all batches' outputs at once
-            outputs = [OutputSum(batch.x_BLH) for batch in batches]
+            likes = [torch.empty_like(batch.x_BLH, device="cpu") for batch in batches]
+            outputs = [OutputSum(x_BLH) for x_BLH in likes]
             for output in outputs:
-                output.y_TH = self._keep(output.y_TH)
+                output.y_TH = self.hidden.keep(output.y_TH)
             self._run(index, batches, observer, outputs)
-            for output in outputs:
-                found.append(self.add(index, FfnOutput(batches.pop(0), output.y_TH)))
-        number = 0
-        while batches:
-            batch = batches.pop(0)
-            output = OutputSum(batch.x_BLH.to(self.model.device))
-            self._run(index, [batch], observer, [output], first=number)
-            found.append(self.add(index, FfnOutput(batch, output.y_TH)))
-            number += 1
-        trim_heap()
-        return found
+            ends = [FfnOutput(batches.pop(0), output.y_TH) for output in outputs]
+            return self.add(index, ends)
+        number = itertools.count()
+
+        def run(batch: FfnInput, x_BLH: torch.Tensor, residual_BLH: torch.Tensor) -> torch.Tensor:
+            output = OutputSum(x_BLH)
+            self._run_batch(index, next(number), batch, x_BLH, residual_BLH, observer, output)
+            return output.y_TH
+
+        return self._finished(index, batches, lambda at: at, run)
 
     @torch.no_grad()
     def run_layer(self, index: int, batches: list[FfnInput]) -> list[LayerInput]:
         """Finish the layer by the FFN module that it now has."""
-        module, found = self.model.feed_forward(index).module, []
-        while batches:
-            batch = batches.pop(0)
-            y_BLH = module(batch.x_BLH.to(self.model.device))
-            found.append(self.add(index, FfnOutput(batch, y_BLH.flatten(0, -2))))
-        trim_heap()
-        return found
+        module = self.model.feed_forward(index).module
+
+        def run(batch: FfnInput, x_BLH: torch.Tensor, residual_BLH: torch.Tensor) -> torch.Tensor:
+            return module(x_BLH).flatten(0, -2)
+
+        return self._finished(index, batches, lambda at: at, run)
 
     @torch.no_grad()
     def project(self, index: int, batches: list[FfnPhi], kept: KeptRows) -> list[LayerInput]:
         """Finish a pruned layer from the phi of the whole one."""
-        ffn, found = self.model.feed_forward(index), []
-        while batches:
-            batch = batches.pop(0)
-            output = OutputSum(batch.at.x_BLH.to(self.model.device))
-            y_TH = project_phi(ffn, batch.calls, kept, output)
-            found.append(self.add(index, FfnOutput(batch.at, y_TH)))
-        trim_heap()
-        return found
+        ffn = self.model.feed_forward(index)
+        kept = rows_on(kept, self.model.device)
+
+        def run(batch: FfnPhi, residual_BLH: torch.Tensor) -> torch.Tensor:
+            return project_phi(ffn, batch.calls, kept, OutputSum(residual_BLH))
+
+        return self._finished(index, batches, lambda phi: phi.at, run, reads_x=False)
 
     @torch.no_grad()
-    def add(self, index: int, output: FfnOutput) -> LayerInput:
-        """Add the FFN's output to the residual: the next layer's input.
+    def add(self, index: int, outputs: list[FfnOutput]) -> list[LayerInput]:
+        """Add the FFN's outputs to the residuals: the next layer's inputs."""
 
-        CameraError for NaN and inf.
+        def run(output: FfnOutput, residual_BLH: torch.Tensor) -> torch.Tensor:
+            return output.y_TH.to(self.model.device)
+
+        return self._finished(index, outputs, lambda output: output.at, run, reads_x=False)
+
+    def _finished(
+        self,
+        index: int,
+        batches: list[Stage],
+        place: Callable[[Stage], FfnInput],
+        run: Callable[..., torch.Tensor],
+        *,
+        reads_x: bool = True,
+    ) -> list[LayerInput]:
+        """The next layer's inputs: what `run` puts out for each batch, added to its residual.
+
+        CameraError for NaN and inf, which are looked for once.
         """
-        device, scale = self.model.device, self.model.feed_forward(index).residual_scale
-        y_BLH = output.y_TH.to(device).view_as(output.at.x_BLH)
-        hidden_BLH = output.at.residual_BLH.to(device) + y_BLH * scale
-        if not all_finite(hidden_BLH):
+        scale, found = self.model.feed_forward(index).residual_scale, []
+        check = FiniteCheck()
+
+        def tables(stage: Stage) -> list[torch.Tensor]:
+            at = place(stage)
+            return [at.x_BLH, at.residual_BLH] if reads_x else [at.residual_BLH]
+
+        for stage, (*x, residual_BLH) in self.hidden.fetched(batches, tables, use_up=True):
+            at, y_TH = place(stage), run(stage, *x, residual_BLH)
+            del stage, x
+            hidden_BLH = residual_BLH + y_TH.view_as(residual_BLH) * scale
+            check.add(str(len(found)), hidden_BLH)
+            found.append(LayerInput(at.arguments, self.hidden.keep(hidden_BLH)))
+            release_pages(at.x_BLH)
+            del at, y_TH, residual_BLH, hidden_BLH
+        if check.first_broken() is not None:
             raise CameraError(
                 f"activations after layer {index} hold NaN or inf: check the weights, or run with "
                 "dtype=float32."
             )
-        return LayerInput(output.at.arguments, self._keep(hidden_BLH))
+        self.hidden.settle()
+        trim_heap()
+        return found
 
     def _on_disk(self, index: int) -> bool:
         return self.placement.experts_on_disk and self.model.feed_forward(index).routed is not None
 
     def _run(
+        self, index: int, batches: list[FfnInput], observer: Observer | None, sinks: list[Any]
+    ) -> None:
+        """Run the FFN on every batch, experts on disk after all of them; the batches stay."""
+        later = None
+        if self._on_disk(index):
+            later = DiskExpertsPass(self.model.feed_forward(index).routed)
+        hidden = observer is not None and observer.reads_hidden
+
+        def tables(at: FfnInput) -> list[torch.Tensor]:
+            return [at.x_BLH, at.residual_BLH] if hidden else [at.x_BLH]
+
+        coming = self.hidden.fetched(batches, tables, use_up=False)
+        for i, ((at, (x_BLH, *residual)), sink) in enumerate(zip(coming, sinks, strict=True)):
+            self._run_batch(index, i, at, x_BLH, *(residual or [None]), observer, sink, later)
+            release_pages(at.x_BLH)
+        if later is not None:
+            later.run(observer, self.model.device)
+
+    def _run_batch(
         self,
         index: int,
-        batches: list[FfnInput],
+        number: int,
+        batch: FfnInput,
+        x_BLH: torch.Tensor,
+        residual_BLH: torch.Tensor | None,
         observer: Observer | None,
-        sinks: list[Any],
-        first: int = 0,
+        sink: Any,
+        later: DiskExpertsPass | None = None,
     ) -> None:
-        """Run the FFN on every batch, experts on disk after all of them; `first` is the number of
-        the first batch."""
-        ffn, device = self.model.feed_forward(index), self.model.device
-        later = DiskExpertsPass(ffn.routed) if self._on_disk(index) else None
-        for i, (batch, sink) in enumerate(zip(batches, sinks, strict=True), first):
-            mask_T = batch.arguments.mask_T
-            mask_T = None if mask_T is None else mask_T.to(device)
-            x_BLH = batch.x_BLH.to(device)
-            if observer is not None:
-                hidden_TH = None
-                if observer.reads_hidden:
-                    hidden_TH = batch.residual_BLH.to(device).flatten(0, -2)
-                observer.ffn_input(i, x_BLH.flatten(0, -2), hidden_TH, mask_T)
-            routed = None if later is None else later.recording(i, mask_T, sink)
-            run_ffn(ffn, x_BLH, observer, mask_T=mask_T, sink=sink, batch=i, routed=routed)
-            release_pages(batch.x_BLH)
-        if later is not None:
-            later.run(observer, device)
-
-    def _keep(self, states: torch.Tensor) -> torch.Tensor:
-        """Hidden states on their way to the next layer: in RAM or mapped from disk."""
-        if self.placement.spill is None:
-            return states.cpu()
-        tokens, hidden = states[..., 0].numel(), states.shape[-1]
-        table = MappedTable(tokens, hidden, states.dtype, -1, self.placement.spill)
-        table.write(0, states)
-        return table.read(0, tokens).view_as(states)
+        """Run the FFN on one batch; `later` evaluates its routed experts."""
+        mask_T = batch.arguments.mask_T
+        mask_T = None if mask_T is None else mask_T.to(self.model.device)
+        if observer is not None:
+            hidden_TH = residual_BLH.flatten(0, -2) if observer.reads_hidden else None
+            observer.ffn_input(number, x_BLH.flatten(0, -2), hidden_TH, mask_T)
+        routed = None if later is None else later.recording(number, mask_T, sink)
+        ffn = self.model.feed_forward(index)
+        run_ffn(ffn, x_BLH, observer, mask_T=mask_T, sink=sink, batch=number, routed=routed)

@@ -36,7 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--sparsity", type=float, default=0.2)
     parser.add_argument("--experts", default="ram", choices=("ram", "disk"))
-    parser.add_argument("--hidden", default="ram", choices=("ram", "disk"))
+    parser.add_argument("--hidden", default="ram", choices=("device", "ram", "disk"))
     parser.add_argument("--threads", type=int, default=1, help="torch threads (0: as they are)")
     parser.add_argument("--folder", help="where to write (default: the system's temporary folder)")
     parser.add_argument("--device", default="cpu")

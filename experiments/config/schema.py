@@ -86,7 +86,7 @@ class MemoryUse:
     """Memory choices of a compression: see `camera.streaming.settings.MemoryChoices`."""
 
     phi: choice("auto", "keep", "recompute") = "auto"
-    hidden: choice("auto", "ram", "disk") = "auto"
+    hidden: choice("auto", "device", "ram", "disk") = "auto"
     experts: choice("auto", "ram", "disk") = "auto"
 
 

@@ -17,6 +17,7 @@ from camera.calibration.statistics import LayerStatistics
 from camera.moe.capture import ExpertCall
 from camera.moe.feed_forward import ExpertGroup, FeedForward
 from camera.moe.pool import PoolIndex, sum_dtype
+from camera.runtime.device.staging import on_host
 from camera.runtime.errors import CameraError
 
 
@@ -58,17 +59,20 @@ class EnergyObserver(LayerObserver):
     def __call__(self, call: ExpertCall) -> None:
         phi2_NW = call.phi_NW.float().square()
         rows = self._index.rows(call.group.path, call.expert)
-        self._sum2_N[rows] += phi2_NW.sum(0)
-        self._max2_N[rows] = torch.maximum(self._max2_N[rows], phi2_NW.amax(0))
+        sum2_W, max2_W = self._sum2_N[rows], self._max2_N[rows]
+        sum2_W += phi2_NW.sum(0)
+        torch.maximum(max2_W, phi2_NW.amax(0), out=max2_W)
         self._tokens[self._index.expert(call.group.path, call.expert)] += len(call.h_NW)
 
     def result(self) -> EnergyStatistics:
         """The statistics gathered so far, on the CPU."""
+        basis_N = torch.cat([basis_norm(group) for group in self._groups])
+        sum2_N, max2_N, basis_N = on_host(self._sum2_N, self._max2_N, basis_N)
         return EnergyStatistics(
             groups=self._index.groups,
-            sum2_N=self._sum2_N.cpu().double(),
-            max2_N=self._max2_N.cpu(),
-            basis_N=torch.cat([basis_norm(group) for group in self._groups]).cpu(),
+            sum2_N=sum2_N.double(),
+            max2_N=max2_N,
+            basis_N=basis_N,
             tokens_E=torch.tensor(self._tokens, dtype=torch.int64),
         )
 

@@ -21,6 +21,8 @@ from camera.checkpoint.formats.ragged_rows import RaggedRows
 from camera.moe.expert_module import ExpertModule
 from camera.moe.families import Family
 from camera.moe.feed_forward import RoutedExperts
+from camera.moe.pool import rows_on
+from camera.moe.routing import counts_of, sorted_slots
 from camera.runtime.device.accelerator import has_grouped_products
 
 # A CPU without instructions for half precision multiplies such matrices many times slower.
@@ -166,8 +168,8 @@ class RaggedExperts(nn.Module, Format):
         self, x_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> torch.Tensor:
         """Sorted by expert: two products for every expert that was hit."""
-        order = index_TK.reshape(-1).argsort(stable=True)
-        counts = torch.bincount(index_TK.reshape(-1), minlength=self.num_experts).tolist()
+        order, end_E = sorted_slots(index_TK.reshape(-1), self.num_experts)
+        counts = counts_of(end_E)
         x_sorted = _wide(x_TH).index_select(0, order // index_TK.shape[1])
         outs = [
             self._expert(expert, x_NH)
@@ -185,9 +187,7 @@ class RaggedExperts(nn.Module, Format):
         only one expert has, take plain products: prune with `width_multiple` to have few.
         """
         rank_E = self._rows.ranks(x_TH.device)
-        rank = rank_E[index_TK.reshape(-1)]
-        order = rank.argsort(stable=True)
-        ends_E = torch.bincount(rank, minlength=self.num_experts).cumsum(0)
+        order, ends_E = sorted_slots(rank_E[index_TK.reshape(-1)], self.num_experts)
         bounds = [0, *ends_E.tolist()]
         x_sorted = x_TH.index_select(0, order // index_TK.shape[1])
         outs, first = [], 0
@@ -269,18 +269,19 @@ def ragged_of(
     widths = experts.widths if rows is None else [len(kept) for kept in rows]
     plain = RaggedExperts(like.shape[0], widths, experts.act_fn, like.device, like.dtype)
     plain.requires_grad_(False)
+    if rows is not None:
+        (rows,) = rows_on({"": list(rows)}, like.device).values()
     for e in range(len(widths)):
         whole = experts.gate_up(e)
         if rows is None:
             plain.gate_up(e).copy_(whole)
             plain.down(e).copy_(experts.down(e))
             continue
-        kept = rows[e].to(like.device)
         halves = whole if isinstance(whole, tuple) else whole.chunk(2)
         for half, part in zip(halves, plain.gate_up(e).chunk(2), strict=True):
-            torch.index_select(half, 0, kept, out=part)
+            torch.index_select(half, 0, rows[e], out=part)
         # written row by row: a copy into the transposed view would take several times as long
-        plain.down(e).t().copy_(experts.down(e).index_select(1, kept).t())
+        plain.down(e).t().copy_(experts.down(e).index_select(1, rows[e]).t())
     return plain
 
 

@@ -22,13 +22,14 @@ from torch.nn import functional as F
 
 from camera.calibration.observers import ObserverSpec
 from camera.calibration.statistics import LayerStatistics, Statistics
-from camera.checkpoint.loading import all_finite
 from camera.method import Pass, Seen
 from camera.moe.gradients import backpropagate
 from camera.pipeline.cache import gathered_once
 from camera.pipeline.context import PassContext
+from camera.pipeline.passes.dense import regrouped
 from camera.pipeline.resume import PassProgress
 from camera.runtime import distributed
+from camera.runtime.device.finite import all_finite
 from camera.runtime.errors import CameraError
 from camera.runtime.files import partial_of, replace_durably, require_space
 from camera.runtime.progress import EachLayer
@@ -61,7 +62,7 @@ class BackwardPass:
                 )
             progress.restore()
             ids_NL = context.ids_NL
-            size = max(1, BACKWARD_TOKENS // ids_NL.shape[1])
+            size = max(1, (BACKWARD_TOKENS >> context.halvings) // ids_NL.shape[1])
             inputs = [{"input_ids": ids} for ids in ids_NL.split(size)]
             way = BackwardWay(streamer, inputs, folder)
             layers = way.run(spec, context.each_layer, progress)
@@ -81,7 +82,7 @@ class BackwardWay:
     ):
         self.streamer, self.inputs = streamer, inputs
         self.gradients: list[torch.Tensor] = []  # [B, L, H] per batch, dloss/d(hidden states)
-        self._store = _Inputs(folder)
+        self._store = _Inputs(folder, [len(batch["input_ids"]) for batch in inputs])
         self._batches: list[LayerInput] = []
         self._arguments: list[Arguments] = []
 
@@ -96,7 +97,7 @@ class BackwardWay:
             progress.commit(index + 1, {}, [])
         self._batches = []
         if progress.done > layers:
-            self.gradients = progress.hidden()
+            self.gradients = regrouped(progress.hidden(), self._store.sizes)
         else:
             self.head()
         for step in each_layer("backward", progress.done - layers):
@@ -214,10 +215,13 @@ def next_tokens(
 
 
 class _Inputs:
-    """Every layer's inputs on disk, a file per layer and a tensor per batch."""
+    """Every layer's inputs on disk, a file per layer and a tensor per batch.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    `sizes` are the samples of each batch that is asked for; those that were put may differ.
+    """
+
+    def __init__(self, folder: Path, sizes: list[int]):
+        self.folder, self.sizes = folder, sizes
         self._rank = f"-{distributed.rank()}" if distributed.rank() else ""
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -235,10 +239,18 @@ class _Inputs:
             ) from error
 
     def get(self, index: int, batch: int) -> torch.Tensor:
-        path = self._path(index)
+        path, first = self._path(index), sum(self.sizes[:batch])
+        found, start = [], 0
         try:
             with safe_open(path, "pt") as file:
-                return file.get_tensor(str(batch))
+                for key in sorted(file.keys(), key=int):
+                    part = file.get_slice(key)
+                    size = part.get_shape()[0]
+                    begin, end = max(first - start, 0), first + self.sizes[batch] - start
+                    if begin < size and end > 0:
+                        found.append(part[begin : min(end, size)])
+                    start += size
+            return found[0] if len(found) == 1 else torch.cat(found)
         except (OSError, SafetensorError) as error:
             raise CameraError(
                 f"{path} can't be read ({error}): delete its folder and run the same command again."

@@ -68,7 +68,7 @@ class CompressedPass:
             self.statistics = Statistics(progress.statistics(), context.about(step.feed))
         else:
             self.statistics = self._earlier(seen)
-        with BackgroundWriter() as writer:
+        with BackgroundWriter(context.streamer.model.device) as writer:
             for index in context.each_layer("compress", progress.done):
                 stored = self._layer(step, index, tokens, seen, writer)
                 writer.submit(self._finished(index, tokens, stored))
@@ -215,7 +215,7 @@ class CompressedPass:
         if not stage or isinstance(stage[0], LayerInput):
             return stage
         if isinstance(stage[0], FfnOutput):
-            return [streamer.add(index, output) for output in stage]
+            return streamer.add(index, stage)
         if isinstance(stage[0], FfnPhi):
             return streamer.project(index, stage, kept)
         return streamer.run_layer(index, stage)

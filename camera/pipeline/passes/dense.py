@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from camera.calibration.statistics import LayerStatistics, Statistics
 from camera.method import Pass, Seen
 from camera.pipeline.cache import gathered_once
@@ -55,14 +57,21 @@ class DensePass:
 def embedded(context: PassContext) -> list[LayerInput]:
     """The calibration samples of this rank before the first layer."""
     ids_NL = context.ids_NL
-    size = max(1, BATCH_TOKENS // ids_NL.shape[1])
+    size = max(1, (BATCH_TOKENS >> context.halvings) // ids_NL.shape[1])
     return context.streamer.embed({"input_ids": ids} for ids in ids_NL.split(size))
 
 
 def resumed(batches: list[LayerInput], progress: PassProgress) -> list[LayerInput]:
     """The same batches where an earlier run left them."""
-    states = progress.hidden()
+    states = regrouped(progress.hidden(), [len(batch.hidden_BLH) for batch in batches])
     return [
         LayerInput(batch.arguments, hidden_BLH)
         for batch, hidden_BLH in zip(batches, states, strict=True)
     ]
+
+
+def regrouped(states: list[torch.Tensor], sizes: list[int]) -> list[torch.Tensor]:
+    """The same samples in batches of these sizes, where a run goes on with others."""
+    if [len(part) for part in states] == sizes:
+        return states
+    return list(torch.cat(states).split(sizes))

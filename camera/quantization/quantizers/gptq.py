@@ -202,7 +202,10 @@ class GPTQ:
             W_ECR = W_ECR.take_along_dim(perm_EC[:, :, None], 1)
             if static:
                 order_EC = order_EC.expand(experts, columns).take_along_dim(perm_EC, 1)
-        codes_ECR, loss_ER = self._sweep(W_ECR, factor.U_ECC, groups, order_EC, scales, static)
+        if factor.U_ECC is None:
+            codes_ECR, loss_ER = self._nearest(W_ECR, groups, order_EC, scales, static)
+        else:
+            codes_ECR, loss_ER = self._sweep(W_ECR, factor.U_ECC, groups, order_EC, scales, static)
         group_EC = order_EC.expand(experts, columns)
         if perm_EC is not None:
             back_EC = perm_EC.argsort(1)
@@ -220,10 +223,39 @@ class GPTQ:
             fallback=factor.fallback,
         )
 
+    def _nearest(
+        self,
+        W_ECR: torch.Tensor,
+        groups: ColumnGroups,
+        order_EC: torch.Tensor,
+        scales: Scales,
+        static: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes [E, C, R] and loss without errors to pass on: what `_sweep` gives with H = I.
+
+        No column depends on another: a block of columns is one piece.
+        """
+        experts, columns, rows = W_ECR.shape
+        if not static:
+            for column, start in groups.starts.items():
+                scales.fit(start, W_ECR[start.experts, column : column + start.length])
+        codes_ECR = torch.empty(W_ECR.shape, dtype=torch.uint8, device=W_ECR.device)
+        loss_ER = W_ECR.new_zeros(experts, rows)
+        for first in range(0, columns, self.block_size):
+            block = slice(first, first + self.block_size)
+            index_EBR = order_EC[:, block, None].expand(experts, -1, rows)
+            scale_EBR, zero_EBR, maxq_EBR = (t.gather(1, index_EBR) for t in scales.tables)
+            w_EBR = W_ECR[:, block]
+            code_EBR = self.grid.encode(w_EBR, scale_EBR, zero_EBR, maxq_EBR, scales.binary)
+            codes_ECR[:, block] = code_EBR
+            error_EBR = w_EBR - dequantize(code_EBR, scale_EBR, zero_EBR)
+            loss_ER += error_EBR.square().sum(1) / 2
+        return codes_ECR, loss_ER
+
     def _sweep(self, W_ECR, U_ECC, groups, order_EC, scales, static):
         """The column loop, for all experts at once: codes [E, C, R] and loss; uses W_ECR up."""
         experts, columns, rows = W_ECR.shape
-        grid, feedback = self.grid, U_ECC is not None
+        grid = self.grid
         everyone = torch.arange(experts, device=W_ECR.device)
         # Groups that all experts share are sliced, not gathered.
         alike = order_EC[0].tolist() if len(order_EC) == 1 else None
@@ -240,7 +272,7 @@ class GPTQ:
                     if stale_EBR is not None:
                         now_SNR = torch.cat([stale_EBR[who, c - first :], rest_SNR], 1)
                         now_SNR = now_SNR[:, : start.length]
-                    elif feedback and first < c and last < stop:
+                    elif first < c and last < stop:
                         # Columns beyond the block have yet to receive this block's errors.
                         U_SBN = U_ECC[who, first:c, last:stop]
                         late_SNR = U_SBN.transpose(1, 2) @ error_EBR[who, : c - first]
@@ -252,13 +284,12 @@ class GPTQ:
                 code_ER = grid.encode(w_ER, scale_ER, zero_ER, maxq_ER, scales.binary)
                 codes_ECR[:, c] = code_ER
                 error_ER = w_ER - dequantize(code_ER, scale_ER, zero_ER)
-                if feedback:
-                    error_ER /= U_ECC[:, c, c, None]
-                    if self.inblock_feedback and c + 1 < last:
-                        U_EB1 = U_ECC[:, c, c + 1 : last, None]
-                        W_ECR[:, c + 1 : last].addcmul_(U_EB1, error_ER[:, None], value=-1)
+                error_ER /= U_ECC[:, c, c, None]
+                if self.inblock_feedback and c + 1 < last:
+                    U_EB1 = U_ECC[:, c, c + 1 : last, None]
+                    W_ECR[:, c + 1 : last].addcmul_(U_EB1, error_ER[:, None], value=-1)
                 error_EBR[:, c - first] = error_ER
-            if feedback and last < columns:
+            if last < columns:
                 U_ENB = U_ECC[:, first:last, last:].transpose(1, 2)
                 W_ECR[:, last:].baddbmm_(U_ENB, error_EBR, alpha=-1)
             loss_ER += error_EBR.square().sum(1) / 2

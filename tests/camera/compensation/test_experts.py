@@ -180,9 +180,9 @@ def test_what_flows_on_is_what_the_refitted_layer_puts_out(
     """The last hidden states of calibration are those of the model that was written."""
     last, add = {}, LayerStreamer.add
 
-    def added(self, index, output):
-        found = add(self, index, output)
-        last.setdefault(index, []).append(found.hidden_BLH)
+    def added(self, index, outputs):
+        found = add(self, index, outputs)
+        last[index] = [batch.hidden_BLH for batch in found]
         return found
 
     monkeypatch.setattr(LayerStreamer, "add", added)

@@ -15,7 +15,7 @@ import torch
 import camera
 from camera.calibration.trials import trial_bytes
 from camera.moe.pool import LayerShape
-from camera.pipeline.estimate import LAYERS_HELD, MemoryEstimate
+from camera.pipeline.memory.estimate import LAYERS_HELD, MemoryEstimate
 from camera.streaming.memory import HIDDEN_HELD
 from camera.streaming.settings import MemoryChoices
 from camera.streaming.skeleton import MetaModel
@@ -27,7 +27,7 @@ MEASURED = textwrap.dedent("""
     import gc, json, sys
     import torch
     import camera
-    from camera.pipeline.estimate import MemoryEstimate
+    from camera.pipeline.memory.estimate import MemoryEstimate
     from camera.runtime.buffers import trim_heap
     from camera.streaming.settings import MemoryChoices
 
@@ -219,7 +219,7 @@ def test_phi_is_kept_where_it_is_small_and_serves(decide, monkeypatch):
     assert not decide(method=quantised, phi="keep").keep_phi
     assert not decide(experts="disk", phi="keep").keep_phi
     assert not decide(tokens=0).keep_phi
-    monkeypatch.setattr("camera.pipeline.estimate.PHI_LIMIT", 1000)
+    monkeypatch.setattr("camera.pipeline.memory.estimate.PHI_LIMIT", 1000)
     assert not decide().keep_phi and decide(phi="keep").keep_phi
 
 
@@ -245,7 +245,7 @@ def test_what_is_free_now_changes_no_rounding(decide, monkeypatch):
     before = decide()
     free = psutil.virtual_memory()._replace(available=1)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    assert replace(decide(), hidden_on_disk=False) == before
+    assert replace(decide(), hidden_place="ram") == before
 
 
 def test_the_peak_counts_only_what_is_in_memory(decide):

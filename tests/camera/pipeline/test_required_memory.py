@@ -10,8 +10,9 @@ import torch
 
 import camera
 from camera.calibration.settings import Calibration
-from camera.pipeline import estimate as estimates
-from camera.pipeline.estimate import MemoryEstimate, require_memory
+from camera.pipeline.memory import estimate as estimates
+from camera.pipeline.memory.device import DeviceMemory
+from camera.pipeline.memory.estimate import MemoryEstimate, require_memory
 from camera.runtime.errors import CameraError
 from camera.streaming.settings import MemoryChoices
 from camera.streaming.skeleton import MetaModel
@@ -76,14 +77,40 @@ def test_what_is_counted_is_the_peak(estimate, free):
     assert "of memory, where" in refused(estimate, CPU)
 
 
-def test_host_and_device_are_two_sums(estimate, free):
-    large = replace(estimate, hidden=10**9)
+DEVICE = DeviceMemory(*[10**6] * 10)
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ("layers", "goes to the layers: set memory.experts=disk."),
+        ("hidden", "goes to the hidden states: set memory.hidden=ram."),
+        ("phi", "goes to a layer's activations: set memory.phi=recompute."),
+        ("attention", "goes to a batch: it takes a machine with more memory."),
+        ("observing", "goes to method camera_p: choose another method"),
+        ("applying", "goes to method camera_p: choose another method"),
+        ("finishing", "goes to a batch"),
+        ("backward", "goes to a batch"),
+        ("outside", "goes to embeddings and head"),
+        ("logits", "goes to logits"),
+    ],
+)
+def test_what_has_no_room_on_a_device_is_named(part, told, estimate, free):
     free(4 * 10**9, 4 * 10**8)
+    require_memory(replace(estimate, device=DEVICE), PRUNED, GPU, TOKENS, 32)
+    large = replace(estimate, device=replace(DEVICE, **{part: 10**9}))
+    said = refused(large, GPU)
+    assert "of the memory of cuda:0, where" in said and told in said
+
+
+def test_host_and_device_are_two_sums(estimate, free):
+    large = replace(estimate, device=DEVICE, hidden=10**9)
+    free(10**10, 4 * 10**8)
     require_memory(large, PRUNED, GPU, TOKENS, 32)  # hidden states wait in the system's memory
     free(4 * 10**8, 4 * 10**9)
     assert "of the system's memory, where" in refused(large, GPU)
-    free(4 * 10**9, 4 * 10**8)
-    assert "of the memory of cuda:0, where" in refused(replace(estimate, phi=10**9), GPU)
+    assert "set memory.hidden=disk" in refused(large, GPU)
+    require_memory(replace(large, hidden_place="device"), PRUNED, GPU, TOKENS, 32)
 
 
 def test_calibration_is_weighed_before_it_is_drawn(checkpoints, data_folder, tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def events(monkeypatch):
 
         monkeypatch.setattr(target, name, telling)
 
-    told(ShardReader, "read", lambda _, wanted: layer_of(wanted), 0.03)
+    told(ShardReader, "read", lambda _, wanted, *where: layer_of(wanted), 0.03)
     told(MetaModel, "load_layer", lambda _, index, *__: index)
     told(ShardWriter, "add", lambda _, index, *__: index, 0.03)
     told(PassProgress, "commit", lambda _, done, *__: done - 1)
@@ -124,10 +124,10 @@ def test_what_is_damaged_in_a_later_layer_stops_the_run_with_its_name(run, sourc
 def test_a_shard_that_vanishes_while_it_runs_is_a_refusal(run, source, tmp_path, monkeypatch):
     original = ShardReader.read
 
-    def vanish(self, wanted):
+    def vanish(self, wanted, *where):
         if layer_of(wanted) == 2:
             raise CameraError("shard 2 ends early: download it again.")
-        return original(self, wanted)
+        return original(self, wanted, *where)
 
     monkeypatch.setattr(ShardReader, "read", vanish)
     with pytest.raises(CameraError, match="shard 2 ends early"):

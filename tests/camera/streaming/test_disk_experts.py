@@ -13,7 +13,7 @@ from camera.checkpoint.shards import ShardReader, read_places
 from camera.method import Applied
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
-from camera.pipeline.estimate import MemoryEstimate
+from camera.pipeline.memory.estimate import MemoryEstimate
 from camera.runtime.errors import CameraError
 from camera.streaming.disk_experts import DiskExperts, single_expert_places
 from camera.streaming.settings import MemoryChoices
@@ -146,7 +146,9 @@ def test_experts_on_disk_are_not_read_with_the_layer(source, monkeypatch):
     monkeypatch.setattr(
         ShardReader,
         "read",
-        lambda self, wanted: original(self, lambda key: wanted(key) and not read.append(key)),
+        lambda self, wanted, *where: original(
+            self, lambda key: wanted(key) and not read.append(key), *where
+        ),
     )
     layer = model.load_layer(0, experts_on_disk=True)
     assert read and not any(NAMES.holds(key) for key in read)

@@ -15,10 +15,20 @@ from camera.calibration.trials import trial_bytes
 from camera.compensation.experts import fit_bytes
 from camera.method import Method, Pass, PassKind
 from camera.moe.pool import LayerShape
+from camera.pipeline.memory.device import (
+    DEVICE_SHARE,
+    GRAPH_TABLES,
+    LAYERS_HELD,
+    OUTSIDE_HELD,
+    DeviceMemory,
+    layers_bytes,
+)
 from camera.runtime.device.accelerator import free_memory, has_own_memory, total_memory
 from camera.runtime.device.host_memory import free_host_memory
+from camera.runtime.device.staging import STAGED
 from camera.runtime.errors import CameraError
 from camera.runtime.progress import format_bytes
+from camera.streaming.hidden_states import HiddenPlace
 from camera.streaming.lm_head import HEAD_LOGITS, HEAD_TABLES
 from camera.streaming.memory import (
     BACKWARD_TOKENS,
@@ -32,13 +42,10 @@ from camera.streaming.settings import MemoryChoices
 from camera.streaming.skeleton import MetaModel
 
 PHI_LIMIT = 8 * 2**30  # bytes of phi of one layer that `phi=auto` keeps
-LAYERS_HELD = 3  # one computed, one prefetched or converted, one pruned or being written
-OUTSIDE_HELD = 1.5  # embeddings and head, and the one of them that is converted
 # What computing a batch takes, in tables of its hidden states: its attention, or its experts' few
 # tokens each; and, per expert of a token, when a whole FFN runs on it.
 BATCH_TABLES = 8
 SLOT_TABLES = 4
-GRAPH_TABLES = 12  # of a layer's graph, of hidden states and of phi each
 TOKEN_BYTES = 16  # of a calibration token: its id, and once more as it is hashed
 SAMPLE_BYTES = 512  # of a sample's objects while it is drawn
 FEWER = "lower calibration.samples"
@@ -58,16 +65,36 @@ class MemoryEstimate:
     method: int  # statistics and workspace of the method, beside the layer
     logits: int  # at a time, where a pass computes them
     keep_phi: bool
-    hidden_on_disk: bool
+    hidden_place: HiddenPlace
     experts_on_disk: bool
+    device: DeviceMemory | None = None  # where the device has memory of its own
+
+    @property
+    def hidden_on_disk(self) -> bool:
+        """Whether hidden states wait on disk between layers."""
+        return self.hidden_place == "disk"
+
+    @property
+    def host_peak(self) -> int:
+        """What the run adds to the process at most."""
+        if self.device is None:
+            return self.peak
+        return self.staged + self.states
+
+    @property
+    def staged(self) -> int:
+        """Pinned buffers that layers are read and written through."""
+        return 0 if self.device is None else 4 * STAGED
 
     @property
     def peak(self) -> int:
-        """What the run adds to the process at most.
+        """What the run adds at most: to the device, where that is the system's to the process.
 
         c1 * largest layer + c2 * hidden states + phi + what a batch or the method takes; experts
         that stay on disk count once.
         """
+        if self.device is not None:
+            return self.device.peak
         head = self.logits + HIDDEN_HELD * self.hidden if self.logits else 0
         in_layers = self.layers(LAYERS_HELD) + self.states + self.work + self.phi * self.keep_phi
         return max(in_layers, int(OUTSIDE_HELD * self.outside) + head)
@@ -79,8 +106,10 @@ class MemoryEstimate:
 
     @property
     def states(self) -> int:
-        """Hidden states in RAM."""
-        return 0 if self.hidden_on_disk else HIDDEN_HELD * self.hidden
+        """Hidden states in RAM; pinned, and then of a power of two each, for a device to read."""
+        if self.hidden_place != "ram":
+            return 0
+        return HIDDEN_HELD * (self.hidden if self.device is None else 2 * self.hidden)
 
     @property
     def work(self) -> int:
@@ -89,13 +118,16 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         experts = ", its experts on disk" if self.experts_on_disk else ""
-        place = "on disk" if self.hidden_on_disk else "in memory"
+        place = {"device": "on the device", "ram": "in memory", "disk": "on disk"}
         phi = "kept" if self.keep_phi else "recomputed"
         work = f", the method {format_bytes(self.method)}" if self.method else ""
+        where = "beside the process itself"
+        if self.device is not None:
+            where = f"on the device and {format_bytes(self.host_peak)} of the system's memory"
         return (
-            f"about {format_bytes(self.peak)} beside the process itself (largest layer "
+            f"about {format_bytes(self.peak)} {where} (largest layer "
             f"{format_bytes(self.layer)}{experts}, hidden states {format_bytes(self.hidden)} "
-            f"{place}, phi {format_bytes(self.phi)} {phi}, a batch "
+            f"{place[self.hidden_place]}, phi {format_bytes(self.phi)} {phi}, a batch "
             f"{format_bytes(self.working)}{work})"
         )
 
@@ -107,8 +139,9 @@ class MemoryEstimate:
         passes: Sequence[Pass],
         memory: MemoryChoices,
         tokens: int,
+        length: int = 0,
     ) -> MemoryEstimate:
-        """The estimate of these passes over so many calibration tokens.
+        """The estimate of these passes over so many calibration tokens, in samples of `length`.
 
         What changes rounding (phi, experts) is decided by sizes alone, never by what is free now.
         """
@@ -122,32 +155,57 @@ class MemoryEstimate:
         if memory.experts == "auto":
             on_disk = LAYERS_HELD * max(layers) > total_memory(model.device)
         on_disk = on_disk and max(experts) > 0 and not model.compressed
-        keep_phi = memory.phi == "keep" or (memory.phi == "auto" and phi <= PHI_LIMIT)
-        keep_phi = keep_phi and method.slices and not on_disk and tokens > 0
-        hidden_on_disk = memory.hidden == "disk"
+        outside = parameters_of(model.model) * size - sum(layers)
+        kinds = {step.kind for step in passes}
+        asks_head = bool(kinds & {PassKind.BACKWARD, PassKind.TRIAL})
+        logits = 4 * min(HEAD_LOGITS, HEAD_TABLES * tokens * config.vocab_size) * asks_head
+        serves = method.slices and not on_disk and tokens > 0
+        apart = has_own_memory(model.device)
+
+        def on_device(there: int, kept: int) -> DeviceMemory:
+            sizes = dict(
+                layers=layers_bytes(model, method, on_disk), outside=outside, logits=logits
+            )
+            asked = (model, method, passes, tokens, length)
+            return DeviceMemory.of(*asked, hidden=there, phi=kept, **sizes)
+
+        def fits(there: int, kept: int) -> bool:
+            room = DEVICE_SHARE * total_memory(model.device)
+            return on_device(there, kept).peak <= room
+
+        hidden_place = memory.hidden
         if memory.hidden == "auto":
             free = free_host_memory()
-            hidden_on_disk = HIDDEN_HELD * hidden > HIDDEN_SHARE * free
+            hidden_place = "disk" if HIDDEN_HELD * hidden > HIDDEN_SHARE * free else "ram"
+            needed = phi * (serves and (memory.phi == "keep" or method.compensation is not None))
+            if apart and not on_disk and fits(hidden, needed):
+                hidden_place = "device"
+        there = hidden * (apart and hidden_place == "device")
+        keep_phi = memory.phi == "keep"
+        if memory.phi == "auto":
+            keep_phi = fits(there, phi) if apart else phi <= PHI_LIMIT
+        keep_phi = keep_phi and serves
+        if not apart and hidden_place == "device":
+            hidden_place = "ram"  # the device's memory is the system's
         top_k = model.family.top_k(config) if max(experts) else 1
         tables = BATCH_TABLES if keep_phi else BATCH_TABLES + SLOT_TABLES * top_k
         working = min(tokens, BATCH_TOKENS) * config.hidden_size * size * tables
-        kinds = {step.kind for step in passes}
         if PassKind.BACKWARD in kinds:
             graph = GRAPH_TABLES * (config.hidden_size + width) * size
             working = max(working, int(min(tokens, BACKWARD_TOKENS) * graph))
-        asks_head = bool(kinds & {PassKind.BACKWARD, PassKind.TRIAL})
         return cls(
             layer=max(layers),
             experts=max(experts),
-            outside=parameters_of(model.model) * size - sum(layers),
+            outside=outside,
             hidden=hidden,
             phi=phi,
             working=working,
             method=max((_method_bytes(step, model, method, tokens) for step in passes), default=0),
-            logits=4 * min(HEAD_LOGITS, HEAD_TABLES * tokens * config.vocab_size) * asks_head,
+            logits=logits,
             keep_phi=keep_phi,
-            hidden_on_disk=hidden_on_disk,
+            hidden_place=hidden_place,
             experts_on_disk=on_disk,
+            device=on_device(there, phi * keep_phi) if apart else None,
         )
 
 
@@ -182,35 +240,43 @@ def require_memory(
 ) -> None:
     """CameraError where a run over so many tokens takes more memory than is free.
 
-    Host and device are two sums: on an accelerator one layer is computed with what a batch takes,
-    while hidden states and the layers that are read and written wait in the system's memory.
+    Host and device are two sums: on an accelerator everything is computed and waits there, but for
+    hidden states that have no room, and for what is read and written.
     """
     ids = Part("the calibration tokens", TOKEN_BYTES * tokens + SAMPLE_BYTES * samples, FEWER)
     hidden = Part("the hidden states", estimate.states, f"set memory.hidden=disk, or {FEWER}")
-    apart = has_own_memory(device)
     saved = estimate.experts and not estimate.experts_on_disk and method.compensation is None
     on_disk = "set memory.experts=disk" if saved else LARGER
-    kept = estimate.phi * estimate.keep_phi
     way = "set memory.phi=recompute" if method.compensation is None else FEWER
+    other = f"choose another method, or {FEWER}"
+    if estimate.device is not None:
+        staged = Part("buffers of layers", estimate.staged, LARGER)
+        _require([ids, hidden, staged], torch.device("cpu"), "the system's memory")
+        named = {
+            "layers": ("the layers", on_disk),
+            "hidden": ("the hidden states", "set memory.hidden=ram"),
+            "phi": ("a layer's activations", way),
+            "batch": ("a batch", LARGER),
+            "method": (f"method {method.name}", other),
+            "outside": ("embeddings and head", LARGER),
+            "logits": ("logits", LARGER),
+        }
+        for parts in estimate.device.moments.values():
+            found = [Part(named[key][0], size, named[key][1]) for key, size in parts.items()]
+            _require(found, device, f"the memory of {device}")
+        return
+    most = estimate.method > estimate.working
     computing = [
-        Part("a layer's activations", kept, way),
+        Part("a layer's activations", estimate.phi * estimate.keep_phi, way),
         Part(
-            f"method {method.name}" if estimate.method > estimate.working else "a batch",
-            estimate.work,
-            f"choose another method, or {FEWER}" if estimate.method > estimate.working else LARGER,
+            f"method {method.name}" if most else "a batch", estimate.work, other if most else LARGER
         ),
     ]
-    layers = Part("the layers", estimate.layers(LAYERS_HELD - apart), on_disk)
+    layers = Part("the layers", estimate.layers(LAYERS_HELD), on_disk)
     outside = Part("embeddings and head", int(OUTSIDE_HELD * estimate.outside), LARGER)
     logits = Part("logits", estimate.logits, LARGER)
-    if not apart:
-        _require([ids, hidden, layers, *computing], device, "memory")
-        _require([ids, hidden._replace(bytes=0), outside, logits], device, "memory")
-        return
-    _require([ids, hidden, layers], torch.device("cpu"), "the system's memory")
-    one = layers._replace(name="a layer", bytes=estimate.layers(1))
-    _require([one, *computing], device, f"the memory of {device}")
-    _require([outside, logits], device, f"the memory of {device}")
+    _require([ids, hidden, layers, *computing], device, "memory")
+    _require([ids, hidden._replace(bytes=0), outside, logits], device, "memory")
 
 
 def _require(parts: list[Part], device: torch.device, what: str) -> None:

@@ -1,0 +1,1 @@
+"""What a run takes of the system's memory and of a device's, before it starts."""

@@ -1,0 +1,94 @@
+"""What a run holds on the device: estimated before, measured after, within a fifth."""
+
+import pytest
+import torch
+
+import camera
+from camera.pipeline.memory.estimate import MemoryEstimate
+from camera.runtime.errors import CameraError
+from camera.streaming.settings import MemoryChoices
+from camera.streaming.skeleton import MetaModel
+from tests import fake_device
+from tests.helpers.methods import method_of
+from tests.helpers.models import build_model, build_tokenizer
+
+SAMPLES, LENGTH = 48, 64
+CASES = [
+    ("camera_p", {}),
+    ("camera_p", {"phi": "recompute"}),
+    ("camera_p", {"hidden": "ram"}),
+    ("camera_plus", {}),
+    ("heapr", {}),
+    ("magnitude", {}),
+    ("reap", {}),
+    ("d2_moe", {}),
+    ("camera_q", {}),
+    ("gptq", {}),
+    ("rtn", {}),
+    ("mc", {}),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    sizes = dict(num_hidden_layers=3, hidden_size=128, moe_intermediate_size=64)
+    sizes |= dict(shared_expert_intermediate_size=128, num_experts=16, vocab_size=256)
+    build_model("qwen2_moe", dtype=torch.bfloat16, **sizes).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def compress(model, fake, data_folder, tmp_path):
+    def go(case: str, **memory: str):
+        return camera.compress(
+            model,
+            method_of(case),
+            tmp_path / "out",
+            device=fake,
+            data=str(data_folder),
+            calibration=camera.Calibration(samples=SAMPLES, length=LENGTH),
+            memory=MemoryChoices(**memory),
+            progress=False,
+        )
+
+    return go
+
+
+@pytest.mark.parametrize(("case", "memory"), CASES)
+def test_the_estimate_is_what_is_taken_within_a_fifth(case, memory, compress, fake):
+    before = torch.accelerator.memory_allocated(fake)
+    result = compress(case, **memory)
+    took, said = (
+        bytes - before for bytes in (result.peak_memory_bytes, result.expected_memory_bytes)
+    )
+    assert took / 1.2 <= said <= 1.2 * took
+
+
+def test_a_card_that_is_too_small_is_refused_before_it_starts(compress, fake, tmp_path):
+    small = 2_000_000 + torch.accelerator.memory_allocated(fake)
+    fake_device.activate(fake, devices=torch.accelerator.device_count(), memory=small)
+    try:
+        with pytest.raises(CameraError, match=f"of the memory of {fake}, where .* goes to a batch"):
+            compress("camera_p")
+    finally:
+        fake_device.activate(fake, devices=torch.accelerator.device_count())
+    assert not list(tmp_path.iterdir())
+
+
+def test_hidden_states_wait_where_the_card_has_room(model, fake):
+    def place(memory: int, **choices: str) -> str:
+        fake_device.activate(fake, devices=torch.accelerator.device_count(), memory=memory)
+        try:
+            meta, method = MetaModel(model, fake), method_of("camera_p")
+            passes = method.passes(meta.budget, "compressed")
+            asked = meta, method, passes, MemoryChoices(**choices)
+            return MemoryEstimate.of(*asked, 100 * LENGTH * SAMPLES, LENGTH).hidden_place
+        finally:
+            fake_device.activate(fake, devices=torch.accelerator.device_count())
+
+    assert place(4 << 30) == "device"
+    assert place(200 << 20) == "ram"
+    assert place(4 << 30, hidden="ram") == "ram"
+    assert place(200 << 20, hidden="device") == "device"
