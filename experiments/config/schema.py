@@ -112,6 +112,7 @@ class Config:
     dtype: Dtype = Dtype.auto
     output: str = "outputs"
     force: bool = False
+    dry_run: bool = False
     retry: Retry = Retry.none
     keep_checkpoint: bool = True
     trust_remote_code: bool = False

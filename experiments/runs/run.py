@@ -30,7 +30,12 @@ from experiments.records.files import (
 )
 from experiments.records.folders import Folders
 from experiments.runs import ranks
-from experiments.runs.compression import camera_compress, compression, computed_in
+from experiments.runs.compression import (
+    camera_compress,
+    check_method,
+    compression,
+    computed_in,
+)
 from experiments.runs.measurements import lazy_model, measured, measurements, stream
 from experiments.runs.metrics import assemble
 from experiments.runs.tracker import CarefulTracker, NullTracker
@@ -46,8 +51,9 @@ def run(
     `sweep` groups runs in the tracker, and leaves alone what failed before (FailedBeforeError):
     `retry=failed` tries again what failed before `since`; a run by itself is always tried. `force`
     redoes what was finished before `since` (default: now), so that jobs of one sweep that share a
-    checkpoint don't redo each other's. What fails is written to the folder's error.txt and raised
-    again, CameraError if the user can mend it. A run that another process is doing is waited for,
+    checkpoint don't redo each other's. What is refused before any weight is read leaves nothing;
+    what fails is written to the folder's error.txt and raised again, CameraError if the user can
+    mend it. A run that another process is doing is waited for,
     or `filelock.Timeout` without `wait`. Under torchrun rank 0 does all that; the other ranks join
     it where it compresses.
     """
@@ -66,6 +72,10 @@ def _run(
     if wait and is_locked(folders.run):
         log.info("%s is being done by another process: waiting for it.", folders.run)
     files = folders.files
+    if settings.force or not files.is_done:
+        check(settings)
+        check_method(settings)
+        folders.check_name()
     with lock_of(folders.run).acquire(timeout=-1 if wait else 0):
         since = time.time() if since is None else since
         if settings.force:
@@ -82,7 +92,6 @@ def _run(
             begun = read_json(files.settings).get("identity", {}).get("computed")
         files.start(asked | {"identity": folders.identity | {"computed": begun}})
         with _error_file(files), _log_file(files), naming_output(folders.output.folder):
-            check(settings)
             computed = computed_in(settings)
             files.start(asked | {"identity": folders.identity | {"computed": computed}})
             if begun not in (None, computed):
@@ -112,7 +121,7 @@ def _run(
 def _start_anew(settings: Settings, folders: Folders, begun: dict[str, str]) -> None:
     """Forget the parts that were done in other arithmetic."""
     where = "on {device} in {dtype}".format(**begun)
-    log.warning("%s was begun %s: doing it anew.", folders.run.name, where)
+    log.warning("%s was begun %s: doing it anew.", folders.name, where)
     for name in (COMPRESSION, *measurements(settings)):
         folders.files.part(name).unlink(missing_ok=True)
 
@@ -135,7 +144,7 @@ def _part(folders: Folders, name: str, make: Callable[[], dict[str, Any]]) -> di
     file = folders.files.part(name)
     if not is_json(file):
         again = " again, what was written is damaged" if file.exists() else ""
-        log.info("%s: %s%s", folders.run.name, name, again)
+        log.info("%s: %s%s", folders.name, name, again)
         write_json(file, make())
     return read_json(file)
 
@@ -148,7 +157,7 @@ def _show(settings: Settings, folders: Folders, tracker: NullTracker) -> None:
     try:
         figures = draw_run(folders.run)
     except Exception as error:  # a font, a backend: figures can be drawn again, hours can't
-        log.warning("%s: no figures: %s", folders.run.name, one_line(error))
+        log.warning("%s: no figures: %s", folders.name, one_line(error))
         figures = []
     tracker.log_figures(figures)
 

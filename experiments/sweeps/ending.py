@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.records.failures import one_line
-from experiments.records.files import OutputFolder, SweepFiles
+from experiments.records.files import OutputFolder, RunFiles, SweepFiles
+from experiments.records.outcome import outcome_of_sweep
 from experiments.sweeps.jobs import SweepJob
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def end_sweep(
         print(f"{waiting} jobs were not started.", file=sys.stderr)
     done = sum(record is not None and not record["error"] for _, record in found)
     print(f"{done} of {len(found)} jobs done; table: {sweep.table}")
+    if finished := [folder for folder in dict.fromkeys(folders) if RunFiles(folder).is_done]:
+        print("\n".join(outcome_of_sweep(finished, output)))
     return done == len(found)
 
 

@@ -16,8 +16,11 @@ from camera.runtime.errors import CameraError
 from experiments.config.settings import Settings
 from experiments.records.failures import naming_output, one_line
 from experiments.records.files import LOST, SweepFiles
-from experiments.records.folders import Folders
-from experiments.sweeps.jobs import BUSY
+from experiments.records.folders import Folders, cost_class
+from experiments.records.outcome import outcome
+from experiments.sweeps.advice import check_planned
+from experiments.sweeps.dry_run import list_jobs
+from experiments.sweeps.jobs import BUSY, SweepJob
 
 log = logging.getLogger("camera")
 
@@ -32,9 +35,24 @@ def job(config: DictConfig) -> dict[str, Any] | str | None:
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.MULTIRUN:
         return _job_of_sweep(config, SweepFiles(Path(hydra.sweep.dir)), hydra.job.num)
+    if config.dry_run:
+        return _list(config)
     if _failure(config, None) is not None:
         sys.exit(1)
     return None
+
+
+def _list(config: DictConfig) -> None:
+    """Say what the run would do."""
+    settings = Settings.of(config)
+    folders = Folders.of(settings)
+    like = cost_class(settings.model["name"], settings.method_name, folders.identity)
+    try:
+        check_planned(settings, folders.run, here=True)
+    except CameraError as refusal:
+        log.error(refusal)
+        sys.exit(1)
+    list_jobs([SweepJob([], [], folders.run, like, settings=settings)], folders.output)
 
 
 def _job_of_sweep(config: DictConfig, sweep: SweepFiles, number: int) -> dict[str, Any] | str:
@@ -90,6 +108,7 @@ def _show(run: Path) -> None:
     from experiments.tables.writing import show
 
     show(read_runs([run]))
+    print("\n".join(outcome(run)))
 
 
 def _folder(config: DictConfig) -> Path | None:
