@@ -65,7 +65,13 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("Interrupted: the same command goes on from here.", file=sys.stderr)
+        from camera.runtime.progress import reached
+
+        where = reached()
+        print(
+            f"Interrupted{f' at {where}' if where else ''}; the same command goes on.",
+            file=sys.stderr,
+        )
         sys.exit(128 + signal.SIGINT)
     finally:
         if main_thread:

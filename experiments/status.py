@@ -23,6 +23,7 @@ from experiments.sweeps.jobs import SweepJob, read_plan
 
 DONE, RUNNING, FAILED, TO_GO = "done", "running", "failed", "to go"
 SINGLE = "single runs"
+NOTHING_LIKE = ("", "", "")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def sweeps_of(folder: Path) -> list[Sweep]:
             shown.insert(0, sweep)
         planned |= {job.run for job in jobs}
     alone = [] if SweepFiles(folder).plan.exists() else set(output.runs()) - planned
-    single = [SweepJob([], [], run) for run in sorted(alone) if RunFiles(run).is_run]
+    single = [SweepJob([], [], run, NOTHING_LIKE) for run in sorted(alone) if RunFiles(run).is_run]
     if single:
         shown.append(Sweep(SINGLE, [(job, state(job)) for job in single]))
     if not shown:

@@ -103,7 +103,7 @@ class Config:
 
     sparsity: float = 0.2
     sparsity_of: Fraction = Fraction.moe
-    bits: float = 2.25
+    bits: float = 2.5
     alpha: float = 0.9
     seed: int = 1234
     propagate: Propagate = Propagate.compressed

@@ -38,7 +38,7 @@ class SweepJob:
     like: tuple[str, ...] = ()
     refused: str | None = None
     same: list[list[str]] = field(default_factory=list)
-    settings: Settings | None = None
+    settings: Settings | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_locked(self) -> bool:

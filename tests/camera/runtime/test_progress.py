@@ -98,3 +98,15 @@ def test_a_notebook_without_widgets_is_spared_the_bar(clock, lines, monkeypatch,
     run(clock, [90, 90])
     assert len(lines()) == 2
     assert not recwarn.list
+
+
+def test_what_is_broken_off_says_where_and_what_ended_says_nothing(clock, lines):
+    run(clock, [1, 1])
+    assert progress.reached() is None
+    with pytest.raises(KeyboardInterrupt):
+        for layer in each_layer(0, 6, "compress", PeakMemory(torch.device("cpu")), show=False):
+            if layer == 2:
+                raise KeyboardInterrupt
+    assert progress.reached() == "layer 3 of 6 (compress)"
+    run(clock, [1, 1])
+    assert progress.reached() is None

@@ -139,8 +139,8 @@ def test_nothing_is_written(output, capsys):
     assert sorted(output.folder.rglob("*")) == before
 
 
-def test_a_folder_without_sweeps_is_refused(tmp_path, capsys):
-    assert "has no sweep" in printed(capsys, tmp_path, code=1)
+def test_a_folder_without_runs_is_refused(tmp_path, capsys):
+    assert "has no runs" in printed(capsys, tmp_path, code=1)
     assert "has no sweep" in printed(capsys, tmp_path / "nowhere", code=1)
 
 
