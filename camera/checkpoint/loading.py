@@ -1,6 +1,7 @@
 """Loading of models and tokenizers."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +19,31 @@ from camera.checkpoint.matching import require_whole
 from camera.checkpoint.shards import ShardReader
 from camera.checkpoint.source import refuse_adapter, refuse_no_model
 from camera.runtime.errors import CameraError
+from camera.runtime.values import refuse_unknown
 
 DTYPES = ("float32", "bfloat16", "float16")
+OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+OPTIONS = (*OF_THE_HUB, "attn_implementation", "device_map", "key_mapping", "max_memory")
+OPTIONS += ("offload_buffers", "offload_folder", "variant")  # of transformers' from_pretrained
+
+
+def load(
+    model: str | Path,
+    *,
+    device: Any = "auto",
+    dtype: Any = "auto",
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """Load a causal language model, compressed or not, from a folder or the hub.
+
+    As `AutoModelForCausalLM.from_pretrained`, whose `options` it takes, on the accelerator if there
+    is one, in the checkpoint's dtype (on a CPU float32), in eval mode, and with one sentence
+    (CameraError) for what can't be loaded: a tensor that is missing is never a random one.
+    """
+    refuse_unknown("load", options, ("device", "dtype", "trust_remote_code", *OPTIONS))
+    dtype = str(dtype).removeprefix("torch.")
+    return load_model(model, str(device), dtype, trust_remote_code, **options)
 
 
 def load_model(
@@ -27,12 +51,14 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    **options: Any,
 ) -> PreTrainedModel:
     """Load any causal language model, compressed or not, for evaluation.
 
     `device` auto is the accelerator if there is one (spread over all of them by accelerate if there
-    are several), else the CPU. `dtype` auto is the checkpoint's own, on a CPU float32. Raises
-    CameraError for what can't be loaded.
+    are several), else the CPU. `dtype` auto is the checkpoint's own, on a CPU float32. `options`
+    (OPTIONS) are those of transformers' `from_pretrained`. Raises CameraError for what can't be
+    loaded.
     """
     count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     if device == "auto":
@@ -42,20 +68,24 @@ def load_model(
     on_cpu = count == 0 or device.startswith("cpu")
     precision = resolve_dtype(dtype) or (torch.float32 if on_cpu else "auto")
     folder = _local(path)
-    if isinstance(folder, Path):
+    if isinstance(folder, Path) and not options.get("subfolder"):
+        if not (folder / "config.json").exists():
+            raise CameraError(f"{folder} is no model: it has no config.json.")
         ShardReader(folder)  # its sentences tell more than transformers'
+    hub = {key: value for key, value in options.items() if key in OF_THE_HUB}
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **hub)
         choose_kernels(config)
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),
             config=config,
             dtype=precision,
-            device_map=placement,
+            device_map=options.pop("device_map", placement),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
+            **options,
         )
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and isinstance(folder, Path):  # a tensor: which one?
@@ -125,12 +155,12 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def resolve_dtype(dtype: str) -> torch.dtype | None:
+def resolve_dtype(dtype: str, key: str = "dtype") -> torch.dtype | None:
     """The torch dtype of a name, None for `auto` (the checkpoint's own); CameraError for others."""
     if dtype == "auto":
         return None
     if dtype not in DTYPES:
-        raise CameraError(f"dtype={dtype} is none of auto, {', '.join(DTYPES)}.")
+        raise CameraError(f"{key}={dtype} is none of auto, {', '.join(DTYPES)}.")
     return getattr(torch, dtype)
 
 

@@ -110,6 +110,7 @@ class Config:
     data: str = "${model.data}"
     device: str = "auto"
     dtype: Dtype = Dtype.auto
+    save_dtype: Dtype = Dtype.auto
     output: str = "outputs"
     force: bool = False
     dry_run: bool = False

@@ -41,6 +41,7 @@ class Settings:
     data: str
     device: str
     dtype: str
+    save_dtype: str
     output: str
     force: bool
     dry_run: bool

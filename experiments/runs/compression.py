@@ -86,6 +86,7 @@ def camera_compress(settings: Settings, folders: Folders) -> None:
         seed=settings.seed,
         device=settings.device,
         dtype=settings.dtype,
+        save_dtype=settings.save_dtype,
         statistics=folders.output.statistics,
         memory=MemoryChoices(**settings.memory),
         measures=evaluation_during_compression(settings),

@@ -1,6 +1,6 @@
 """What is to be said of a sweep before its first job starts.
 
-Jobs that will be refused, requests that are the same run, rows of a study that an override replaced.
+Jobs that will be refused, requests for the same run, rows of a study that an override replaced.
 """
 
 from __future__ import annotations
@@ -89,4 +89,6 @@ def _count(some: int, whole: int) -> str:
 
 
 def _texts(value: Any) -> list[str]:
-    return [str(each) for each in value] if isinstance(value, list | tuple) else str(value).split(",")
+    return (
+        [str(each) for each in value] if isinstance(value, list | tuple) else str(value).split(",")
+    )
