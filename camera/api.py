@@ -48,9 +48,10 @@ def compress(
     together or need gradients always do that). `memory` says what is kept in RAM. `measures` are
     evaluated on the way, while a layer is in memory, and stand in evaluation.json (not where a
     killed run goes on). `dtype` is what is computed in; the checkpoint has the dtype of the
-    original unless `save_dtype` names another. `name` is what model card and report call the base model (default: its hub
-    id, or the name of its folder). `progress` shows a bar, or where there is no terminal a line a
-    minute in the log (logger `camera`, level INFO). Raises CameraError for what a user can mend;
+    original unless `save_dtype` names another. `name` is what model card and report call the base
+    model (default: its hub id, or the name of its folder). `progress` shows a bar, or where there
+    is no terminal a line a minute in the log (logger `camera`, level INFO). Raises CameraError for
+    what a user can mend;
     `out` appears only when it is complete.
     """
     method = as_method(method, settings)
@@ -234,8 +235,9 @@ def as_method(method: Method | str, settings: dict[str, Any]) -> Method:
 def _no_setting(method: str, key: str, known: list[str]) -> str:
     others = [name for name in inspect.signature(compress).parameters if name != "settings"][3:]
     near = get_close_matches(key, [*known, *others], n=1)
+    hint = f", did you mean {near[0]}" if near else ""
     return (
-        f"method {method}: no setting is called {key}{f', did you mean {near[0]}' if near else ''}; "
+        f"method {method}: no setting is called {key}{hint}; "
         f"the settings of method {method} are {', '.join(known) or 'none'}; "
         f"compress takes {', '.join(others)}."
     )

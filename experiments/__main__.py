@@ -23,6 +23,7 @@ from camera.runtime.errors import CameraError
 from experiments.config.arguments import as_typed
 from experiments.config.location import CONF
 from experiments.config.schema import naming_valid_keys
+from experiments.config.spelling import check_spelling
 from experiments.config.started import start
 
 
@@ -38,6 +39,7 @@ def command() -> None:
     """Compose the command line and do what it asks for, with the other ranks of a torchrun."""
     try:
         sys.argv[1:] = as_typed(sys.argv[1:])
+        check_spelling(sys.argv[1:])
     except CameraError as refusal:
         sys.exit(str(refusal))
     with naming_valid_keys(), _interruptible():

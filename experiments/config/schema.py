@@ -167,7 +167,7 @@ def naming_valid_keys() -> Iterator[None]:
             print(told)
         if isinstance(refusal, KEY_ERRORS) and isinstance(parent, DictConfig):
             keys = sorted(str(key) for key in parent if key not in ("hydra", "_target_"))
-            print(f"Valid keys here: {', '.join(keys)}")
+            print(f"Valid keys here: {', '.join(keys) or 'none'}")
         raise
 
 

@@ -118,8 +118,8 @@ def check_values(settings: Settings) -> None:
     sparsity, alpha = method.get("sparsity"), method.get("alpha")
     if sparsity is not None and not 0 < sparsity < 1:
         raise CameraError(
-            f"sparsity={sparsity:g} must lie between 0 and 1{_meant(sparsity)}; method=dense removes "
-            "nothing."
+            f"sparsity={sparsity:g} must lie between 0 and 1{_meant(sparsity)}; "
+            "method=dense removes nothing."
         )
     if alpha is not None and not 0 <= alpha <= 1:
         raise CameraError(f"alpha={alpha} must lie in [0, 1].")
