@@ -24,9 +24,10 @@ from camera.evaluation.tasks.names import NINE_TASKS
 from camera.pipeline.model_card import base_name
 from camera.runtime.values import renaming
 from experiments.config.constructor import choice, typed_settings
-from experiments.config.location import CONF, EMBEDDED, user_path
+from experiments.config.location import CONF, EMBEDDED, EMBEDDED_MODEL, user_path
 from experiments.config.started import started
 
+TOKENIZER = "tokenizer.json"
 KEY_ERRORS = (ConfigAttributeError, ConfigKeyError)
 
 _group_types: dict[str, list[type]] = {}
@@ -125,8 +126,15 @@ def model_name(path: str) -> str:
 
 
 def model_data(path: str) -> str:
-    """Where the texts of a model come from unless said otherwise."""
-    return EMBEDDED if path == EMBEDDED else "hub"
+    """Where the texts of a model come from unless said otherwise.
+
+    A model that has the embedded one's tokenizer was made of it, and knows its texts only.
+    """
+    if path == EMBEDDED:
+        return EMBEDDED
+    own, embedded = (Path(user_path(path)) / TOKENIZER, EMBEDDED_MODEL / TOKENIZER)
+    same = own.is_file() and own.stat().st_size == embedded.stat().st_size
+    return EMBEDDED if same and own.read_bytes() == embedded.read_bytes() else "hub"
 
 
 def register() -> None:

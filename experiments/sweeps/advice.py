@@ -70,18 +70,22 @@ def _same(jobs: Sequence[SweepJob]) -> Iterator[str]:
         return
     ignored: dict[str, list[str]] = {}
     for job in merged:
-        unused = ", ".join(sorted({key for other in job.same for key in _unlike(job, other)}))
-        ignored.setdefault(unused, []).append(job.like[1])
+        unused = sorted({key for other in job.same for key in _ignored(job, other)})
+        ignored.setdefault(" or ".join(unused), []).append(job.like[1])
     reasons = [
         f"{' and '.join(dict.fromkeys(methods))} {'use' if len(set(methods)) > 1 else 'uses'} no "
-        f"{keys.replace(', ', ' or ')}"
+        f"{keys}"
         for keys, methods in ignored.items()
+        if keys
     ]
-    yield f"{_count(asked - len(jobs), asked)} the same as others: {'; '.join(reasons)}."
+    why = f": {'; '.join(reasons)}" if reasons else ""
+    yield f"{_count(asked - len(jobs), asked)} the same as others{why}."
 
 
-def _unlike(job: SweepJob, other: Sequence[str]) -> set[str]:
-    return {text.split("=", 1)[0] for text in set(job.overrides) ^ set(other)}
+def _ignored(job: SweepJob, other: Sequence[str]) -> set[str]:
+    """The settings of which both name a value, and not the same one."""
+    one, two = (dict(text.split("=", 1) for text in said) for said in (job.overrides, other))
+    return {key for key in one.keys() & two.keys() if one[key] != two[key]}
 
 
 def _count(some: int, whole: int) -> str:

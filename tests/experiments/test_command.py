@@ -116,7 +116,6 @@ QUICK = {
     "status": ["status", "OUTPUT"],
     "tables": ["tables", "OUTPUT"],
     "report": ["report", "OUTPUT"],
-    "clean": ["clean", "OUTPUT"],
 }
 
 
