@@ -31,7 +31,7 @@ _MODULES = {
     "dequantize": "camera.checkpoint.dequantize",
     "describe": "camera.api",
     "evaluate": "camera.evaluation.evaluate",
-    "export": "camera.checkpoint.native",
+    "export": "camera.engines.export",
     "load": "camera.checkpoint.loading",
 }
 __all__ = [*_MODULES]

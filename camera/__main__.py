@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,16 +14,25 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m camer
     """Carry out a subcommand; its exit code."""
     parser = argparse.ArgumentParser(prog=program, description=__doc__)
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("export", help="write a native checkpoint of uniform width")
+    command = commands.add_parser("export", help="write what other programs read")
     command.add_argument("checkpoint", help="folder of a compressed checkpoint")
-    command.add_argument("out", help="folder to write; must not exist")
-    command.add_argument("--width-multiple", type=int, default=8)
+    command.add_argument("out", help="folder, or file ending in .gguf, to write; must not exist")
+    command.add_argument("--format", help="native, gguf (default for OUT.gguf), compressed-tensors")
+    command.add_argument(
+        "--width-multiple", type=int, default=8, help="experts are padded to a multiple (8)"
+    )
+    command.add_argument("--type", help="of a GGUF's matrices: F32, F16, BF16, Q8_0")
+    command.add_argument("--template", help="GGUF of the same model, whose tokenizer is taken")
+    command.add_argument("--pre", help="llama.cpp's name of how the tokenizer splits text")
+    command.add_argument("--trust-remote-code", action="store_true")
     command.set_defaults(carry_out=_export)
     command = commands.add_parser("describe", help="parameters and bytes of a model, as JSON")
     command.add_argument("model", help="folder of a checkpoint, or its id on the hub")
     command.add_argument("--trust-remote-code", action="store_true")
     command.set_defaults(carry_out=_describe)
     asked = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("camera").setLevel(logging.INFO)
     try:
         asked.carry_out(asked)
     except CameraError as error:
@@ -32,10 +42,18 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m camer
 
 
 def _export(asked: argparse.Namespace) -> None:
-    from camera.checkpoint.native import export
+    from camera.engines.export import export
 
-    export(asked.checkpoint, asked.out, asked.width_multiple)
-    print(f"{asked.out}: native, uniform width")
+    export(
+        asked.checkpoint,
+        asked.out,
+        format=asked.format,
+        width_multiple=asked.width_multiple,
+        type=asked.type,
+        template=asked.template,
+        pre=asked.pre,
+        trust_remote_code=asked.trust_remote_code,
+    )
 
 
 def _describe(asked: argparse.Namespace) -> None:

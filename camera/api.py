@@ -15,6 +15,7 @@ from camera.runtime.values import renaming, seed_of
 if TYPE_CHECKING:
     from camera.calibration.settings import Calibration
     from camera.evaluation.suite import EvaluationRequest
+    from camera.pipeline.context import CompressionListener
     from camera.pipeline.result import CompressionResult
     from camera.streaming.settings import MemoryChoices
 
@@ -37,6 +38,7 @@ def compress(
     trust_remote_code: bool = False,
     name: str | None = None,
     progress: bool = True,
+    listener: CompressionListener | None = None,
     **settings: Any,
 ) -> CompressionResult:
     """Compress a model, one layer in memory at a time, into the folder `out`.
@@ -50,16 +52,16 @@ def compress(
     killed run goes on). `dtype` is what is computed in; the checkpoint has the dtype of the
     original unless `save_dtype` names another. `name` is what model card and report call the base
     model (default: its hub id, or the name of its folder). `progress` shows a bar, or where there
-    is no terminal a line a minute in the log (logger `camera`, level INFO). Raises CameraError for
-    what a user can mend;
-    `out` appears only when it is complete.
+    is no terminal a line a minute in the log (logger `camera`, level INFO); `listener` is told of
+    each layer as it is done. Raises CameraError for what a user can mend; `out` appears only when
+    it is complete.
     """
     method = as_method(method, settings)
     options = dict(calibration=calibration, propagate=propagate, data=data, seed=seed)
     options |= dict(device=device, dtype=dtype, save_dtype=save_dtype, statistics=statistics)
     options |= dict(memory=memory, name=name, measures=measures, progress=progress)
     options |= dict(trust_remote_code=trust_remote_code)
-    return _run(model, method, out, None, **options)
+    return _run(model, method, out, None, **options, listener=listener)
 
 
 def apply(
@@ -112,6 +114,7 @@ def _run(
     trust_remote_code: bool,
     name: str | None,
     progress: bool,
+    listener: CompressionListener | None = None,
 ) -> CompressionResult:
     from camera.calibration.settings import Calibration, check_calibration
     from camera.calibration.tokens import calibration_tokens
@@ -169,6 +172,7 @@ def _run(
         Path(statistics) if statistics else None,
         plan,
         listeners,
+        listener if distributed.rank() == 0 else None,
         progress,
     )
     return run(request, meta, memory)

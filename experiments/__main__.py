@@ -28,7 +28,7 @@ from experiments.config.started import start
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(config: DictConfig) -> dict[str, Any] | str | None:
+def main(config: DictConfig) -> dict[str, Any] | str | float | None:
     """One job of Hydra: a run, recorded in its folder whether it succeeds or fails."""
     from experiments.sweeps.job import job
 
@@ -44,13 +44,13 @@ def command() -> None:
         sys.exit(str(refusal))
     with naming_valid_keys(), _interruptible():
         if "WORLD_SIZE" not in os.environ:
-            start()
+            start(sys.argv[1:])
             main()
             return
         from camera.runtime.distributed import process_group
 
         with process_group():
-            start()
+            start(sys.argv[1:])
             main()
 
 

@@ -129,6 +129,7 @@ SUBCOMMANDS = {
         "what lies in an output folder, and freeing it", _module("experiments.clean")
     ),
     "mirror": Subcommand("data for machines without network", _module("experiments.mirror")),
+    "wandb": Subcommand("finished runs to W&B", _module("experiments.upload")),
     "bench": Subcommand("benchmarks of the library", _module("experiments.bench.__main__")),
     "completion": Subcommand("TAB for bash or zsh", _module("experiments.completion")),
 }

@@ -59,6 +59,7 @@ class GridSweeper(Sweeper):
         from experiments.config.location import user_path
         from experiments.records.files import OutputFolder, SweepFiles
         from experiments.sweeps.ending import end_sweep
+        from experiments.sweeps.job import preset_of
         from experiments.sweeps.launches import Launches
 
         assert self.config is not None and self.launcher is not None
@@ -80,7 +81,10 @@ class GridSweeper(Sweeper):
         finally:
             if distributed.rank() == 0:
                 output = OutputFolder(Path(user_path(self.config.output)))
-                all_done = end_sweep(sweep, output, launches.ends(jobs))
+                asked = self.config.tracker
+                tracker = OmegaConf.to_container(asked, resolve=True, enum_to_str=True)
+                preset = preset_of(self.config.hydra)
+                all_done = end_sweep(sweep, output, launches.ends(jobs), tracker, preset)
         if distributed.rank() == 0 and not all_done:
             sys.exit(1)
         return launches.returns

@@ -126,8 +126,9 @@ def save_config(config: PretrainedConfig, folder: Path) -> None:
     embedding.
     """
     config.save_pretrained(folder)
-    path, keys = folder / "config.json", family_of(config.model_type).keys
-    told = json.loads(path.read_text())
+    path, family = folder / "config.json", family_of(config.model_type)
+    told = json.loads(path.read_text()) | dict(family.elsewhere)
+    keys = family.keys
     for key in (keys.experts, keys.width, keys.shared_width, keys.dense_width, keys.top_k):
         if hasattr(config, key):
             told.setdefault(key, getattr(config, key))

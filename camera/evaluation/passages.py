@@ -69,13 +69,16 @@ class Passage:
             f"compress it again"
         )
 
-    def result(self, nll: float, seconds: float) -> dict[str, Any]:
-        """What `perplexity` returns, from the nll of all predicted tokens."""
-        tokens = sum(block.scored for block in self.blocks)
-        mean = nll / tokens
+    def result(self, nlls: list[float], seconds: float) -> dict[str, Any]:
+        """What `perplexity` returns, from the nll of each block's predicted tokens."""
+        scored = [block.scored for block in self.blocks]
+        tokens = sum(scored)
+        mean = sum(nlls) / tokens
         return {
             "perplexity": math.exp(mean) if mean < 700 else math.inf,
             "nll_per_token": mean,
+            "nll_stderr": _standard_error(nlls, scored),
+            "nll_per_block": [nll / count for nll, count in zip(nlls, scored, strict=True)],
             "tokens": tokens,
             "blocks": len(self.blocks),
             "length": self.length,
@@ -87,6 +90,19 @@ class Passage:
             "data_hash": ids_hash(self.ids_S[: self.blocks[-1].end]),
             "seconds": seconds,
         }
+
+
+def _standard_error(nlls: list[float], scored: list[int]) -> float | None:
+    """Of the mean nll over tokens, that of a ratio of sums over B blocks drawn independently.
+
+    √(B / (B - 1) · Σ_b (nll_b - mean · tokens_b)²) / Σ_b tokens_b; None for a single block.
+    """
+    B, tokens = len(nlls), sum(scored)
+    if B < 2:
+        return None
+    mean = sum(nlls) / tokens
+    squares = sum((nll - mean * count) ** 2 for nll, count in zip(nlls, scored, strict=True))
+    return math.sqrt(B / (B - 1) * squares) / tokens
 
 
 def read_passage(

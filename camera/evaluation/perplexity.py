@@ -47,7 +47,10 @@ def perplexity(
     (evaluation.blocks in the configuration) keeps the first blocks. The loss is fp32 whatever the
     model's dtype.
 
-    Returns perplexity, nll_per_token, tokens (scored), blocks, length, stride, corpus, split,
+    Returns perplexity, nll_per_token, nll_stderr (its standard error over the blocks as
+    independent draws, `passages._standard_error`; None for one block), nll_per_block (mean over the
+    tokens of each: two models differ by less than nll_stderr says, as they see the same blocks),
+    tokens (scored), blocks, length, stride, corpus, split,
     stream, documents, data_hash (sha256 of the stream's token ids that were read), seconds.
     Raises CameraError for an impossible length, stride, limit or batch_size, too little text, and
     logits that aren't finite.
@@ -64,13 +67,13 @@ def perplexity(
         limit=limit,
     )
     started = time.perf_counter()
-    nll = _total_nll(model, passage, batch_size, progress)
-    return passage.result(nll, time.perf_counter() - started)
+    nlls = _nll_of_blocks(model, passage, batch_size, progress)
+    return passage.result(nlls, time.perf_counter() - started)
 
 
-def _total_nll(model, passage: Passage, batch_size: int, progress: bool) -> float:
-    """Σ nll of every scored token, summed in fp64."""
-    total, blocks, ids_S = 0.0, passage.blocks, passage.ids_S
+def _nll_of_blocks(model, passage: Passage, batch_size: int, progress: bool) -> list[float]:
+    """Σ nll of every block's scored tokens, summed in fp64."""
+    nlls, blocks, ids_S = [], passage.blocks, passage.ids_S
     with (
         _evaluating(model) as device,
         progress_bar(passage.title, len(blocks), "blocks", show=progress) as advance,
@@ -78,10 +81,10 @@ def _total_nll(model, passage: Passage, batch_size: int, progress: bool) -> floa
         for batch in _batches(blocks, batch_size):
             ids_BL = torch.stack([ids_S[block.begin : block.end] for block in batch]).to(device)
             logits_BLV = model(input_ids=ids_BL, use_cache=False).logits
-            nll = _scored_nll(logits_BLV, ids_BL, [block.scored for block in batch])
-            total += passage.finite(nll, batch[0])
+            found = _scored_nll(logits_BLV, ids_BL, [block.scored for block in batch])
+            nlls += [passage.finite(n, block) for n, block in zip(found, batch, strict=True)]
             advance(len(batch))
-    return total
+    return nlls
 
 
 def _batches(blocks: list[Block], batch_size: int) -> Iterator[list[Block]]:
@@ -97,13 +100,13 @@ def _batches(blocks: list[Block], batch_size: int) -> Iterator[list[Block]]:
         yield batch
 
 
-def _scored_nll(logits_BLV: Tensor, ids_BL: Tensor, scored: list[int]) -> float:
-    """Σ -log p over the last `scored` tokens of each row, in fp32 by chunks of positions."""
+def _scored_nll(logits_BLV: Tensor, ids_BL: Tensor, scored: list[int]) -> list[float]:
+    """Of each row Σ -log p over the last `scored` tokens, in fp32 by chunks of positions."""
     B, L, V = logits_BLV.shape
     chunk = max(1, tokens_per_chunk(V, tables=2) // B)
     counts_B = torch.tensor(scored, device=ids_BL.device)
     first_B1 = (L - counts_B).unsqueeze(1)
-    total = torch.zeros((), dtype=torch.float64)
+    total_B = torch.zeros(B, dtype=torch.float64)
     for begin in range(0, L - 1, chunk):
         end = min(begin + chunk, L - 1)
         targets_BC = ids_BL[:, begin + 1 : end + 1].to(logits_BLV.device)
@@ -113,8 +116,8 @@ def _scored_nll(logits_BLV: Tensor, ids_BL: Tensor, scored: list[int]) -> float:
         nll_BC = flat_nll.view_as(targets_BC)
         position_C = torch.arange(begin + 1, end + 1, device=first_B1.device)
         is_scored_BC = (position_C >= first_B1).to(nll_BC.device)
-        total += nll_BC.masked_fill(~is_scored_BC, 0.0).cpu().sum(dtype=torch.float64)
-    return total.item()
+        total_B += nll_BC.masked_fill(~is_scored_BC, 0.0).cpu().sum(1, dtype=torch.float64)
+    return total_B.tolist()
 
 
 @contextmanager

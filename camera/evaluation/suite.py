@@ -78,7 +78,7 @@ class EvaluationSuite:
             nlls = [-self.evaluation.answers[number][0] for number in numbers]
             for nll, block in zip(nlls, passage.blocks, strict=True):
                 passage.finite(nll, block)
-            found["perplexity"][passage.corpus] = passage.result(sum(nlls), self._share(numbers))
+            found["perplexity"][passage.corpus] = passage.result(nlls, self._share(numbers))
         for task in self._tasks:
             with quiet():
                 share = self._share(self._lm.number(r) for r in task.built.instances)

@@ -5,8 +5,8 @@ tiny model in tests/helpers/models.py, on which every equality test then runs.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -102,8 +102,9 @@ class Family:
     A layer without `experts` is a dense FFN. shared_gate: its sigmoid scales the shared expert.
     residual_scale: attribute of the layer that scales the outputs of both its parts. router_rows:
     tensors of the router with one row an expert. added_to_scores: buffer that the router adds
-    before it chooses. register: module whose `register` teaches transformers a
-    model type that it lacks.
+    before it chooses. elsewhere: keys of config.json that other programs read, in which
+    transformers' own class differs or says nothing. register: module whose `register` teaches
+    transformers a model type that it lacks.
     """
 
     ffn: str = "mlp"
@@ -119,6 +120,7 @@ class Family:
     groups: Callable[[Any], RouterGroups] = router_groups
     checkpoint_names: ExpertNames = ExpertNames()
     attention_width: Callable[[Any], int] = attention_width
+    elsewhere: Mapping[str, Any] = field(default_factory=dict)
     register: str | None = None
 
     def top_k(self, config: Any) -> int:
@@ -148,11 +150,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_moe": Family(),
     "mixtral": Family(keys=_LOCAL),
-    "phimoe": Family(router="router", keys=_LOCAL),
+    "phimoe": Family(
+        router="router", keys=_LOCAL, elsewhere={"architectures": ["PhiMoEForCausalLM"]}
+    ),
     "olmoe": Family(keys=ConfigKeys(width="intermediate_size")),
     "deepseek": replace(_DEEPSEEK, register="camera.moe.deepseek"),
     "deepseek_v2": _LATENT,
-    "deepseek_v3": _LATENT,
+    "deepseek_v3": replace(_LATENT, elsewhere={"scoring_func": "sigmoid"}),
     "granitemoe": Family(
         ffn="block_sparse_moe",
         router="router",

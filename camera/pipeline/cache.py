@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from camera.pipeline.result import versions
 from camera.pipeline.resume import PassProgress, code_version
 from camera.runtime import distributed
 from camera.runtime.errors import CameraError
-from camera.runtime.files import content_key, partial_of, replace_durably
+from camera.runtime.files import content_key, partial_of, replace_durably, write_json
 from camera.streaming.skeleton import MetaModel
 
 log = logging.getLogger("camera")
@@ -39,7 +41,8 @@ def gathered_once(
     """Statistics of the original model: read from the cache if gathered before, else gathered.
 
     `key` says what is seen (its `kind` first), `owner` the class whose code sees it: runs that
-    agree share a file. A file of another kind, or a damaged one, is gathered anew.
+    agree share a file. A file of another kind, or a damaged one, is gathered anew. Beside it stands
+    what it took, which the report of a run that reads it tells as `cached_statistics`.
     """
     model = context.streamer.model
     folder = context.request.statistics or context.request.private_statistics
@@ -55,16 +58,32 @@ def gathered_once(
     name = f"{model.config.model_type}-{key['kind']}-{content_key(about)}"
     path = folder / f"{name}.safetensors"
     first = distributed.rank() == 0
+    state, cost, asked = context.state, path.with_suffix(".json"), perf_counter()
     with FileLock(f"{path}.lock") if first else nullcontext():  # a sweep's jobs measure once
-        if not distributed.all_min(_holds(path, kind)):
+        state.seconds["calibrate"] -= perf_counter() - asked  # another run's time, told as such
+        if distributed.all_min(_holds(path, kind)):
+            state.used(**_cost(cost))
+        else:
             progress = PassProgress(folder / f".{name}" / "progress", about)
             found = gather(progress, folder / f".{name}")
+            state.seconds["calibrate"] += progress.seconds_before
             if first:
                 partial = partial_of(path)
                 found.save(partial)
+                seconds, peak = round(progress.seconds, 3), context.memory.bytes
+                write_json(cost, {"seconds": seconds, "peak_memory_bytes": peak})
                 replace_durably(partial, path)
             progress.clear()
     return Statistics.load(path)
+
+
+def _cost(file: Path) -> dict[str, Any]:
+    """What it took to gather statistics; nothing known of files of earlier versions."""
+    unknown = {"seconds": 0.0, "peak_memory_bytes": 0}
+    try:
+        return unknown | json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return unknown
 
 
 def _holds(path: Path, kind: type[LayerStatistics]) -> bool:

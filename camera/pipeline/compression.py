@@ -53,13 +53,17 @@ def run(request: CompressionRequest, model: MetaModel, memory: MemoryChoices) ->
     refuse_unshared(passes, method)
     samples, length = (0, 0) if request.tokens is None else request.tokens.ids_NL.shape
     estimate = foresee(request, model, memory, samples, length)
-    log.info("%s: this takes %s", request.out.name, estimate)
+    expected = format_bytes(estimate.peak)
+    log.info("%s: this takes about %s of memory", request.out.name, expected)
+    log.info("  %s", estimate)
     model.check_rest()
     require_writable_config(model)
     spill = request.out.parent if estimate.hidden_on_disk else None
     streamer = LayerStreamer(model, Placement(estimate.experts_on_disk, spill))
     with PeakMemory(model.device) as peak:
         context, seen = PassContext(request, streamer, estimate, peak), {}
+        if request.listener is not None:
+            request.listener.begin()
         for step in passes[:-1]:
             with context.state.timed("calibrate"):
                 seen[step.kind] = RUNNERS[step.kind](context).run(step, seen)

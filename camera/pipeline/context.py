@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +35,19 @@ class LayerListener(Protocol):
         """Called after the last layer; what stands in evaluation.json."""
 
 
+class CompressionListener(Protocol):
+    """Is told how a compression goes, on the first process."""
+
+    def begin(self) -> None:
+        """Nothing is refused any more: the first weight is about to be read."""
+
+    def layer(self, index: int, measured: Mapping[str, float]) -> None:
+        """A layer is compressed; of a run that goes on also those that were compressed before.
+
+        `measured` are its `seconds`, `memory_bytes` and what `passes.measured.of_layer` knows.
+        """
+
+
 @dataclass(frozen=True)
 class CompressionRequest:
     """What `camera.compress` is asked for."""
@@ -47,6 +60,7 @@ class CompressionRequest:
     statistics: Path | None = None  # folder of the shared cache
     plan: Plan | None = None  # given, not made
     listeners: Sequence[LayerListener] = ()
+    listener: CompressionListener | None = None  # is told how it goes
     show_progress: bool = True
 
     @property

@@ -92,12 +92,11 @@ class MemoryEstimate:
         experts = ", its experts on disk" if self.experts_on_disk else ""
         place = "on disk" if self.hidden_on_disk else "in memory"
         phi = "kept" if self.keep_phi else "recomputed"
-        work = f", the method {format_bytes(self.method)}" if self.method else ""
+        work = f"; method {format_bytes(self.method)}" if self.method else ""
         return (
-            f"about {format_bytes(self.peak)} beside the process itself (largest layer "
-            f"{format_bytes(self.layer)}{experts}, hidden states {format_bytes(self.hidden)} "
-            f"{place}, phi {format_bytes(self.phi)} {phi}, a batch "
-            f"{format_bytes(self.working)}{work})"
+            f"layer {format_bytes(self.layer)}{experts}; hidden states "
+            f"{format_bytes(self.hidden)} {place}; activations {format_bytes(self.phi)} {phi}; "
+            f"batch {format_bytes(self.working)}{work}"
         )
 
     @classmethod

@@ -31,6 +31,8 @@ class CompressionResult:
     bits: dict[str, float]  # per weight: raw, stored with metadata, average of the whole model
     bytes: dict[str, int]  # dense, compressed
     seconds: dict[str, float] = field(default_factory=dict)  # calibrate, compress
+    # seconds and peak_memory_bytes of statistics that another run gathered; empty without such
+    cached_statistics: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0  # of the process (on an accelerator: of its memory)
     expected_memory_bytes: int = 0  # the same, as estimated when it began
     coverage: dict[str, Any] = field(default_factory=dict)
@@ -38,6 +40,7 @@ class CompressionResult:
     full_widths: dict[str, int] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # what the method says of each
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)  # of each layer
     statistics: str | None = None  # file name inside the checkpoint
     versions: dict[str, str] = field(default_factory=dict)
     revision: str | None = None  # commit of a model of the hub
@@ -76,6 +79,7 @@ def report(
         bits=bits(sizes, state.modules, compressed, budget.weights),
         bytes={"dense": context.streamer.model.reader.bytes, "compressed": writer.bytes},
         seconds={name: round(spent, 3) for name, spent in state.seconds.items()},
+        cached_statistics=state.cached,
         peak_memory_bytes=context.memory.bytes,
         expected_memory_bytes=context.memory.before + context.estimate.peak,
         coverage=coverage,
@@ -84,6 +88,7 @@ def report(
         calibration=request.tokens.describe() if request.tokens else None,
         statistics=CheckpointFiles.STATISTICS if statistics and statistics.travels else None,
         layers=state.layer_reports,
+        measured=state.measured,
         versions=versions(),
         revision=revision_of(context.streamer.model.folder),
         checkpoint=str(request.out),

@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ class PassProgress:
         self.done = 0  # layers
         self.files: dict[str, str] = {}  # digests of the files that are kept, by name
         self.state: dict[str, Any] = {}
+        self.seconds_before = 0.0  # spent on those layers by killed runs
+        self._started = perf_counter()
         self._rank = f"-{distributed.rank()}" if distributed.rank() else ""
 
     def restore(self) -> bool:
@@ -55,8 +58,14 @@ class PassProgress:
             self.clear()
             return False
         self.state, self.files = found["state"], found["files"]
+        self.seconds_before = found.get("seconds", 0.0)
         log.info("%s: going on at layer %d.", self.folder.parent.name, self.done)
         return True
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the pass so far, by killed runs and by this one."""
+        return self.seconds_before + perf_counter() - self._started
 
     def commit(
         self,
@@ -84,7 +93,7 @@ class PassProgress:
             gone = self._hidden_file(self.done if distributed.world() == 1 else self.done - 1)
             self.files.pop(gone.name, None)
             content = {"fingerprint": self.fingerprint, "done": done, "state": state}
-            content |= {"files": self.files}
+            content |= {"files": self.files, "seconds": self.seconds}
             write_json(self._state_file, content)
         except (OSError, SafetensorError) as error:
             raise CameraError(

@@ -21,7 +21,9 @@ class RunState:
     full_widths: dict[str, int] = field(default_factory=dict)  # before compression
     routed: list[str] = field(default_factory=list)  # paths of routed experts
     layer_reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)  # of each layer
     seconds: dict[str, float] = field(default_factory=lambda: {"calibrate": 0.0, "compress": 0.0})
+    cached: dict[str, float] = field(default_factory=dict)  # `cached_statistics` of the report
     shards: dict[str, Any] = field(default_factory=dict)  # of checkpoint.shards.ShardWriter
 
     def to_dict(self) -> dict[str, Any]:
@@ -37,6 +39,12 @@ class RunState:
         """Add facts to the report of a layer."""
         if facts:
             self.layer_reports.setdefault(str(index), {}).update(facts)
+
+    def used(self, seconds: float, peak_memory_bytes: int) -> None:
+        """Add what statistics cost another run, which this one read."""
+        self.cached["seconds"] = self.cached.get("seconds", 0.0) + seconds
+        peak = max(self.cached.get("peak_memory_bytes", 0), peak_memory_bytes)
+        self.cached["peak_memory_bytes"] = peak
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:

@@ -35,8 +35,9 @@ class Quantization(Method):
     bits: the target, stored bits per weight on average over the quantised weights, scales and zeros
     included (null: given by the other settings). group_size: inputs that share a scale, -1 for the
     whole row, null to have it chosen. quantizer: a name of `camera.quantization.quantizers`. sym:
-    no zeros. clip: range search (none, gptq, mc). act_order, static_groups, damping, fallback,
-    min_tokens: see `GPTQ`.
+    no zeros. clip: range search (none, gptq, mc). scale_dtype: scales are stored in fp16; bfloat16
+    rounds them to what this type holds too, as engines do that run a bf16 model. act_order,
+    static_groups, damping, fallback, min_tokens: see `GPTQ`.
     weighted_hessian counts a token by its squared routing weight. true_sequential takes down's
     Hessian from the quantised gate and up, on the first `sequential_tokens` inputs of an expert;
     compensate expert refits down to these before it is quantised (see
@@ -61,6 +62,7 @@ class Quantization(Method):
     true_sequential: bool = False
     sequential_tokens: int = 8192
     compensate: Literal["none", "expert"] = "none"
+    scale_dtype: Literal["float16", "bfloat16"] = "float16"
     attn_bits: int | None = None
     router_bits: int | None = None
 
@@ -162,7 +164,7 @@ class Quantization(Method):
             "fallback": self.fallback,
             "min_tokens": self.min_tokens,
             "clip": CLIPS[self.clip],
-            "scale_dtype": torch.float16,
+            "scale_dtype": getattr(torch, self.scale_dtype),
         }
         known = {f.name for f in fields(cls)}
         return cls(**{name: value for name, value in settings.items() if name in known})

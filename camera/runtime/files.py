@@ -6,6 +6,8 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from camera.runtime.errors import CameraError
@@ -31,6 +33,34 @@ def replace_durably(partial: Path, path: Path) -> None:
     sync(partial)
     os.replace(partial, path)
     sync(path.parent)
+
+
+@contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """Where a new file or folder grows; at the end it appears as `path`, or not at all.
+
+    CameraError if there is something already, or it can't be written.
+    """
+    if path.exists():
+        raise CameraError(f"{path} exists already: delete it or choose another name.")
+    partial = partial_of(path)
+    _remove(partial)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        replace_durably(partial, path)
+    except OSError as error:
+        raise CameraError(
+            f"can't write {path} ({error}): free space on that disk or choose another one."
+        ) from error
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def require_space(folder: Path, needed: int) -> None:

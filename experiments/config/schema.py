@@ -117,6 +117,7 @@ class Config:
     dry_run: bool = False
     retry: Retry = Retry.none
     keep_checkpoint: bool = True
+    objective: str | None = None
     trust_remote_code: bool = False
 
 

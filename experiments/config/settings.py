@@ -47,6 +47,7 @@ class Settings:
     dry_run: bool
     retry: str
     keep_checkpoint: bool
+    objective: str | None
     trust_remote_code: bool
 
     @classmethod

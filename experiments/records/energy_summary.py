@@ -35,9 +35,10 @@ class Histogram:
 class Energies:
     """By layer the histogram, and the share of energy (0 to 1) in its top `percents` %.
 
-    `experts` has by module path the summed energy of each expert.
+    `experts` has by module path the summed energy of each expert, `alpha` is that of the energies.
     """
 
+    alpha: float
     histograms: dict[int, Histogram]
     percents: list[float]
     top: dict[int, list[float]]
@@ -74,6 +75,7 @@ def read_energies(folder: Path) -> Energies | None:
     kept = read_json(file)
     edges, layers = np.array(kept["edges"]), kept["layers"]
     return Energies(
+        kept["alpha"],
         {int(i): Histogram(np.array(la["counts"]), edges, la["zeros"]) for i, la in layers.items()},
         kept["percents"],
         {int(i): layer["top"] for i, layer in layers.items()},

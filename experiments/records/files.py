@@ -1,7 +1,8 @@
 """The files of a run and the folders of an output: the one place that names them.
 
 output/
-  runs/RUN/          settings.json, PART.json, metrics.json, DONE, error.txt, log.txt, figures
+  runs/RUN/          settings.json, studies.json, PART.json, metrics.json, DONE, error.txt, log.txt,
+                     figures, wandb/ (experiments.runs.wandb_files)
   checkpoints/RUN/   the compressed model
   statistics/        statistics of dense models, shared by runs
   sweeps/SWEEP/      multirun.yaml, plan.json, jobs/NUMBER.json, tables
@@ -14,7 +15,7 @@ output/
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,18 @@ class RunFiles:
         return sorted(self.folder.glob("*.png"))
 
     @property
+    def studies(self) -> list[str]:
+        """The grids of presets that asked for the run, or presets; none for a run by itself."""
+        file = self.folder / "studies.json"
+        return read_json(file)["studies"] if is_json(file) else []
+
+    def enter_studies(self, names: Iterable[str]) -> None:
+        """Add studies that ask for the run; the caller holds its lock."""
+        known = self.studies
+        if new := [name for name in names if name not in known]:
+            write_json(self.folder / "studies.json", {"studies": [*known, *new]})
+
+    @property
     def is_run(self) -> bool:
         """Whether a run was ever started in this folder."""
         return self.settings.exists()
@@ -102,6 +115,11 @@ class RunFiles:
         """Why the run failed; None where it didn't, or was interrupted and would go on."""
         reason = self.reason
         return None if reason is None or reason.startswith(INTERRUPTIONS) else reason
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether it ended early for no reason not to go on."""
+        return self.reason is not None and self.failure is None
 
     def read_part(self, name: str) -> dict[str, Any] | None:
         """What a part reported; None before it is done, and where that can't be read."""

@@ -104,10 +104,10 @@ def differing_settings(
     A kind is what is known of a run anyway, such as its model and method. `leave_usual` leaves out
     the value that more identities of a kind have than any other.
     """
-    flat = [_flatten(identity) for identity in identities]
+    named = [flat(identity) for identity in identities]
     values: dict[tuple, Counter[str]] = {}
     different = {
-        (kind, repr(settings)): settings for kind, settings in zip(kinds, flat, strict=True)
+        (kind, repr(settings)): settings for kind, settings in zip(kinds, named, strict=True)
     }
     for (kind, _), settings in different.items():
         for key, value in settings.items():
@@ -124,8 +124,17 @@ def differing_settings(
             for key, value in settings.items()
             if key not in UNNAMED and told(values[kind, key], value)
         )
-        for kind, settings in zip(kinds, flat, strict=True)
+        for kind, settings in zip(kinds, named, strict=True)
     ]
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    named: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        named |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return named
 
 
 def _versions(*packages: str) -> dict[str, str | None]:
@@ -171,17 +180,6 @@ def _texts(data: str, corpora: Iterable[tuple[str, str]], tasks: Iterable[str] =
         content = known_digest(file) if file.is_file() else "absent"  # refused by the check
         digest.update(f"{Path(name).name}:{content}".encode())
     return f"{place}-{digest.hexdigest()[:12]}"
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= (
-            _flatten(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
-    return flat
 
 
 def _short(value: Any) -> str:

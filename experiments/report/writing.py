@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from experiments.records.files import OutputFolder
-from experiments.report.headlines import headlines
-from experiments.report.runs import Figure, Run, embedded, environments, read_run
+from experiments.records.files import OutputFolder, write_text
+from experiments.report.facts import facts, own_differences, shared_differences
+from experiments.report.runs import Figure, Run, embedded, environments, in_order, read_run
 from experiments.tables.aggregate import over_seeds
+from experiments.tables.best import best_at_each_ratio
+from experiments.tables.layouts.html import to_html
+from experiments.tables.names.datasets import dataset_label
 from experiments.tables.pages import Page, paper_page
-from experiments.tables.renderers import to_html
+from experiments.tables.rows import perplexity_columns
 
 
 def write_report(runs: pd.DataFrame, folder: Path, page: Path) -> Path:
@@ -22,15 +26,13 @@ def write_report(runs: pd.DataFrame, folder: Path, page: Path) -> Path:
     figures = [
         embedded(file, page) for file in draw_comparisons(runs, OutputFolder(folder).figures)
     ]
-    told = [read_run(row, page) for row in runs.to_dict("records")]
+    told = in_order([read_run(row, page) for row in runs.to_dict("records")])
     page.parent.mkdir(parents=True, exist_ok=True)
-    part = page.with_name(f".{page.name}")
-    part.write_text(to_page(runs, told, figures, folder.resolve().name), encoding="utf-8")
-    part.replace(page)
+    write_text(page, to_page(runs, told, figures, folder.resolve()))
     return page
 
 
-def to_page(runs: pd.DataFrame, told: list[Run], figures: list[Figure], name: str) -> str:
+def to_page(runs: pd.DataFrame, told: Sequence[Run], figures: list[Figure], folder: Path) -> str:
     """The page as HTML; whatever comes from files is escaped."""
     environment = Environment(
         loader=PackageLoader("experiments.report", "page"),
@@ -40,14 +42,27 @@ def to_page(runs: pd.DataFrame, told: list[Run], figures: list[Figure], name: st
         lstrip_blocks=True,
     )
     page = paper_page(runs[runs["status"] == "done"])
+    shared = shared_differences(told)
     return environment.get_template("page.html").render(
-        name=name,
+        name=folder.name,
+        facts=facts(told, folder),
         runs=told,
-        headlines=headlines(over_seeds(runs)),
-        tables=[
-            {"title": table.title, "html": to_html(Page([table], []))} for table in page.tables
-        ],
+        differs={run.name: own_differences(run, shared) for run in told},
+        perplexities=_perplexities(runs),
+        headlines=list(best_at_each_ratio(over_seeds(runs))),
+        tables=[(table, to_html(Page([table], []))) for table in page.tables],
         notes=page.notes,
         figures=figures,
         environments=environments(told),
     )
+
+
+def _perplexities(runs: pd.DataFrame) -> dict[str, str]:
+    """The perplexities that were measured, and how they are called: by all names of their data."""
+    done = runs[runs["status"] == "done"]
+    found = {}
+    for name in perplexity_columns(done):
+        known = done[done[name].notna()]
+        labels = [dataset_label(name, data, short=True) for data in known["data"]]
+        found[name] = ", ".join(dict.fromkeys(labels))
+    return found

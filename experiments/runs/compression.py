@@ -18,6 +18,7 @@ from camera.evaluation.placement import should_stream
 from camera.evaluation.suite import EvaluationRequest
 from camera.moe.budget import Budget
 from camera.pipeline import model_card
+from camera.pipeline.context import CompressionListener
 from camera.runtime import distributed
 from camera.streaming.settings import MemoryChoices
 from camera.streaming.skeleton import MetaModel
@@ -29,7 +30,9 @@ from experiments.records.folders import Folders
 from experiments.runs import ranks
 
 
-def compression(settings: Settings, folders: Folders) -> dict[str, Any]:
+def compression(
+    settings: Settings, folders: Folders, listener: CompressionListener
+) -> dict[str, Any]:
     """What compressing reports, done before or now; of the dense model what there is to report."""
     if not settings.compresses:
         described = camera.describe(
@@ -37,7 +40,7 @@ def compression(settings: Settings, folders: Folders) -> dict[str, Any]:
         )
         return described.to_dict() | {"model": base_name(settings)}
     with lock_of(folders.checkpoint):
-        compress_once(settings, folders)
+        compress_once(settings, folders, listener)
         return read_json(folders.report)
 
 
@@ -65,16 +68,20 @@ def _budget(model: Path, dtype: str, trust_remote_code: bool) -> Budget:
     return MetaModel(model, "cpu", dtype, trust_remote_code).budget
 
 
-def compress_once(settings: Settings, folders: Folders) -> None:
+def compress_once(
+    settings: Settings, folders: Folders, listener: CompressionListener | None = None
+) -> None:
     """Make the checkpoint, with whatever other ranks there are, if it isn't there."""
     if not folders.is_compressed:
         folders.remove_damaged_checkpoint()
         distributed.start_workers()
         with ranks.together():
-            camera_compress(settings, folders)
+            camera_compress(settings, folders, listener)
 
 
-def camera_compress(settings: Settings, folders: Folders) -> None:
+def camera_compress(
+    settings: Settings, folders: Folders, listener: CompressionListener | None = None
+) -> None:
     """`camera.compress` as the settings ask for it."""
     camera.compress(
         settings.model_path,
@@ -92,6 +99,7 @@ def camera_compress(settings: Settings, folders: Folders) -> None:
         measures=evaluation_during_compression(settings),
         trust_remote_code=settings.trust_remote_code,
         name=base_name(settings),
+        listener=listener,
     )
 
 

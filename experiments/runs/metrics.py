@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 
 from camera.evaluation.tasks.names import average
 from experiments.config.settings import Settings
 from experiments.records.files import PERPLEXITY, SPEED, TASK
+from experiments.tables.names.datasets import data_name
 
 PACKAGES = (
     "camera-moe",
@@ -34,8 +38,10 @@ def assemble(
     """The report of a run from its parts (`perplexity-CORPUS`, `task-NAME`).
 
     Scores are fractions as lm-eval gives them, `average` is in percent (acc_norm where a task has
-    it, else acc), null without tasks; `bytes` are of the tensors on disk, `peak_memory_bytes` is
-    of the compression (0 where nothing was compressed).
+    it, else acc), null without tasks; `data` is where texts and tasks come from: hub, embedded or
+    a folder's name; `cached_statistics` are the seconds and the peak memory of statistics that the
+    compression used and another run had gathered; `bytes` are of the tensors on disk,
+    `peak_memory_bytes` is of the compression (0 where nothing was compressed).
     """
     perplexities = _named(PERPLEXITY, results)
     tasks = _named(TASK, results)
@@ -54,8 +60,10 @@ def assemble(
         "tasks": {name: {key: part[key] for key in SCORES} for name, part in tasks.items()},
         "average": average(tasks) if tasks else None,
         "speed": results[SPEED]["batches"] if SPEED in results else None,
+        "data": data_name(settings.data),
         "bytes": compression["bytes"],
         "seconds": seconds,
+        "cached_statistics": compression.get("cached_statistics"),
         "peak_memory_bytes": compression["peak_memory_bytes"],
         "evaluation_memory_bytes": max(
             (part["peak_memory_bytes"] for part in results.values()), default=None
@@ -89,10 +97,35 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
+def _commit() -> str | None:
+    """The commit of the checkout that this code is in, with what isn't committed said."""
+    top = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        asked = ["git", "-C", str(top), *arguments]
+        done = subprocess.run(asked, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != top:  # installed within another's checkout
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=10", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _overrides() -> list[str] | None:
+    """What was said on Hydra's command line to make this run."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None
+
+
 def _environment() -> dict[str, Any]:
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": _commit(),
+        "overrides": _overrides(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from camera.runtime.files import write_json
 from experiments.config.constructor import build
 from experiments.config.settings import Settings, check
 from experiments.figures.run import draw_run
-from experiments.records.energy_summary import keep_energies, read_energies
+from experiments.records.energy_summary import keep_energies
 from experiments.records.failures import FailedBeforeError, naming_output, one_line
 from experiments.records.files import (
     COMPRESSION,
@@ -38,24 +39,31 @@ from experiments.runs.compression import (
 )
 from experiments.runs.measurements import lazy_model, measured, measurements, stream
 from experiments.runs.metrics import assemble
-from experiments.runs.tracker import CarefulTracker, NullTracker
+from experiments.runs.summary import check_objective
+from experiments.runs.tracker import CarefulTracker
+from experiments.runs.tracking import RunTracking, replay
 
 log = logging.getLogger("camera")
 
 
 def run(
-    settings: Settings, sweep: str | None = None, since: float | None = None, wait: bool = True
+    settings: Settings,
+    sweep: str | None = None,
+    since: float | None = None,
+    wait: bool = True,
+    preset: str | None = None,
+    studies: Sequence[str] = (),
 ) -> Path:
     """Do what is not done yet of one run and return its folder, which then holds DONE.
 
-    `sweep` groups runs in the tracker, and leaves alone what failed before (FailedBeforeError):
-    `retry=failed` tries again what failed before `since`; a run by itself is always tried. `force`
-    redoes what was finished before `since` (default: now), so that jobs of one sweep that share a
-    checkpoint don't redo each other's. What is refused before any weight is read leaves nothing;
-    what fails is written to the folder's error.txt and raised again, CameraError if the user can
-    mend it. A run that another process is doing is waited for,
-    or `filelock.Timeout` without `wait`. Under torchrun rank 0 does all that; the other ranks join
-    it where it compresses.
+    `sweep` groups runs in the tracker, where `preset` is a tag, and leaves alone what failed before
+    (FailedBeforeError): `retry=failed` tries again what failed before `since`; a run by itself is
+    always tried. `force` redoes what was finished before `since` (default: now), so that jobs of
+    one sweep that share a checkpoint don't redo each other's. What is refused before any weight is
+    read leaves nothing; what fails is written to the folder's error.txt and raised again,
+    CameraError if the user can mend it. A run that another process is doing is waited for, or
+    `filelock.Timeout` without `wait`. `studies` are what asks for it, which tables group runs by.
+    Under torchrun rank 0 does all that; the other ranks join it where it compresses.
     """
     folders = Folders.of(settings)
     ranks.join()
@@ -63,54 +71,59 @@ def run(
         ranks.follow(partial(camera_compress, settings, folders))
         return folders.run
     with ranks.leading():
-        return _run(settings, folders, sweep, since, wait)
+        return _run(settings, folders, sweep, since, wait, preset, studies)
 
 
 def _run(
-    settings: Settings, folders: Folders, sweep: str | None, since: float | None, wait: bool
+    settings: Settings,
+    folders: Folders,
+    sweep: str | None,
+    since: float | None,
+    wait: bool,
+    preset: str | None,
+    studies: Sequence[str],
 ) -> Path:
     if wait and is_locked(folders.run):
         log.info("%s is being done by another process: waiting for it.", folders.run)
     files = folders.files
+    folders.check_name()
     if settings.force or not files.is_done:
         check(settings)
+        check_objective(settings)
         check_method(settings)
-        folders.check_name()
     with lock_of(folders.run).acquire(timeout=-1 if wait else 0):
         since = time.time() if since is None else since
+        studies = [*files.studies, *studies]
         if settings.force:
             folders.remove_outputs(before=since)
         if files.is_done:
+            files.enter_studies(studies)
             log.info("%s is done already.", folders.run)
+            if "WANDB_SWEEP_ID" in os.environ:  # an agent waits for a run of its own
+                replay(CarefulTracker(build(settings.tracker)), files)
             return folders.run
         tried = settings.retry == "none" or newer(files.error, since)
         if sweep and tried and (reason := files.failure):
             raise FailedBeforeError(f"failed before: {reason} (retry=failed tries again)")
         asked = {"method": settings.method_name, "settings": settings.to_dict()}
+        asked |= {"sweep": sweep, "preset": preset}
         begun = None
         if is_json(files.settings):
             begun = read_json(files.settings).get("identity", {}).get("computed")
         files.start(asked | {"identity": folders.identity | {"computed": begun}})
         with _error_file(files), _log_file(files), naming_output(folders.output.folder):
+            files.enter_studies(studies)
             computed = computed_in(settings)
             files.start(asked | {"identity": folders.identity | {"computed": computed}})
             if begun not in (None, computed):
                 _start_anew(settings, folders, begun)
-            tracker = CarefulTracker(build(settings.tracker))
-            tracker.start(
-                folders.run,
-                name=folders.run.name,
-                group=sweep,
-                job_type=settings.method_name,
-                tags=[settings.model["name"], settings.method_name],
-                config=settings.to_dict(),
-            )
+            tracking = RunTracking(CarefulTracker(build(settings.tracker)), files)
             try:
-                metrics = _measure(settings, folders, tracker)
+                metrics = _measure(settings, folders, tracking)
                 files.finish(metrics)
-                tracker.finish(metrics)
+                tracking.finish(metrics)
             except BaseException as error:
-                tracker.fail(one_line(error))  # which raises nothing
+                tracking.fail(one_line(error))  # which raises nothing
                 raise
             files.done.touch()
     if not settings.keep_checkpoint:
@@ -126,16 +139,16 @@ def _start_anew(settings: Settings, folders: Folders, begun: dict[str, str]) -> 
         folders.files.part(name).unlink(missing_ok=True)
 
 
-def _measure(settings: Settings, folders: Folders, tracker: NullTracker) -> dict[str, Any]:
-    compressed = _part(folders, COMPRESSION, partial(compression, settings, folders))
-    tracker.log(_numbers(COMPRESSION, compressed))
-    _show(settings, folders, tracker)
+def _measure(settings: Settings, folders: Folders, tracking: RunTracking) -> dict[str, Any]:
+    compressed = _part(folders, COMPRESSION, partial(compression, settings, folders, tracking))
+    tracking.compressed(compressed)
+    tracking.figures(_draw(settings, folders))
     results = {}
     stream(settings, folders)
     with lazy_model(settings, folders) as model:
         for name, measure in measurements(settings).items():
             results[name] = _part(folders, name, partial(measured, measure, model))
-            tracker.log(_numbers(name, results[name]))
+            tracking.part(name, results[name])
             log.info("%s: %s", name, _headline(results[name]))
     return assemble(settings, compressed, results)
 
@@ -149,29 +162,14 @@ def _part(folders: Folders, name: str, make: Callable[[], dict[str, Any]]) -> di
     return read_json(file)
 
 
-def _show(settings: Settings, folders: Folders, tracker: NullTracker) -> None:
+def _draw(settings: Settings, folders: Folders) -> list[Path]:
     if folders.statistics.exists():
         keep_energies(folders.statistics, settings.method.get("alpha", settings.alpha), folders.run)
-    if energies := read_energies(folders.run):
-        tracker.log_histograms(energies.histograms)
     try:
-        figures = draw_run(folders.run)
+        return draw_run(folders.run)
     except Exception as error:  # a font, a backend: figures can be drawn again, hours can't
         log.warning("%s: no figures: %s", folders.name, one_line(error))
-        figures = []
-    tracker.log_figures(figures)
-
-
-def _numbers(prefix: str, part: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a part, nested keys joined by slashes."""
-    numbers: dict[str, float] = {}
-    for key, value in part.items():
-        name = f"{prefix}/{key}"
-        if isinstance(value, dict) and key not in ("widths", "full_widths", "layers"):
-            numbers |= _numbers(name, value)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            numbers[name] = value
-    return numbers
+        return []
 
 
 def _headline(part: dict[str, Any]) -> str:

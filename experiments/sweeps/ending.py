@@ -12,10 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.config.constructor import build
 from experiments.records.failures import one_line
 from experiments.records.files import OutputFolder, RunFiles, SweepFiles
 from experiments.records.outcome import outcome_of_sweep
+from experiments.runs.tracker import CarefulTracker
+from experiments.sweeps.drawing import draw_sweep
 from experiments.sweeps.jobs import SweepJob
+from experiments.sweeps.tracking import track_sweep
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,11 +33,14 @@ def end_sweep(
     sweep: SweepFiles,
     output: OutputFolder,
     ends: Iterable[tuple[SweepJob, dict[str, Any] | None]],
+    tracker: dict[str, Any] | None = None,
+    preset: str | None = None,
 ) -> bool:
     """Write and print the tables, then what failed; whether all jobs are done.
 
     `ends` has each job with its record, or None where it wasn't started. A table that can't be
     written is printed all the same, and what failed is printed whatever becomes of the tables.
+    A sweep that was gone through is told to the tracker too, whose settings are given.
     """
     found = list(ends)
     failed = {
@@ -45,7 +52,10 @@ def end_sweep(
     folders = [Path(record["folder"]) for _, record in found if record and record["folder"]]
     try:
         with _undisturbed():
-            _tables(sweep, output, folders, sorted(failed))
+            grids = {grid for job, _ in found for grid in job.grids}
+            own = _tables(sweep, output, folders, sorted(failed), grids)
+            if tracker and not waiting:
+                track_sweep(CarefulTracker(build(tracker)), sweep, preset, own)
     except Exception as error:  # what failed is yet to be said
         log.error("The table can't be made: %s", one_line(error), exc_info=True)
     for folder, error in sorted(failed):
@@ -73,15 +83,20 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _tables(
-    sweep: SweepFiles, output: OutputFolder, folders: list[Path], failed: list[tuple[str, str]]
-) -> None:
+    sweep: SweepFiles,
+    output: OutputFolder,
+    folders: list[Path],
+    failed: list[tuple[str, str]],
+    grids: set[str],
+) -> pd.DataFrame:
+    from experiments.tables.layouts.terminal import print_page
     from experiments.tables.pages import paper_page
-    from experiments.tables.renderers import print_page
     from experiments.tables.rows import read_runs, with_dense_rows
+    from experiments.tables.studies import asked_here
     from experiments.tables.writing import write
 
     everything = read_runs(output.runs() if folders else [])
-    own = with_dense_rows(everything, [folder.name for folder in folders])
+    own = asked_here(with_dense_rows(everything, [folder.name for folder in folders]), grids)
     page = _with_failures(paper_page(own), own, failed)
     try:
         with output.lock("tables"):
@@ -90,6 +105,9 @@ def _tables(
     except OSError as error:
         log.error("The tables can't be written: %s", one_line(error))
     print_page(page)
+    for line in draw_sweep(sweep, own):
+        print(line)
+    return own
 
 
 def _with_failures(page: Page, runs: pd.DataFrame, failed: list[tuple[str, str]]) -> Page:

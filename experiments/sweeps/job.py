@@ -15,28 +15,34 @@ from omegaconf import DictConfig
 from camera.runtime.errors import CameraError
 from experiments.config.settings import Settings
 from experiments.records.failures import naming_output, one_line
-from experiments.records.files import LOST, SweepFiles
+from experiments.records.files import LOST, RunFiles, SweepFiles, is_json, read_json
 from experiments.records.folders import Folders, cost_class
 from experiments.records.outcome import outcome
+from experiments.runs.summary import numbers_of
 from experiments.sweeps.advice import check_planned
 from experiments.sweeps.dry_run import list_jobs
-from experiments.sweeps.jobs import BUSY, SweepJob
+from experiments.sweeps.jobs import BUSY, SweepJob, read_plan
 
 log = logging.getLogger("camera")
 
 
-def job(config: DictConfig) -> dict[str, Any] | str | None:
+def job(config: DictConfig) -> dict[str, Any] | str | float | None:
     """Do one run; a failure ends a single run with exit code 1, and leaves a sweep to go on.
 
     In a sweep each job that ended returns its record (its folder, its error), which stands in
     `jobs/NUMBER.json` too; one whose run another process is doing returns BUSY, and is launched
-    again later.
+    again later. To a sweeper that searches it returns the number that `objective` names, and
+    raises what failed.
     """
-    hydra = HydraConfig.get()
-    if hydra.mode == RunMode.MULTIRUN:
-        return _job_of_sweep(config, SweepFiles(Path(hydra.sweep.dir)), hydra.job.num)
     if config.dry_run:
         return _list(config)
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN:
+        sweep = SweepFiles(Path(hydra.sweep.dir))
+        basic = hydra.sweeper._target_.endswith(".BasicSweeper")  # Hydra's own, which wants nothing
+        if not sweep.plan.exists() and not basic:
+            return _trial(config, sweep, hydra.job.num)
+        return _job_of_sweep(config, sweep, hydra.job.num)
     if _failure(config, None) is not None:
         sys.exit(1)
     return None
@@ -55,7 +61,20 @@ def _list(config: DictConfig) -> None:
     list_jobs([SweepJob([], [], folders.run, like, settings=settings)], folders.output)
 
 
-def _job_of_sweep(config: DictConfig, sweep: SweepFiles, number: int) -> dict[str, Any] | str:
+def _trial(config: DictConfig, sweep: SweepFiles, number: int) -> float:
+    """A job of a sweeper that isn't this project's and wants a number."""
+    if config.objective is None:
+        raise CameraError(
+            "This sweeper searches for the best value of a number: name it, for instance "
+            "objective=average or objective=perplexity/wikitext2."
+        )
+    record = _job_of_sweep(config, sweep, number)
+    if record["error"] is not None:
+        raise CameraError(record["error"])
+    return numbers_of(read_json(RunFiles(Path(record["folder"])).metrics))[config.objective]
+
+
+def _job_of_sweep(config: DictConfig, sweep: SweepFiles, number: int) -> Any:
     from experiments.runs import ranks
 
     folder = _folder(config)
@@ -81,17 +100,21 @@ def _failure(config: DictConfig, sweep: SweepFiles | None) -> str | None:
     from experiments.runs.run import run
 
     try:
-        settings = Settings.of(config)
+        settings, preset = Settings.of(config), preset_of(HydraConfig.get())
         with naming_output(Path(settings.output)):
             if sweep is None:
-                done = run(settings)
+                studies = [preset] if preset else []
+                done = run(settings, preset=preset, studies=studies)
                 if distributed.rank() == 0:
-                    _show(done)
+                    _show(done, studies)
             else:
                 # which of the ranks are told is of no matter: the first alone decides by it
                 since = sweep.config.stat().st_mtime if sweep.config.exists() else None
-                # the other ranks of a torchrun don't know who holds what
-                run(settings, sweep=sweep.name, since=since, wait=distributed.world() > 1)
+                # the other ranks of a torchrun don't know who holds what, other sweepers not BUSY
+                wait = distributed.world() > 1 or not sweep.plan.exists()
+                studies = _grids(sweep, config) or ([preset] if preset else [])
+                about = {"preset": preset, "studies": studies}
+                run(settings, sweep=sweep.name, since=since, wait=wait, **about)
     except Timeout:
         raise
     except Exception as failure:
@@ -103,11 +126,24 @@ def _failure(config: DictConfig, sweep: SweepFiles | None) -> str | None:
     return None
 
 
-def _show(run: Path) -> None:
+def preset_of(hydra: Any) -> str | None:
+    """The name of the preset that was asked for, from Hydra's own configuration."""
+    chosen = hydra.runtime.choices.get("experiment")
+    return chosen if chosen is None or isinstance(chosen, str) else "+".join(chosen)
+
+
+def _grids(sweep: SweepFiles, config: DictConfig) -> list[str]:
+    """The grids of the sweep's preset that ask for the run."""
+    folder = _folder(config)
+    planned = read_plan(sweep.folder) if is_json(sweep.plan) else []
+    return [grid for job in planned if job.run == folder for grid in job.grids]
+
+
+def _show(run: Path, studies: list[str]) -> None:
     from experiments.tables.rows import read_runs
     from experiments.tables.writing import show
 
-    show(read_runs([run]))
+    show(read_runs([run]).assign(studies=[studies]))  # not those of sweeps that shared it
     print("\n".join(outcome(run)))
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from experiments.records.identity import differing_settings, without_seed
-from experiments.tables.rows import score_columns
+from experiments.tables.rows import BLOCKS, named_identities, score_columns
 
 
 def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
@@ -19,7 +19,7 @@ def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     `seeds` and `folders` list them; `seed`, `folder`, `_path` and `_identity` are the first run's,
     the last without the seed. A standard error is the mean of the runs': the same questions were
     asked of each, so further seeds don't lower it. Failed and unfinished runs stay as they are,
-    n = 0.
+    n = 0. Studies are those of any of the runs.
     """
     if runs.empty:
         return runs.assign(n=0)
@@ -32,7 +32,7 @@ def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     if rows["seed"].isna().any():  # else pandas makes 1234.0 of the others
         rows["seed"] = pd.Series([seeds[0] for seeds in rows["seeds"]], rows.index, dtype=object)
     kinds = list(zip(rows["model"], rows["method"], strict=True))
-    settings = differing_settings(kinds, list(rows["_identity"]), leave_usual=True)
+    settings = differing_settings(kinds, named_identities(rows), leave_usual=True)
     return rows.assign(settings=settings)
 
 
@@ -56,5 +56,19 @@ def _row(group: pd.DataFrame, scores: list[str]) -> dict[str, Any]:
         "n": len(group) if done else 0,
         "seeds": list(group["seed"]),
         "folders": list(group["folder"]),
+        "studies": sorted({study for studies in group["studies"] for study in studies}),
+        BLOCKS: _mean_blocks(list(group[BLOCKS])),
     }
     return first | means | spreads | own
+
+
+def _mean_blocks(blocks: list[Any]) -> dict[str, list[float]]:
+    """Each block's mean over the runs, of the texts whose blocks all of them have."""
+    known = [run if isinstance(run, dict) else {} for run in blocks]
+    shared = [text for text in known[0] if all(run.get(text) for run in known)]
+    of_text = {text: [run[text] for run in known] for text in shared}
+    return {
+        text: [sum(values) / len(values) for values in zip(*runs, strict=True)]
+        for text, runs in of_text.items()
+        if len({len(run) for run in runs}) == 1
+    }

@@ -1,7 +1,8 @@
-"""Groups of comparable runs."""
+"""Groups of comparable runs: what may stand in one table."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,17 +10,36 @@ from typing import Any
 import pandas as pd
 
 from experiments.records.identity import differing_settings, measurement_key
+from experiments.tables.names.datasets import with_text_named
+from experiments.tables.names.methods import method_order
+from experiments.tables.names.studies import PRUNING, QUANTISING, study_order, study_title
+from experiments.tables.rows import natural_ranks
+from experiments.tables.studies import UNVARIED, with_studies
 
 OF = {"moe": "of the experts", "model": "of the whole model", "routed": "of the routed experts"}
 
 
 @dataclass(frozen=True)
 class ComparableRuns:
-    """One model, measured in one way, and one meaning of sparsity."""
+    """One study of one model, measured in one way, and one meaning of sparsity."""
 
-    title: str
+    study: str
+    model: str
+    way: str  # how it was measured, where its model was measured in several ways
     of: str | None  # what sparsity is a share of; None: quantised, or nothing but dense
     runs: pd.DataFrame  # of `over_seeds`, finished
+
+    @property
+    def title(self) -> str:
+        """Study, model, what the ratio is of, how it was measured where that isn't always alike."""
+        of = f", sparsity {OF[self.of]}" if self.of else ""
+        way = f" ({self.way})" if self.way else ""
+        return f"{study_title(self.study)}: {self.model}{of}{way}"
+
+    @property
+    def data(self) -> str:
+        """Where its texts and tasks come from, as `dataset_label` takes it."""
+        return str(self.runs["data"].iloc[0])
 
     @property
     def dense(self) -> pd.Series | None:
@@ -42,29 +62,64 @@ class ComparableRuns:
 
 
 def comparable_runs(means: pd.DataFrame) -> Iterator[ComparableRuns]:
-    """The finished rows of `over_seeds` in blocks: pruned before quantised, dense in each.
+    """The finished rows of `over_seeds` in blocks: study by study, the dense row in each.
 
-    `settings` then says only in what the runs of a method differ within the block.
+    A run that serves several studies stands in each of them. `settings` then says only in what the
+    runs of a method differ within the block.
     """
+    if means.empty:
+        return
     measured = means["_identity"].map(measurement_key)
     ways = pd.Series(_ways(means["model"], measured), index=means.index, dtype=str)
-    for _, part in means.groupby(["model", measured.map(repr)], sort=False):
-        title, way = part["model"].iloc[0], ways[part.index[0]]
-        dense = part["method"] == "dense"
-        for of, words in OF.items():
-            pruned = part["sparsity_of"] == of
-            if pruned.any():
-                yield ComparableRuns(
-                    f"{title}, sparsity {words}{way}", of, _with_settings(part[dense | pruned])
-                )
-        others = part["sparsity_of"].isna()
-        if (others & ~dense).any() or dense.all():
-            title += ", quantised" if part.loc[others, "bits"].notna().any() else ""
-            yield ComparableRuns(f"{title}{way}", None, _with_settings(part[others]))
+    alike = means["model"] + " " + measured.map(repr)
+    dense = means["method"] == "dense"
+    means = with_studies(means)
+    for place in means.index[dense & ~alike.isin(set(alike[~dense]))]:  # it is all there is
+        means.at[place, "studies"] = [PRUNING]
+    for study in sorted({*means["studies"].explode().dropna()}, key=study_order):
+        asked = means["studies"].map(lambda own, study=study: study in own)
+        for _, part in means[asked].groupby(alike[asked], sort=False):
+            others = dense & (alike == alike[part.index[0]])
+            rows = means[others | means.index.isin(part.index)]
+            yield from _blocks(study, rows, ways[part.index[0]])
+
+
+def _blocks(study: str, part: pd.DataFrame, way: str) -> Iterator[ComparableRuns]:
+    """Of a study's runs on one model, measured in one way: pruned before quantised."""
+    model, dense = part["model"].iloc[0], part["method"] == "dense"
+    for of in OF:
+        pruned = part["sparsity_of"] == of
+        if pruned.any():
+            yield ComparableRuns(study, model, way, of, _in_order(part[dense | pruned], study))
+    others = part["sparsity_of"].isna()
+    if (others & ~dense).any() or dense.all():
+        yield ComparableRuns(study, model, way, None, _in_order(part[others], study))
+
+
+def _in_order(runs: pd.DataFrame, study: str) -> pd.DataFrame:
+    """The rows by method and settings; an ablation tells every setting, the usual ones too."""
+    told = runs.assign(settings=settings_told(runs, leave_usual=study in (PRUNING, QUANTISING)))
+    order = told.assign(
+        method=told["method"].map(method_order), settings=natural_ranks(told["settings"])
+    )
+    return told.loc[order.sort_values(["method", "settings"], kind="stable").index]
+
+
+def settings_told(runs: pd.DataFrame, *, leave_usual: bool) -> list[str]:
+    """In what each row differs from others of its method, texts by the names they may have."""
+    kinds = [(method,) for method in runs["method"]]
+    named = [
+        {k: v for k, v in with_text_named(identity, data).items() if k not in UNVARIED}
+        for identity, data in zip(runs["_identity"], runs["data"], strict=True)
+    ]
+    told = differing_settings(kinds, named, leave_usual=leave_usual)
+    told = [text.replace("calibration.source=", "text=") for text in told]
+    told = [text.replace("calibration.", "") for text in told]
+    return [re.sub(r"=(-?\d+)\.0(?=,|$)", r"=\1", text) for text in told]  # 0 as it was typed
 
 
 def _ways(models: pd.Series, measured: pd.Series) -> list[str]:
-    """How each run was measured, in brackets, where runs of its model weren't all alike."""
+    """How each run was measured, where runs of its model weren't all alike."""
     kinds = [(model,) for model in models]
     evaluations = [way["evaluation"] or {} for way in measured]
     several = differing_settings(kinds, [{"evaluation": evaluation} for evaluation in evaluations])
@@ -75,7 +130,7 @@ def _ways(models: pd.Series, measured: pd.Series) -> list[str]:
         ", ".join(filter(None, (_evaluation(evaluation) if differs else "", other)))
         for evaluation, differs, other in zip(evaluations, several, others, strict=True)
     ]
-    return [f" ({way})" if way else "" for way in ways]
+    return ways
 
 
 def _weights(model: str | None) -> str:
@@ -97,10 +152,3 @@ def _evaluation(asked: dict[str, Any]) -> str:
     if speed:
         parts.append("speed")
     return ", ".join(parts) or "nothing measured"
-
-
-def _with_settings(runs: pd.DataFrame) -> pd.DataFrame:
-    kinds = [(method,) for method in runs["method"]]
-    return runs.assign(
-        settings=differing_settings(kinds, list(runs["_identity"]), leave_usual=True)
-    )

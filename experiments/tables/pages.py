@@ -1,20 +1,27 @@
-"""The paper's tables: for each block of comparable runs its scores, and what they cost."""
+"""The paper's tables: for each study and model its scores, and what they cost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import pandas as pd
 
+from camera.calibration.corpora import HUB
 from experiments.tables.aggregate import over_seeds
-from experiments.tables.cells import Cell, Column, cell, ranked
+from experiments.tables.best import places
 from experiments.tables.comparable import ComparableRuns, comparable_runs
+from experiments.tables.layouts.captions import notes_of, scores_caption, sources
+from experiments.tables.layouts.cells import Cell, Column, cell
+from experiments.tables.names.methods import display_name
 from experiments.tables.published.comparison import compare
 from experiments.tables.rows import BITS, COSTS, REALISED, perplexity_columns, score_columns
 
 Errors = Literal["none", "std", "se"]
+ASIDE = {"sparsity": 0.5, "bits": 0.01}  # what was realised is told if it is further from the asked
 
 
 @dataclass(frozen=True)
@@ -27,11 +34,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows in groups with a rule between them; a row's first cell is the ratio of its group."""
+    """Rows in groups with a rule between them; a row's first cell is the ratio of its group.
+
+    `study` is what the runs ask (`names.studies`), `caption` says what is measured on what, `notes`
+    what the marks of its cells mean; `label` is the name to refer to it by, its own on a page.
+    """
 
     title: str
     columns: list[Column]
     groups: list[list[Row]]
+    study: str = ""
+    caption: str = ""
+    notes: list[str] = field(default_factory=list)
+    label: str = ""
+
+    def shown(self) -> Iterator[list[list[Cell]]]:
+        """The cells by group and row, the ratio only where a group begins."""
+        for first, *others in self.groups:
+            yield [first.cells, *([Cell(""), *row.cells[1:]] for row in others)]
 
 
 @dataclass(frozen=True)
@@ -43,23 +63,25 @@ class Page:
 
 
 def paper_page(runs: pd.DataFrame, *, errors: Errors = "std", delta: bool = False) -> Page:
-    """The page of `read_runs` rows: seeds as one row, the best two of each group marked.
+    """The page of `read_runs` rows: a table for each study, seeds as one row.
 
-    Behind a score stands its standard deviation over the seeds, where there are several (`std`),
-    or the standard error of a task (`se`), or nothing (`none`). `delta` adds by how much the
-    average is above the dense model's. Published scores follow the run of the same setting. A run
-    that isn't finished is in the notes, with the reason.
+    The best methods of each ratio and the second are marked, with those that can't be told from
+    them (`best.places`). Behind a score stands its standard deviation over the seeds, where
+    there are several (`std`), or its standard error (`se`), or nothing (`none`). `delta` adds by
+    how much the average is above the dense model's. Published scores follow the run of the same
+    setting. A run that isn't finished is in the notes, with the reason.
     """
     means = over_seeds(runs)
     if means.empty:
         return Page([], [])
     done = means["status"] == "done"
     expected = compare(means)
-    tables = []
+    tables: list[Table] = []
     for block in comparable_runs(means[done]):
         tables += _tables(block, expected, errors, delta)
-    notes = [_unfinished(run) for run in means[~done].to_dict("records")]
-    return Page(tables, [*_legend(tables, errors, expected), *notes])
+    told = dict.fromkeys(note for table in tables for note in table.notes)
+    unfinished = [_unfinished(run) for run in means[~done].to_dict("records")]
+    return Page(_labelled(tables), [*told, *sources(expected), *unfinished])
 
 
 def _tables(
@@ -67,42 +89,64 @@ def _tables(
 ) -> Iterator[Table]:
     runs, dense = block.runs, block.dense
     named = ["ratio", "method", *(["settings"] if runs["settings"].any() else [])]
-    if scores := _known(runs, score_columns(runs)):
-        less = perplexity_columns(runs)
+    scores = _known(runs, score_columns(runs))
+    if scores:
+        first = ["n"] if (runs["n"] > 1).any() else []
+        first += [score for score in scores if score == "average"]
         if delta and dense is not None and "average" in scores:
             block = replace(block, runs=runs.assign(delta=runs["average"] - dense["average"]))
-            scores.insert(scores.index("average") + 1, "delta")
-        seeds = ["n"] if (runs["n"] > 1).any() else []
-        realised = "bits_stored" if block.of is None else f"sparsity_{block.of}"
-        columns = [Column(name) for name in (*named, *seeds, *_known(runs, [realised]))]
-        best = {score: "low" if score in less else "high" for score in scores if score != "delta"}
-        columns += [Column(score, best.get(score)) for score in scores]
-        yield _table(block.title, columns, block, expected, errors)
+            first.append("delta")
+        first += _realised(block)
+        columns = [*named, *first, *(score for score in scores if score != "average")]
+        table = _table(block, columns, expected, errors)
+        caption = scores_caption(block, table.columns)
+        yield replace(table, caption=caption, notes=notes_of(table, errors, block.data))
+    compressed = runs["method"] != "dense"
+    if scores and compressed.any():
+        block = replace(block, runs=runs[compressed])
     removed = [] if block.of is None else [f"sparsity_{of}" for of in REALISED]
-    costs = _known(runs, [*removed, *BITS[1:], *COSTS])
-    columns = [Column(name) for name in (*named, *costs)]
-    yield _table(f"{block.title}: cost", columns, block, expected[:0], "none")
+    costs = _known(block.runs, [*removed, *BITS[1:], *COSTS])
+    table = _table(block, [*named, *costs], expected[:0], "none")
+    size = "" if dense is None else f"Dense: {cell(Column('size_mb'), dense.to_dict()).text} MB."
+    title = f"{block.title}: cost"
+    yield replace(table, title=title, caption=size, notes=notes_of(table, "none", HUB))
 
 
 def _known(runs: pd.DataFrame, columns: list[str]) -> list[str]:
     return [column for column in columns if runs[column].notna().any()]
 
 
+def _realised(block: ComparableRuns) -> list[str]:
+    """The column of what was removed, or stored, where a run missed what was asked of it."""
+    asked, of = (
+        ("bits", "bits_stored") if block.of is None else ("sparsity", f"sparsity_{block.of}")
+    )
+    missed = (block.runs[of] - block.runs[asked]).abs() > ASIDE[asked]
+    return [of] if missed.any() else []
+
+
 def _table(
-    title: str, columns: list[Column], block: ComparableRuns, expected: pd.DataFrame, errors: Errors
+    block: ComparableRuns, names: list[str], expected: pd.DataFrame, errors: Errors
 ) -> Table:
+    less = perplexity_columns(block.runs)
+    scores = {*score_columns(block.runs)} - {"delta"}
+    columns = [
+        Column(name, ("low" if name in less else "high") if name in scores else None, block.data)
+        for name in names
+    ]
     groups = [_group(group, columns, expected, errors) for group in block.groups()]
-    return Table(title, columns, groups)
+    return Table(block.title, columns, groups, block.study)
 
 
 def _group(
     runs: pd.DataFrame, columns: list[Column], expected: pd.DataFrame, errors: Errors
 ) -> list[Row]:
     records = runs.to_dict("index")
-    down = [
-        ranked([cell(column, run, errors) for run in records.values()], column.best)
-        for column in columns
-    ]
+    down = []
+    for column in columns:
+        marks = places([*records.values()], column.name, column.best)
+        cells = [cell(column, run, errors) for run in records.values()]
+        down.append([replace(c, place=mark) for c, mark in zip(cells, marks, strict=True)])
     rows = []
     for cells, (label, run) in zip(zip(*down, strict=True), records.items(), strict=True):
         found = expected[expected["row"] == label]
@@ -120,24 +164,21 @@ def _group(
     return rows
 
 
+def _labelled(tables: Iterable[Table]) -> list[Table]:
+    """Each with a label of its own: study, model, what the ratio is of, as far as that tells."""
+    seen: Counter[str] = Counter()
+    found = []
+    for table in tables:
+        words = re.sub(r"\(.*?\)", "", table.title.partition(": ")[2].removeprefix("Ablation: "))
+        label = re.sub(r"[^a-z0-9]+", "-", f"{table.study} {words}".lower()).strip("-")
+        seen[label] += 1
+        number = f"-{seen[label]}" if seen[label] > 1 else ""
+        found.append(replace(table, label=f"tab:{label}{number}"))
+    return found
+
+
 def _unfinished(run: dict[str, Any]) -> str:
     """What the page says of a run that has no result."""
     seed = "" if run["seed"] is None else f"seed={run['seed']}"
-    told = [run["method"], cell(Column("ratio"), run).text, run["settings"], seed]
+    told = [display_name(run["method"]), cell(Column("ratio"), run).text, run["settings"], seed]
     return f"{run['model']}, {', '.join(part for part in told if part)}: {run['status']}"
-
-
-def _legend(tables: list[Table], errors: Errors, expected: pd.DataFrame) -> list[str]:
-    cells = [c for table in tables for group in table.groups for row in group for c in row.cells]
-    lines = []
-    if any(c.place for c in cells):
-        lines.append("Best of a ratio in bold, second underlined.")
-    if any(c.error for c in cells):
-        kind = "standard deviation over the seeds" if errors == "std" else "standard error"
-        lines.append(f"± {kind}.")
-    if any(c.differs for c in cells):
-        lines.append("≠: further from what was published than the combined standard error.")
-    if expected["differs"].isna().any():
-        lines.append("A perplexity of one seed has no known error, so no ≠ either.")
-    sources = expected[["name", "source"]].drop_duplicates()
-    return [*lines, *(f"{name}: {source}." for name, source in sources.itertuples(index=False))]

@@ -10,24 +10,33 @@ from typing import Any
 
 import pandas as pd
 
+from camera.calibration.corpora import CORPORA, HUB
 from camera.evaluation.tasks.names import NINE_TASKS, headline
 from camera.runtime.errors import CameraError
 from experiments.records.failures import DamagedFileError
-from experiments.records.files import COMPRESSION, OutputFolder, RunFiles, read_json
+from experiments.records.files import (
+    COMPRESSION,
+    PERPLEXITY,
+    OutputFolder,
+    RunFiles,
+    read_json,
+)
 from experiments.records.identity import differing_settings, measurement_key
+from experiments.tables.names.datasets import with_text_named
+from experiments.tables.names.methods import method_order
 
 KEYS = ["model", "method", "settings", "sparsity", "sparsity_of"]
 REALISED = ["moe", "model", "routed"]
 BITS = ["bits", "bits_raw", "bits_stored", "bits_model"]
-CORPORA = ["wikitext2", "c4"]
-COSTS = ["size_mb", "minutes", "peak_gb"]
+COSTS = ["size_mb", "minutes", "evaluation_minutes", "peak_gb"]
 NUMBERS = ["sparsity", *(f"sparsity_{of}" for of in REALISED), *BITS, *COSTS]
-NUMBERS += ["alpha", "samples", "length"]
-OWN = ["status", "folder"]
+NUMBERS += ["cached", "alpha", "samples", "length"]
+OWN = ["studies", "data", "status", "folder"]
 SEEDS = ["n", "seeds", "folders"]  # of the rows that experiments.tables.aggregate makes
 ERRORS = ("_se", "_std")
+BLOCKS = "_blocks"  # column of a run's mean nll of each block, by text
 UNREADABLE = (DamagedFileError, OSError, KeyError, TypeError, AttributeError)
-MADE = ["seed", "alpha", "rank_scope", "calibration", "samples", "length"]
+MADE = ["cached", "seed", "alpha", "rank_scope", "calibration", "samples", "length"]
 
 
 def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
@@ -36,7 +45,10 @@ def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
     Scores and sparsities are in percent, a failed run has its reason in `status`. The columns
     `seed`, `alpha`, `rank_scope`, `calibration` (the text), `samples` and `length` (of one sample
     in tokens, as used) say how it was made, None where that has no meaning; `<task>_se` is the
-    standard error of a task's score, `average_se` that of the average (both in percent);
+    standard error of a task's score, `average_se` that of the average (both in percent),
+    `<text>_se` that of a perplexity over its blocks. `minutes` and `peak_gb` are of the compression
+    with the statistics that it used, also where another run gathered them (`cached` is 1 then).
+    `studies` are the presets that asked for the run, `data` is where its texts and tasks come from;
     `folder`, `_path` and `_identity` say where a row comes from and what its result depends on.
     """
     rows = [_row(files) for files in map(RunFiles, folders) if files.is_run]
@@ -49,15 +61,22 @@ def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
     numbers = [*NUMBERS, *score_columns(frame), *(c for c in frame if c.endswith("_se"))]
     frame[numbers] = frame[numbers].astype(float)
     kinds = list(zip(frame["model"], frame["method"], strict=True))
-    frame["settings"] = differing_settings(kinds, list(frame["_identity"]), leave_usual=True)
+    frame["settings"] = differing_settings(kinds, named_identities(frame), leave_usual=True)
     order = frame.assign(
-        _compressed=frame["method"] != "dense", settings=_natural_ranks(frame["settings"])
+        _compressed=frame["method"] != "dense",
+        method=frame["method"].map(method_order),
+        settings=natural_ranks(frame["settings"]),
     )
     by = ["model", "_compressed", "sparsity", "bits", "method", "settings", "folder"]
     return frame.loc[order.sort_values(by, na_position="first").index].reset_index(drop=True)
 
 
-def _natural_ranks(texts: pd.Series) -> pd.Series:
+def named_identities(runs: pd.DataFrame) -> list[dict[str, Any]]:
+    """What the runs depend on, their calibration texts by the names that they may have."""
+    return [with_text_named(i, d) for i, d in zip(runs["_identity"], runs["data"], strict=True)]
+
+
+def natural_ranks(texts: pd.Series) -> pd.Series:
     """The places of texts in an order that takes their numbers as numbers: 64 before 128."""
 
     def parts(text: str) -> list[str | float]:
@@ -90,8 +109,8 @@ def score_columns(runs: pd.DataFrame) -> list[str]:
 
 
 def perplexity_columns(runs: pd.DataFrame) -> list[str]:
-    """The scores of which less is better: neither shares of right answers nor speeds."""
-    return [s for s in score_columns(runs) if f"{s}_se" not in runs and not s.endswith("_x")]
+    """The scores of which less is better."""
+    return [score for score in score_columns(runs) if score in CORPORA]
 
 
 def runs_below(folder: Path) -> pd.DataFrame:
@@ -108,7 +127,7 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
     realised = [f"sparsity_{of}" for of in REALISED]
     errors = [column for column in found if column.endswith("_se")]
     first = [*KEYS, *realised, *BITS, *CORPORA, *tasks]
-    last = ["average", *COSTS, *errors, *MADE, *OWN, "_path", "_identity"]
+    last = ["average", *COSTS, *errors, *MADE, *OWN, "_path", "_identity", BLOCKS]
     return [*first, *(column for column in found if column not in {*first, *last}), *last]
 
 
@@ -122,6 +141,7 @@ def _row(files: RunFiles) -> dict[str, Any]:
             "method": "unknown",
             "status": f"damaged: {files.settings.name}{_lacking(error)}",
             "folder": files.folder.name,
+            "studies": [],
             "_path": files.folder,
             "_identity": {"method": {}},
         }
@@ -148,6 +168,8 @@ def _asked(files: RunFiles) -> dict[str, Any]:
         "sparsity_of": method.get("sparsity_of"),
         "bits": method.get("bits"),
         "seed": identity["seed"],
+        "studies": files.studies,
+        "data": settings.get("data", HUB),
         "alpha": method.get("alpha"),
         "rank_scope": method.get("rank_scope"),
         "status": _status(files),
@@ -162,21 +184,41 @@ def _measured(files: RunFiles, quantised: bool) -> dict[str, Any]:
     realised = {f"sparsity_{of}": _percent(metrics["sparsity"][of]) for of in REALISED}
     bits = {f"bits_{of}": value for of, value in metrics["bits"].items()} if quantised else {}
     scores = {task: 100 * headline(result) for task, result in metrics["tasks"].items()}
-    seconds, peak = metrics["seconds"], metrics["peak_memory_bytes"]
     return (
         realised
         | bits
         | metrics["perplexity"]
         | scores
         | _standard_errors(metrics["tasks"])
+        | _of_blocks(files, metrics["perplexity"])
         | _speeds(metrics.get("speed") or {})
-        | {
-            "average": metrics["average"],
-            "size_mb": metrics["bytes"]["compressed"] / 1e6,
-            "minutes": (seconds["calibrate"] + seconds["compress"] + seconds["evaluate"]) / 60,
-            "peak_gb": peak / 1e9 if peak else None,
-        }
+        | _costs(metrics)
+        | {"average": metrics["average"]}
+        | ({"data": metrics["data"]} if "data" in metrics else {})
     )
+
+
+def _costs(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Of the compression with the statistics that it used; nothing where none took place."""
+    seconds, used = metrics["seconds"], metrics.get("cached_statistics") or {}
+    spent = seconds["calibrate"] + seconds["compress"] + used.get("seconds", 0.0)
+    peak = max(metrics["peak_memory_bytes"] or 0, used.get("peak_memory_bytes", 0))
+    return {
+        "size_mb": metrics["bytes"]["compressed"] / 1e6,
+        "minutes": spent / 60 or None,
+        "evaluation_minutes": seconds["evaluate"] / 60 or None,
+        "peak_gb": peak / 1e9 or None,
+        "cached": float(bool(used)),
+    }
+
+
+def _of_blocks(files: RunFiles, perplexities: dict[str, float]) -> dict[str, Any]:
+    """Of each perplexity its standard error, and the mean nll of each block."""
+    parts = {text: files.read_part(f"{PERPLEXITY}{text}") or {} for text in perplexities}
+    means = {t: part["nll_per_block"] for t, part in parts.items() if "nll_per_block" in part}
+    errors = {t: part.get("nll_stderr") for t, part in parts.items()}
+    own = {f"{t}_se": perplexities[t] * error for t, error in errors.items() if error is not None}
+    return own | {BLOCKS: means}
 
 
 def _calibration(files: RunFiles, asked: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The tables of runs, made from their folders: `python -m experiments.tables DIR` at any time.
 
 DIR is an output folder, or any folder that has run folders below it. The page is table.md and
-table.tex, a row per setting with the mean over its seeds. Every single run is a row of table.csv;
-the means and standard deviations, where there are several seeds, are in table_seeds.csv; published
-scores of the same settings, where there are any, beside the runs' in table_published.csv.
+table.tex: a table per study, a row per setting with the mean over its seeds. Every single run is a
+row of table.csv; the means and standard deviations, where there are several seeds, are in
+table_seeds.csv; published scores of the same settings, where there are any, beside the runs' in
+table_published.csv.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from camera.runtime.errors import CameraError
 from experiments.config.location import user_folder
 from experiments.records.files import write_text
 from experiments.tables.aggregate import over_seeds
+from experiments.tables.layouts.latex import to_latex
+from experiments.tables.layouts.markdown import to_markdown
+from experiments.tables.layouts.terminal import print_page
+from experiments.tables.names.datasets import dataset_key
 from experiments.tables.pages import Page, paper_page
 from experiments.tables.published.comparison import compare
-from experiments.tables.renderers import print_page, to_latex, to_markdown
-from experiments.tables.rows import runs_below
+from experiments.tables.rows import runs_below, score_columns
 
 
 def write(runs: pd.DataFrame, folder: Path, page: Page | None = None) -> None:
@@ -54,13 +58,36 @@ def show(runs: pd.DataFrame) -> None:
 
 
 def _csv(frame: pd.DataFrame) -> str:
-    public = frame[[column for column in frame if not column.startswith("_")]]
+    named = _by_data(frame) if "data" in frame else frame
+    public = named[[column for column in named if not column.startswith("_")]]
     lists = {
         column: public[column].map(lambda values: " ".join(map(str, values)))
-        for column in ("seeds", "folders")
+        for column in ("studies", "seeds", "folders")
         if column in public
     }
     return public.assign(**lists).to_csv(index=False)
+
+
+def _by_data(frame: pd.DataFrame) -> pd.DataFrame:
+    """Texts and tasks of each data in columns of their own, under the name that they may have."""
+    measured = {s for s in score_columns(frame) if s != "average" and not s.endswith("_x")}
+    columns: dict[str, pd.Series] = {}
+    for column in frame:
+        score = column.removesuffix("_se").removesuffix("_std")
+        if score not in measured:
+            columns[column] = frame[column]
+            continue
+        for data in frame["data"].dropna().unique():
+            name = dataset_key(score, data) + column.removeprefix(score)
+            own = frame[column].where(frame["data"] == data)
+            columns[name] = columns[name].fillna(own) if name in columns else own
+    calibrated = zip(frame["calibration"], frame["data"], strict=True)
+    columns["calibration"] = pd.Series(
+        [dataset_key(text, data) if isinstance(text, str) else text for text, data in calibrated],
+        index=frame.index,
+        dtype=object,
+    )
+    return pd.DataFrame(columns)
 
 
 def main(arguments: list[str]) -> int:

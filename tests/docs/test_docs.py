@@ -32,7 +32,7 @@ from tests.helpers.runs.documents import (
 TEXTS = {name: text_of(path) for name, path in PAGES.items()}
 MEASURED = ("differences.md", "performance.md", "results.md")  # name settings without their group
 PLACEHOLDERS = {"NAME": "roofline"}  # of a benchmark; others will do as they stand
-WORDS = ("git", "make", "pip", "source", "wandb")
+WORDS = ("camera", "git", "make", "pip", "source", "wandb")
 ELLIPSIS = "…"
 
 

@@ -7,8 +7,7 @@ from unittest import mock
 import pytest
 
 from experiments.records.files import read_json
-from experiments.runs import run
-from experiments.runs.metrics import SCORES
+from experiments.runs.summary import scores_of
 from experiments.runs.tracker import NullTracker
 from tests.helpers.runs.composing import command, tiny
 from tests.helpers.runs.documents import blocks, page
@@ -21,9 +20,9 @@ def sweep(checkpoints, data_folder, tmp_path_factory):
     heard = {
         "log": lambda self, values: told.update(values),
         "log_figures": lambda self, files: told.update(f"figures/{file.stem}" for file in files),
-        "log_histograms": lambda self, histograms: told.update(
-            f"energy/{kind}_{layer:02d}" for layer in histograms for kind in ("layer", "zeros")
-        ),
+        "log_layer": lambda self, layer, found: told.update(f"layer/{name}" for name in found),
+        "log_histograms": lambda self, histograms: told.add("energy/histogram"),
+        "log_tables": lambda self, tables: told.update(f"tables/{name}" for name in tables),
     }
     arguments = tiny(checkpoints("qwen2_moe"), data_folder, output)
     pruning = ("method=camera_p,dense", "sparsity=0.4", "propagate=dense")
@@ -65,12 +64,14 @@ def test_a_checkpoint_is_measured_again_as_a_model(sweep, data_folder, tmp_path)
 
 def test_names_that_wandb_shows_are_logged(sweep):
     _, told = sweep
-    rows = re.findall(r"^\| (`[^|]*/[^|]*`[^|]*) \|", page("wandb.md"), re.MULTILINE)
-    asked = {name for row in rows for name in re.findall(r"`([^`]+/[^`]+)`", row)}
-    tables = {"tables/perplexity", "tables/tasks"}  # tests/experiments/runs/test_tracker.py
-    tasks = {f"task-boolq/{score}" for score in SCORES}  # this data has none
-    assert run._numbers("task-boolq", dict.fromkeys(SCORES, 0.5)).keys() == tasks
-    assert len(asked) > 15 and asked - tables - tasks <= told
+    _, _, text = page("wandb.md").partition("## What is logged")
+    rows, _, _ = text.partition("A sweep ends")
+    asked = set(re.findall(r"`(\w+/\w+)`", rows))
+    # tasks, speed and a refit, of which the runs here have none
+    others = {"tables/tasks", "layer/refit_missing", "speed/prefill_1", "speed/decode_1"}
+    scores = {"acc": 0.5, "acc_norm": None}
+    others |= scores_of("task-boolq", scores).keys()
+    assert len(asked) > 25 and asked - told == others
 
 
 def test_tensors_are_named_as_the_format_says(sweep):

@@ -71,7 +71,7 @@ def test_make_has_the_target(line):
 @pytest.mark.parametrize("arguments", RUNS, ids=" ".join)
 def test_a_run_of_main_ends_in_a_table(arguments, checkpoints, data_folder, tmp_path):
     assert command(*small(arguments, checkpoints, data_folder, tmp_path)) == 0
-    assert "camera_p" in (tmp_path / "table.md").read_text()
+    assert "Camera-P" in (tmp_path / "table.md").read_text()
 
 
 @pytest.mark.parametrize("arguments", SETTINGS, ids=" ".join)
@@ -110,7 +110,7 @@ def test_modules_do_what_the_readme_says(arguments, output, tmp_path, monkeypatc
         case ["experiments.tables", "outputs"]:
             (output / "table.md").unlink(missing_ok=True)
             assert writing.main([str(output)]) == 0
-            assert "camera_p" in (output / "table.md").read_text()
+            assert "Camera-P" in (output / "table.md").read_text()
         case ["experiments.status", "outputs"]:
             assert status.main([str(output)]) == 1  # single runs are no sweep, and it says so
             assert "has no sweep" in capsys.readouterr().err

@@ -348,6 +348,8 @@ SWEEP = (
 # Of camera.json and of a table: what differs from run to run, or says how things are named.
 NO_PART_OF_REPORT = {
     "seconds",
+    "measured",
+    "cached_statistics",
     "peak_memory_bytes",
     "expected_memory_bytes",
     "versions",
@@ -355,7 +357,8 @@ NO_PART_OF_REPORT = {
     "settings",
     "native",
 }
-NO_PART_OF_TABLE = {"settings", "minutes", "peak_gb", "seconds", "folder"}
+NO_PART_OF_TABLE = {"settings", "minutes", "evaluation_minutes", "peak_gb", "cached", "seconds"}
+NO_PART_OF_TABLE |= {"folder", "studies", "data"}
 
 
 def cases() -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from camera.method import Pass, PassKind, Plan, Seen
 from camera.moe.expert_module import ExpertModule
 from camera.moe.pool import KeptRows
 from camera.pipeline.context import PassContext
+from camera.pipeline.passes.measured import of_layer
 from camera.pipeline.passes.tokens import CompressedTokens
 from camera.pipeline.passes.weights import observe_weights
 from camera.pipeline.resume import PassProgress
@@ -56,6 +58,8 @@ class CompressedPass:
         for index, layer in progress.plans().items():
             self.plan = self.plan.with_layer(index, layer)
         self._begin_listeners(progress.done)
+        for index in range(progress.done):
+            self._tell(index)
         tokens = None
         if step.tokens:
             with context.state.timed("calibrate"):
@@ -88,7 +92,7 @@ class CompressedPass:
         writer: BackgroundWriter,
     ) -> LayerStatistics | None:
         """Compress one layer; returns its storable statistics."""
-        context, state = self._context, self._context.state
+        context, state, began = self._context, self._context.state, perf_counter()
         in_pool = index in context.budget.layers
         dense = tokens is not None and step.feed == "dense"
         stage: Stage = []
@@ -124,7 +128,16 @@ class CompressedPass:
                 tokens.batches = self._finish(index, stage, kept)
         for listener in self.listeners:
             listener.layer(index)
+        measured = state.measured.setdefault(str(index), {})
+        measured["seconds"] = round(perf_counter() - began, 3)
+        measured["memory_bytes"] = context.memory.now()
+        self._tell(index)
         return stored
+
+    def _tell(self, index: int) -> None:
+        listener, measured = self._context.request.listener, self._context.state.measured
+        if listener is not None:
+            listener.layer(index, measured.get(str(index), {}))
 
     def _observe(
         self, step: Pass, index: int, inputs: list[FfnInput]
@@ -171,6 +184,7 @@ class CompressedPass:
         if seen is not None and seen.widths != ffn.widths:
             raise CameraError(f"statistics of layer {index} belong to a model of other widths.")
         state.full_widths |= {group.path: max(group.widths) for group in ffn.groups}
+        widths = sum(ffn.widths)
         before = output_weights(ffn) if method.compensation else {}
         if index not in self.plan.layers:
             layer = method.plan_layer(index, ffn, seen, context.budget, self.plan)
@@ -190,6 +204,9 @@ class CompressedPass:
             state.widths[group.path] = group.widths
             if group.routed and group.path not in state.routed:
                 state.routed = sorted([*state.routed, group.path])
+        change = (widths, sum(model.feed_forward(index).widths))
+        report = state.layer_reports.get(str(index), {})
+        state.measured[str(index)] = of_layer(method, seen, applied.kept, change, report)
         return applied.kept, stage
 
     def _finish(self, index: int, stage: Stage, kept: KeptRows | None) -> list[LayerInput]:

@@ -45,6 +45,25 @@
     for (const row of table.querySelectorAll("tr[data-folders]")) link(row);
   }
 
+  // Method and average stay where the rest of a wide table scrolls.
+  function stick(table) {
+    const heads = [...table.tHead.rows[0].cells];
+    const places = ["method", "average"].map((name) => heads.findIndex((head) => head.dataset.column === name));
+    const known = places.filter((place) => place >= 0);
+    let left = 0;
+    for (const place of known) {
+      for (const row of table.rows) {
+        row.cells[place].classList.add("stick");
+        row.cells[place].classList.toggle("edge", place === known.at(-1));
+        row.cells[place].style.left = `${left}px`;
+      }
+      left += heads[place].getBoundingClientRect().width;
+    }
+  }
+  const stickAll = () => tables.forEach(stick);
+  stickAll();
+  addEventListener("resize", stickAll);
+
   // The method of a row leads to the first of its runs.
   function link(row) {
     const [folder] = row.dataset.folders.split(" ");
@@ -71,6 +90,21 @@
   }
   filter.addEventListener("input", apply);
   apply();
+
+  const dialog = document.getElementById("enlarged");
+  for (const button of document.querySelectorAll(".enlarge")) {
+    button.addEventListener("click", () => {
+      const image = button.querySelector("img");
+      dialog.querySelector("img").src = image.src;
+      dialog.querySelector("img").alt = image.alt;
+      dialog.querySelector("p").textContent = image.alt;
+      dialog.className = button.closest("figure").className;
+      dialog.showModal();
+    });
+  }
+  dialog.addEventListener("click", (event) => {
+    if (event.target === dialog || event.target.tagName === "IMG") dialog.close();
+  });
 
   function open() {
     const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));

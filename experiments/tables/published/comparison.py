@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from camera.calibration.corpora import CORPORA, HUB
 from camera.evaluation.tasks.names import NINE_TASKS, PAPER_TASKS
 from experiments.records.files import PERPLEXITY, TASK, RunFiles
 
@@ -117,7 +118,9 @@ def _compared(run: dict[str, Any], expected: Published) -> list[dict[str, Any]]:
 
 
 def _combined_error(run: dict[str, Any], score: str) -> float | None:
-    questions, seeds = run.get(f"{score}_se"), run.get(f"{score}_std")
+    # that of a perplexity is of the choice of text, which is the published one's, too
+    questions = None if score in CORPORA else run.get(f"{score}_se")
+    seeds = run.get(f"{score}_std")
     parts = [
         2 * questions**2 if questions is not None and not math.isnan(questions) else None,
         (1 + 1 / run["n"]) * seeds**2 if seeds is not None and not math.isnan(seeds) else None,
@@ -127,7 +130,9 @@ def _combined_error(run: dict[str, Any], score: str) -> float | None:
 
 
 def _in_full(run: dict[str, Any], score: str) -> bool:
-    """Whether a score was measured as the published ones were."""
+    """Whether a score was measured as the published ones were, and on the public data."""
+    if run["data"] != HUB:
+        return False
     files = RunFiles(run["_path"])
     if score == "average":
         return all(_in_full(run, task) for task in NINE_TASKS)

@@ -5,6 +5,7 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -99,6 +100,25 @@ def test_blocks_side_by_side_are_gptqs(model, tokenizer, data):
     assert got["nll_per_token"] == pytest.approx(math.log(got["perplexity"]))
     assert (got["corpus"], got["split"], got["documents"]) == ("wikitext2", "test", 30)
     json.dumps(got)
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 21}, {"batch_size": 4}])
+def test_the_error_of_a_perplexity_is_that_of_its_blocks(model, tokenizer, data, options):
+    got = perplexity(model, tokenizer, corpus="wikitext2", data=data, length=48, **options)
+    means, counts = np.array(got["nll_per_block"]), np.full(got["blocks"], 47)
+    if "stride" in options:
+        counts[1:] = 21
+        counts[-1] = got["tokens"] - counts[:-1].sum()
+    assert (means * counts).sum() / counts.sum() == pytest.approx(got["nll_per_token"])
+    # A jackknife over blocks: what the mean would be without each of them.
+    left = ((means * counts).sum() - means * counts) / (counts.sum() - counts)
+    spread = np.sqrt((len(left) - 1) * ((left - left.mean()) ** 2).mean())
+    assert got["nll_stderr"] == pytest.approx(spread, rel=0.02)
+
+
+def test_one_block_has_no_error(model, tokenizer, data):
+    got = perplexity(model, tokenizer, corpus="wikitext2", data=data, length=48, limit=1)
+    assert got["nll_stderr"] is None and got["nll_per_block"] == [got["nll_per_token"]]
 
 
 def test_length_defaults_to_the_context(model, tokenizer, data):

@@ -1,6 +1,8 @@
 """The shared cache of statistics: what shares a pass, what doesn't, what isn't believed."""
 
+import json
 from pathlib import Path
+from time import sleep
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from camera.calibration.statistics import Statistics
 from camera.calibration.trials import TrialStatistics
 from camera.pipeline.cache import tokens_key
 from camera.pipeline.passes.dense import DensePass
+from camera.runtime.files import CheckpointFiles
 from camera.streaming.settings import MemoryChoices
 from tests.helpers.models import build_model, build_tokenizer
 
@@ -61,6 +64,27 @@ def test_one_pass_serves_what_computes_alike_and_no_other(compress, passes, monk
     assert len(passes) == 4
     compress(sparsity=0.5)
     assert len(passes) == 4
+
+
+def test_a_report_tells_what_statistics_cost_the_run_that_gathered_them(
+    compress, tmp_path, monkeypatch
+):
+    gather = DensePass._gather
+    monkeypatch.setattr(DensePass, "_gather", lambda *a: sleep(0.3) or gather(*a))
+    compress()
+    compress(sparsity=0.4)
+    (path,) = (tmp_path / "shared").glob("*.json")
+    path.unlink()  # of a version that noted nothing
+    compress(sparsity=0.5)
+    own, other, unknown = (
+        json.loads((tmp_path / f"out-{n}" / CheckpointFiles.REPORT).read_text()) for n in range(3)
+    )
+    assert own["cached_statistics"] == {} and own["seconds"]["calibrate"] >= 0.3
+    used = other["cached_statistics"]
+    assert 0.3 <= used["seconds"] <= own["seconds"]["calibrate"] + 0.01
+    assert other["seconds"]["calibrate"] < used["seconds"]
+    assert 0 < used["peak_memory_bytes"] <= own["peak_memory_bytes"]
+    assert unknown["cached_statistics"] == {"seconds": 0.0, "peak_memory_bytes": 0}
 
 
 def test_tokens_of_another_shape_are_others():

@@ -170,7 +170,7 @@ def test_the_estimate_is_logged_before_and_the_fact_after(
         )
     said = [record.message for record in caplog.records if record.message.startswith("out: this")]
     assert len(said) == 2
-    assert "this takes about 0.00 GB beside the process itself (largest layer" in said[0]
+    assert "this takes about 0.00 GB of memory" in said[0]
     assert "this took 0." in said[1]
     assert 0 < result.expected_memory_bytes < 2 * result.peak_memory_bytes
 

@@ -14,6 +14,7 @@ from experiments.bench import (
     energy,
     gptq,
     layer,
+    llama_cpp,
     naee,
     packed,
     roofline,
@@ -23,7 +24,7 @@ from experiments.bench import (
 from experiments.bench.support import timing
 from experiments.bench.support.layers import SHAPES
 
-BENCHMARKS = (energy, gptq, layer, naee, packed, roofline, speed, stream)
+BENCHMARKS = (energy, gptq, layer, llama_cpp, naee, packed, roofline, speed, stream)
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +53,14 @@ def test_energies_of_routed_tokens_are_those_of_all_tokens(shape):
 def test_a_layer_pruned_in_one_pass_leaves_what_the_reference_leaves(shape):
     words = ("--scale", "32", "--samples", "2", "--length", "32", "--repeats", "1")
     assert ran(layer, "--shape", shape, *words)["same"]
+
+
+def test_a_narrower_model_is_decoded_beside_the_dense_one():
+    pytest.importorskip("xllamacpp", reason="needs llama.cpp (xllamacpp)")
+    words = ("--scale", "16", "--layers", "1", "--tokens", "4", "--repeats", "1")
+    found = ran(llama_cpp, *words, "--width-multiple", "16")
+    assert found["width"] == {"dense": 48, "uniform": 32}
+    assert found["megabytes"]["uniform"] < found["megabytes"]["dense"] and found["ratio"] > 0
 
 
 def test_codes_of_a_batch_are_those_of_expert_by_expert():

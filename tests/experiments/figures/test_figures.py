@@ -3,6 +3,7 @@
 import json
 from colorsys import rgb_to_hls
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -11,10 +12,23 @@ from matplotlib import colors, image
 
 from camera.calibration.scores.energy import EnergyStatistics
 from camera.calibration.statistics import Statistics
-from experiments.figures.energies import draw_energies
-from experiments.figures.experts import by_layer, draw_bits, draw_expert_energies, draw_widths
+from experiments.figures.over_layers.energies import draw_energies
+from experiments.figures.over_layers.experts import draw_bits, draw_expert_energies, draw_widths
+from experiments.figures.over_layers.kinds import draw_energy_of_kinds, draw_kept
+from experiments.figures.over_layers.layers import by_layer
 from experiments.figures.run import draw_run
-from experiments.figures.style import COLOURS, MARKERS, METHODS, method_styles
+from experiments.figures.style import (
+    COLOURS,
+    COLUMN,
+    DARK,
+    DPI,
+    MARKERS,
+    METHODS,
+    PAGE,
+    for_both_schemes,
+    looks,
+    variant_of,
+)
 from experiments.records.energy_summary import (
     BINS,
     PERCENTS,
@@ -59,12 +73,12 @@ def test_histograms_count_every_micro_expert_over_one_range(tmp_path):
 def test_any_energies_can_be_drawn(energies, tmp_path):
     histograms = kept_histograms({0: layer(*energies)}, tmp_path)
     assert len(histograms[0].counts) == BINS
-    assert image.imread(draw_energies(histograms, tmp_path / "energies.png")).size
+    assert image.imread(draw_energies(histograms, "", tmp_path / "energies.png")).size
 
 
 def test_experts_without_energy_can_be_drawn(tmp_path):
     energies = {"model.layers.0.mlp.experts": [0.0, 0.0]}
-    assert image.imread(draw_expert_energies(energies, tmp_path / "experts.png")).size
+    assert image.imread(draw_expert_energies(energies, "", tmp_path / "experts.png")).size
 
 
 def test_the_top_share_is_that_of_the_largest_summed():
@@ -101,7 +115,12 @@ def test_a_runs_energies_are_drawn_when_its_checkpoint_is_gone(tmp_path):
         "model.layers.1.mlp.experts": [5.0],
     }
     assert kept.top[1][-1] == 1
-    assert names(draw_run(run)) == {"energies", "energy_shares", "expert_energies"}
+    assert names(draw_run(run)) == {
+        "energies",
+        "energy_shares",
+        "expert_energies",
+        "layer_energies",
+    }
 
 
 def test_a_run_is_drawn_from_its_report_as_far_as_that_shows_something(tmp_path):
@@ -113,10 +132,11 @@ def test_a_run_is_drawn_from_its_report_as_far_as_that_shows_something(tmp_path)
     report |= {"widths": {path: [4, 0]}, "layers": {"0": {"mean_bits": {path: [2.0, 3.0]}}}}
     (tmp_path / "compress.json").write_text(json.dumps(report))
     drawn = draw_run(tmp_path)
-    assert names(drawn) == {"widths", "bits"}
+    assert names(drawn) == {"widths", "kept_widths", "bits"}
     for file in drawn:
         assert image.imread(file).size
         assert file.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+        assert ElementTree.parse(file.with_suffix(".svg")).getroot().tag.endswith("svg")
 
 
 def test_shared_and_dense_modules_stand_apart_from_routed_experts(tmp_path):
@@ -131,31 +151,60 @@ def test_shared_and_dense_modules_stand_apart_from_routed_experts(tmp_path):
         "model.layers.1.mlp.shared_expert": 20,
     }
     assert by_layer(widths) == ({0: [60], 1: [10]}, {1: [4, 0, 8]})
-    assert image.imread(draw_widths(widths, full, tmp_path / "widths.png")).size
-    assert image.imread(draw_bits(widths, tmp_path / "bits.png")).size
+    assert image.imread(draw_widths(widths, full, "", tmp_path / "widths.png")).size
+    assert image.imread(draw_bits(widths, "", tmp_path / "bits.png")).size
 
 
 def test_a_dense_model_and_a_large_one_can_be_drawn(tmp_path):
-    draw_widths({"model.layers.0.mlp": [3]}, {"model.layers.0.mlp": 4}, tmp_path / "a.png")
+    draw_widths({"model.layers.0.mlp": [3]}, {"model.layers.0.mlp": 4}, "", tmp_path / "a.png")
     layers = [f"model.layers.{number}.mlp.experts" for number in range(48)]
     large = {name: list(range(128)) for name in layers}
-    draw_widths(large, dict.fromkeys(layers, 128), tmp_path / "b.png")
+    draw_widths(large, dict.fromkeys(layers, 128), "", tmp_path / "b.png")
     assert (tmp_path / "b.png").stat().st_size < 200_000
 
 
-def test_the_same_figure_is_the_same_bytes(tmp_path):
-    widths, full = {"model.layers.0.mlp": [3]}, {"model.layers.0.mlp": 4}
-    for name in ("a", "b"):
-        draw_widths(widths, full, tmp_path / f"{name}.png")
-    for kind in ("png", "pdf"):
-        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+@pytest.mark.parametrize("layers", [2, 48])
+def test_figures_are_as_wide_as_a_column_or_a_page_and_shorter_than_one(layers, tmp_path):
+    paths = [f"model.layers.{layer}.mlp.experts" for layer in range(layers)]
+    widths = {path: [1, 2, 3] for path in paths}
+    full = dict.fromkeys(paths, 4)
+    edges = np.linspace(-1, 1, 9)
+    histograms = {layer: Histogram(np.arange(8), edges, 1) for layer in range(layers)}
+    words = "a model · a method · 40 % of the experts removed · calibrated on a text " * 3
+    files = [
+        draw_energies(histograms, words, tmp_path / "a.png"),
+        draw_widths(widths, full, words, tmp_path / "b.png"),
+        draw_kept(widths, full, words, tmp_path / "c.png"),
+        draw_energy_of_kinds(widths, words, tmp_path / "d.png"),
+    ]
+    for file in files:
+        height, width = image.imread(file).shape[:2]
+        assert width / DPI in (pytest.approx(COLUMN, abs=0.01), pytest.approx(PAGE, abs=0.01))
+        assert 1.5 < height / DPI < 5.5
+
+
+def test_the_kept_share_of_a_layer_is_that_of_its_kind(tmp_path):
+    path, shared = "model.layers.0.mlp.experts", "model.layers.0.mlp.shared_expert"
+    draw_kept({path: [4, 2], shared: [1]}, {path: 4, shared: 2}, "", tmp_path / "kept.png")
+    style, text = '<style type="text/css">*{}</style>', '<text style="fill: #1b1f24">#1b1f24</text>'
+    found = for_both_schemes(f"<svg>{style}{text}</svg>")
+    assert 'style="fill: var(--c1b1f24)">#1b1f24<' in found
+    assert "--c1b1f24:#1b1f24;" in found and f"--c1b1f24:{DARK['#1b1f24']};" in found
+    assert found.index("prefers-color-scheme:dark") > found.index("--c1b1f24:#1b1f24;")
 
 
 def test_a_method_looks_the_same_in_every_company_and_like_no_other():
-    everyone = method_styles([*METHODS, "my_own"])
-    assert method_styles(["mc"])["mc"] == everyone["mc"]
+    everyone = looks([*METHODS, "my_own", "dense"])
+    assert looks(["mc"])["mc"] == everyone["mc"]
     assert len({(look.colour, look.marker) for look in everyone.values()}) == len(everyone)
     assert len({everyone[method].marker for method in METHODS}) == len(METHODS) <= len(MARKERS)
+
+
+def test_variants_of_a_method_have_its_colour_and_a_marker_each():
+    look = looks(["heapr"])["heapr"]
+    variants = [variant_of(look, number) for number in range(12)]
+    assert variants[0] == look and {variant.colour for variant in variants} == {look.colour}
+    assert len({(variant.marker, variant.filled) for variant in variants}) == 12
 
 
 def test_colours_can_be_seen_on_white_paper():

@@ -13,6 +13,7 @@ from camera.evaluation.tasks.definitions import hub_address
 from camera.evaluation.tasks.names import NINE_TASKS
 from experiments import mirror
 from experiments.config.location import CONF
+from experiments.tables.names.datasets import data_name
 from experiments.tiny_moe.held_out import held_out_rows
 from experiments.tiny_moe.world import build_world
 from tests.helpers.without_network import TRIED
@@ -57,6 +58,14 @@ def without_network(*command: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
     )
+
+
+def test_a_mirror_has_the_names_of_the_public_data_until_a_file_is_anothers(mirrored):
+    assert data_name(str(mirrored)) == "hub"
+    (mirrored / "c4" / "notes.txt").write_text("no part of the layout")
+    assert data_name(str(mirrored)) == "hub"
+    (mirrored / "wikitext2" / "test.txt").write_text("my own text")
+    assert data_name(str(mirrored)) == "mirror"
 
 
 def test_every_part_of_a_run_works_without_network(checkpoints, mirrored, tmp_path):

@@ -5,11 +5,17 @@ import pytest
 
 from camera.runtime.errors import CameraError
 from experiments.records.energy_summary import read_energies
+from experiments.records.files import OutputFolder, SweepFiles
 from experiments.records.folders import Folders
 from experiments.runs import run as runs
 from experiments.runs.run import run
-from experiments.runs.tracker import NullTracker, WandbTracker
+from experiments.runs.tracker import CarefulTracker, NullTracker
+from experiments.runs.wandb_tracker import WandbTracker
+from experiments.sweeps import ending
+from experiments.sweeps.ending import end_sweep
+from experiments.sweeps.jobs import SweepJob
 from tests.helpers.runs.composing import settings_of, tiny
+from tests.helpers.runs.run_folders import add
 
 
 @pytest.fixture
@@ -30,20 +36,35 @@ def dying(monkeypatch, *methods):
 
         return tell
 
-    names = [name for name in vars(NullTracker) if not name.startswith("_")]
+    names = [name for name in vars(NullTracker) if not name.startswith(("_", "keeps"))]
     tracker = type("Tracker", (NullTracker,), {n: staticmethod(method(n)) for n in names})
-    careful = runs.CarefulTracker
-    monkeypatch.setattr(runs, "CarefulTracker", lambda _: careful(tracker()))
+    tracker.keeps = True
+    for module in (runs, ending):
+        monkeypatch.setattr(module, "CarefulTracker", lambda _: CarefulTracker(tracker()))
     return told
 
 
-@pytest.mark.parametrize("name", ["start", "log", "log_histograms", "log_figures", "finish"])
+TOLD = ("start", "log", "log_layer", "log_histograms", "log_figures", "finish")
+
+
+@pytest.mark.parametrize("name", TOLD)
 def test_a_dead_tracker_is_one_warning(name, settings, monkeypatch, caplog):
     told = dying(monkeypatch, name)
     folder = run(settings)
     assert (folder / "DONE").exists() and not (folder / "error.txt").exists()
     assert caplog.text.count("is lost (ConnectionError: lost in") == 1
     assert told[-1] == name  # it is left in peace afterwards
+
+
+def test_a_tracker_that_dies_at_the_end_of_a_sweep_is_one_warning(monkeypatch, tmp_path, caplog):
+    told = dying(monkeypatch, "log_tables")
+    add(tmp_path, "dense", "dense")
+    sweep = SweepFiles(tmp_path / "sweeps" / "1")
+    ends = [(SweepJob([], []), {"folder": str(tmp_path / "runs" / "dense"), "error": None})]
+    asked = {"_target_": "experiments.runs.wandb_tracker.WandbTracker"}
+    assert end_sweep(sweep, OutputFolder(tmp_path), ends, asked)
+    assert caplog.text.count("is lost (ConnectionError: lost in log_tables)") == 1
+    assert told == ["start", "log_tables"] and sweep.table.exists()
 
 
 def test_a_tracker_that_dies_in_fail_keeps_the_reason(settings, monkeypatch):
@@ -91,7 +112,7 @@ def test_what_wandb_would_refuse_is_refused_by_its_key(wrong, told):
 
 def test_a_wrong_tracker_is_refused_before_anything_is_done(settings, monkeypatch):
     monkeypatch.setattr(runs, "_measure", lambda *_: pytest.fail("it started"))
-    wrong = {"_target_": "experiments.runs.tracker.WandbTracker", "project": "team/moe"}
+    wrong = {"_target_": "experiments.runs.wandb_tracker.WandbTracker", "project": "team/moe"}
     monkeypatch.setitem(settings.tracker, "_target_", wrong["_target_"])
     monkeypatch.setitem(settings.tracker, "project", "team/moe")
     with pytest.raises(CameraError, match=r"tracker\.project"):

@@ -58,6 +58,15 @@ def test_a_job_that_can_not_be_recorded_is_in_the_table(sweep, tmp_path, monkeyp
     assert "seed=-2 must not be negative" in (the_sweep(tmp_path) / "table.md").read_text()
 
 
+def test_a_run_is_of_every_preset_that_asks_for_it(sweep, tmp_path):
+    for preset in ("alpha", "main"):
+        assert command(*sweep, f"experiment={preset}") == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert files.RunFiles(run).studies == ["alpha", "main"]
+    names = sorted(folder.name.rpartition("-")[2] for folder in (tmp_path / "sweeps").iterdir())
+    assert names == ["alpha", "main"]
+
+
 def test_a_full_disk_hides_no_reason(sweep, tmp_path, monkeypatch, capsys):
     full(monkeypatch, "compress.json")
 

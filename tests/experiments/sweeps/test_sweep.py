@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -74,9 +75,16 @@ def test_the_table_is_printed_and_written(sweep):
             folder / f"table.{kind}"
         ).read_text()
     assert "sparsity=1.5 must lie" in (folder / "table.md").read_text()
-    assert "camera_p" in done.stdout and "sparsity=1.5 must lie between" in done.stdout
+    assert "Camera-P" in done.stdout and "sparsity=1.5 must lie between" in done.stdout
     jobs = [json.loads(file.read_text()) for file in sorted((folder / "jobs").iterdir())]
     assert [bool(job["error"]) for job in jobs] == [False, False, True, False]
+
+
+def test_a_sweep_is_named_after_what_it_asks_and_its_runs_after_no_preset(sweep):
+    _, output, _ = sweep
+    (folder,) = (output / "sweeps").iterdir()
+    assert re.fullmatch(r"\d{8}-\d{6}-\d{6}-method-sparsity", folder.name)
+    assert not list(output.glob("runs/*/studies.json"))
 
 
 def test_everything_is_below_output(sweep):

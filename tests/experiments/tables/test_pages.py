@@ -1,12 +1,10 @@
 """Pages: which runs stand together, what stands out, what is said below."""
 
 import json
-import random
 
 import pytest
 
 from experiments.records.files import OutputFolder
-from experiments.tables.cells import Cell, Column, cell, ranked
 from experiments.tables.pages import paper_page
 from experiments.tables.rows import read_runs
 from tests.helpers.runs.run_folders import add
@@ -39,15 +37,17 @@ def output(tmp_path):
 
 def test_rows_are_grouped_by_ratio_below_the_dense_one(output):
     table = page_of(output).tables[0]
-    assert texts(table, "Method") == [["dense"], *2 * [["camera_p", "naee", "random"]]]
+    assert texts(table, "Method") == [["Dense"], *2 * [["Random", "NAEE", "Camera-P"]]]
     assert texts(table, "Ratio") == [["–"], ["20%"] * 3, ["40%"] * 3]
 
 
 def test_scores_and_costs_are_tables_of_their_own(output):
     scores, costs = page_of(output).tables
-    assert "BoolQ" in [c.header for c in scores.columns]
-    assert {"MB", "Minutes", "Whole"} <= {c.header for c in costs.columns}
-    assert "BoolQ" not in [c.header for c in costs.columns]
+    assert "BoolQ↑" in [c.header for c in scores.columns]
+    assert {"MB", "Minutes", "Model removed"} <= {c.header for c in costs.columns}
+    assert "BoolQ↑" not in [c.header for c in costs.columns]
+    assert texts(costs, "Method") == 2 * [["Random", "NAEE", "Camera-P"]]
+    assert costs.caption == "Dense: 1.5 MB."
 
 
 def test_models_ways_of_measuring_and_meanings_of_sparsity_stand_apart(output):
@@ -61,53 +61,40 @@ def test_models_ways_of_measuring_and_meanings_of_sparsity_stand_apart(output):
     page = page_of(output)
     titles = [table.title for table in page.tables if not table.title.endswith(": cost")]
     assert titles == [
-        "other, sparsity of the experts",
-        f"tiny_moe, sparsity of the experts{quick}",
-        f"tiny_moe, sparsity of the whole model{quick}",
-        f"tiny_moe, quantised{quick}",
-        f"tiny_moe, sparsity of the experts{full}",
+        "Pruning: other, sparsity of the experts",
+        f"Pruning: tiny_moe, sparsity of the experts{quick}",
+        f"Pruning: tiny_moe, sparsity of the whole model{quick}",
+        f"Pruning: tiny_moe, sparsity of the experts{full}",
+        f"Quantisation: tiny_moe{quick}",
     ]
-    quantised = table_of(page, titles[3])
-    assert texts(quantised, "Method") == [["dense"], ["gptq"], ["gptq"]]
+    quantised = table_of(page, titles[4])
+    assert texts(quantised, "Method") == [["Dense"], ["GPTQ"], ["GPTQ"]]
     assert texts(quantised, "Ratio") == [["–"], ["2.5 bits"], ["2.25 bits"]]
-    assert texts(table_of(page, titles[4]), "Method") == [["camera_p"]]
+    assert texts(table_of(page, titles[3]), "Method") == [["Camera-P"]]
+    labels = [table.label for table in page.tables]
+    assert len(set(labels)) == len(labels)
 
 
 def test_a_page_of_one_run_and_of_none(tmp_path):
     assert page_of(tmp_path).tables == []
     add(tmp_path, "a", "dense")
-    assert [table.title for table in page_of(tmp_path).tables] == ["tiny_moe", "tiny_moe: cost"]
+    titles = [table.title for table in page_of(tmp_path).tables]
+    assert titles == ["Pruning: tiny_moe", "Pruning: tiny_moe: cost"]
 
 
-def test_the_best_and_the_second_of_each_group_are_marked(output):
-    table = page_of(output).tables[0]
-    places = [[[c.place for c in row.cells] for row in group] for group in table.groups]
-    headers = [c.header for c in table.columns]
-    for column in ("BoolQ", "Wiki2", "Avg"):
-        at = headers.index(column)
-        assert [[row[at] for row in group] for group in places] == [[0], [1, 2, 0], [1, 2, 0]]
-    assert all(row[headers.index("MoE")] == 0 for group in places for row in group)
+def test_the_average_stands_first_and_arrows_say_which_end_is_the_best(output):
+    headers = [c.header for c in page_of(output, delta=True).tables[0].columns]
+    assert headers == ["Ratio", "Method", "Avg↑", "Δ", "Wiki2↓", "C4↓", "BoolQ↑"]
 
 
-@pytest.mark.parametrize("best", ["low", "high"])
-@pytest.mark.parametrize("seed", range(20))
-def test_places_follow_the_numbers_that_are_shown(best, seed):
-    draw = random.Random(seed)
-    values = [draw.choice([None, round(draw.uniform(0, 2), 2)]) for _ in range(draw.randint(0, 8))]
-    cells = [cell(Column("boolq"), {"boolq": value}) for value in values]
-    marked = ranked(cells, best)
-    assert [(c.text, c.value) for c in marked] == [(c.text, c.value) for c in cells]
-    shown = sorted({float(c.text) for c in cells if c.value is not None}, reverse=best == "high")
-    numbers = [c for c in marked if c.value is not None]
-    for c in numbers:
-        order = shown.index(float(c.text)) + 1
-        assert c.place == (order if order <= 2 and len(numbers) > 1 else 0)
-    assert all(c.place == 0 for c in marked if c.value is None)
-
-
-def test_a_column_without_a_best_end_marks_nothing():
-    cells = [Cell("1", 1.0), Cell("2", 2.0)]
-    assert ranked(cells, None) == cells
+def test_a_missed_ratio_is_told_beside_the_scores(output):
+    add(output, "missed", "reap", 0.2)
+    file = output / "runs" / "missed" / "metrics.json"
+    metrics = json.loads(file.read_text())
+    metrics["sparsity"]["moe"] = 0.175
+    file.write_text(json.dumps(metrics))
+    told = texts(page_of(output).tables[0], "Experts removed")
+    assert told[1] == ["20.0%", "20.0%", "17.5%", "20.0%"]
 
 
 def test_errors_are_of_the_seeds_of_the_tasks_or_none(output):
@@ -117,19 +104,19 @@ def test_errors_are_of_the_seeds_of_the_tasks_or_none(output):
     def behind(**options):
         table = page_of(output, **options).tables[0]
         headers = [c.header for c in table.columns]
-        row = next(r for r in table.groups[1] if r.cells[1].text == "camera_p").cells
-        return {name: row[headers.index(name)].error for name in ("Wiki2", "BoolQ", "Avg")}
+        row = next(r for r in table.groups[1] if r.cells[1].text == "Camera-P").cells
+        return {name: row[headers.index(name)].error for name in ("Wiki2↓", "BoolQ↑", "Avg↑")}
 
     # Two values a and b: |a - b| / √2.
-    assert behind() == {"Wiki2": "1.41", "BoolQ": "2.8", "Avg": "2.8"}
-    assert behind(errors="se") == {"Wiki2": "", "BoolQ": "4.9", "Avg": "4.9"}
+    assert behind() == {"Wiki2↓": "1.41", "BoolQ↑": "2.8", "Avg↑": "2.8"}
+    assert behind(errors="se") == {"Wiki2↓": "", "BoolQ↑": "4.9", "Avg↑": "4.9"}
     assert set(behind(errors="none").values()) == {""}
     assert "Seeds" in [c.header for c in page_of(output).tables[0].columns]
 
 
 def test_delta_is_the_averages_difference_to_dense(output):
     table = page_of(output, delta=True).tables[0]
-    assert texts(table, "Δ") == [["+0.0"], ["−20.0", "−30.0", "−40.0"], ["−30.0", "−40.0", "−50.0"]]
+    assert texts(table, "Δ") == [["+0.0"], ["−40.0", "−30.0", "−20.0"], ["−50.0", "−40.0", "−30.0"]]
     assert "Δ" not in [c.header for c in page_of(output).tables[0].columns]
 
 
@@ -137,7 +124,7 @@ def test_delta_needs_a_dense_run_of_the_same_measurement(tmp_path):
     add(tmp_path, "a", "dense", evaluation={"limit": 5})
     add(tmp_path, "b", "camera_p", 0.2)
     for table in page_of(tmp_path, delta=True).tables:
-        if "camera_p" in texts(table, "Method")[0]:
+        if "Camera-P" in texts(table, "Method")[0]:
             assert "Δ" not in [c.header for c in table.columns]
 
 
@@ -145,9 +132,9 @@ def test_what_has_no_result_is_a_note_with_its_reason(output):
     add(output, "e", "camera_p", 0.6, error="sparsity=0.6 is | too much.")
     add(output, "f", "gptq", bits=2.25, done=False)
     page = page_of(output)
-    assert "tiny_moe, camera_p, 60%, seed=1234: failed: sparsity=0.6 is | too much." in page.notes
-    assert "tiny_moe, gptq, 2.25 bits, seed=1234: unfinished" in page.notes
-    assert not any("gptq" in str(texts(table, "Method")) for table in page.tables)
+    assert "tiny_moe, Camera-P, 60%, seed=1234: failed: sparsity=0.6 is | too much." in page.notes
+    assert "tiny_moe, GPTQ, 2.25 bits, seed=1234: unfinished" in page.notes
+    assert not any("GPTQ" in str(texts(table, "Method")) for table in page.tables)
 
 
 def test_a_speed_is_a_score_of_which_more_is_better(tmp_path):
@@ -155,9 +142,9 @@ def test_a_speed_is_a_score_of_which_more_is_better(tmp_path):
         speed = {"1": {"decode": ratio}, "16": {"decode": 2 * ratio}}
         add(tmp_path, name, name, 0.2, tasks={}, speed=speed)
     table = page_of(tmp_path).tables[0]
-    assert texts(table, "Decode ×") == [["1.30", "1.10"]]
-    assert texts(table, "Decode@16 ×") == [["2.60", "2.20"]]
-    at = [c.header for c in table.columns].index("Decode ×")
+    assert texts(table, "Decode ×↑") == [["1.30", "1.10"]]
+    assert texts(table, "Decode@16 ×↑") == [["2.60", "2.20"]]
+    at = [c.header for c in table.columns].index("Decode ×↑")
     assert [row.cells[at].place for row in table.groups[0]] == [1, 2]
 
 
@@ -165,8 +152,10 @@ def test_settings_are_in_the_order_of_their_numbers(tmp_path):
     for samples in (128, 16, 1024, 64):
         sizes = {"samples": samples, "length": 2048}
         add(tmp_path, f"s{samples}", "camera_p", 0.2, calibration=sizes)
-    (settings,) = texts(page_of(tmp_path).tables[0], "Settings")
-    assert settings == [f"calibration.samples={number}" for number in (16, 64, 128, 1024)]
+    page = page_of(tmp_path)
+    table = table_of(page, "Ablation: calibration size: tiny_moe, sparsity of the experts")
+    (settings,) = texts(table, "Settings")
+    assert settings == [f"samples={number}" for number in (16, 64, 128, 1024)]
 
 
 def test_ways_of_measuring_are_told_in_words(tmp_path):

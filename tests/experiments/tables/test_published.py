@@ -9,9 +9,10 @@ from camera.evaluation.tasks.names import NINE_TASKS
 from experiments.config.location import CONF
 from experiments.records.files import OutputFolder
 from experiments.tables.aggregate import over_seeds
+from experiments.tables.layouts.html import to_html
+from experiments.tables.layouts.markdown import to_markdown
 from experiments.tables.pages import paper_page
 from experiments.tables.published.comparison import MODELS, QUESTIONS, compare, published_scores
-from experiments.tables.renderers import to_html, to_markdown
 from experiments.tables.rows import read_runs
 from experiments.tables.writing import write
 from experiments.tiny_moe.tasks import TASKS
@@ -134,7 +135,7 @@ def test_the_page_shows_both_and_flags_what_differs(tmp_path):
     page = paper_page(read_runs(OutputFolder(tmp_path).runs()))
     text = to_markdown(page)
     got, expected = (line for line in text.splitlines() if "51.0" in line or "61.0" in line)
-    assert "| camera_p |" in got and "| 51.0 ≠ |" in got
+    assert "| Camera-P |" in got and "| 51.0 ≠ |" in got
     assert "| CAMERA (published) |" in expected and "≠" not in expected
     assert "- CAMERA: the paper (AAAI 2026)" in text and "- ≠:" in text
     assert '<tr class="published"' in to_html(page)
@@ -143,11 +144,11 @@ def test_the_page_shows_both_and_flags_what_differs(tmp_path):
 
 def test_a_published_row_takes_no_place_in_the_ranking(tmp_path):
     camera_p(tmp_path, "a", AVERAGE - 10)
-    camera_p(tmp_path, "b", AVERAGE - 20, method="random")
+    camera_p(tmp_path, "b", AVERAGE - 20, method="reap")
     group = paper_page(read_runs(OutputFolder(tmp_path).runs())).tables[0].groups[0]
     published = [row for row in group if not row.folders]
     assert published and all(cell.place == 0 for row in published for cell in row.cells)
-    assert [row.cells[-1].place for row in group if row.folders] == [1, 2]
+    assert [row.cells[-1].place for row in group if row.folders] == [2, 1]
 
 
 def test_a_file_holds_the_comparison_as_long_as_there_is_one(tmp_path):

@@ -11,6 +11,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 COMMAND = next(filter(None, map(shutil.which, NAMES)), None)
 OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 OPTIONS += ["--no-first-run", "--disable-extensions", "--remote-debugging-pipe"]
+OPTIONS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 SECONDS = 60
 
 

@@ -1,7 +1,9 @@
 """Run folders as a run writes them, with whatever scores a test wants."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import pstdev
 from typing import Any
 
 TASKS = {"boolq": 25.0, "arc_easy": 50.0}
@@ -24,6 +26,11 @@ def add(
     evaluation: dict[str, Any] | None = None,
     calibration: dict[str, Any] | None = None,
     questions: int = 101,
+    data: str = "hub",
+    studies: Sequence[str] = (),
+    blocks: dict[str, list[float]] | None = None,
+    seconds: dict[str, float] | None = None,
+    cached: dict[str, float] | None = None,
     speed: dict[str, dict[str, float]] | None = None,
     error: str | None = None,
     done: bool = True,
@@ -31,7 +38,8 @@ def add(
 ) -> Path:
     """A run folder; `tasks` are headline scores in percent, each of so many questions.
 
-    `seeded`: the method itself draws by the seed.
+    `seeded`: the method itself draws by the seed. `blocks`: the mean nll of each block of a text.
+    `cached`: what statistics cost that another run gathered.
     """
     folder = output / "runs" / name
     folder.mkdir(parents=True)
@@ -52,7 +60,9 @@ def add(
     if calibration:
         identity["calibration"] = {"source": "wikitext2", "samples": 128, "length": 2048}
         identity["calibration"] |= calibration
-    stored = {"model": {"name": model}, "method": chosen}
+    stored = {"model": {"name": model}, "method": chosen, "data": data}
+    if studies:
+        _write(folder / "studies.json", {"studies": [*studies]})
     _write(folder / "settings.json", {"method": method, "settings": stored, "identity": identity})
     if error:
         (folder / "error.txt").write_text(f"{error}\n\nTraceback\n")
@@ -71,10 +81,14 @@ def add(
                 for size, phases in (speed or {}).items()
             },
             "bytes": {"dense": 2_000_000, "compressed": 1_500_000},
-            "seconds": {"calibrate": 60, "compress": 30, "evaluate": 30},
+            "seconds": {"calibrate": 60, "compress": 30, "evaluate": 30} | (seconds or {}),
+            "cached_statistics": cached,
             "peak_memory_bytes": 500_000_000 if sparsity else 0,
         },
     )
+    for text, means in (blocks or {}).items():
+        error = pstdev(means) / (len(means) - 1) ** 0.5
+        _write(folder / f"perplexity-{text}.json", {"nll_per_block": means, "nll_stderr": error})
     _write(folder / "compress.json", {"calibration": identity.get("calibration")})
     (folder / "DONE").touch()
     return folder

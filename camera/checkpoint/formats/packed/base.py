@@ -64,6 +64,11 @@ class PackedBuffers(PackedFormat):
         layout, tensors = self._packed(name)
         return layout.weight(tensors, expert).to(self.dtype)
 
+    def stored(self, name: str, expert: int = 0) -> list[QuantizedMatrix]:
+        """The parts of one expert's matrix in codes; ValueError where its bits aren't uniform."""
+        layout, tensors = self._packed(name)
+        return layout.stored(tensors, expert)
+
     def _packed(self, name: str) -> tuple[PackedLayout, dict[str, torch.Tensor]]:
         layout = self._layouts[name]
         return layout, {suffix: getattr(self, name + suffix) for suffix in layout.sizes}

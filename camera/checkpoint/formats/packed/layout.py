@@ -157,6 +157,27 @@ class PackedLayout:
                 W_PRC = torch.stack([W_RC.index_select(dim, where) for W_RC, where in pieces])
         return W_PRC.view(self.parts * rows, columns)
 
+    def stored(self, tensors: Mapping[str, torch.Tensor], expert: int) -> list[QuantizedMatrix]:
+        """The parts of one expert's matrix as they were given to `store`.
+
+        ValueError: the matrix has several segments, or rows or columns in another order.
+        """
+        (run, *more) = [run for run in self._runs[expert] if 0 not in run.shape]
+        if more or self.cut.permuted:
+            raise ValueError(f"expert {expert} is stored in several segments, or permuted")
+        parts, rows, columns = run.shape
+        packed = tensors[""][run.codes :]
+        count = parts * rows * columns
+        codes_PRC = unpack(packed[: packed_bytes(count, run.bits)], run.bits, count).view(run.shape)
+        shape_PRG = (parts, rows, run.groups.stop - run.groups.start)
+        scale_PRG = _floats(tensors["_scales"], run.scales, shape_PRG)
+        zero_PRG = torch.full(shape_PRG, _implied_zero(run.bits), device=codes_PRC.device)
+        if run.zeros is not None:
+            zero_PRG = _floats(tensors["_zeros"], run.zeros, shape_PRG)
+        group_C = torch.tensor(self._group_of_columns(expert), device=codes_PRC.device)
+        parts = zip(codes_PRC, scale_PRG, zero_PRG, strict=True)
+        return [QuantizedMatrix(*part, group_C) for part in parts]
+
     def _dequantize(self, tensors, run: SegmentLayout, W_PRC: torch.Tensor) -> None:
         parts, rows, columns = run.shape
         count = W_PRC.numel()

@@ -1,34 +1,33 @@
-"""Formatting and ranking of table cells."""
+"""Columns and cells of tables: what they are called, and how numbers are shown."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
 
-from camera.evaluation.tasks.names import PAPER_TASKS
+from camera.calibration.corpora import HUB
+from experiments.tables.names.datasets import dataset_label
+from experiments.tables.names.methods import display_name
 
 HEADERS = {
     "ratio": "Ratio",
     "method": "Method",
     "settings": "Settings",
     "n": "Seeds",
-    "sparsity_moe": "MoE",
-    "sparsity_model": "Whole",
-    "sparsity_routed": "Routed",
-    "bits_raw": "Raw",
-    "bits_stored": "Stored",
+    "sparsity_moe": "Experts removed",
+    "sparsity_model": "Model removed",
+    "sparsity_routed": "Routed removed",
+    "bits_raw": "Raw bits",
+    "bits_stored": "Stored bits",
     "bits_model": "Bits of all",
-    "wikitext2": "Wiki2",
-    "c4": "C4",
-    **{task.name: task.short_name for task in PAPER_TASKS},
     "average": "Avg",
     "delta": "Δ",
     "size_mb": "MB",
     "minutes": "Minutes",
+    "evaluation_minutes": "Eval. min.",
     "peak_gb": "Peak GB",
     "prefill_x": "Prefill ×",
     "decode_x": "Decode ×",
@@ -36,21 +35,32 @@ HEADERS = {
 TEXTS = ("ratio", "method", "settings")
 SPEED = re.compile(r"(prefill|decode)_(\d+)_x")  # of the batches after the first
 TWO_DIGITS = ("wikitext2", "c4", "peak_gb")
-NOTHING = "–"
+CACHED = ("minutes", "peak_gb")  # columns that count statistics which another run gathered
+ARROWS = {"low": "↓", "high": "↑"}
+NOTHING, DIFFERS = "–", "≠"
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column by the name it has in `read_runs`, and which end of it is the best, if any."""
+    """A column by the name it has in `read_runs`, and which end of it is the best, if any.
+
+    `data` is where a text or a task comes from, which decides what it may be called.
+    """
 
     name: str
     best: Literal["low", "high"] | None = None
+    data: str = HUB
 
     @property
     def header(self) -> str:
+        """What stands above it; ↓ or ↑ says which end is the best."""
+        return self.label + ARROWS.get(self.best or "", "")
+
+    @property
+    def label(self) -> str:
         if of_batch := SPEED.fullmatch(self.name):
             return f"{of_batch[1].title()}@{of_batch[2]} ×"
-        return HEADERS.get(self.name, self.name)
+        return HEADERS.get(self.name) or dataset_label(self.name, self.data, short=True)
 
     @property
     def is_text(self) -> bool:
@@ -60,17 +70,25 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell shows: `text`, ± `error` if there is one, and how it stands out.
+    """What a cell shows: `text`, ± `error` if there is one, a `remark`, and how it stands out.
 
     `value` is the unrounded number or the text, by which a page can sort; `place` is 1 for the best
-    of a group and 2 for the second; `differs` says that it isn't what was published.
+    of a group and 2 for the second, and for those tied with them; `differs` says that it isn't
+    what was published.
     """
 
     text: str
     value: float | str | None = None
     error: str = ""
+    remark: str = ""
     place: int = 0
     differs: bool = False
+
+    @property
+    def behind(self) -> str:
+        """What follows the text: its error, its remark, the sign of a difference."""
+        parts = [f"± {self.error}" if self.error else "", self.remark, DIFFERS * self.differs]
+        return "".join(f" {part}" for part in parts if part)
 
 
 def cell(column: Column, run: dict[str, Any], errors: str = "none") -> Cell:
@@ -81,24 +99,14 @@ def cell(column: Column, run: dict[str, Any], errors: str = "none") -> Cell:
     value = run.get(name)
     if value is None or pd.isna(value):
         return Cell(NOTHING)
+    if name == "method":
+        return Cell(display_name(value), value)
     if column.is_text:
         return Cell(value, value)
     error = run.get(f"{name}_{errors}")
     known = error is not None and not pd.isna(error)
-    return Cell(_number(name, value), float(value), _number(name, error) if known else "")
-
-
-def ranked(cells: Sequence[Cell], best: Literal["low", "high"] | None) -> list[Cell]:
-    """The cells with the best and the second marked, by what is shown: equal numbers share a place.
-
-    A number that is alone has no place.
-    """
-    shown = {cell.text: cell.value for cell in cells if cell.value is not None}
-    if best is None or sum(cell.value is not None for cell in cells) < 2:
-        return list(cells)
-    order = sorted(shown, key=shown.__getitem__, reverse=best == "high")
-    places = {text: place for place, text in enumerate(order[:2], start=1)}
-    return [replace(cell, place=places.get(cell.text, 0)) for cell in cells]
+    remark = "cached" if name in CACHED and (run.get("cached") or 0) > 0 else ""
+    return Cell(_number(name, value), float(value), _number(name, error) if known else "", remark)
 
 
 def _ratio(sparsity: float, bits: float) -> Cell:
@@ -113,6 +121,8 @@ def _number(name: str, value: float) -> str:
         return str(int(value))
     if name == "delta":
         return f"{round(value, 1) + 0:+.1f}".replace("-", "−")
-    digits = 2 if name in TWO_DIGITS or name.startswith("bits_") or name.endswith("_x") else 1
+    fine = name in TWO_DIGITS or name.startswith("bits_") or name.endswith("_x")
+    fine = fine or (name.endswith("minutes") and value < 10)
+    digits = 2 if fine else 1
     unit = "%" if name.startswith("sparsity_") else ""
     return f"{value:,.{digits}f}{unit}" if abs(value) < 1e6 else f"{value:.1e}"

@@ -1,0 +1,1 @@
+"""Figures of one run over the layers of its model: energies, widths and bits."""

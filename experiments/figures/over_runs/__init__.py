@@ -1,0 +1,1 @@
+"""Figures over many runs: what was measured against what runs differ in."""

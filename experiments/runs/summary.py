@@ -1,0 +1,141 @@
+"""What trackers are told of a run: its name and settings, the numbers and tables of its report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from camera.evaluation.tasks.names import headline
+from camera.runtime.errors import CameraError
+from experiments.records.files import PERPLEXITY, TASK
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from experiments.config.settings import Settings
+
+# How a run is carried out: nothing of it is a property of the result.
+CARRIED_OUT = ("tracker", "output", "force", "retry", "keep_checkpoint", "objective")
+COSTS = ("sparsity/moe", "sparsity/model", "size/gb", "size/share")
+COSTS += ("seconds/calibrate", "seconds/compress", "seconds/evaluate", "memory/peak_gb")
+BITS = ("bits/stored", "bits/model")  # of methods that quantise
+GB = 1e9
+
+
+def start_of(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a tracker's `start`, from what settings.json holds."""
+    settings, method = stored["settings"], stored["method"]
+    ratio, preset = ratio_of(settings["method"]), stored.get("preset")
+    return {
+        "name": "-".join([method, *(part.removesuffix("%").replace(" ", "") for part in ratio)]),
+        "group": group_of(stored.get("sweep"), preset),
+        "job_type": method,
+        "tags": [settings["model"]["name"], method, *([preset] if preset else []), *ratio],
+        "config": config_of(stored),
+    }
+
+
+def ratio_of(method: Mapping[str, Any]) -> list[str]:
+    """What a method is set to remove or to store: `40%`, `2.25 bits`, both or nothing."""
+    sparsity, bits = method.get("sparsity"), method.get("bits")
+    removed = [] if sparsity is None else [f"{100 * sparsity:.4g}%"]
+    return removed + ([] if bits is None else [f"{bits:.4g} bits"])
+
+
+def group_of(sweep: str | None, preset: str | None) -> str | None:
+    """The name of a sweep for people, from that of its folder, a time: `main-20261128-0314`."""
+    if sweep is None:
+        return None
+    minute = re.match(r"\d{8}-\d{4}", sweep)
+    return f"{preset or 'sweep'}-{minute[0] if minute else sweep}"
+
+
+def config_of(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run; null is what its result doesn't depend on.
+
+    It depends on what its identity names and on the method's own settings, so a dense run has
+    neither `sparsity`, `bits` nor a calibration.
+    """
+    settings, identity = stored["settings"], stored["identity"]
+    own = _without_class(settings["method"])
+    shared = {key: value if key in identity else None for key, value in settings.items()}
+    if shared["calibration"]:
+        shared["calibration"] = _without_class(shared["calibration"])
+    told = {key: own.get(key, value) for key, value in shared.items() if key not in CARRIED_OUT}
+    return told | {"method": {"name": stored["method"], **own}}
+
+
+def _without_class(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "_target_"}
+
+
+def check_objective(settings: Settings) -> None:
+    """CameraError for an objective that a run with these settings doesn't report."""
+    objective, asked = settings.objective, settings.evaluation
+    texts = [f"perplexity/{text}" for text in asked["perplexity"]]
+    tasks = [f"acc/{task}" for task in asked["tasks"]]
+    known = [*texts, *tasks, *(["average"] if tasks else []), *COSTS]
+    known += BITS if settings.method.get("bits") is not None else ()
+    if objective is not None and objective not in known:
+        raise CameraError(
+            f"objective={objective} isn't measured: with these settings it is one of "
+            f"{', '.join(known)}."
+        )
+
+
+def scores_of(name: str, part: Mapping[str, Any]) -> dict[str, float]:
+    """The score of a measured part: `perplexity/TEXT`, or `acc/TASK` in percent."""
+    if name.startswith(PERPLEXITY):
+        return {f"perplexity/{name.removeprefix(PERPLEXITY)}": part["perplexity"]}
+    if name.startswith(TASK):
+        return {f"acc/{name.removeprefix(TASK)}": 100 * headline(part)}
+    return {}
+
+
+def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The results of a finished run, about twenty numbers by slash-separated names."""
+    found: dict[str, float] = {}
+    for corpus, perplexity in metrics["perplexity"].items():
+        found |= scores_of(f"{PERPLEXITY}{corpus}", {"perplexity": perplexity})
+    for task, scores in metrics["tasks"].items():
+        found |= scores_of(f"{TASK}{task}", scores)
+    size, seconds = metrics["bytes"], metrics["seconds"]
+    found |= {f"sparsity/{of}": metrics["sparsity"][of] for of in ("moe", "model")}
+    if metrics["settings"]["method"].get("bits") is not None:
+        found |= {f"bits/{of}": metrics["bits"][of] for of in ("stored", "model")}
+    found |= {"size/gb": size["compressed"] / GB, "size/share": size["compressed"] / size["dense"]}
+    found |= {f"seconds/{part}": seconds[part] for part in ("calibrate", "compress", "evaluate")}
+    if peak := metrics["peak_memory_bytes"]:  # none where nothing was compressed
+        found["memory/peak_gb"] = peak / GB
+    for batch, phases in (metrics.get("speed") or {}).items():
+        found |= {f"speed/{phase}_{batch}": part["ratio"] for phase, part in phases.items()}
+    return found if metrics["average"] is None else found | {"average": metrics["average"]}
+
+
+def layer_numbers(measured: Mapping[str, float]) -> dict[str, float]:
+    """The numbers of a layer as they are shown: memory in GB."""
+    found = dict(measured)
+    if "memory_bytes" in found:
+        found["memory_gb"] = found.pop("memory_bytes") / GB
+    return found
+
+
+def score_tables(metrics: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
+    """What a run's report says of its texts (`perplexity`) and of its tasks (`tasks`), a row each.
+
+    A task's `score` is its acc_norm where it has one, else its acc, with the standard error of
+    that one; all in percent. Nothing was measured: no table.
+    """
+    import pandas as pd
+
+    perplexity = pd.DataFrame(metrics["perplexity"].items(), columns=["text", "perplexity"])
+    tasks = pd.DataFrame(_task_row(task, found) for task, found in metrics["tasks"].items())
+    return {k: v for k, v in {"perplexity": perplexity, "tasks": tasks}.items() if len(v)}
+
+
+def _task_row(task: str, found: dict[str, float | None]) -> dict[str, Any]:
+    metric = "acc" if found["acc_norm"] is None else "acc_norm"
+    shares = {"score": headline(found), "standard error": found[f"{metric}_stderr"]} | found
+    percent = {key: None if share is None else 100 * share for key, share in shares.items()}
+    return {"task": task, "metric": metric} | percent

@@ -1,0 +1,1 @@
+"""What methods, data and studies are called where people read of them."""
