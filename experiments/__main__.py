@@ -61,23 +61,25 @@ def _interruptible() -> Iterator[None]:
 
     def leave(number: int, _: Any) -> None:
         signal.signal(number, signal.SIG_IGN)  # once is enough: records and tables are written now
+        _tell_interrupted()
         sys.exit(128 + number)
 
     before = signal.signal(signal.SIGTERM, leave) if main_thread else None
     try:
         yield
     except KeyboardInterrupt:
-        from camera.runtime.progress import reached
-
-        where = reached()
-        print(
-            f"Interrupted{f' at {where}' if where else ''}; the same command goes on.",
-            file=sys.stderr,
-        )
+        _tell_interrupted()
         sys.exit(128 + signal.SIGINT)
     finally:
         if main_thread:
             signal.signal(signal.SIGTERM, before)
+
+
+def _tell_interrupted() -> None:
+    from camera.runtime.progress import reached
+
+    where = f" at {reached()}" if reached() else ""
+    print(f"Interrupted{where}; the same command goes on.", file=sys.stderr)
 
 
 if __name__ == "__main__":
