@@ -96,6 +96,10 @@ def _module(name: str, *before: str) -> Callable[[str, list[str]], int | None]:
     return call
 
 
+def _completion(program: str, arguments: list[str]) -> int | None:
+    return import_module("experiments.completion").main(arguments, list(SUBCOMMANDS))
+
+
 def _lm_eval(program: str, arguments: list[str]) -> int | None:
     sys.argv = [program, *arguments]
     import_module("camera")  # transformers then knows the format
@@ -131,5 +135,5 @@ SUBCOMMANDS = {
     "mirror": Subcommand("data for machines without network", _module("experiments.mirror")),
     "wandb": Subcommand("finished runs to W&B", _module("experiments.upload")),
     "bench": Subcommand("benchmarks of the library", _module("experiments.bench.__main__")),
-    "completion": Subcommand("TAB for bash or zsh", _module("experiments.completion")),
+    "completion": Subcommand("TAB for bash or zsh", _completion),
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -22,15 +21,15 @@ complete -o nospace -o default -F _camera camera
 SETTINGS = {"run": 2, "sweep": 2, "evaluate": 3}  # the words before the first setting
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit code."""
+def main(arguments: Sequence[str], commands: Sequence[str]) -> int:
+    """The command, told the names of all; its exit code."""
     parser = argparse.ArgumentParser(prog="camera completion", description=__doc__)
     parser.add_argument(
         "what", choices=["bash", "zsh", "answers"], help="the shell to print the script for"
     )
     what = parser.parse_args(arguments).what
     if what == "answers":
-        print("\n".join(answers(os.environ.get("COMP_LINE", ""))))
+        print("\n".join(answers(os.environ.get("COMP_LINE", ""), commands)))
         return 0
     if what == "zsh":
         print("autoload -U +X bashcompinit && bashcompinit")
@@ -38,14 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def answers(line: str) -> list[str]:
+def answers(line: str, commands: Sequence[str]) -> list[str]:
     """What may stand at the end of a command line that begins with `camera`."""
-    from experiments.command import SUBCOMMANDS
-
     words = line.split()
     typed = "" if not line or line[-1].isspace() else words.pop()
     if len(words) <= 1:
-        return [f"{name} " for name in SUBCOMMANDS if name.startswith(typed)]
+        return [f"{name} " for name in commands if name.startswith(typed)]
     if words[1] not in SETTINGS or len(words) < SETTINGS[words[1]]:
         return []
     return _settings(words[SETTINGS[words[1]] :], typed)
@@ -60,7 +57,3 @@ def _settings(words: list[str], typed: str) -> list[str]:
     with initialize_config_dir(str(schema.CONF), version_base="1.3"):
         plugin = bash.BashCompletion(GlobalHydra.instance().config_loader())
         return plugin._query(config_name="config", line=" ".join([*words, typed]))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -94,10 +94,10 @@ class GridSweeper(Sweeper):
         from experiments.config.location import user_path
         from experiments.records.failures import naming_output
         from experiments.records.files import OutputFolder
-        from experiments.sweeps.advice import advice, check_planned
-        from experiments.sweeps.dry_run import list_jobs
         from experiments.sweeps.grids import overrides_of
         from experiments.sweeps.jobs import planned, write_plan
+        from experiments.sweeps.planning.advice import advice, check_planned
+        from experiments.sweeps.planning.dry_run import list_jobs
 
         assert self.config is not None and self.hydra_context is not None
         loader = self.hydra_context.config_loader

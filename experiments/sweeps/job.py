@@ -19,9 +19,9 @@ from experiments.records.files import LOST, RunFiles, SweepFiles, is_json, read_
 from experiments.records.folders import Folders, cost_class
 from experiments.records.outcome import outcome
 from experiments.runs.summary import numbers_of
-from experiments.sweeps.advice import check_planned
-from experiments.sweeps.dry_run import list_jobs
 from experiments.sweeps.jobs import BUSY, SweepJob, read_plan
+from experiments.sweeps.planning.advice import check_planned
+from experiments.sweeps.planning.dry_run import list_jobs
 
 log = logging.getLogger("camera")
 

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from experiments import completion
 from experiments.command import SUBCOMMANDS
-from experiments.completion import answers, main
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def answers(line):
+    return completion.answers(line, [*SUBCOMMANDS])
 
 
 def test_the_first_word_is_a_command():
@@ -37,7 +41,7 @@ def test_files_are_left_to_the_shell(line):
 
 
 def test_the_script_completes_in_bash(capsys):
-    assert main(["bash"]) == 0
+    assert completion.main(["bash"], [*SUBCOMMANDS]) == 0
     script = capsys.readouterr().out
     called = "import sys; from experiments.command import main; sys.exit(main())"
     asked = f"""{script}
@@ -58,7 +62,7 @@ printf '<%s>' "${{COMPREPLY[@]}}"
 
 
 def test_zsh_takes_the_script_of_bash(capsys):
-    main(["zsh"])
+    completion.main(["zsh"], [*SUBCOMMANDS])
     assert capsys.readouterr().out.startswith(
         "autoload -U +X bashcompinit && bashcompinit\n_camera"
     )

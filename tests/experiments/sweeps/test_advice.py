@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments.sweeps.advice import advice
 from experiments.sweeps.jobs import SweepJob
+from experiments.sweeps.planning.advice import advice
 from tests.helpers.runs.planning import grids_of, jobs_of
 
 
