@@ -30,7 +30,9 @@ _MODULES = {
     "compress": "camera.api",
     "dequantize": "camera.checkpoint.dequantize",
     "describe": "camera.api",
+    "evaluate": "camera.evaluation.evaluate",
     "export": "camera.engines.export",
+    "load": "camera.checkpoint.loading",
 }
 __all__ = [*_MODULES]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -30,6 +31,7 @@ def compress(
     seed: int = 1234,
     device: str = "auto",
     dtype: str = "auto",
+    save_dtype: str = "auto",
     statistics: str | Path | None = None,
     memory: MemoryChoices | None = None,
     measures: EvaluationRequest | None = None,
@@ -47,15 +49,18 @@ def compress(
     folder `statistics` and serves every other alpha and sparsity (methods that rank all layers
     together or need gradients always do that). `memory` says what is kept in RAM. `measures` are
     evaluated on the way, while a layer is in memory, and stand in evaluation.json (not where a
-    killed run goes on). `name` is what model card and report call the base model (default: its hub
-    id, or the name of its folder). `progress` shows a bar, or where there is no terminal a line a
-    minute in the log (logger `camera`, level INFO); `listener` is told of each layer as it is done.
-    Raises CameraError for what a user can fix; `out` appears only when it is complete.
+    killed run goes on). `dtype` is what is computed in; the checkpoint has the dtype of the
+    original unless `save_dtype` names another. `name` is what model card and report call the base
+    model (default: its hub id, or the name of its folder). `progress` shows a bar, or where there
+    is no terminal a line a minute in the log (logger `camera`, level INFO); `listener` is told of
+    each layer as it is done. Raises CameraError for what a user can fix; `out` appears only when
+    it is complete.
     """
     method = as_method(method, settings)
     options = dict(calibration=calibration, propagate=propagate, data=data, seed=seed)
-    options |= dict(device=device, dtype=dtype, statistics=statistics, memory=memory, name=name)
-    options |= dict(measures=measures, trust_remote_code=trust_remote_code, progress=progress)
+    options |= dict(device=device, dtype=dtype, save_dtype=save_dtype, statistics=statistics)
+    options |= dict(memory=memory, name=name, measures=measures, progress=progress)
+    options |= dict(trust_remote_code=trust_remote_code)
     return _run(model, method, out, None, **options, listener=listener)
 
 
@@ -70,6 +75,7 @@ def apply(
     seed: int = 1234,
     device: str = "auto",
     dtype: str = "auto",
+    save_dtype: str = "auto",
     memory: MemoryChoices | None = None,
     trust_remote_code: bool = False,
     name: str | None = None,
@@ -83,8 +89,9 @@ def apply(
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     method = as_method(plan.method, plan.settings)
     options = dict(calibration=calibration, propagate=propagate, data=data, seed=seed)
-    options |= dict(device=device, dtype=dtype, statistics=None, memory=memory, name=name)
-    options |= dict(measures=None, trust_remote_code=trust_remote_code, progress=progress)
+    options |= dict(device=device, dtype=dtype, save_dtype=save_dtype, statistics=None)
+    options |= dict(memory=memory, name=name, measures=None, progress=progress)
+    options |= dict(trust_remote_code=trust_remote_code)
     return _run(model, method, out, plan, **options)
 
 
@@ -100,6 +107,7 @@ def _run(
     seed: int,
     device: str,
     dtype: str,
+    save_dtype: str,
     statistics: str | Path | None,
     memory: MemoryChoices | None,
     measures: EvaluationRequest | None,
@@ -129,7 +137,7 @@ def _run(
     if not method.compresses:
         raise CameraError(f"method {method.name} leaves the model as it is: nothing to do.")
     folder = resolve_model(str(model))
-    meta = MetaModel(folder, resolve_device(device), dtype, trust_remote_code)
+    meta = MetaModel(folder, resolve_device(device), dtype, trust_remote_code, save_dtype)
     make_current(meta.device)
     method.check(meta.budget)
     _check_plan(plan, method, meta)
@@ -234,8 +242,7 @@ def as_method(method: Method | str, settings: dict[str, Any]) -> Method:
     for key in settings:
         if key not in known:
             told = renaming("method", key, settings[key])
-            listed = f"the settings of method {method} are {', '.join(known) or 'none'}."
-            raise CameraError(told or f"method {method}: no setting is called {key}; {listed}")
+            raise CameraError(told or _no_setting(method, key, list(known)))
     try:
         return cls(**settings)
     except CameraError as error:
@@ -243,3 +250,14 @@ def as_method(method: Method | str, settings: dict[str, Any]) -> Method:
         raise CameraError(" ".join([str(error), *filter(None, told)])) from error
     except TypeError as error:
         raise CameraError(f"method {method}: {error}.") from error
+
+
+def _no_setting(method: str, key: str, known: list[str]) -> str:
+    others = [name for name in inspect.signature(compress).parameters if name != "settings"][3:]
+    near = get_close_matches(key, [*known, *others], n=1)
+    hint = f", did you mean {near[0]}" if near else ""
+    return (
+        f"method {method}: no setting is called {key}{hint}; "
+        f"the settings of method {method} are {', '.join(known) or 'none'}; "
+        f"compress takes {', '.join(others)}."
+    )

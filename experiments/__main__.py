@@ -25,6 +25,7 @@ from experiments.config.arguments import as_typed
 from experiments.config.location import CONF
 from experiments.config.reference import help_text
 from experiments.config.schema import naming_valid_keys
+from experiments.config.spelling import check_spelling
 from experiments.config.started import start
 
 
@@ -43,6 +44,7 @@ def command() -> None:
         return
     try:
         sys.argv[1:] = as_typed(sys.argv[1:])
+        check_spelling(sys.argv[1:])
     except CameraError as refusal:
         sys.exit(str(refusal))
     with naming_valid_keys(), _interruptible():
@@ -70,17 +72,25 @@ def _interruptible() -> Iterator[None]:
 
     def leave(number: int, _: Any) -> None:
         signal.signal(number, signal.SIG_IGN)  # once is enough: records and tables are written now
+        _tell_interrupted()
         sys.exit(128 + number)
 
     before = signal.signal(signal.SIGTERM, leave) if main_thread else None
     try:
         yield
     except KeyboardInterrupt:
-        print("Interrupted: the same command goes on from here.", file=sys.stderr)
+        _tell_interrupted()
         sys.exit(128 + signal.SIGINT)
     finally:
         if main_thread:
             signal.signal(signal.SIGTERM, before)
+
+
+def _tell_interrupted() -> None:
+    from camera.runtime.progress import reached
+
+    where = f" at {reached()}" if reached() else ""
+    print(f"Interrupted{where}; the same command goes on.", file=sys.stderr)
 
 
 if __name__ == "__main__":

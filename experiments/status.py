@@ -1,4 +1,4 @@
-"""State of the sweeps in a folder: `python -m experiments.status DIR`, at any time.
+"""State of the sweeps and runs in a folder: `camera status DIR`, at any time.
 
 DIR is an output folder, or the folder of one sweep. Nothing is written there.
 """
@@ -17,11 +17,13 @@ from rich.table import Table
 from camera.runtime.errors import CameraError
 from experiments.config.location import user_folder
 from experiments.records.failures import DamagedFileError
-from experiments.records.files import OutputFolder, RunFiles
+from experiments.records.files import OutputFolder, RunFiles, SweepFiles
 from experiments.sweeps.durations import Durations, elapsed, format_duration
 from experiments.sweeps.jobs import SweepJob, read_plan
 
 DONE, RUNNING, FAILED, TO_GO = "done", "running", "failed", "to go"
+SINGLE = "single runs"
+NOTHING_LIKE = ("", "", "")
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,20 @@ def state(job: SweepJob) -> str:
         return DONE
     if job.is_locked:
         return RUNNING
-    return FAILED if files.failure else TO_GO
+    refused = job.refused and not files.is_run
+    return FAILED if files.failure or refused else TO_GO
 
 
 def sweeps_of(folder: Path) -> list[Sweep]:
     """The sweeps below an output folder, oldest first, or the one that `folder` is.
 
-    One is left out where newer ones have all that isn't done of it. CameraError if there is none.
+    One is left out where newer ones have all that isn't done of it. Runs that no sweep asked for
+    stand together at the end. CameraError if there is neither.
     """
+    output = OutputFolder(folder)
     shown: list[Sweep] = []
     planned: set[Path | None] = set()
-    for files in reversed([*OutputFolder(folder).sweeps()]):
+    for files in reversed([*output.sweeps()]):
         try:
             jobs = read_plan(files.folder)
         except DamagedFileError as error:
@@ -80,9 +85,13 @@ def sweeps_of(folder: Path) -> list[Sweep]:
         if not shown or {job.run for job, found in sweep.states if found != DONE} - planned:
             shown.insert(0, sweep)
         planned |= {job.run for job in jobs}
+    alone = [] if SweepFiles(folder).plan.exists() else set(output.runs()) - planned
+    single = [SweepJob([], [], run, NOTHING_LIKE) for run in sorted(alone) if RunFiles(run).is_run]
+    if single:
+        shown.append(Sweep(SINGLE, [(job, state(job)) for job in single]))
     if not shown:
         raise CameraError(
-            f"{folder} has no sweep: give the folder that was `output`, or one of its sweeps/."
+            f"{folder} has no runs: give the folder that was `output`, or one of its sweeps/."
         )
     return shown
 
@@ -93,14 +102,15 @@ def report(folder: Path) -> None:
     places = {job.run.parent for sweep in sweeps for job, _ in sweep.states if job.run}
     durations = Durations(run for place in places for run in place.glob("*"))
     Console().print(_table(sweeps, durations))
-    for heading, lines in (("running", _running(sweeps)), ("failed", _failed(sweeps))):
+    told = {"running": _running, "failed": _failed, "interrupted": _interrupted}
+    for heading, lines in ((heading, tell(sweeps)) for heading, tell in told.items()):
         if lines := list(dict.fromkeys(lines)):
             print(f"\n{heading}")
             print("\n".join(f"  {line}" for line in lines))
 
 
 def _table(sweeps: Sequence[Sweep], durations: Durations) -> Table:
-    table = Table("Sweep", box=None)
+    table = Table("Jobs", box=None)
     for heading in (DONE, RUNNING, FAILED, TO_GO, "time left"):
         table.add_column(heading.capitalize(), justify="right")
     for sweep in sweeps:
@@ -123,7 +133,7 @@ def _running(sweeps: Sequence[Sweep]) -> Iterator[str]:
         for job in sweep.jobs_in(RUNNING):
             assert job.run
             name, since = job.run.name, format_duration(elapsed(job.run))
-            yield f"{name} ({sweep.distinct_overrides(job)}), for {since}{_last_line(job.run)}"
+            yield f"{name}{_said(sweep, job)}, for {since}{_last_line(job.run)}"
 
 
 def _last_line(run: Path) -> str:
@@ -137,14 +147,33 @@ def _failed(sweeps: Sequence[Sweep]) -> Iterator[str]:
     for sweep in sweeps:
         for job in sweep.jobs_in(FAILED):
             name = job.run.name if job.run else "a job"
-            reason = RunFiles(job.run).failure if job.run else job.refused
-            yield f"{name} ({sweep.distinct_overrides(job)}): {reason}"
+            reason = (RunFiles(job.run).failure if job.run else None) or job.refused
+            yield f"{name}{_said(sweep, job)}: {reason}"
+
+
+def _interrupted(sweeps: Sequence[Sweep]) -> Iterator[str]:
+    for sweep in sweeps:
+        for job in sweep.jobs_in(TO_GO):
+            if job.run and RunFiles(job.run).reason:
+                yield f"{job.run.name}{_said(sweep, job)}: the same command goes on"
+
+
+def _said(sweep: Sweep, job: SweepJob) -> str:
+    overrides = sweep.distinct_overrides(job)
+    return f" ({overrides})" if overrides else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.status", description=__doc__)
-    parser.add_argument("folder", type=user_folder, metavar="DIR")
+    parser = argparse.ArgumentParser(prog="camera status", description=__doc__)
+    parser.add_argument(
+        "folder",
+        type=user_folder,
+        metavar="DIR",
+        nargs="?",
+        default=user_folder("outputs"),
+        help="the folder that was `output`, or one of its sweeps/ (default: outputs)",
+    )
     try:
         report(parser.parse_args(arguments).folder)
     except CameraError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,8 @@ class GridSweeper(Sweeper):
         except CameraError as error:
             print(error, file=sys.stderr)
             sys.exit(1)
+        if self.config.dry_run:
+            return []
         launches = Launches(self.launcher, sweep)
         all_done = False
         try:
@@ -90,15 +93,23 @@ class GridSweeper(Sweeper):
         from camera.runtime import distributed
         from experiments.config.location import user_path
         from experiments.records.failures import naming_output
+        from experiments.records.files import OutputFolder
         from experiments.sweeps.grids import overrides_of
         from experiments.sweeps.jobs import planned, write_plan
+        from experiments.sweeps.planning.advice import advice, check_planned
+        from experiments.sweeps.planning.dry_run import list_jobs
 
         assert self.config is not None and self.hydra_context is not None
         loader = self.hydra_context.config_loader
         asked = overrides_of(self.params, self.grids, arguments, loader)
         log.info("Planning %d jobs", len(asked))
-        jobs = planned(asked, self.config, loader)
-        if distributed.rank() == 0:
+        remote = "camera_launchers" in self.config.hydra.launcher._target_
+        jobs = planned(asked, self.config, loader, partial(check_planned, here=not remote))
+        for sentence in advice(jobs, self.grids, arguments):
+            log.warning(sentence)
+        if self.config.dry_run and distributed.rank() == 0:
+            list_jobs(jobs, OutputFolder(Path(user_path(self.config.output))))
+        if not self.config.dry_run and distributed.rank() == 0:
             output = Path(user_path(self.config.output))
             with naming_output(output):
                 sweep.folder.mkdir(parents=True, exist_ok=True)

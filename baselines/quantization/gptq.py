@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
 from typing import TYPE_CHECKING, ClassVar
 
 from camera.method import Plan, Seen
@@ -70,7 +71,7 @@ class Gptq(Quantization):
         raise CameraError(
             f"bits={self.bits} can't be met by the same bits everywhere: the nearest that this "
             f"model can store are {' and '.join(f'{n:.4g}' for n in near[-2:])} bits per weight, "
-            "scales included; set bits or group_size."
+            f"scales included; set bits={ceil(1000 * near[-2:][0]) / 1000:g} or group_size."
         )
 
     def plan(self, seen: Seen, budget: Budget) -> Plan:

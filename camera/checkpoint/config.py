@@ -131,13 +131,14 @@ def _touches_experts(conversion: Any) -> bool:
     return any(".experts" in target for target in conversion._original_target_patterns)
 
 
-def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
+def read_config(source: str | Path, trust_remote_code: bool = False, **hub: Any) -> Any:
     """config.json of a folder or hub id as transformers reads it; CameraError if it can't.
 
-    What a forward pass is to return beside logits is no property of the weights: it is left out.
+    hub: how it is fetched, in the terms of `from_pretrained`. What a forward pass is to return
+    beside logits is no property of the weights: it is left out.
     """
     try:
-        config = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code, **hub)
     except CameraError:
         raise
     except Exception as error:  # a value of another type leads to any of a dozen types

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,9 +23,32 @@ from camera.runtime.device.accelerator import all_cards, resolve_device
 from camera.runtime.device.finite import all_finite
 from camera.runtime.errors import CameraError
 from camera.runtime.files import remembered
+from camera.runtime.values import refuse_unknown
 
 PIECE = 2**26  # bytes of a tensor that are looked through at a time
 DTYPES = ("float32", "bfloat16", "float16")
+OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+OPTIONS = (*OF_THE_HUB, "attn_implementation", "device_map", "key_mapping", "max_memory")
+OPTIONS += ("offload_buffers", "offload_folder", "variant")  # of transformers' from_pretrained
+
+
+def load(
+    model: str | Path,
+    *,
+    device: Any = "auto",
+    dtype: Any = "auto",
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """Load a causal language model, compressed or not, from a folder or the hub.
+
+    As `AutoModelForCausalLM.from_pretrained`, whose `options` it takes, on the accelerator if there
+    is one, in the checkpoint's dtype (on a CPU float32), in eval mode, and with one sentence
+    (CameraError) for what can't be loaded: a tensor that is missing is never a random one.
+    """
+    refuse_unknown("load", options, ("device", "dtype", "trust_remote_code", *OPTIONS))
+    dtype = str(dtype).removeprefix("torch.")
+    return load_model(model, str(device), dtype, trust_remote_code, **options)
 
 
 def load_model(
@@ -32,36 +56,42 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    **options: Any,
 ) -> PreTrainedModel:
     """Load any causal language model, compressed or not, for evaluation.
 
     `device` auto is the accelerator if there is one (spread over all of them by accelerate if there
     are several and no other process shares them), else the CPU. `dtype` auto is the checkpoint's
-    own, on a CPU float32. Raises CameraError for what can't be loaded.
+    own, on a CPU float32. `options` (OPTIONS) are those of transformers' `from_pretrained`. Raises
+    CameraError for what can't be loaded.
     """
     place = resolve_device(device)
     placement = "auto" if all_cards(device) > 1 else {"": place}
     on_cpu = torch.device(place).type == "cpu"
     precision = resolve_dtype(dtype) or (torch.float32 if on_cpu else "auto")
     folder = _local(path)
-    if isinstance(folder, Path):  # sentences of our own tell more than transformers'
-        ShardReader(folder)
+    if isinstance(folder, Path) and not options.get("subfolder"):
+        if not (folder / "config.json").exists():
+            raise CameraError(f"{folder} is no model: it has no config.json.")
+        ShardReader(folder)  # sentences of our own tell more than transformers'
         config = load_config(folder, trust_remote_code)
         require_runnable(config, folder, trust_remote_code)
         if isinstance(getattr(config, "quantization_config", None), CameraConfig):
             require_whole(config, folder, trust_remote_code)
-    config = read_config(folder, trust_remote_code)
+    hub = {key: value for key, value in options.items() if key in OF_THE_HUB}
+    config = read_config(folder, trust_remote_code, **hub)
     choose_kernels(config)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),
             config=config,
             dtype=precision,
-            device_map=placement,
+            device_map=options.pop("device_map", placement),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
+            **options,
         )
     except CameraError:
         raise
@@ -152,12 +182,12 @@ def native_experts(model: PreTrainedModel) -> list[nn.Module]:
     return [m for m in model.modules() if hasattr(m, "has_gate") and hasattr(m, "is_transposed")]
 
 
-def resolve_dtype(dtype: str) -> torch.dtype | None:
+def resolve_dtype(dtype: str, key: str = "dtype") -> torch.dtype | None:
     """The torch dtype of a name, None for `auto` (the checkpoint's own); CameraError for others."""
     if dtype == "auto":
         return None
     if dtype not in DTYPES:
-        raise CameraError(f"dtype={dtype} is none of auto, {', '.join(DTYPES)}.")
+        raise CameraError(f"{key}={dtype} is none of auto, {', '.join(DTYPES)}.")
     return getattr(torch, dtype)
 
 

@@ -1,11 +1,14 @@
 """Progress display: bars on a terminal, lines in a log."""
 
+from __future__ import annotations
+
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import rich
 from rich.console import Console
@@ -18,9 +21,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from camera.runtime.device.peak_memory import PeakMemory
+if TYPE_CHECKING:
+    from camera.runtime.device.peak_memory import PeakMemory
 
 LINE_EVERY = 60.0  # seconds between the lines of a log
+
+_reached: str | None = None  # where the loop that is being done is
 
 log = logging.getLogger("camera")
 
@@ -44,6 +50,11 @@ def each_layer(start: int, count: int, title: str, memory: PeakMemory, show: boo
             advance(1)
 
 
+def reached() -> str | None:
+    """Where a loop is, or was when it was broken off: "layer 3 of 6 (compress)"."""
+    return _reached
+
+
 @contextmanager
 def progress_bar(
     title: str,
@@ -60,6 +71,29 @@ def progress_bar(
     job in a queue says where it is: at most one in LINE_EVERY seconds, and one at the end of what
     took that long.
     """
+    global _reached
+    with _display(title, total, unit, done, show, note) as show_more:
+        _reached = _place(title, total, unit, done)
+
+        def advance(more: int) -> None:
+            global _reached
+            nonlocal done
+            done += more
+            _reached = _place(title, total, unit, done)
+            show_more(more)
+
+        yield advance
+        _reached = None  # one that is broken off is told
+
+
+def _place(title: str, total: int, unit: str, done: int) -> str:
+    return f"{unit.removesuffix('s')} {min(done + 1, total)} of {total} ({title})"
+
+
+@contextmanager
+def _display(
+    title: str, total: int, unit: str, done: int, show: bool, note: Callable[[], str]
+) -> Iterator[Advance]:
     console = rich.get_console()
     if not show:
         yield lambda _: None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -97,6 +98,17 @@ def _name(hint: Any) -> str:
     if isinstance(origin, type) and issubclass(origin, Sequence):
         return f"a list, each {_name(parts[0])}"
     return _NAMES.get(hint, str(hint))
+
+
+def refuse_unknown(what: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """CameraError for the first name that isn't known, with the nearest one and all others."""
+    for key in given:
+        if key not in known:
+            near = get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise CameraError(
+                f"{what} has no argument {key}.{hint} The arguments are {', '.join(known)}."
+            )
 
 
 def renaming(group: str, key: str, value: Any = None) -> str | None:

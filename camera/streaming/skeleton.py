@@ -38,8 +38,8 @@ log = logging.getLogger("camera")
 class MetaModel:
     """A causal language model on meta whose layers are read from disk one by one and freed.
 
-    `stored_dtype` is what most of its tensors are written in (`dtype_on_disk` tells of each),
-    `dtype` what they are computed in.
+    `stored_dtype` is what most of its tensors are written in (`dtype_on_disk` tells of each): that
+    of the files, unless `save_dtype` says otherwise. `dtype` is what they are computed in.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class MetaModel:
         device: str = "cpu",
         dtype: str = "auto",
         trust_remote_code: bool = False,
+        save_dtype: str = "auto",
     ):
         self.folder, self.device = folder, torch.device(device)
         self.trust_remote_code, self._asked = trust_remote_code, dtype
@@ -60,7 +61,7 @@ class MetaModel:
             require_counts(self.config, self.family, shapes)
         layers = self.config.num_hidden_layers
         self.prefetcher = LayerPrefetcher(self._read_layer, layers, self.device)
-        told, asked = self.config.dtype, resolve_dtype(dtype)
+        told, asked = self.config.dtype, resolve_dtype(save_dtype, "save_dtype")
         self.model, self._conversions = build_on_meta(
             self.config,
             self.reader,
@@ -69,7 +70,7 @@ class MetaModel:
             trust_remote_code,
         )
         self.stored_dtype = asked or self.reader.main_dtype()
-        self.dtype = compute_dtype(dtype, self.stored_dtype, device)
+        self.dtype = compute_dtype(dtype, self.reader.main_dtype(), device)
         self.compressed = getattr(self.config, "quantization_config", None)
         self.base = self.model.base_model
         self.root = f"{self.model.base_model_prefix}.layers"
@@ -203,7 +204,7 @@ class MetaModel:
         if name is None:
             return
         dtype = stored[name].dtype
-        told = f"doesn't fit {dtype}, in which it is stored: set dtype=bfloat16 or float32"
+        told = f"doesn't fit {dtype}, in which it is stored: set save_dtype=bfloat16 or float32"
         if check.first_broken() is not None:
             name = check.first_broken()
             told = "holds NaN or inf when it is compressed: run with dtype=float32"

@@ -24,9 +24,10 @@ from camera.evaluation.tasks.names import NINE_TASKS
 from camera.pipeline.model_card import base_name
 from camera.runtime.values import renaming
 from experiments.config.constructor import choice, typed_settings
-from experiments.config.location import CONF, EMBEDDED, user_path
+from experiments.config.location import CONF, EMBEDDED, EMBEDDED_MODEL, user_path
 from experiments.config.started import started
 
+TOKENIZER = "tokenizer.json"
 KEY_ERRORS = (ConfigAttributeError, ConfigKeyError)
 
 _group_types: dict[str, list[type]] = {}
@@ -103,15 +104,17 @@ class Config:
 
     sparsity: float = 0.2
     sparsity_of: Fraction = Fraction.moe
-    bits: float = 2.25
+    bits: float = 2.5
     alpha: float = 0.9
     seed: int = 1234
     propagate: Propagate = Propagate.compressed
     data: str = "${model.data}"
     device: str = "auto"
     dtype: Dtype = Dtype.auto
+    save_dtype: Dtype = Dtype.auto
     output: str = "outputs"
     force: bool = False
+    dry_run: bool = False
     retry: Retry = Retry.none
     keep_checkpoint: bool = True
     objective: str | None = None
@@ -124,8 +127,15 @@ def model_name(path: str) -> str:
 
 
 def model_data(path: str) -> str:
-    """Where the texts of a model come from unless said otherwise."""
-    return EMBEDDED if path == EMBEDDED else "hub"
+    """Where the texts of a model come from unless said otherwise.
+
+    A model that has the embedded one's tokenizer was made of it, and knows its texts only.
+    """
+    if path == EMBEDDED:
+        return EMBEDDED
+    own, embedded = (Path(user_path(path)) / TOKENIZER, EMBEDDED_MODEL / TOKENIZER)
+    same = own.is_file() and own.stat().st_size == embedded.stat().st_size
+    return EMBEDDED if same and own.read_bytes() == embedded.read_bytes() else "hub"
 
 
 def register() -> None:
@@ -166,7 +176,7 @@ def naming_valid_keys() -> Iterator[None]:
             print(told)
         if isinstance(refusal, KEY_ERRORS) and isinstance(parent, DictConfig):
             keys = sorted(str(key) for key in parent if key not in ("hydra", "_target_"))
-            print(f"Valid keys here: {', '.join(keys)}")
+            print(f"Valid keys here: {', '.join(keys) or 'none'}")
         raise
 
 

@@ -41,8 +41,10 @@ class Settings:
     data: str
     device: str
     dtype: str
+    save_dtype: str
     output: str
     force: bool
+    dry_run: bool
     retry: str
     keep_checkpoint: bool
     objective: str | None
@@ -107,13 +109,18 @@ def check(settings: Settings) -> None:
 
     Raises CameraError that names the key and the fix.
     """
-    from camera.runtime.device.accelerator import resolve_device
+    check_values(settings)
+    check_machine(settings)
 
+
+def check_values(settings: Settings) -> None:
+    """Refuse values that can't work on any machine."""
     method, evaluation = settings.method, settings.evaluation
     sparsity, alpha = method.get("sparsity"), method.get("alpha")
     if sparsity is not None and not 0 < sparsity < 1:
         raise CameraError(
-            f"sparsity={sparsity} must lie between 0 and 1; method=dense removes nothing."
+            f"sparsity={sparsity:g} must lie between 0 and 1{_meant(sparsity)}; "
+            "method=dense removes nothing."
         )
     if alpha is not None and not 0 <= alpha <= 1:
         raise CameraError(f"alpha={alpha} must lie in [0, 1].")
@@ -125,10 +132,16 @@ def check(settings: Settings) -> None:
             raise CameraError(f"evaluation.{key}={value} must be at least {least}.")
     MemoryChoices(**settings.memory)
     build(settings.tracker)
+    build(method)
+
+
+def check_machine(settings: Settings) -> None:
+    """Refuse a device, a model, texts or tasks that aren't to be had here."""
+    from camera.runtime.device.accelerator import resolve_device
+
     resolve_device(settings.device)
     resolve_model(settings.model_path, weights=False)
     _check_texts(settings)
-    build(method)
 
 
 def _check_texts(settings: Settings) -> None:
@@ -144,6 +157,10 @@ def _check_texts(settings: Settings) -> None:
         from camera.evaluation.tasks.evaluate import check_tasks
 
         check_tasks(tasks, data=settings.texts())
+
+
+def _meant(sparsity: float) -> str:
+    return f": {sparsity:g} % is sparsity={sparsity / 100:g}" if 1 < sparsity < 100 else ""
 
 
 def arguments(group: dict[str, Any]) -> dict[str, Any]:

@@ -226,9 +226,7 @@ class OutputFolder:
 
     def lock(self, name: str) -> FileLock:
         """A lock between processes, by its name."""
-        file = self._lock_file(name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(file)
+        return FileLock(self._lock_file(name))
 
     def _lock_file(self, name: str) -> Path:
         return self.folder / "locks" / f"{name}.lock"

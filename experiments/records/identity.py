@@ -44,6 +44,9 @@ def compression_identity(settings: Settings) -> dict[str, Any]:
         "dtype": settings.dtype,
         "trust_remote_code": settings.trust_remote_code,
     }
+    if settings.dtype != "auto" or settings.save_dtype != "auto":
+        # also of an asked dtype: it was what the checkpoint had, before there was a save_dtype
+        identity["save_dtype"] = settings.save_dtype
     if settings.calibrates:
         asked = arguments(settings.calibration)
         sources = MIXTURES.get(asked["source"], (asked["source"],))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from camera.calibration.settings import Calibration
 from camera.checkpoint.source import resolve_model
 from camera.evaluation.placement import should_stream
 from camera.evaluation.suite import EvaluationRequest
+from camera.moe.budget import Budget
 from camera.pipeline import model_card
 from camera.pipeline.context import CompressionListener
 from camera.runtime import distributed
 from camera.runtime.device.accelerator import resolve_device
 from camera.streaming.settings import MemoryChoices
+from camera.streaming.skeleton import MetaModel
 from experiments.config.constructor import build
 from experiments.config.location import EMBEDDED
 from experiments.config.settings import Settings, arguments
@@ -48,6 +51,23 @@ def computed_in(settings: Settings) -> dict[str, str]:
     return {"device": device, "dtype": auto if settings.dtype == "auto" else settings.dtype}
 
 
+def check_method(settings: Settings) -> None:
+    """CameraError for what the method can't do with this model, before any weight is read."""
+    if settings.compresses:
+        build(settings.method).check(budget_of(settings))
+
+
+def budget_of(settings: Settings) -> Budget:
+    """What the model has, by its configuration and the headers of its files."""
+    model = resolve_model(settings.model_path)
+    return _budget(model, settings.dtype, settings.trust_remote_code)
+
+
+@lru_cache(maxsize=1)
+def _budget(model: Path, dtype: str, trust_remote_code: bool) -> Budget:
+    return MetaModel(model, "cpu", dtype, trust_remote_code).budget
+
+
 def compress_once(
     settings: Settings, folders: Folders, listener: CompressionListener | None = None
 ) -> None:
@@ -73,6 +93,7 @@ def camera_compress(
         seed=settings.seed,
         device=settings.device,
         dtype=settings.dtype,
+        save_dtype=settings.save_dtype,
         statistics=folders.output.statistics,
         memory=MemoryChoices(**settings.memory),
         measures=evaluation_during_compression(settings),

@@ -88,7 +88,7 @@ def stream(settings: Settings, folders: Folders) -> None:
         folder = resolve_model(str(path))
         if not should_stream(folder, settings.device, settings.dtype, asked["stream"]):
             return
-        log.info("%s: evaluating layer by layer", folders.run.name)
+        log.info("%s: evaluating layer by layer", folders.name)
         found = evaluate_streamed(
             folder,
             measures,

@@ -31,7 +31,12 @@ from experiments.records.files import (
 )
 from experiments.records.folders import Folders
 from experiments.runs import ranks
-from experiments.runs.compression import camera_compress, compression, computed_in
+from experiments.runs.compression import (
+    camera_compress,
+    check_method,
+    compression,
+    computed_in,
+)
 from experiments.runs.measurements import lazy_model, measured, measurements, stream
 from experiments.runs.metrics import assemble
 from experiments.runs.summary import check_objective
@@ -54,11 +59,11 @@ def run(
     `sweep` groups runs in the tracker, where `preset` is a tag, and leaves alone what failed before
     (FailedBeforeError): `retry=failed` tries again what failed before `since`; a run by itself is
     always tried. `force` redoes what was finished before `since` (default: now), so that jobs of
-    one sweep that share a checkpoint don't redo each other's. What fails is written to the folder's
-    error.txt and raised again, CameraError if the user can mend it. A run that another process is
-    doing is waited for, or `filelock.Timeout` without `wait`. `studies` are what asks for it, which
-    tables group runs by. Under torchrun rank 0 does all that; the other ranks join it where it
-    compresses.
+    one sweep that share a checkpoint don't redo each other's. What is refused before any weight is
+    read leaves nothing; what fails is written to the folder's error.txt and raised again,
+    CameraError if the user can mend it. A run that another process is doing is waited for, or
+    `filelock.Timeout` without `wait`. `studies` are what asks for it, which tables group runs by.
+    Under torchrun rank 0 does all that; the other ranks join it where it compresses.
     """
     folders = Folders.of(settings)
     ranks.join()
@@ -81,6 +86,11 @@ def _run(
     if wait and is_locked(folders.run):
         log.info("%s is being done by another process: waiting for it.", folders.run)
     files = folders.files
+    folders.check_name()
+    if settings.force or not files.is_done:
+        check(settings)
+        check_objective(settings)
+        check_method(settings)
     with lock_of(folders.run).acquire(timeout=-1 if wait else 0):
         since = time.time() if since is None else since
         studies = [*files.studies, *studies]
@@ -102,8 +112,6 @@ def _run(
             begun = read_json(files.settings).get("identity", {}).get("computed")
         files.start(asked | {"identity": folders.identity | {"computed": begun}})
         with _error_file(files), _log_file(files), naming_output(folders.output.folder):
-            check(settings)
-            check_objective(settings)
             files.enter_studies(studies)
             computed = computed_in(settings)
             files.start(asked | {"identity": folders.identity | {"computed": computed}})
@@ -126,7 +134,7 @@ def _run(
 def _start_anew(settings: Settings, folders: Folders, begun: dict[str, str]) -> None:
     """Forget the parts that were done in other arithmetic."""
     where = "on {device} in {dtype}".format(**begun)
-    log.warning("%s was begun %s: doing it anew.", folders.run.name, where)
+    log.warning("%s was begun %s: doing it anew.", folders.name, where)
     for name in (COMPRESSION, *measurements(settings)):
         folders.files.part(name).unlink(missing_ok=True)
 
@@ -149,7 +157,7 @@ def _part(folders: Folders, name: str, make: Callable[[], dict[str, Any]]) -> di
     file = folders.files.part(name)
     if not is_json(file):
         again = " again, what was written is damaged" if file.exists() else ""
-        log.info("%s: %s%s", folders.run.name, name, again)
+        log.info("%s: %s%s", folders.name, name, again)
         write_json(file, make())
     return read_json(file)
 
@@ -160,7 +168,7 @@ def _draw(settings: Settings, folders: Folders) -> list[Path]:
     try:
         return draw_run(folders.run)
     except Exception as error:  # a font, a backend: figures can be drawn again, hours can't
-        log.warning("%s: no figures: %s", folders.run.name, one_line(error))
+        log.warning("%s: no figures: %s", folders.name, one_line(error))
         return []
 
 

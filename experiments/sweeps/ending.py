@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.config.constructor import build
 from experiments.records.failures import one_line
-from experiments.records.files import OutputFolder, SweepFiles
+from experiments.records.files import OutputFolder, RunFiles, SweepFiles
+from experiments.records.outcome import outcome_of_sweep
 from experiments.runs.tracker import CarefulTracker
 from experiments.sweeps.drawing import draw_sweep
 from experiments.sweeps.jobs import SweepJob
@@ -63,6 +64,8 @@ def end_sweep(
         print(f"{waiting} jobs were not started.", file=sys.stderr)
     done = sum(record is not None and not record["error"] for _, record in found)
     print(f"{done} of {len(found)} jobs done; table: {sweep.table}")
+    if finished := [folder for folder in dict.fromkeys(folders) if RunFiles(folder).is_done]:
+        print("\n".join(outcome_of_sweep(finished, output)))
     return done == len(found)
 
 

@@ -16,9 +16,12 @@ from camera.runtime.errors import CameraError
 from experiments.config.settings import Settings
 from experiments.records.failures import naming_output, one_line
 from experiments.records.files import LOST, RunFiles, SweepFiles, is_json, read_json
-from experiments.records.folders import Folders
+from experiments.records.folders import Folders, cost_class
+from experiments.records.outcome import outcome
 from experiments.runs.summary import numbers_of
-from experiments.sweeps.jobs import BUSY, read_plan
+from experiments.sweeps.jobs import BUSY, SweepJob, read_plan
+from experiments.sweeps.planning.advice import check_planned
+from experiments.sweeps.planning.dry_run import list_jobs
 
 log = logging.getLogger("camera")
 
@@ -31,6 +34,8 @@ def job(config: DictConfig) -> dict[str, Any] | str | float | None:
     again later. To a sweeper that searches it returns the number that `objective` names, and
     raises what failed.
     """
+    if config.dry_run:
+        return _list(config)
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.MULTIRUN:
         if _beside_others(hydra):
@@ -53,6 +58,19 @@ def _beside_others(hydra: Any) -> bool:
     SLURM and Ray give a job the cards that it asks for, and hide the others.
     """
     return "joblib" in hydra.launcher._target_ and hydra.launcher.n_jobs != 1
+
+
+def _list(config: DictConfig) -> None:
+    """Say what the run would do."""
+    settings = Settings.of(config)
+    folders = Folders.of(settings)
+    like = cost_class(settings.model["name"], settings.method_name, folders.identity)
+    try:
+        check_planned(settings, folders.run, here=True)
+    except CameraError as refusal:
+        log.error(refusal)
+        sys.exit(1)
+    list_jobs([SweepJob([], [], folders.run, like, settings=settings)], folders.output)
 
 
 def _trial(config: DictConfig, sweep: SweepFiles, number: int) -> float:
@@ -138,6 +156,7 @@ def _show(run: Path, studies: list[str]) -> None:
     from experiments.tables.writing import show
 
     show(read_runs([run]).assign(studies=[studies]))  # not those of sweeps that shared it
+    print("\n".join(outcome(run)))
 
 
 def _folder(config: DictConfig) -> Path | None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig, flag_override, open_dict
 
+from camera.runtime.errors import CameraError
 from camera.runtime.files import write_json
 from experiments.config.settings import Settings
 from experiments.records.failures import one_line
@@ -26,7 +27,9 @@ BUSY = "busy"  # the return value of a job whose run is locked by another proces
 class SweepJob:
     """One run of a sweep: what was asked for, by which grids, and its folder.
 
-    A request that is refused has no folder, and says why; `like` names what takes about as long.
+    A request that is refused says why, and has no folder where its settings have no meaning; `like`
+    names what takes about as long, `same` has the overrides of other requests for the same run,
+    `settings` are known while it is planned.
     """
 
     overrides: list[str]
@@ -34,6 +37,8 @@ class SweepJob:
     run: Path | None = None
     like: tuple[str, ...] = ()
     refused: str | None = None
+    same: list[list[str]] = field(default_factory=list)
+    settings: Settings | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_locked(self) -> bool:
@@ -42,19 +47,29 @@ class SweepJob:
 
 
 def planned(
-    asked: Iterable[tuple[str | None, list[str]]], config: DictConfig, loader: ConfigLoader
+    asked: Iterable[tuple[str | None, list[str]]],
+    config: DictConfig,
+    loader: ConfigLoader,
+    check: Callable[[Settings, Path], None] | None = None,
 ) -> list[SweepJob]:
     """The jobs, in order, each run once: what ends in the same folder is the same run.
 
-    `config` is that of the sweep. Hydra's errors, for what doesn't compose, pass through.
+    `config` is that of the sweep; `check` raises CameraError for a run that will be refused.
+    Hydra's errors, for what doesn't compose, pass through.
     """
     composed: dict[tuple[str, ...], SweepJob] = {}
     jobs: dict[Path | tuple[str, ...], SweepJob] = {}
     for grid, overrides in asked:
         said = tuple(overrides)
-        if said not in composed:
+        new = said not in composed
+        if new:
             composed[said] = _job(loader.load_sweep_config(config, overrides), overrides)
-        job = jobs.setdefault(composed[said].run or said, composed[said])
+        key = composed[said].run or said
+        if key not in jobs:
+            jobs[key] = _checked(composed[said], check)
+        elif new:
+            jobs[key].same.append(list(overrides))
+        job = jobs[key]
         if grid and grid not in job.grids:
             job.grids.append(grid)
     return list(jobs.values())
@@ -71,7 +86,17 @@ def _job(config: DictConfig, overrides: list[str]) -> SweepJob:
         # The job will fail of it, and say so; the others go on.
         return SweepJob(overrides, [], refused=one_line(error))
     like = cost_class(settings.model["name"], settings.method_name, folders.identity)
-    return SweepJob(overrides, [], folders.run, like)
+    return SweepJob(overrides, [], folders.run, like, settings=settings)
+
+
+def _checked(job: SweepJob, check: Callable[[Settings, Path], None] | None) -> SweepJob:
+    if check is None or job.settings is None or job.run is None:
+        return job
+    try:
+        check(job.settings, job.run)
+    except CameraError as refusal:
+        return replace(job, refused=one_line(refusal))
+    return job
 
 
 def write_plan(jobs: Iterable[SweepJob], sweep: Path, output: Path) -> None:
@@ -79,7 +104,9 @@ def write_plan(jobs: Iterable[SweepJob], sweep: Path, output: Path) -> None:
 
     Runs are named, and `output` is relative to that folder, so that the whole may move.
     """
-    rows = [asdict(job) | {"run": job.run and job.run.name} for job in jobs]
+    rows = [asdict(replace(job, settings=None)) | {"run": job.run and job.run.name} for job in jobs]
+    for row in rows:
+        del row["settings"]
     where = os.path.relpath(output, sweep)
     write_json(SweepFiles(sweep).plan, {"output": where, "started": time.time(), "jobs": rows})
 

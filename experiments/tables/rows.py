@@ -254,8 +254,10 @@ def _speeds(batches: dict[str, dict[str, Any]]) -> dict[str, float]:
 def _status(files: RunFiles) -> str:
     if files.is_done:
         return "done"
+    if files.failure:
+        return f"failed: {files.failure}"
     if files.reason:
-        return f"failed: {files.reason}"
+        return "interrupted"
     return f"damaged: {files.metrics.name}" if files.done.exists() else "unfinished"
 
 

@@ -1,5 +1,7 @@
 """The console script `camera`."""
 
+import os
+import resource
 import subprocess
 import sys
 import tomllib
@@ -30,15 +32,19 @@ def test_help_names_every_subcommand(arguments, capsys):
 
 def test_an_unknown_subcommand_is_answered_with_the_known_ones(capsys):
     assert main(["tabels"]) == 2
-    assert "camera tabels is none of run, sweep, status" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "camera tabels is no command; did you mean tables?" in said
+    assert all(f"\n  {name} " in said for name in SUBCOMMANDS)
 
 
 @pytest.mark.parametrize("name", [name for name in SUBCOMMANDS if name not in ("run", "sweep")])
 def test_every_subcommand_has_help_of_its_own(name, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["camera", name])
-    with pytest.raises(SystemExit) as end:
-        main([name, "--help"])
-    assert not end.value.code and "usage:" in capsys.readouterr().out
+    try:
+        code = main([name, "--help"])
+    except SystemExit as end:
+        code = end.code
+    assert not code and "usage:" in capsys.readouterr().out
 
 
 def test_hydra_gets_the_overrides_and_a_sweep_its_flag(monkeypatch):
@@ -48,7 +54,12 @@ def test_hydra_gets_the_overrides_and_a_sweep_its_flag(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["camera"])
     main(["run", "sparsity=0.2"])
     main(["sweep", "sparsity=0.2,0.4"])
-    assert seen == [["camera run", "sparsity=0.2"], ["camera sweep", "-m", "sparsity=0.2,0.4"]]
+    main(["evaluate", "some/model", "evaluation=none"])
+    assert seen == [
+        ["camera run", "sparsity=0.2"],
+        ["camera sweep", "-m", "sparsity=0.2,0.4"],
+        ["camera evaluate", "model.path=some/model", "method=dense", "evaluation=none"],
+    ]
 
 
 def test_tables_of_an_output_folder(tmp_path, capsys):
@@ -90,3 +101,41 @@ def test_help_loads_nothing_heavy():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["evaluate"], ["evaluate", "evaluation=none"]])
+def test_evaluate_without_a_model_shows_how_it_is_called(arguments, capsys):
+    assert main(arguments) == 2
+    assert "usage: camera evaluate MODEL" in capsys.readouterr().out
+
+
+QUICK = {
+    "help": ["--help"],
+    "a typo": ["run", "sparsty=0.2"],
+    "TAB": ["completion", "answers"],
+    "status": ["status", "OUTPUT"],
+    "tables": ["tables", "OUTPUT"],
+    "report": ["report", "OUTPUT"],
+}
+
+
+def user_seconds(code, *arguments):
+    """CPU seconds in user mode that a fresh python takes."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        env={**os.environ, "COMP_LINE": "camera run method=camera_p spar"},
+    )
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+
+
+def test_what_computes_nothing_answers_at_once(tmp_path):
+    add(tmp_path, "a", "camera_p", 0.2)
+    unit = min(user_seconds("import hydra") for _ in range(2))
+    code = "import sys; from experiments.command import main; sys.exit(main())"
+    for name, arguments in QUICK.items():
+        asked = [tmp_path if text == "OUTPUT" else text for text in arguments]
+        # torch and transformers alone would take ten times as long as Hydra, and more
+        assert user_seconds(code, *asked) < 10 * unit + 0.3, name

@@ -30,7 +30,13 @@ LIBRARY = (
     "camera.streaming.settings",
     "camera.evaluation.tasks.names",
 )
-OTHERS = ("experiments.status", "experiments.mirror", "hydra_plugins.camera_sweeper", "main")
+OTHERS = (
+    "experiments.status",
+    "experiments.clean",
+    "experiments.mirror",
+    "hydra_plugins.camera_sweeper",
+    "main",
+)
 FOUND = "print('loaded', *sorted(set(sys.modules) & set(json.loads(sys.argv.pop(1)))))"
 PROGRAM = f"""
 import json, runpy, sys

@@ -113,3 +113,15 @@ def test_a_notebook_without_widgets_is_spared_the_bar(clock, lines, monkeypatch,
 )
 def test_a_size_is_told_in_a_unit_in_which_it_is_not_0(size, told):
     assert format_bytes(size) == told
+
+
+def test_what_is_broken_off_says_where_and_what_ended_says_nothing(clock, lines):
+    run(clock, [1, 1])
+    assert progress.reached() is None
+    with pytest.raises(KeyboardInterrupt):
+        for layer in each_layer(0, 6, "compress", PeakMemory(torch.device("cpu")), show=False):
+            if layer == 2:
+                raise KeyboardInterrupt
+    assert progress.reached() == "layer 3 of 6 (compress)"
+    run(clock, [1, 1])
+    assert progress.reached() is None

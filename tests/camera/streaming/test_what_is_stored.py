@@ -281,3 +281,14 @@ def test_what_is_amiss_anywhere_is_found_before_the_first_layer(
     monkeypatch.setattr(MetaModel, "load_layer", None)
     with pytest.raises(CameraError, match=told):
         compress(source)
+
+
+@pytest.mark.parametrize(("save_dtype", "written"), [("auto", "bfloat16"), ("float32", "float32")])
+def test_a_checkpoint_has_the_dtype_of_the_original_unless_another_is_asked_for(
+    save_dtype, written, checkpoints, compress
+):
+    source = checkpoints("qwen3_moe", dtype=torch.bfloat16)
+    out, result = compress(source, dtype="float32", save_dtype=save_dtype)
+    assert {str(t.dtype).removeprefix("torch.") for t in tensors_of(out).values()} == {written}
+    assert (result.bytes["compressed"] < result.bytes["dense"]) == (save_dtype == "auto")
+    assert config_of(out)["dtype"] == written

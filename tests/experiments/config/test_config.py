@@ -160,7 +160,7 @@ def test_an_added_key_is_refused_with_the_nearest_one():
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("sparsity=0", "sparsity=0.0"),
+        ("sparsity=0", "sparsity=0 must"),
         ("sparsity=1.5", "sparsity=1.5"),
         ("alpha=-0.1", "alpha=-0.1"),
         ("seed=-1", "seed=-1"),
@@ -204,9 +204,10 @@ def test_a_constructor_is_a_schema():
 
 
 def test_the_command_names_the_valid_keys(capsys):
-    assert command("method.aplha=1") == 1
+    assert "did you mean method.alpha" in command("method.aplha=1")
+    assert command("method=magnitude", "method.alpha=1") == 1  # another's
     printed = "".join(capsys.readouterr())
-    assert "Valid keys here: alpha, " in printed and "min_width" in printed
+    assert "Valid keys here: " in printed and "min_width" in printed
     assert "Traceback" not in printed
 
 

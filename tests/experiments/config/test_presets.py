@@ -169,7 +169,12 @@ def test_energies_are_measured_once_for_all_presets(checkpoints, data_folder, tm
 
 
 def test_a_preset_ends_in_the_table_of_its_runs(checkpoints, data_folder, tmp_path, capsys):
-    overrides = [*small(checkpoints, data_folder, tmp_path), "evaluation=none", "method=camera_q"]
+    overrides = [
+        *small(checkpoints, data_folder, tmp_path),
+        "evaluation=none",
+        "method=camera_q",
+        "bits=2.25",
+    ]
     assert command("experiment=matching", *overrides) == 0
     assert "1 of 1 jobs done" in capsys.readouterr().out
     (row,) = read_runs((tmp_path / "runs").iterdir()).to_dict("records")

@@ -1,6 +1,8 @@
 """One run: its folder's name, its parts, what is skipped, redone, recorded when it fails."""
 
+import hashlib
 import json
+import re
 import time
 from dataclasses import replace
 
@@ -11,6 +13,7 @@ from camera.evaluation.tasks.names import NINE_TASKS
 from camera.pruning import slicing
 from camera.runtime.errors import CameraError
 from experiments.records.folders import Folders
+from experiments.records.identity import compression_identity
 from experiments.runs import measurements
 from experiments.runs.run import run
 from experiments.tables.rows import read_runs
@@ -186,10 +189,52 @@ def test_an_interrupt_is_recorded_and_goes_through(make, monkeypatch):
     assert (folder / "error.txt").read_text().startswith("KeyboardInterrupt")
 
 
-def test_a_refused_run_leaves_its_reason(make):
-    with pytest.raises(CameraError, match=r"sparsity=1\.5"):
-        run(make("sparsity=1.5"))
-    assert "sparsity=1.5" in (Folders.of(make("sparsity=1.5")).run / "error.txt").read_text()
+@pytest.mark.parametrize(
+    ("refused", "told"),
+    [
+        (["sparsity=1.5"], r"sparsity=1\.5"),
+        (["sparsity=0.999", "method.min_width=8"], "the largest possible"),  # for this model
+        (["method=gptq", "bits=2.25"], "set bits="),
+    ],
+)
+def test_what_is_refused_before_any_weight_is_read_leaves_nothing(refused, told, make):
+    settings = make(*refused)
+    with pytest.raises(CameraError, match=told):
+        run(settings)
+    assert not Folders.of(settings).output.folder.joinpath("runs").exists()
+
+
+def test_names_tell_method_and_ratio_and_a_run_begins_with_its_checkpoints(make):
+    for overrides, expected in (
+        (["sparsity=0.4"], r".+-camera_p-40-[0-9a-f]{6}"),
+        (["sparsity=0.375"], r".+-camera_p-37\.5-[0-9a-f]{6}"),
+        (["method=camera_q", "bits=2.25"], r".+-camera_q-2\.25bit-[0-9a-f]{6}"),
+        (["method=dense"], r".+-dense-[0-9a-f]{6}"),
+    ):
+        of_run, of_checkpoint = names(make(*overrides))
+        assert re.fullmatch(expected, of_checkpoint)
+        assert re.fullmatch(re.escape(of_checkpoint) + "-[0-9a-f]{4}", of_run)
+
+
+def test_folders_that_are_named_in_the_old_way_are_found(make):
+    settings = make("evaluation=none", "method=random")
+    new = Folders.of(settings)
+    old = f"{settings.model['name']}-random-"
+    compression = compression_identity(settings)
+    for folder, identity in ((new.run, new.identity), (new.checkpoint, compression)):
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
+        (folder.parent / f"{old}{digest}").mkdir(parents=True)
+    found = Folders.of(settings)
+    assert found.run.parent == new.run.parent and found.run.name.startswith(old)
+    assert {len(f.name) for f in (found.run, found.checkpoint)} == {len(old) + 10}
+
+
+def test_two_compressions_with_one_short_name_are_told_apart(make, monkeypatch):
+    monkeypatch.setattr("experiments.records.folders._hash", lambda *_: "aaaaaa")
+    run(make("method=random", "evaluation=none"))
+    run(make("method=random", "evaluation=none", "retry=failed"))  # the same one
+    with pytest.raises(CameraError, match="happens to have the same name"):
+        run(make("method=random", "evaluation=none", "seed=5"))
 
 
 def test_one_dense_pass_serves_every_alpha_and_sparsity(make):

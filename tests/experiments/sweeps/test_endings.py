@@ -54,10 +54,8 @@ def test_a_job_that_can_not_be_recorded_is_in_the_table(sweep, tmp_path, monkeyp
     assert command(*sweep, "seed=1,-2") == 1
     said = "".join(capsys.readouterr())
     assert "No space left" in said and "Traceback" not in said and "1 of 2 jobs done" in said
-    assert sorted(s.split(":")[0] for s in table_of(the_sweep(tmp_path)).values()) == [
-        "done",
-        "failed",
-    ]
+    assert list(table_of(the_sweep(tmp_path)).values()) == ["done"]
+    assert "seed=-2 must not be negative" in (the_sweep(tmp_path) / "table.md").read_text()
 
 
 def test_a_run_is_of_every_preset_that_asks_for_it(sweep, tmp_path):
@@ -85,12 +83,13 @@ def test_a_full_disk_hides_no_reason(sweep, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.rglob("error.txt"))
 
 
-def test_an_empty_error_file_is_a_failure(sweep, tmp_path, capsys):
-    assert command(*sweep, "seed=-1") == 1
+def test_an_empty_error_file_is_a_failure(sweep, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "assemble", lambda *_: 1 / 0)
+    assert command(*sweep, "seed=1") == 1
     (error,) = (tmp_path / "runs").glob("*/error.txt")
     error.write_text("")
     capsys.readouterr()
-    assert command(*sweep, "seed=-1") == 1
+    assert command(*sweep, "seed=1") == 1
     assert "failed before" in "".join(capsys.readouterr())
 
 
@@ -142,9 +141,10 @@ def test_an_interrupted_sweep_ends_in_its_table(number, code, sweep, tmp_path, m
     assert command(*sweep, "seed=1,2,3") == code
     said = "".join(capsys.readouterr())
     assert "1 of 3 jobs done" in said and "1 jobs were not started" in said
+    assert "Interrupted" in said and "the same command goes on." in said
     assert "Traceback" not in said
     statuses = sorted(status.split(":")[0] for status in table_of(the_sweep(tmp_path)).values())
-    assert statuses == ["done", "failed"]
+    assert statuses == ["done", "interrupted"]
     monkeypatch.setattr(runs, "assemble", assemble)
     assert command(*sweep, "seed=1,2,3") == 0
 

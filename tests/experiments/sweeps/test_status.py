@@ -139,9 +139,9 @@ def test_nothing_is_written(output, capsys):
     assert sorted(output.folder.rglob("*")) == before
 
 
-def test_a_folder_without_sweeps_is_refused(tmp_path, capsys):
-    assert "has no sweep" in printed(capsys, tmp_path, code=1)
-    assert "has no sweep" in printed(capsys, tmp_path / "nowhere", code=1)
+def test_a_folder_without_runs_is_refused(tmp_path, capsys):
+    assert "has no runs" in printed(capsys, tmp_path, code=1)
+    assert "has no runs" in printed(capsys, tmp_path / "nowhere", code=1)
 
 
 def test_time_left_is_by_the_nearest_finished_runs(output):
@@ -194,3 +194,26 @@ def test_a_run_with_damaged_settings_is_no_measure_of_time(output):
     run = output.finished("a")
     (run / "settings.json").write_text("")
     assert Durations([run]).expected_seconds(output.job("b")) is None
+
+
+def test_runs_that_no_sweep_asked_for_are_told_too(output, capsys):
+    output.finished("alone")
+    said = printed(capsys, output.folder)
+    assert row(said, "single runs")[2:] == ["1", "0", "0", "0"]
+    output.started("broken", error="OSError: no such file\n\nTraceback")
+    output.started("stopped", error="KeyboardInterrupt\n\nTraceback")
+    output.finished("planned")
+    output.sweep("now", output.job("planned"))
+    said = printed(capsys, output.folder)
+    assert row(said, "single runs")[2:6] == ["1", "0", "1", "1"] and row(said, "now")[1] == "1"
+    assert "broken: OSError: no such file" in said
+    assert "stopped: the same command goes on" in said
+    with output.lock("stopped"):
+        assert row(printed(capsys, output.folder), "single runs")[2:6] == ["1", "1", "1", "0"]
+
+
+def test_what_is_refused_without_a_run_has_failed(output):
+    refused = output.job("x", refused="sparsity=40 must lie between 0 and 1.")
+    assert state(refused) == "failed"
+    output.started("x")
+    assert state(refused) == "to go"

@@ -40,19 +40,42 @@ def test_a_failing_job_does_not_end_the_sweep(sweep):
     assert "3 of 4 jobs done" in done.stdout  # the dense model once
     with (output / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["method"] for row in rows] == ["dense", "camera_p", "camera_p", "camera_p"]
-    assert [row["sparsity"] for row in rows] == ["", "20.0", "40.0", "150.0"]
-    assert [row["status"].split(":")[0] for row in rows] == ["done", "done", "done", "failed"]
-    error = output / "runs" / rows[-1]["folder"] / "error.txt"
-    assert error.read_text().startswith("sparsity=1.5 ")
+    assert [row["method"] for row in rows] == ["dense", "camera_p", "camera_p"]
+    assert [row["sparsity"] for row in rows] == ["", "20.0", "40.0"]
+    assert {row["status"] for row in rows} == {"done"}
+    assert len(list((output / "runs").iterdir())) == 3  # of what is refused nothing stays
+
+
+def test_what_will_be_refused_is_said_before_the_first_job_starts(sweep):
+    done, _, _ = sweep
+    said = done.stdout.splitlines()
+    (refused,) = [number for number, line in enumerate(said) if "1 of 4 jobs is refused" in line]
+    assert "sparsity=1.5 must lie between 0 and 1" in said[refused + 1]
+    (launched,) = [number for number, line in enumerate(said) if "Launching 4 jobs" in line]
+    assert refused < launched
+    assert any(
+        "2 of 6 jobs are the same as others: dense uses no sparsity" in line for line in said
+    )
+
+
+def test_a_sweep_ends_with_its_models_and_the_line_that_loads_one(sweep):
+    done, output, _ = sweep
+    made = sorted(path for path in (output / "checkpoints").iterdir() if path.is_dir())
+    assert len(made) == 2 and all(f"{path}  (" in done.stdout for path in made)
+    assert f'camera.load("{made[0]}")' in done.stdout
+    assert done.stdout.splitlines()[-1] == f"More    camera report {output}"
 
 
 def test_the_table_is_printed_and_written(sweep):
     done, output, _ = sweep
     (folder,) = (output / "sweeps").iterdir()
-    for kind in ("md", "csv", "tex"):
-        assert (folder / f"table.{kind}").read_text() == (output / f"table.{kind}").read_text()
-    assert "Camera-P" in done.stdout and "failed: sparsity=1.5" in done.stdout
+    assert (folder / "table.csv").read_text() == (output / "table.csv").read_text()
+    for kind in ("md", "tex"):  # and what failed without leaving a run
+        assert (output / f"table.{kind}").read_text().strip() in (
+            folder / f"table.{kind}"
+        ).read_text()
+    assert "sparsity=1.5 must lie" in (folder / "table.md").read_text()
+    assert "Camera-P" in done.stdout and "sparsity=1.5 must lie between" in done.stdout
     jobs = [json.loads(file.read_text()) for file in sorted((folder / "jobs").iterdir())]
     assert [bool(job["error"]) for job in jobs] == [False, False, True, False]
 
@@ -131,3 +154,19 @@ def test_what_nobody_expects_keeps_its_traceback(sweep, capsys, monkeypatch):
     monkeypatch.setattr("experiments.runs.run.assemble", lambda *_: 1 / 0)
     assert command(*overrides, "method=dense", "evaluation=none") == 1
     assert "Traceback" in capsys.readouterr().out
+
+
+def test_a_dry_run_lists_the_jobs_and_writes_nothing(sweep, capsys):
+    _, output, overrides = sweep
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    asked = ("-m", *overrides, "dry_run=true", "method=camera_p", "sparsity=0.2,0.7,1.5")
+    assert command(*asked) == 0
+    said = "".join(capsys.readouterr())
+    assert [state for state in said.split() if state in ("done", "refused")][-2:] == [
+        "done",
+        "refused",
+    ]
+    assert "1 of 3 jobs to do; time: about " in said and "kB" in said.split("checkpoints: about")[1]
+    assert command(*asked[1:-1], "sparsity=0.2") == 0
+    assert "0 of 1 jobs to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before

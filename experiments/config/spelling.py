@@ -1,0 +1,74 @@
+"""Names on the command line that don't exist, told with the nearest that do, before Hydra reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from functools import cache
+from typing import get_type_hints
+
+from camera.runtime.errors import CameraError
+from camera.runtime.values import renaming
+from experiments.config.location import CONF
+from experiments.config.schema import Config, group_types
+
+SIMPLE = re.compile(r"[\w.-]+(,[\w.-]+)*")
+HYDRA = ("hydra.", "hydra/", "+", "~", "-")  # its own, and what it is asked to add or delete
+ELSEWHERE = ("hydra.searchpath", "--config-dir", "-cd", "--config-path", "-cp")
+ABSENT = ("null", "none", "")
+
+
+def check_spelling(arguments: Sequence[str]) -> None:
+    """CameraError for a setting or a choice that nothing is called, with the nearest names.
+
+    Where other folders are searched for choices, all is left to Hydra.
+    """
+    if any(argument.startswith(ELSEWHERE) for argument in arguments):
+        return
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key.startswith(HYDRA):
+            continue
+        if (CONF / key).is_dir():
+            _check_choices(key, value)
+            continue
+        group, _, name = key.rpartition(".")
+        known = _keys().get(group)
+        if known is None and "." not in group:
+            raise CameraError(_unknown(f"{key} is no setting", key, _keys()[""]))
+        if known is None or name in known or renaming(group, name):
+            continue
+        prefix = f"{group}." if group else ""
+        raise CameraError(_unknown(f"{key} is no setting", key, [prefix + k for k in known]))
+
+
+def _check_choices(group: str, value: str) -> None:
+    known = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    for name in value.split(",") if SIMPLE.fullmatch(value) else ():
+        if name not in (*known, *ABSENT):
+            raise CameraError(_unknown(f"{group}={name} is no choice", name, known))
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    near = get_close_matches(name, known, n=3)
+    if near:
+        return f"{what}; did you mean {' or '.join(near)}? --help has all."
+    return f"{what}; there are {', '.join(known)}."
+
+
+@cache
+def _keys() -> dict[str, set[str]]:
+    """The settings by their group; of a group whose choices differ, those of any of them."""
+    hints = get_type_hints(Config)
+    found = {"": {"experiment", *hints}}
+    found |= {name: _names(hint) for name, hint in hints.items() if is_dataclass(hint)}
+    for group, classes in group_types().items():
+        found[group] = set.union(*map(_names, classes)) - {"_target_"}
+    return found
+
+
+def _names(cls: type) -> set[str]:
+    return {field.name for field in fields(cls)}

@@ -1,0 +1,40 @@
+"""A name that doesn't exist is answered with the nearest ones before Hydra composes."""
+
+import pytest
+
+from camera.runtime.errors import CameraError
+from experiments.config.spelling import check_spelling
+from tests.helpers.runs.composing import choices, command
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("sparsty=0.3", "sparsty is no setting; did you mean sparsity or"),
+        ("evaluation.blcks=2", "did you mean evaluation.blocks"),
+        ("method.alpa=0.3", "did you mean method.alpha"),
+        ("method=camerap", "method=camerap is no choice; did you mean camera_p"),
+        ("experiment=mian", "did you mean main"),
+        ("calibration=c4,wikitxt2", "calibration=wikitxt2 is no choice; did you mean wikitext2"),
+        ("qqq=1", "qqq is no setting; there are alpha, "),
+    ],
+)
+def test_a_typo_is_told_with_the_nearest_names(argument, told):
+    with pytest.raises(CameraError, match=told):
+        check_spelling([argument])
+
+
+@pytest.mark.parametrize("group", ["method", "model", "evaluation", "experiment", "tracker"])
+def test_every_choice_is_one(group):
+    check_spelling([f"{group}={name}" for name in choices(group)])
+
+
+def test_what_is_hydra_s_or_elsewhere_is_left_to_hydra():
+    check_spelling(["hydra.job.name=x", "hydra/launcher=slurm", "+more=1", "~tracker", "-m"])
+    check_spelling(["method.method=renamed", "evaluation.unpack=true", "experiment=null"][1:])
+    check_spelling(["method=own", "--config-dir=conf"])
+    check_spelling(["method=own", "hydra.searchpath=[file://conf]"])
+
+
+def test_the_command_says_one_sentence(capsys):
+    assert "did you mean sparsity" in command("sparsty=0.3")
