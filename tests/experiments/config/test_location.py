@@ -16,7 +16,10 @@ from tests.helpers.runs.documents import ROOT
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NAMESPACE = "hydra_plugins"  # shared with Hydra's own plugins, so it has no __init__.py
 OWN = {"camera", "baselines", "experiments", NAMESPACE}
-LAZY = {"camera": ["lm-eval"], "experiments": []}  # lm-eval: of an extra, where tasks are measured
+LAZY = {  # of an extra, imported where tasks are measured, a GGUF is written, llama.cpp is timed
+    "camera": ["lm-eval", "gguf"],
+    "experiments": ["xllamacpp"],
+}
 
 
 @pytest.fixture(scope="module")
