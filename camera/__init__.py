@@ -24,6 +24,7 @@ _MODULES = {
     "CameraQ": "camera.quantization.camera_q",
     "CameraQDagger": "camera.quantization.camera_q_dagger",
     "CompressionResult": "camera.pipeline.result",
+    "LayerwiseBits": "camera.quantization.layerwise_bits",
     "MemoryChoices": "camera.streaming.settings",
     "Plan": "camera.method",
     "apply": "camera.api",

@@ -107,6 +107,22 @@ def test_a_shared_expert_is_packed_too(tmp_path):
     assert any(".shared_expert.up_proj." in name for name in packed)
 
 
+def test_bits_by_layer_are_a_scheme_for_each(tmp_path, data_folder, calibration, caplog):
+    settings = dict(bits=6.5, data=str(data_folder), calibration=calibration, bit_widths=[3, 8])
+    sizes = SIZES | SHARED
+    folder = quantised(
+        tmp_path, method="layerwise_bits", family="qwen2_moe", sizes=sizes, **settings
+    )
+    out = camera.export(folder, tmp_path / "out", format="compressed-tensors")
+    assert "transformers 5.23 doesn't read experts of several bits" in caplog.text
+    found, expected = decompressed(out), own_weights(folder)
+    assert found.keys() > expected.keys() and len(expected) == 2 * 8 * 3
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight.half()), name
+    told = config_of(out)["quantization_config"]["config_groups"].values()
+    assert sorted(group["weights"]["num_bits"] for group in told) == [3, 8]
+
+
 @pytest.mark.parametrize(
     "settings, said",
     [
