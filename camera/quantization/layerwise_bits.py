@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from camera.moe.feed_forward import FeedForward
     from camera.quantization.layer_bits import LayerBits
 
-GROUP_SIZES = (128, 64, 32)  # that kernels take, the first that fits first
-SMALLEST_GROUP = 8
+GROUP_SIZES = (128, 64, 32)  # that kernels take
 log = logging.getLogger("camera")
 
 
@@ -34,7 +33,7 @@ class LayerwiseBits(Quantization):
     error_l(b) is measured on the dense model: what rounding the layer's experts to nearest at b
     bits adds to the residual stream, squared, relative to it, as a mean over tokens. group_size
     divides hidden size and all widths: null takes the largest of 128, 64, 32 that does, else the
-    largest divisor. What it writes exports to compressed-tensors, with a scheme for each layer.
+    whole row. What it writes exports to compressed-tensors, with a scheme for each layer.
     """
 
     name: ClassVar[str] = "layerwise_bits"
@@ -64,14 +63,7 @@ class LayerwiseBits(Quantization):
         common = gcd(*lengths)
         fitting = [size for size in range(1, common + 1) if common % size == 0]
         if self.group_size is None:
-            small = [size for size in fitting if SMALLEST_GROUP <= size <= GROUP_SIZES[0]]
-            whole = [size for size in GROUP_SIZES if size in fitting]
-            if not small:
-                raise CameraError(
-                    f"rows of {', '.join(map(str, sorted(lengths - {0})))} have no common group of "
-                    f"at least {SMALLEST_GROUP}: set group_size=-1 (the whole row)."
-                )
-            return (whole or [max(small)])[0]
+            return next((size for size in GROUP_SIZES if size in fitting), None)
         if self.group_size in fitting:
             return self.group_size
         below = [size for size in fitting if size < self.group_size][-1:]
