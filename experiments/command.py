@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """Every subcommand with its line of help."""
-    lines = [f"  {name:<12}{entry.help}" for name, entry in SUBCOMMANDS.items()]
+    lines = [f"  {name:<14}{entry.help}" for name, entry in SUBCOMMANDS.items()]
     return "\n".join(
         ["usage: camera COMMAND ...", "", *lines, "", "camera COMMAND --help says more."]
     )
@@ -128,6 +128,10 @@ SUBCOMMANDS = {
     "report": Subcommand("all of it on one HTML page", _module("experiments.report.__main__")),
     "describe": Subcommand("what a model is made of", _module("camera.__main__", "describe")),
     "export": Subcommand("a native checkpoint", _module("camera.__main__", "export")),
+    "imatrix": Subcommand("for llama-quantize", _module("camera.__main__", "imatrix")),
+    "tensor-types": Subcommand(
+        "bits by layer for llama-quantize", _module("camera.__main__", "tensor-types")
+    ),
     "lm-eval": Subcommand("lm-eval, on compressed checkpoints too", _lm_eval),
     "clean": Subcommand(
         "what lies in an output folder, and freeing it", _module("experiments.clean")

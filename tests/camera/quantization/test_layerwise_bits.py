@@ -12,8 +12,8 @@ import camera
 from camera.method import Plan
 from camera.moe.budget import Budget, Count
 from camera.moe.pool import LayerPool
-from camera.quantization.layer_allocation import least_error, next_cost
-from camera.quantization.layerwise_bits import LayerwiseBits
+from camera.quantization.layerwise.allocation import least_error, next_cost
+from camera.quantization.layerwise.bits import LayerwiseBits
 from camera.runtime.errors import CameraError
 from camera.streaming.skeleton import MetaModel
 from tests.helpers.checkpoints import shards_of

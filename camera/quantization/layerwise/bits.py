@@ -92,8 +92,8 @@ class LayerwiseBits(Quantization):
         return max(3 * budget.hidden * sum(widths), 1)
 
     def passes(self, budget: Budget, propagate: Propagate) -> tuple[Pass, ...]:
+        from camera.quantization.layerwise.rounding_error import RoundingErrorSpec
         from camera.quantization.quantizers.quantizer import QUANTIZERS
-        from camera.quantization.rounding_error import RoundingErrorSpec
 
         spec = RoundingErrorSpec(
             tuple(self.bit_widths), self.divisor(budget), self.sym, self.clip, self.scale_dtype
@@ -104,7 +104,7 @@ class LayerwiseBits(Quantization):
         return (Pass(PassKind.DENSE, spec), *last)
 
     def plan(self, seen: Seen, budget: Budget) -> Plan:
-        from camera.quantization.layer_allocation import least_error, next_cost
+        from camera.quantization.layerwise.allocation import least_error, next_cost
 
         statistics, costs = seen[PassKind.DENSE], self.costs(budget)
         errors = {index: statistics[index].relative().tolist() for index in costs}
