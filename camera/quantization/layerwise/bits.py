@@ -31,7 +31,7 @@ class LayerwiseBits(Quantization):
 
     Minimises sum_l error_l(b_l) exactly within the target `bits`, every b_l one of `bit_widths`.
     error_l(b) is measured on the dense model: what rounding the layer's experts to nearest at b
-    bits adds to the residual stream, squared, relative to it, as a mean over tokens. group_size
+    bits changes the residual stream by, squared and relative, as a mean over tokens. group_size
     divides hidden size and all widths: null takes the largest of 128, 64, 32 that does, else the
     whole row. What it writes exports to compressed-tensors, with a scheme for each layer.
     """

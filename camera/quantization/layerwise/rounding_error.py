@@ -24,11 +24,12 @@ from camera.quantization.quantizers.nearest import RoundToNearest
 
 @dataclass
 class RoundingErrorStatistics(LayerStatistics):
-    """error_B = sum over tokens and experts of |a (E(x) - E_b(x))|^2 / |r|^2.
+    """error_B = sum over tokens of sum_e |a (E(x) - E_b(x))|^2 / (|r|^2 + sum_e |a E(x)|^2).
 
     E_b is the expert rounded to b bits, a its routing weight (times the family's factor), r the
-    residual stream that the layer's output is added to. tokens_1 counts the tokens. Errors of a
-    token's experts are taken as independent of each other.
+    residual stream that the layer's output is added to: the ratio is to what later layers read.
+    Outputs and errors of a token's experts are taken as independent of each other. tokens_1 counts
+    the tokens.
     """
 
     kind: ClassVar[str] = "rounding_error"
@@ -54,9 +55,9 @@ class RoundingErrorSpec(ObserverSpec):
     scale_dtype: str
 
     def nbytes(self, layer: LayerShape) -> int:
-        """Every expert at each number of bits, and the norm of each token."""
+        """Every expert at each number of bits, and of each token its norm and errors."""
         rounded = 3 * layer.hidden * sum(layer.pool.widths) * layer.itemsize
-        return len(self.levels) * rounded + 4 * layer.tokens
+        return len(self.levels) * rounded + 4 * layer.tokens * (1 + len(self.levels))
 
     def build(self, index: int, ffn: FeedForward) -> RoundingErrorObserver:
         return RoundingErrorObserver(ffn, self)
@@ -77,8 +78,8 @@ class RoundingErrorObserver(LayerObserver):
             scale_dtype=getattr(torch, spec.scale_dtype),
         )
         self._rounded: dict[tuple[str, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        self._norm2: dict[int, torch.Tensor] = {}
-        self._error_B = torch.zeros(len(spec.levels), dtype=torch.float64)
+        self._norm2_T: dict[int, torch.Tensor] = {}  # by batch
+        self._error_TB: dict[int, torch.Tensor] = {}
         self._tokens = 0
 
     def ffn_input(
@@ -88,30 +89,34 @@ class RoundingErrorObserver(LayerObserver):
         hidden_TH: torch.Tensor | None,
         mask_T: torch.Tensor | None,
     ) -> None:
-        self._norm2[batch] = hidden_TH.float().square().sum(1)
+        self._norm2_T[batch] = hidden_TH.float().square().sum(1)
+        self._error_TB[batch] = self._norm2_T[batch].new_zeros(len(x_TH), len(self._levels))
         self._tokens += len(x_TH) if mask_T is None else int(mask_T.sum())
 
     def __call__(self, call: ExpertCall) -> None:
         group, expert = call.group, call.expert
-        norm2_N = self._norm2[call.batch].to(call.x_NH.device)
-        if call.tokens_N is not None:
-            norm2_N = norm2_N[call.tokens_N]
-        weight2_N = self._scale2 / norm2_N.clamp(min=torch.finfo(torch.float32).tiny)
-        if call.a_N is not None:
-            weight2_N = weight2_N * call.a_N.float().square()
         x_NH, bias, found = call.x_NH.float(), _bias(group), []
         y_NH = F.linear(call.h_NW.float(), group.down(expert).float())
         for gate_up, down in self._at_all_levels(group, expert):
             gate_NW, up_NW = F.linear(x_NH, gate_up.float(), bias).chunk(2, 1)
             lost_NH = y_NH - F.linear(group.act_fn(gate_NW) * up_NW, down.float())
-            found.append((lost_NH.square().sum(1) * weight2_N).sum())
-        self._error_B += torch.stack(found).cpu().double()
+            found.append(lost_NH.square().sum(1))
+        norm2_T, error_TB = self._norm2_T[call.batch], self._error_TB[call.batch]
+        weight2_N = self._scale2 if call.a_N is None else self._scale2 * call.a_N.float().square()
+        norm2_N = (y_NH.square().sum(1) * weight2_N).to(norm2_T.device)
+        error_NB = (torch.stack(found) * weight2_N).T.to(norm2_T.device)
+        tokens = slice(None) if call.tokens_N is None else call.tokens_N.to(norm2_T.device)
+        norm2_T[tokens] += norm2_N  # a token reaches an expert once
+        error_TB[tokens] += error_NB
 
     def result(self) -> RoundingErrorStatistics:
         """The statistics gathered so far."""
-        return RoundingErrorStatistics(
-            groups=self._groups, error_B=self._error_B, tokens_1=torch.tensor([self._tokens])
-        )
+        error_B = torch.zeros(len(self._levels), dtype=torch.float64)
+        for batch, error_TB in self._error_TB.items():
+            norm2_T = self._norm2_T[batch].clamp(min=torch.finfo(torch.float32).tiny)
+            error_B += (error_TB / norm2_T[:, None]).cpu().double().sum(0)
+        tokens_1 = torch.tensor([self._tokens])
+        return RoundingErrorStatistics(groups=self._groups, error_B=error_B, tokens_1=tokens_1)
 
     def _at_all_levels(
         self, group: ExpertGroup, expert: int

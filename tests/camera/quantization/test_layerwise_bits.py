@@ -184,14 +184,17 @@ def test_the_errors_are_those_of_rounded_experts(source, planned, data_folder):
     ):
         experts = layer.mlp.experts
         for bits in (2, 4):
-            error = 0.0
+            size_T = hidden_TH.square().sum(1)
+            error_T = torch.zeros_like(size_T)
             for e in range(8):
                 token, slot = (index_TK == e).nonzero(as_tuple=True)
                 gate_up, down = experts.gate_up_proj[e], experts.down_proj[e]
-                lost = output(x_TH[token], gate_up, down)
-                lost -= output(x_TH[token], rounded(gate_up, bits), rounded(down, bits))
-                lost *= weight_TK[token, slot, None].double()
-                error += float((lost.square().sum(1) / hidden_TH[token].square().sum(1)).sum())
+                whole = output(x_TH[token], gate_up, down)
+                lost = whole - output(x_TH[token], rounded(gate_up, bits), rounded(down, bits))
+                weight = weight_TK[token, slot, None].double()
+                size_T[token] += (weight * whole).square().sum(1)
+                error_T[token] += (weight * lost).square().sum(1)
+            error = float((error_T / size_T).sum())
             found = planned[2].shared["errors"][str(index)][str(bits)]
             assert found == pytest.approx(error / len(x_TH), rel=2e-3), (index, bits)
 
