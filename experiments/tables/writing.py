@@ -92,7 +92,7 @@ def _by_data(frame: pd.DataFrame) -> pd.DataFrame:
 
 def main(arguments: list[str]) -> int:
     """Remake and print the tables of a folder."""
-    parser = argparse.ArgumentParser("python -m experiments.tables", description=__doc__)
+    parser = argparse.ArgumentParser(prog="camera tables", description=__doc__)
     parser.add_argument("folder", type=user_folder, metavar="DIR")
     parser.add_argument(
         "--errors",
