@@ -1,4 +1,4 @@
-"""The tables of runs, made from their folders: `python -m experiments.tables DIR` at any time.
+"""The tables of runs, made from their folders at any time.
 
 DIR is an output folder, or any folder that has run folders below it. The page is table.md and
 table.tex: a table per study, a row per setting with the mean over its seeds. Every single run is a
