@@ -10,6 +10,7 @@ from tests.helpers.checkpoints import tensors_of
 from tests.helpers.methods import CASES
 from tests.helpers.models import MOE_FAMILIES
 
+pytestmark = pytest.mark.gpu  # on a real card too
 # A code that rounds the other way by the last bit of its scale moves the tokens of later layers:
 # quantised models are compared in the layer whose inputs are the same.
 SAME_CODES = 0.98
