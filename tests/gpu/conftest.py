@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.helpers.gpu_report import MARK, PROPERTY, Measured, real_card
+from tests.helpers.gpu_report import MARK, NO_CARD, PROPERTY, Measured, real_card
 
 
 @pytest.fixture(scope="session")
@@ -12,7 +12,7 @@ def card(request) -> str:
     """The card, for these tests alone; skips without one."""
     found = real_card()
     if found is None:
-        pytest.skip("this machine has no accelerator of its own")
+        pytest.skip(NO_CARD)
     if request.config.option.markexpr != MARK:
         pytest.skip(f"only `pytest -m {MARK}` measures: it has the card for itself, for minutes")
     return found

@@ -16,6 +16,7 @@ from tests import fake_device
 MARK = "gpu"
 PROPERTY = "measured"
 JSON, MARKDOWN = "gpu-report.json", "gpu-report.md"
+NO_CARD = "this machine has no accelerator of its own"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ class GpuReport:
         self._folder, self._about, self._began = folder, about, time.time()
         self._outcomes, self._failed = Counter[str](), list[str]()
         self._measured: list[Measured] = []
-        self.skipped = ""  # the last reason
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count a test once: when it ran, or where it never came to that."""
@@ -63,8 +63,6 @@ class GpuReport:
         self._outcomes[report.outcome] += 1
         if report.failed:
             self._failed.append(report.nodeid)
-        if report.skipped and isinstance(report.longrepr, tuple):
-            self.skipped = report.longrepr[2].removeprefix("Skipped: ")
         self._measured += [row for key, row in report.user_properties if key == PROPERTY]
 
     def pytest_sessionfinish(self) -> None:
@@ -79,7 +77,7 @@ class GpuReport:
         """Say where the report is, or why there is none."""
         told = f"{self._folder / JSON} and {MARKDOWN} are written."
         if self._about is None:
-            told = f"no {JSON}: {self.skipped or 'no test ran'}."
+            told = f"no {JSON}: {NO_CARD}."
         terminalreporter.write_line(told)
 
     def content(self) -> dict[str, Any]:
