@@ -58,6 +58,14 @@ def test_every_method_makes_what_it_makes_on_the_cpu(case, compressed, device):
         assert_same(mine, theirs)
 
 
+def test_experts_of_one_width_are_those_of_the_cpu(compressed, device):
+    settings = dict(expert_widths="uniform", sparsity=0.4138)
+    mine, theirs = (
+        tensors_of(compressed("camera_p", where, settings=settings)) for where in (device, "cpu")
+    )
+    assert_same(mine, theirs)
+
+
 @pytest.mark.parametrize(
     ("case", "memory"),
     [
