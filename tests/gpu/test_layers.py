@@ -37,7 +37,7 @@ def test_full_layers_are_streamed_within_the_stated_memory(form, made, measured)
     measured(title, f"{form}: memory", took, "GB", f"{said:.4g} said")
     seconds = (result.seconds["calibrate"] + result.seconds["compress"]) / LAYERS
     measured(title, f"{form}: a layer", seconds, "s")
-    assert said / 1.2 <= took <= 1.2 * said
+    assert took <= 1.2 * said
 
 
 @pytest.mark.parametrize("form", FORMS)
