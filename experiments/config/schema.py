@@ -73,6 +73,7 @@ class Evaluation:
     length: int | None = None
     stride: int | None = None
     blocks: int | None = None
+    divergence: int | None = None
     tasks: list[str] = field(default_factory=list)
     limit: int | None = None
     batch_size: int = 1

@@ -96,7 +96,12 @@ class Settings:
         asked = self.evaluation
         sizes = (asked[key] for key in ("length", "stride", "blocks", "limit"))
         return EvaluationRequest(
-            self.texts(), asked["perplexity"], asked["tasks"], *sizes, self.seed
+            self.texts(),
+            asked["perplexity"],
+            asked["tasks"],
+            *sizes,
+            self.seed,
+            divergence=asked.get("divergence"),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,8 +131,9 @@ def check_values(settings: Settings) -> None:
         raise CameraError(f"alpha={alpha} must lie in [0, 1].")
     if settings.seed < 0:
         raise CameraError(f"seed={settings.seed} must not be negative.")
-    for key in ("length", "stride", "blocks", "limit", "batch_size", "perplexity_batch_size"):
-        value, least = evaluation[key], 2 if key == "length" else 1
+    sizes = ("length", "stride", "blocks", "divergence", "limit")
+    for key in (*sizes, "batch_size", "perplexity_batch_size"):
+        value, least = evaluation.get(key), 2 if key == "length" else 1
         if value is not None and value < least:
             raise CameraError(f"evaluation.{key}={value} must be at least {least}.")
     MemoryChoices(**settings.memory)

@@ -62,6 +62,8 @@ def evaluation_identity(settings: Settings) -> dict[str, Any]:
     """What the measurements depend on besides the compressed model."""
     kept = {key: value for key, value in settings.evaluation.items() if key not in MACHINE}
     corpora, tasks, packages = list(kept["perplexity"]), kept["tasks"], ["torch", "transformers"]
+    if kept.get("divergence") is None:
+        kept.pop("divergence", None)  # runs of before there was one keep their names
     if kept["speed"]["batch_sizes"]:
         corpora.append("wikitext2")  # its prompts
     else:
@@ -80,10 +82,15 @@ def evaluation_identity(settings: Settings) -> dict[str, Any]:
 def measurement_key(identity: dict[str, Any]) -> dict[str, Any]:
     """How a run was measured and on which model: runs that agree in it can be compared.
 
-    The seed isn't part of it: it draws what a method is calibrated on, not what is measured.
+    The seed isn't part of it: it draws what a method is calibrated on, not what is measured. Nor
+    is a comparison with the dense model: perplexities are the same with and without.
     """
     keys = ("mathematics", "versions", "model", "dtype", "computed", "evaluation", "data")
-    return {key: identity.get(key) for key in keys}
+    found = {key: identity.get(key) for key in keys}
+    asked = found["evaluation"]
+    if asked:
+        found["evaluation"] = {k: v for k, v in asked.items() if k != "divergence"}
+    return found
 
 
 def without_seed(identity: dict[str, Any]) -> dict[str, Any]:

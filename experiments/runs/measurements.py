@@ -20,12 +20,14 @@ from camera.checkpoint.source import resolve_model
 from camera.evaluation.passages import read_passage
 from camera.evaluation.perplexity import perplexity
 from camera.evaluation.placement import require_fit, should_stream
+from camera.evaluation.reference import DenseReference
 from camera.evaluation.speed import measure_speed
-from camera.evaluation.suite import EvaluationRequest, evaluate_streamed
+from camera.evaluation.suite import EvaluationRequest, evaluate_streamed, passages_of
 from camera.evaluation.tasks.evaluate import evaluate_tasks
 from camera.runtime.device.accelerator import release_cache
 from camera.runtime.device.peak_memory import PeakMemory
 from camera.runtime.files import write_json
+from camera.streaming.skeleton import MetaModel
 from experiments.config.settings import Settings
 from experiments.records.files import PERPLEXITY, SPEED, TASK, is_json, read_json
 from experiments.records.folders import Folders
@@ -82,6 +84,7 @@ def stream(settings: Settings, folders: Folders) -> None:
     if is_json(early) and (found := read_json(early))["measures"] == settings.measures().to_dict():
         _write_parts(folders, found)
     measures = _due(settings, folders)
+    predict_densely(settings, folders, measures)
     if asked["stream"] == "never" or not [*measures.corpora, *measures.tasks]:
         return
     with checkpoint(settings, folders) as path:
@@ -96,8 +99,32 @@ def stream(settings: Settings, folders: Folders) -> None:
             dtype=settings.dtype,
             trust_remote_code=remote,
             folder=folders.output.hidden,
+            reference=dense_reference(settings, folders),
         )
     _write_parts(folders, found)
+
+
+def dense_reference(settings: Settings, folders: Folders) -> DenseReference:
+    """The original model's predictions, kept beside its statistics for all runs of the output."""
+    return DenseReference(
+        resolve_model(settings.model_path),
+        folders.output.statistics,
+        settings.device,
+        settings.dtype,
+        settings.trust_remote_code,
+        folders.output.hidden,
+    )
+
+
+def predict_densely(settings: Settings, folders: Folders, measures: EvaluationRequest) -> None:
+    """What divergences compare with, of all texts in one pass, unless an earlier run left it."""
+    if measures.divergence is None or not measures.corpora:
+        return
+    remote = settings.trust_remote_code
+    folder = resolve_model(settings.model_path)
+    meta = MetaModel(folder, "cpu", settings.dtype, remote)
+    passages = passages_of(meta.model, load_tokenizer(folder, remote), measures)
+    dense_reference(settings, folders).of(passages, measures.divergence)
 
 
 def _write_parts(folders: Folders, found: dict[str, Any]) -> None:
@@ -117,7 +144,9 @@ def _due(settings: Settings, folders: Folders) -> EvaluationRequest:
     )
 
 
-def measurements(settings: Settings) -> dict[str, Callable[[Any, Any], dict[str, Any]]]:
+def measurements(
+    settings: Settings, folders: Folders
+) -> dict[str, Callable[[Any, Any], dict[str, Any]]]:
     """What is measured, each by the name of its file."""
     asked, data = settings.evaluation, settings.texts()
     measures: dict[str, Callable[[Any, Any], dict[str, Any]]] = {}
@@ -130,6 +159,8 @@ def measurements(settings: Settings) -> dict[str, Callable[[Any, Any], dict[str,
             stride=asked["stride"],
             limit=asked["blocks"],
             batch_size=asked["perplexity_batch_size"],
+            reference=dense_reference(settings, folders),
+            top=asked.get("divergence"),
         )
     for task in asked["tasks"]:
         measures[f"{TASK}{task}"] = partial(_task, settings, task, data)

@@ -30,6 +30,8 @@ PACKAGES = (
     "hydra-core",
     "omegaconf",
 )
+DIVERGENCE = ("kl", "kl_stderr", "agreement", "agreement_stderr", "acceptance")
+DIVERGENCE += ("acceptance_stderr", "top", "vocabulary", "kept")
 SCORES = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
 
 
@@ -38,11 +40,12 @@ def assemble(
 ) -> dict[str, Any]:
     """The report of a run from its parts (`perplexity-CORPUS`, `task-NAME`).
 
-    Scores are fractions as lm-eval gives them, `average` is in percent (acc_norm where a task has
-    it, else acc), null without tasks; `data` is where texts and tasks come from: hub, embedded or
-    a folder's name; `cached_statistics` are the seconds and the peak memory of statistics that the
-    compression used and another run had gathered; `bytes` are of the tensors on disk,
-    `peak_memory_bytes` is of the compression (0 where nothing was compressed),
+    Scores are fractions as lm-eval gives them, as are agreement and acceptance of `divergence`, the
+    comparison with the dense model on each text (its `kl` in nats per token); `average` is in
+    percent (acc_norm where a task has it, else acc), null without tasks; `data` is where texts and
+    tasks come from: hub, embedded or a folder's name; `cached_statistics` are the seconds and the
+    peak memory of statistics that the compression used and another run had gathered; `bytes` are of
+    the tensors on disk, `peak_memory_bytes` is of the compression (0 where nothing was compressed),
     `peak_host_memory_bytes` the process's then, null in runs of before.
     """
     perplexities = _named(PERPLEXITY, results)
@@ -59,6 +62,11 @@ def assemble(
         "sparsity": compression["sparsity"],
         "bits": compression["bits"],
         "perplexity": {name: part["perplexity"] for name, part in perplexities.items()},
+        "divergence": {
+            name: {key: found for key, found in part["divergence"].items() if key in DIVERGENCE}
+            for name, part in perplexities.items()
+            if "divergence" in part
+        },
         "tasks": {name: {key: part[key] for key in SCORES} for name, part in tasks.items()},
         "average": average(tasks) if tasks else None,
         "speed": results[SPEED]["batches"] if SPEED in results else None,

@@ -14,11 +14,19 @@ from camera.calibration.corpora import HUB
 from experiments.tables.aggregate import over_seeds
 from experiments.tables.best import places
 from experiments.tables.comparable import ComparableRuns, comparable_runs
-from experiments.tables.layouts.captions import notes_of, scores_caption, sources
+from experiments.tables.layouts.captions import damage_caption, notes_of, scores_caption, sources
 from experiments.tables.layouts.cells import Cell, Column, cell
+from experiments.tables.names.divergence import measure_and_text
 from experiments.tables.names.methods import display_name
 from experiments.tables.published.comparison import compare
-from experiments.tables.rows import BITS, COSTS, REALISED, perplexity_columns, score_columns
+from experiments.tables.rows import (
+    BITS,
+    COSTS,
+    REALISED,
+    divergence_columns,
+    less_is_better,
+    score_columns,
+)
 
 Errors = Literal["none", "std", "se"]
 ASIDE = {"sparsity": 0.5, "bits": 0.01}  # what was realised is told if it is further from the asked
@@ -89,7 +97,8 @@ def _tables(
 ) -> Iterator[Table]:
     runs, dense = block.runs, block.dense
     named = ["ratio", "method", *(["settings"] if runs["settings"].any() else [])]
-    scores = _known(runs, score_columns(runs))
+    damage = _known(runs, divergence_columns(runs))
+    scores = [score for score in _known(runs, score_columns(runs)) if score not in damage]
     if scores:
         first = ["n"] if (runs["n"] > 1).any() else []
         first += [score for score in scores if score == "average"]
@@ -101,6 +110,11 @@ def _tables(
         table = _table(block, columns, expected, errors)
         caption = scores_caption(block, table.columns)
         yield replace(table, caption=caption, notes=notes_of(table, errors, block.data))
+    if damage:
+        table = _table(block, [*named, *damage], expected[:0], errors)
+        texts = list(dict.fromkeys(measure_and_text(column)[1] for column in damage))
+        table = replace(table, title=f"{block.title}: damage", caption=damage_caption(block, texts))
+        yield replace(table, notes=notes_of(table, errors, block.data))
     compressed = runs["method"] != "dense"
     if scores and compressed.any():
         block = replace(block, runs=runs[compressed])
@@ -128,10 +142,13 @@ def _realised(block: ComparableRuns) -> list[str]:
 def _table(
     block: ComparableRuns, names: list[str], expected: pd.DataFrame, errors: Errors
 ) -> Table:
-    less = perplexity_columns(block.runs)
     scores = {*score_columns(block.runs)} - {"delta"}
     columns = [
-        Column(name, ("low" if name in less else "high") if name in scores else None, block.data)
+        Column(
+            name,
+            ("low" if less_is_better(name) else "high") if name in scores else None,
+            block.data,
+        )
         for name in names
     ]
     groups = [_group(group, columns, expected, errors) for group in block.groups()]
