@@ -82,15 +82,10 @@ def evaluation_identity(settings: Settings) -> dict[str, Any]:
 def measurement_key(identity: dict[str, Any]) -> dict[str, Any]:
     """How a run was measured and on which model: runs that agree in it can be compared.
 
-    The seed isn't part of it: it draws what a method is calibrated on, not what is measured. Nor
-    is a comparison with the dense model: perplexities are the same with and without.
+    The seed isn't part of it: it draws what a method is calibrated on, not what is measured.
     """
     keys = ("mathematics", "versions", "model", "dtype", "computed", "evaluation", "data")
-    found = {key: identity.get(key) for key in keys}
-    asked = found["evaluation"]
-    if asked:
-        found["evaluation"] = {k: v for k, v in asked.items() if k != "divergence"}
-    return found
+    return {key: identity.get(key) for key in keys}
 
 
 def without_seed(identity: dict[str, Any]) -> dict[str, Any]:

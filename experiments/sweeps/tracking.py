@@ -70,7 +70,8 @@ def table_frame(table: Table) -> pd.DataFrame:
 
 
 def curves(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Each perplexity and KL divergence over sparsity and over bits: a line per method, from the dense model on."""
+    """Each perplexity and KL divergence over sparsity and over bits: a line per method, from the
+    dense model on."""
     import pandas as pd
 
     from experiments.tables.rows import divergence_columns, less_is_better, perplexity_columns

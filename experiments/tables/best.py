@@ -140,11 +140,11 @@ def is_tied(best: Run, other: Run, score: str) -> bool:
     """Whether two rows differ by no more than one standard error, or show the same digits.
 
     Of perplexities and comparisons with the dense model it is that of their difference on the same
-    blocks: with d_b the difference
-    of the mean nll of block b (or of what is compared), √(Σ (d_b - d̄)² / (B - 1) / B), against the difference of the log
-    perplexities. Of a task, or an average, it is the standard error of the best score, as the
-    answers to single questions aren't kept. Spreads s over n seeds of either add s² / n. Where
-    nothing of this is known, only equal digits tie.
+    blocks: with d_b the difference of the mean nll of block b (or of what is compared), √(Σ (d_b -
+    d̄)² / (B - 1) / B), against the difference of the log perplexities. Of a task, or an average,
+    it is the standard error of the best score, as the answers to single questions aren't kept.
+    Spreads s over n seeds of either add s² / n. Where nothing of this is known, only equal digits
+    tie.
     """
     a, b = best[score], other[score]
     if best is other or cell(Column(score), best).text == cell(Column(score), other).text:

@@ -143,14 +143,8 @@ def _table(
     block: ComparableRuns, names: list[str], expected: pd.DataFrame, errors: Errors
 ) -> Table:
     scores = {*score_columns(block.runs)} - {"delta"}
-    columns = [
-        Column(
-            name,
-            ("low" if less_is_better(name) else "high") if name in scores else None,
-            block.data,
-        )
-        for name in names
-    ]
+    ends = {name: "low" if less_is_better(name) else "high" for name in scores}
+    columns = [Column(name, ends.get(name), block.data) for name in names]
     groups = [_group(group, columns, expected, errors) for group in block.groups()]
     return Table(block.title, columns, groups, block.study)
 

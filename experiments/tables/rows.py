@@ -48,10 +48,11 @@ def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
     in tokens, as used) say how it was made, None where that has no meaning; `<task>_se` is the
     standard error of a task's score, `average_se` that of the average (both in percent),
     `<text>_se` that of a perplexity over its blocks. `kl_<text>` (nats per token),
-    `agreement_<text>` and `acceptance_<text>` (in percent) compare with the dense model. `minutes` and `peak_gb` are of the compression
-    with the statistics that it used, also where another run gathered them (`cached` is 1 then).
-    `studies` are the presets that asked for the run, `data` is where its texts and tasks come from;
-    `folder`, `_path` and `_identity` say where a row comes from and what its result depends on.
+    `agreement_<text>` and `acceptance_<text>` (in percent) compare with the dense model. `minutes`
+    and `peak_gb` are of the compression with the statistics that it used, also where another run
+    gathered them (`cached` is 1 then). `studies` are the presets that asked for the run, `data` is
+    where its texts and tasks come from; `folder`, `_path` and `_identity` say where a row comes
+    from and what its result depends on.
     """
     rows = [_row(files) for files in map(RunFiles, folders) if files.is_run]
     frame = pd.DataFrame(rows).reindex(columns=_columns(rows))
