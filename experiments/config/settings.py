@@ -136,9 +136,21 @@ def check_values(settings: Settings) -> None:
         value, least = evaluation.get(key), 2 if key == "length" else 1
         if value is not None and value < least:
             raise CameraError(f"evaluation.{key}={value} must be at least {least}.")
+    _check_generative_values(evaluation.get("generative") or {}, evaluation["stream"])
     MemoryChoices(**settings.memory)
     build(settings.tracker)
     build(method)
+
+
+def _check_generative_values(asked: dict[str, Any], stream: str) -> None:
+    for key in ("limit", "batch_size", "max_new_tokens"):
+        if asked.get(key) is not None and asked[key] < 1:
+            raise CameraError(f"evaluation.generative.{key}={asked[key]} must be at least 1.")
+    if asked.get("tasks") and stream == "always":
+        raise CameraError(
+            "evaluation.generative.tasks: a model that is read layer by layer can't write answers; "
+            "set evaluation.stream=auto on a machine that holds it, or leave these tasks out."
+        )
 
 
 def check_machine(settings: Settings) -> None:
@@ -163,6 +175,20 @@ def _check_texts(settings: Settings) -> None:
         from camera.evaluation.tasks.evaluate import check_tasks
 
         check_tasks(tasks, data=settings.texts())
+    _check_generative(settings)
+
+
+def _check_generative(settings: Settings) -> None:
+    asked = settings.evaluation.get("generative") or {}
+    if not asked.get("tasks"):
+        return
+    from camera.checkpoint.loading import load_tokenizer
+    from camera.evaluation.tasks.generative import check_generative, require_template
+
+    check_generative(asked["tasks"], data=settings.texts(), run_code=asked["run_code"])
+    if asked["chat_template"]:
+        folder = resolve_model(settings.model_path, weights=False)
+        require_template(load_tokenizer(folder, settings.trust_remote_code))
 
 
 def _meant(sparsity: float) -> str:

@@ -24,12 +24,14 @@ from camera.evaluation.reference import DenseReference
 from camera.evaluation.speed import measure_speed
 from camera.evaluation.suite import EvaluationRequest, evaluate_streamed, passages_of
 from camera.evaluation.tasks.evaluate import evaluate_tasks
+from camera.evaluation.tasks.generative import evaluate_generative
+from camera.evaluation.tasks.names import task_name
 from camera.runtime.device.accelerator import release_cache
 from camera.runtime.device.peak_memory import PeakMemory
 from camera.runtime.files import write_json
 from camera.streaming.skeleton import MetaModel
 from experiments.config.settings import Settings
-from experiments.records.files import PERPLEXITY, SPEED, TASK, is_json, read_json
+from experiments.records.files import GENERATIVE, PERPLEXITY, SPEED, TASK, is_json, read_json
 from experiments.records.folders import Folders
 from experiments.runs.compression import checkpoint
 
@@ -72,7 +74,8 @@ def _require_fit(model: str, settings: Settings) -> None:
         settings.device,
         settings.dtype,
         "measuring a whole model",
-        "set evaluation.speed.batch_sizes=[] and evaluation.stream=auto, or take a machine with "
+        "set evaluation.speed.batch_sizes=[] and evaluation.generative.tasks=[], for which a model "
+        "can't be read layer by layer, and evaluation.stream=auto, or take a machine with "
         "more memory",
     )
 
@@ -164,6 +167,9 @@ def measurements(
         )
     for task in asked["tasks"]:
         measures[f"{TASK}{task}"] = partial(_task, settings, task, data)
+    written = asked.get("generative") or {}
+    for task in written.get("tasks", []):
+        measures[f"{GENERATIVE}{task_name(task)}"] = partial(_generative, settings, task, data)
     if settings.compresses and asked["speed"]["batch_sizes"]:
         measures[SPEED] = partial(_speed, settings)
     return measures
@@ -201,3 +207,11 @@ def _task(settings: Settings, task: str, data: str, model: Any, tokenizer: Any) 
         seed=settings.seed,
     )
     return results[task]
+
+
+def _generative(
+    settings: Settings, task: str, data: str, model: Any, tokenizer: Any
+) -> dict[str, Any]:
+    options = {k: v for k, v in settings.evaluation["generative"].items() if k != "tasks"}
+    found = evaluate_generative(model, tokenizer, [task], data=data, seed=settings.seed, **options)
+    return found[task_name(task)]

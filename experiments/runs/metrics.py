@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from camera.evaluation.tasks.names import average
 from camera.runtime.device.accelerator import device_name, resolve_device
 from experiments.config.settings import Settings
-from experiments.records.files import PERPLEXITY, SPEED, TASK
+from experiments.records.files import GENERATIVE, PERPLEXITY, SPEED, TASK
 from experiments.tables.names.datasets import data_name
 
 PACKAGES = (
@@ -50,11 +50,14 @@ def assemble(
     """
     perplexities = _named(PERPLEXITY, results)
     tasks = _named(TASK, results)
+    written = _named(GENERATIVE, results)
     seconds = dict(compression["seconds"])
     seconds["perplexity"] = sum(part["seconds"] for part in perplexities.values())
     seconds["tasks"] = sum(part["seconds"] for part in tasks.values())
+    seconds["generative"] = sum(part["seconds"] for part in written.values())
     seconds["speed"] = results.get(SPEED, {}).get("seconds", 0.0)
-    seconds["evaluate"] = seconds["perplexity"] + seconds["tasks"] + seconds["speed"]
+    measured = ("perplexity", "tasks", "generative", "speed")
+    seconds["evaluate"] = sum(seconds[kind] for kind in measured)
     return {
         "method": settings.method_name,
         "model": settings.model["name"],
@@ -68,6 +71,10 @@ def assemble(
             if "divergence" in part
         },
         "tasks": {name: {key: part[key] for key in SCORES} for name, part in tasks.items()},
+        "generative": {
+            name: {key: part[key] for key in ("metric", "score", "stderr", "metrics", "n")}
+            for name, part in written.items()
+        },
         "average": average(tasks) if tasks else None,
         "speed": results[SPEED]["batches"] if SPEED in results else None,
         "data": data_name(settings.data),

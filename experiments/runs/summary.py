@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from camera.evaluation.tasks.names import headline
+from camera.evaluation.tasks.names import headline, task_name
 from camera.runtime.errors import CameraError
-from experiments.records.files import PERPLEXITY, TASK
+from experiments.records.files import GENERATIVE, PERPLEXITY, TASK
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,6 +78,8 @@ def check_objective(settings: Settings) -> None:
     if asked.get("divergence") is not None:
         texts += [f"{name}/{text}" for name in MEASURES for text in asked["perplexity"]]
     tasks = [f"acc/{task}" for task in asked["tasks"]]
+    written = (asked.get("generative") or {}).get("tasks", [])
+    texts += [f"generative/{task_name(task)}" for task in written]
     known = [*texts, *tasks, *(["average"] if tasks else []), *COSTS]
     known += BITS if settings.method.get("bits") is not None else ()
     if objective is not None and objective not in known:
@@ -94,6 +96,8 @@ def scores_of(name: str, part: Mapping[str, Any]) -> dict[str, float]:
         return {f"perplexity/{text}": part["perplexity"]} | _divergence(text, part)
     if name.startswith(TASK):
         return {f"acc/{name.removeprefix(TASK)}": 100 * headline(part)}
+    if name.startswith(GENERATIVE):
+        return {f"generative/{name.removeprefix(GENERATIVE)}": 100 * part["score"]}
     return {}
 
 
@@ -115,6 +119,8 @@ def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
         found |= scores_of(f"{PERPLEXITY}{corpus}", part)
     for task, scores in metrics["tasks"].items():
         found |= scores_of(f"{TASK}{task}", scores)
+    for task, part in (metrics.get("generative") or {}).items():
+        found |= scores_of(f"{GENERATIVE}{task}", part)
     size, seconds = metrics["bytes"], metrics["seconds"]
     found |= {f"sparsity/{of}": metrics["sparsity"][of] for of in ("moe", "model")}
     if metrics["settings"]["method"].get("bits") is not None:
@@ -151,7 +157,14 @@ def score_tables(metrics: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
         ]
     )
     tasks = pd.DataFrame(_task_row(task, found) for task, found in metrics["tasks"].items())
-    return {k: v for k, v in {"perplexity": perplexity, "tasks": tasks}.items() if len(v)}
+    written = pd.DataFrame(
+        {"task": task, "metric": name, "score": 100 * found["value"], "standard error": error}
+        for task, part in (metrics.get("generative") or {}).items()
+        for name, found in part["metrics"].items()
+        for error in [None if found["stderr"] is None else 100 * found["stderr"]]
+    )
+    tables = {"perplexity": perplexity, "tasks": tasks, "generative": written}
+    return {name: table for name, table in tables.items() if len(table)}
 
 
 def _divergence_row(metrics: Mapping[str, Any], text: str) -> dict[str, float]:

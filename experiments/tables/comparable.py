@@ -151,6 +151,8 @@ def _evaluation(asked: dict[str, Any]) -> str:
     if tasks:
         size = "all questions" if limit is None else f"{limit} questions"
         parts.append(f"{size} of {len(tasks)} tasks")
+    if written := (asked.get("generative") or {}).get("tasks"):
+        parts.append(f"{len(written)} tasks with written answers")
     if speed:
         parts.append("speed")
     return ", ".join(parts) or "nothing measured"

@@ -26,6 +26,7 @@ from experiments.tables.rows import (
     divergence_columns,
     less_is_better,
     score_columns,
+    written_columns,
 )
 
 Errors = Literal["none", "std", "se"]
@@ -98,7 +99,9 @@ def _tables(
     runs, dense = block.runs, block.dense
     named = ["ratio", "method", *(["settings"] if runs["settings"].any() else [])]
     damage = _known(runs, divergence_columns(runs))
-    scores = [score for score in _known(runs, score_columns(runs)) if score not in damage]
+    written = _known(runs, written_columns(runs))
+    apart = {*damage, *written}
+    scores = [score for score in _known(runs, score_columns(runs)) if score not in apart]
     if scores:
         first = ["n"] if (runs["n"] > 1).any() else []
         first += [score for score in scores if score == "average"]
@@ -114,6 +117,11 @@ def _tables(
         table = _table(block, [*named, *damage], expected[:0], errors)
         texts = list(dict.fromkeys(measure_and_text(column)[1] for column in damage))
         table = replace(table, title=f"{block.title}: damage", caption=damage_caption(block, texts))
+        yield replace(table, notes=notes_of(table, errors, block.data))
+    if written:
+        table = _table(block, [*named, *written], expected[:0], errors)
+        caption = "Tasks whose answers the model writes (↑, %), by the first metric of each."
+        table = replace(table, title=f"{block.title}: written answers", caption=caption)
         yield replace(table, notes=notes_of(table, errors, block.data))
     compressed = runs["method"] != "dense"
     if scores and compressed.any():

@@ -22,7 +22,7 @@ from experiments.records.files import (
     read_json,
 )
 from experiments.records.identity import differing_settings, measurement_key
-from experiments.tables.names.datasets import with_text_named
+from experiments.tables.names.datasets import WRITTEN, with_text_named
 from experiments.tables.names.divergence import NAMES, divergence_column, measure_and_text
 from experiments.tables.names.methods import method_order
 
@@ -122,6 +122,11 @@ def divergence_columns(runs: pd.DataFrame) -> list[str]:
     return sorted(found, key=lambda score: [*NAMES].index(measure_and_text(score)[0]))
 
 
+def written_columns(runs: pd.DataFrame) -> list[str]:
+    """The scores of tasks whose answers the model writes."""
+    return [score for score in score_columns(runs) if score.startswith(WRITTEN)]
+
+
 def less_is_better(score: str) -> bool:
     """Whether it is a perplexity or a KL divergence."""
     return score in CORPORA or (measure_and_text(score) or ("",))[0] == "kl"
@@ -204,6 +209,7 @@ def _measured(files: RunFiles, quantised: bool) -> dict[str, Any]:
         | metrics["perplexity"]
         | scores
         | _standard_errors(metrics["tasks"])
+        | _written(metrics.get("generative") or {})
         | _divergences(metrics.get("divergence") or {})
         | _of_blocks(files, metrics["perplexity"])
         | _speeds(metrics.get("speed") or {})
@@ -251,6 +257,13 @@ def _divergences(by_text: dict[str, dict[str, Any]]) -> dict[str, float]:
             if (error := part[f"{measure}_stderr"]) is not None:
                 found[f"{column}_se"] = unit * error
     return found
+
+
+def _written(by_task: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Of each task whose answers are written its score and error, in percent."""
+    found = {f"{WRITTEN}{task}": 100 * part["score"] for task, part in by_task.items()}
+    errors = {f"{WRITTEN}{task}_se": part["stderr"] for task, part in by_task.items()}
+    return found | {key: 100 * error for key, error in errors.items() if error is not None}
 
 
 def _calibration(files: RunFiles, asked: dict[str, Any] | None) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from experiments.tables.names.divergence import (
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4"}
 SHORT_TEXTS = {"wikitext2": "Wiki2", "c4": "C4"}
 TASKS = {task.name: task.short_name for task in PAPER_TASKS}
+WRITTEN = "generative_"  # before the name of a task whose answers the model writes
+WRITTEN_TASKS = {"gsm8k": "GSM8K", "humaneval": "HumanEval", "mbpp": "MBPP", "ifeval": "IFEval"}
 EMBEDDED_TEXTS = {"wikitext2": "tiny encyclopaedia", "c4": "tiny web"}
 SHORT_EMBEDDED_TEXTS = {"wikitext2": "tiny-encycl.", "c4": "tiny-web"}
 
@@ -45,6 +47,9 @@ def dataset_label(name: str, data: str, *, short: bool = False) -> str:
     if compared := measure_and_text(name):
         measure = (SHORT_NAMES if short else NAMES)[compared[0]]
         return f"{measure} {dataset_label(compared[1], data, short=short)}"
+    if name.startswith(WRITTEN):
+        task = name.removeprefix(WRITTEN)
+        return WRITTEN_TASKS.get(task, task) if data == HUB else f"{Path(data).name}/{task}"
     if parts := MIXTURES.get(name):
         return " + ".join(dataset_label(part, data, short=short) for part in parts)
     if "/" in name or "\\" in name or "." in name:

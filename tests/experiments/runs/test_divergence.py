@@ -59,7 +59,9 @@ def test_runs_of_an_output_share_the_dense_predictions(make, tmp_path, monkeypat
     page = paper_page(read_runs(OutputFolder(tmp_path).runs()))
     scores, damage, costs = page.tables
     headers = [column.header for column in damage.columns]
-    assert [header.startswith("KL ") and header.endswith("↓") for header in headers[2:4]] == [True] * 2
+    assert [header.startswith("KL ") and header.endswith("↓") for header in headers[2:4]] == [
+        True
+    ] * 2
     assert not any("KL" in column.header for column in (*scores.columns, *costs.columns))
     assert sum("↑" in header for header in headers) == 4
     assert "8 likeliest tokens" in damage.caption
