@@ -161,7 +161,7 @@ def _run(
         )
     listeners: Sequence[LayerListener] = ()
     if measures is not None and distributed.rank() == 0:
-        from camera.evaluation.reference import DenseReference
+        from camera.evaluation.divergence.reference import DenseReference
         from camera.evaluation.suite import EvaluationDuringCompression
 
         tokenizer = load_tokenizer(folder, trust_remote_code)

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from camera.checkpoint.loading import load_model, load_tokenizer
 from camera.checkpoint.source import resolve_model
 from camera.evaluation import perplexity as perplexities
+from camera.evaluation.divergence.reference import DenseReference
 from camera.evaluation.passages import at_least_one
 from camera.evaluation.placement import should_stream
-from camera.evaluation.reference import DenseReference
 from camera.evaluation.suite import EvaluationRequest, evaluate_streamed
 from camera.evaluation.tasks.evaluate import evaluate_tasks
 from camera.evaluation.tasks.names import average

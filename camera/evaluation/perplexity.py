@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from camera.evaluation.divergence import DivergenceMeter, TokenObserver
+from camera.evaluation.divergence.meter import DivergenceMeter, TokenObserver
+from camera.evaluation.divergence.reference import DenseReference, require_reference
 from camera.evaluation.passages import Block, Passage, at_least_one, read_passage
-from camera.evaluation.reference import DenseReference, require_reference
 from camera.runtime.progress import progress_bar
 from camera.streaming.lm_head import tokens_per_chunk
 

@@ -12,7 +12,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from camera.evaluation.divergence import TokenObserver
+from camera.evaluation.divergence.meter import TokenObserver
 from camera.evaluation.shared_context import MASKABLE, Pack, Rows, packs_of, reach, rows_of
 from camera.moe.capture import replaced_submodule, unwrap
 from camera.runtime.device.host_memory import free_host_memory

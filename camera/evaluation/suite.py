@@ -7,9 +7,9 @@ from typing import Any
 
 from camera.checkpoint.loading import load_tokenizer
 from camera.checkpoint.source import resolve_model
-from camera.evaluation.divergence import DivergenceMeter
+from camera.evaluation.divergence.meter import DivergenceMeter
+from camera.evaluation.divergence.reference import DenseReference, require_reference
 from camera.evaluation.passages import Passage, read_passage
-from camera.evaluation.reference import DenseReference, require_reference
 from camera.evaluation.streamed import StreamedEvaluation
 from camera.evaluation.tasks.definitions import quiet
 from camera.evaluation.tasks.evaluate import Task, read_tasks

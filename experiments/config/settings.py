@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,20 @@ class Settings:
             return self.data
         return str(ensure_world(Path(self.output) / "data"))
 
+    @property
+    def divergence(self) -> int | None:
+        """How many tokens of the dense model are compared; None where it isn't known.
+
+        That is so where a checkpoint is only measured that is compressed itself: it would be
+        compared with itself.
+        """
+        top = self.evaluation.get("divergence")
+        if top is None or self.compresses:
+            return top
+        config = resolve_model(self.model_path, weights=False) / "config.json"
+        content = json.loads(config.read_text(encoding="utf-8"))
+        return None if content.get("quantization_config") else top
+
     def measures(self) -> EvaluationRequest:
         """The texts and tasks that are asked for, and how much of each."""
         from camera.evaluation.suite import EvaluationRequest
@@ -101,7 +116,7 @@ class Settings:
             asked["tasks"],
             *sizes,
             self.seed,
-            divergence=asked.get("divergence"),
+            divergence=self.divergence,
         )
 
     def to_dict(self) -> dict[str, Any]:

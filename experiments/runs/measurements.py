@@ -17,10 +17,10 @@ from transformers.utils.logging import disable_progress_bar
 import camera
 from camera.checkpoint.loading import load_model, load_tokenizer
 from camera.checkpoint.source import resolve_model
+from camera.evaluation.divergence.reference import DenseReference
 from camera.evaluation.passages import read_passage
 from camera.evaluation.perplexity import perplexity
 from camera.evaluation.placement import require_fit, should_stream
-from camera.evaluation.reference import DenseReference
 from camera.evaluation.speed import measure_speed
 from camera.evaluation.suite import EvaluationRequest, evaluate_streamed, passages_of
 from camera.evaluation.tasks.evaluate import evaluate_tasks
@@ -121,7 +121,11 @@ def dense_reference(settings: Settings, folders: Folders) -> DenseReference:
 
 def predict_densely(settings: Settings, folders: Folders, measures: EvaluationRequest) -> None:
     """What divergences compare with, of all texts in one pass, unless an earlier run left it."""
-    if measures.divergence is None or not measures.corpora:
+    if not measures.corpora:
+        return
+    if measures.divergence is None:
+        if settings.evaluation.get("divergence") is not None:
+            log.info("%s is compressed itself: compared with no dense model.", folders.name)
         return
     remote = settings.trust_remote_code
     folder = resolve_model(settings.model_path)
@@ -163,7 +167,7 @@ def measurements(
             limit=asked["blocks"],
             batch_size=asked["perplexity_batch_size"],
             reference=dense_reference(settings, folders),
-            top=asked.get("divergence"),
+            top=settings.divergence,
         )
     for task in asked["tasks"]:
         measures[f"{TASK}{task}"] = partial(_task, settings, task, data)

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 import camera
 from camera.checkpoint.loading import load_model, load_tokenizer
-from camera.evaluation.divergence import MEASURES, compared
+from camera.evaluation.divergence.meter import MEASURES, compared
+from camera.evaluation.divergence.reference import DenseReference
 from camera.evaluation.perplexity import perplexity
-from camera.evaluation.reference import DenseReference
 from camera.evaluation.suite import EvaluationRequest, evaluate_streamed
 from camera.runtime.errors import CameraError
 from camera.streaming import lm_head

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from camera.evaluation.reference import DenseReference
+from camera.evaluation.divergence.reference import DenseReference
 from camera.runtime.errors import CameraError
 from experiments.records.files import OutputFolder
 from experiments.runs.run import run
@@ -84,3 +84,11 @@ def test_an_objective_may_be_a_divergence(make):
 def test_no_tokens_are_none(make):
     with pytest.raises(CameraError, match=r"evaluation\.divergence=0 must be at least 1"):
         run(make("evaluation.divergence=0"))
+
+
+def test_a_compressed_checkpoint_that_is_measured_is_not_compared_with_itself(make, tmp_path):
+    run(make("method=random", "sparsity=0.5", "evaluation=none"))
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*random*")
+    settings = make("method=dense", f"model.path={checkpoint}")
+    assert settings.divergence is None and settings.measures().divergence is None
+    assert metrics_of(settings)["divergence"] == {}

@@ -19,7 +19,7 @@ from camera import MATHEMATICS
 from camera.calibration.windows import ids_hash
 from camera.checkpoint.loading import load_config
 from camera.checkpoint.source import fingerprint
-from camera.evaluation.divergence import TopRecorder, TopTokens
+from camera.evaluation.divergence.meter import TopRecorder, TopTokens
 from camera.evaluation.passages import Passage
 from camera.evaluation.streamed import StreamedEvaluation
 from camera.runtime.device.accelerator import resolve_device
