@@ -24,7 +24,7 @@ from camera.evaluation.passages import Passage
 from camera.evaluation.streamed import StreamedEvaluation
 from camera.runtime.device.accelerator import resolve_device
 from camera.runtime.errors import CameraError
-from camera.runtime.files import content_key, partial_of, replace_durably
+from camera.runtime.files import content_key, partial_of, replace_durably, usual_mode
 from camera.streaming.skeleton import MetaModel
 
 log = logging.getLogger("camera")
@@ -126,5 +126,6 @@ def _read(path: Path) -> TopTokens | None:
 def _write(path: Path, tokens: TopTokens) -> None:
     partial = partial_of(path)
     tensors = {"ids": tokens.ids_TK, "log": tokens.log_TK, "rest": tokens.rest_T}
-    save_file(tensors, partial, {"vocabulary": str(tokens.vocabulary)})
+    with usual_mode(partial):
+        save_file(tensors, partial, {"vocabulary": str(tokens.vocabulary)})
     replace_durably(partial, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 NAMES = {"kl": "KL", "agreement": "Top-1 agreement", "acceptance": "Acceptance"}
-SHORT_NAMES = {"kl": "KL", "agreement": "Top-1 %", "acceptance": "Accept. %"}
+SHORT_NAMES = {"kl": "KL", "agreement": "Agree.", "acceptance": "Accept."}
 COLUMN = re.compile(rf"({'|'.join(NAMES)})_(.+)")
 
 
