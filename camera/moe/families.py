@@ -1,140 +1,19 @@
 """Model families as data: all facts of a family in one declaration.
 
 A new family is one entry of `FAMILIES` (from outside: `register_family` and an entry point) and a
-tiny model in tests/helpers/models.py, on which every equality test then runs.
+tiny model in tests/helpers, on which the equality tests then run.
 """
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import entry_points
-from typing import Any
 
+from camera.moe.family import FUSED, ConfigKeys, ExpertNames, Family, latent_attention_width
 from camera.runtime.errors import CameraError
 
 ENTRY_POINTS = "camera.families"  # of other packages: a model type, and the module declaring it
 _IN_A_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_FUSED = r"\.experts\.(gate_up_proj|down_proj)$"
-_GRANITE = r"\.(input|output)_linear\.weight$"
-
-
-@dataclass(frozen=True)
-class ConfigKeys:
-    """Keys of config.json that hold the sizes of a family's experts.
-
-    shared_count: how many experts of `shared_width` the shared expert is as wide as; None: one.
-    prediction_layers: how many layers for several tokens at once follow the last one.
-    """
-
-    experts: str = "num_experts"
-    width: str = "moe_intermediate_size"
-    shared_width: str = "moe_intermediate_size"
-    shared_count: str | None = None
-    dense_width: str = "intermediate_size"
-    top_k: str = "num_experts_per_tok"
-    prediction_layers: str = "num_nextn_predict_layers"
-
-
-@dataclass(frozen=True)
-class ExpertNames:
-    """Names of routed experts in checkpoints.
-
-    one: a tensor of one expert, whose number is the second of three groups. stacked: a tensor of
-    all experts of a layer.
-    """
-
-    one: re.Pattern[str] = re.compile(r"(\.experts\.)(\d+)(\.)")
-    stacked: re.Pattern[str] = re.compile(_FUSED)
-
-    def holds(self, key: str) -> bool:
-        """Whether a tensor of this name holds routed experts."""
-        return bool(self.one.search(key) or self.stacked.search(key))
-
-    def number(self, key: str) -> int | None:
-        """The expert of a tensor of one expert, else None."""
-        found = self.one.search(key)
-        return None if found is None else int(found.group(2))
-
-    def as_first(self, key: str) -> str:
-        """The name that a tensor of one expert has if its expert is number 0."""
-        return self.one.sub(r"\g<1>0\g<3>", key)
-
-
-@dataclass(frozen=True)
-class RouterGroups:
-    """Groups of neighbouring experts of a group-limited router.
-
-    A token's experts come from the `open` best of `count` groups of equal size; a group's score
-    needs `least` experts.
-    """
-
-    count: int = 1
-    open: int = 1
-    least: int = 1
-
-
-def router_groups(router: Any) -> RouterGroups:
-    """The groups of a router with DeepSeek's attributes; one group where it has none.
-
-    V2 groups if its topk_method says so, V3 always, by the sum of each group's best two.
-    """
-    if not getattr(router, "num_group", None) or getattr(router, "topk_method", "") == "greedy":
-        return RouterGroups()
-    least = 1 if hasattr(router, "topk_method") else 2
-    return RouterGroups(router.num_group, router.topk_group, least)
-
-
-def attention_width(config: Any) -> int:
-    """Multiplications of one head for a query and a key, and for a probability and a value."""
-    head = getattr(config, "head_dim", None)
-    return 2 * (head or config.hidden_size // config.num_attention_heads)
-
-
-def latent_attention_width(config: Any) -> int:
-    """`attention_width` of multi-head latent attention (DeepSeek-V2, V3)."""
-    return config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
-
-
-@dataclass(frozen=True)
-class Family:
-    """One model family: attribute names inside a decoder layer, and the facts of its models.
-
-    A layer without `experts` is a dense FFN. shared_gate: its sigmoid scales the shared expert.
-    residual_scale: attribute of the layer that scales the outputs of both its parts. router_rows:
-    tensors of the router with one row an expert. added_to_scores: buffer that the router adds
-    before it chooses. elsewhere: keys of config.json that other programs read, in which
-    transformers' own class differs or says nothing. register: module whose `register` teaches
-    transformers a model type that it lacks.
-    """
-
-    ffn: str = "mlp"
-    experts: str = "experts"
-    router: str = "gate"
-    shared: str | None = None
-    shared_gate: str | None = None
-    residual_scale: str | None = None
-    attention_output: str = "self_attn.o_proj"
-    keys: ConfigKeys = ConfigKeys()
-    router_rows: tuple[str, ...] = ("weight", "bias", "e_score_correction_bias")
-    added_to_scores: str | None = "e_score_correction_bias"
-    groups: Callable[[Any], RouterGroups] = router_groups
-    checkpoint_names: ExpertNames = ExpertNames()
-    attention_width: Callable[[Any], int] = attention_width
-    elsewhere: Mapping[str, Any] = field(default_factory=dict)
-    register: str | None = None
-
-    def top_k(self, config: Any) -> int:
-        """Experts per token; 1 for a dense model."""
-        return getattr(config, self.keys.top_k, 1)
-
-    def is_routed(self, path: str) -> bool:
-        """Whether a module path is that of routed experts."""
-        return path.endswith(f".{self.experts}")
-
-    def is_shared(self, path: str) -> bool:
-        """Whether a module path is that of a shared expert."""
-        return self.shared is not None and path.endswith(f".{self.shared}")
-
+_GRANITE = r"\.block_sparse_moe\.(input|output)_linear\.weight$"
 
 _LOCAL = ConfigKeys(experts="num_local_experts", width="intermediate_size")
 _DEEPSEEK = Family(
@@ -142,12 +21,27 @@ _DEEPSEEK = Family(
     keys=ConfigKeys(experts="n_routed_experts", shared_count="n_shared_experts"),
 )
 _LATENT = replace(_DEEPSEEK, attention_width=latent_attention_width)
+_GRANITE_MOE = Family(
+    ffn="block_sparse_moe",
+    router="router",
+    residual_scale="residual_multiplier",
+    keys=_LOCAL,
+    checkpoint_names=ExpertNames(stacked=re.compile(rf"{FUSED}|{_GRANITE}")),
+)
+_QWEN = Family(
+    shared="shared_expert",
+    shared_gate="shared_expert_gate",
+    keys=ConfigKeys(shared_width="shared_expert_intermediate_size"),
+)
+_QWEN_HYBRID = replace(_QWEN, runs_on_meta=False)
+_DELTA = Family(
+    shared="shared_experts",
+    keys=ConfigKeys(shared_count="num_shared_experts", top_k="num_experts_per_token"),
+    attention_width=latent_attention_width,
+    runs_on_meta=False,
+)
 FAMILIES: dict[str, Family] = {
-    "qwen2_moe": Family(
-        shared="shared_expert",
-        shared_gate="shared_expert_gate",
-        keys=ConfigKeys(shared_width="shared_expert_intermediate_size"),
-    ),
+    "qwen2_moe": _QWEN,
     "qwen3_moe": Family(),
     "mixtral": Family(keys=_LOCAL),
     "phimoe": Family(
@@ -157,18 +51,96 @@ FAMILIES: dict[str, Family] = {
     "deepseek": replace(_DEEPSEEK, register="camera.moe.deepseek"),
     "deepseek_v2": _LATENT,
     "deepseek_v3": replace(_LATENT, elsewhere={"scoring_func": "sigmoid"}),
-    "granitemoe": Family(
-        ffn="block_sparse_moe",
-        router="router",
-        residual_scale="residual_multiplier",
+    "granitemoe": _GRANITE_MOE,
+    # a shared expert beside the block, which stays as it is
+    "granitemoeshared": _GRANITE_MOE,
+    "granitemoe_swa": _GRANITE_MOE,
+    "granitemoehybrid": replace(_GRANITE_MOE, runs_on_meta=False),
+    "glm4_moe": _DEEPSEEK,
+    "glm4_moe_lite": _LATENT,
+    "dots1": _DEEPSEEK,
+    "solar_open": _DEEPSEEK,
+    "exaone_moe": replace(_DEEPSEEK, keys=ConfigKeys(shared_count="num_shared_experts")),
+    "mimo_v2_flash": Family(keys=ConfigKeys(experts="n_routed_experts")),
+    "deepseek_v32": replace(_LATENT, runs_on_meta=False),
+    "axk2": replace(_LATENT, runs_on_meta=False),
+    "bailing_hybrid": _DELTA,
+    "kimi_linear": _DELTA,
+    "hunyuan_v1_moe": Family(
+        shared="shared_mlp",
+        keys=ConfigKeys(
+            width="intermediate_size", shared_width="intermediate_size", top_k="moe_topk"
+        ),
+        router_rows=("wg.weight",),
+    ),
+    "hy_v3": Family(
+        shared="shared_experts",
+        keys=ConfigKeys(shared_count="num_shared_experts"),
+        block_rows=("e_score_correction_bias",),
+    ),
+    "minimax_m2": Family(keys=_LOCAL, block_rows=("e_score_correction_bias",)),
+    "minimax": Family(
         keys=_LOCAL,
-        checkpoint_names=ExpertNames(stacked=re.compile(rf"{_FUSED}|{_GRANITE}")),
+        residual_scale="mlp_beta_factor",
+        attention_output=None,  # the scale is that of the FFN alone
+        runs_on_meta=False,
+    ),
+    "ernie4_5_moe": Family(
+        shared="shared_experts",
+        keys=ConfigKeys(
+            experts="moe_num_experts", shared_count="moe_num_shared_experts", top_k="moe_k"
+        ),
+        router_rows=("weight", "moe_statics.e_score_correction_bias"),
+        added_to_scores="moe_statics.e_score_correction_bias",
+    ),
+    "qwen3_next": _QWEN_HYBRID,
+    "qwen3_5_moe_text": _QWEN_HYBRID,
+    "lfm2_moe": Family(
+        ffn="feed_forward",
+        final_norm="embedding_norm",
+        mlp=("w1", "w3", "w2"),
+        mlp_act="silu",
+        attention_output="self_attn.out_proj",
+        block_rows=("expert_bias",),
+        added_to_scores="expert_bias",
+        runs_on_meta=False,
+    ),
+    "jamba": Family(
+        ffn="feed_forward",
+        router="router",
+        final_norm="final_layernorm",
+        keys=ConfigKeys(width="intermediate_size"),
+        runs_on_meta=False,
+    ),
+    "flint": Family(
+        shared="shared_expert", keys=ConfigKeys(shared_width="shared_expert_intermediate_size")
+    ),
+    "mellum": Family(keys=ConfigKeys(experts="num_local_experts")),
+    "flex_olmo": Family(
+        output_norm="post_feedforward_layernorm", keys=ConfigKeys(width="intermediate_size")
+    ),
+    "afmoe": Family(
+        router="router",
+        shared="shared_experts",
+        output_norm="post_mlp_layernorm",
+        keys=ConfigKeys(shared_count="num_shared_experts"),
+        router_rows=("gate.weight",),
+        block_rows=("expert_bias",),
+        added_to_scores="expert_bias",
+        router_reads_samples=True,
+    ),
+    "kolibri1": Family(
+        shared="shared_experts",
+        output_norm="post_mlp_layernorm",
+        keys=ConfigKeys(
+            experts="num_local_experts", shared_width="shared_expert_intermediate_size"
+        ),
     ),
     "llama": Family(),
     "qwen3": Family(),
 }
 # their models compute on meta, where shapes are all that there is
-RUN_ON_META = frozenset(FAMILIES)
+RUN_ON_META = frozenset(name for name, family in FAMILIES.items() if family.runs_on_meta)
 
 
 def register_family(model_type: str, family: Family) -> None:

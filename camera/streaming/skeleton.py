@@ -158,9 +158,17 @@ class MetaModel:
         """Read what is outside the layers: embeddings, final norm, head (or those named `only`)."""
         tied = tied_names(self.model)
         self._load(
-            self.reader.read(lambda key: layer_of(key) is None and only in key, self.device),
+            self.reader.read(
+                lambda key: layer_of(key) is None and only in self._name_of(key), self.device
+            ),
             lambda name: layer_of(name) is None and only in name and name not in tied,
         )
+
+    def _name_of(self, key: str) -> str:
+        """The model's name of a checkpoint's tensor; of one of several that are put together."""
+        for rule in self._conversions:
+            key = rule.rename_source_key(key)[0]
+        return key
 
     def take_out(self, module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
         """Free a module; its tensors, by their names with `prefix`, as its checkpoint holds them.
@@ -248,7 +256,7 @@ class MetaModel:
 
     def _materialise_rotary(self) -> None:
         for name, module in list(self.model.named_modules()):
-            if name.endswith("rotary_emb"):  # its buffers live in code, not in the checkpoint
+            if "inv_freq" in str(module._non_persistent_buffers_set):  # in code, not on disk
                 real = type(module)(config=self.config).to(self.device)
                 self.model.set_submodule(name, real)
 
