@@ -43,9 +43,7 @@ def remove_experts(ffn: FeedForward, keep: Sequence[int]) -> None:
         group.module = group.module.materialize(stay)
         ffn.replace(group, group.module)
     else:
-        parts += [
-            (group.module, n, getattr(group.module, n)) for n in ("gate_up_proj", "down_proj")
-        ]
+        parts += [(group.module, name, tensor) for name, tensor in group.module.named_parameters()]
     index = torch.tensor(stay, device=group.module.down_proj.device)
     for module, name, tensor in parts:
         axis = 0 if tensor.shape[0] == routing.experts else -1

@@ -8,11 +8,13 @@ from torch.nn import functional as F
 
 
 def ffn_of(layer):
-    return layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
+    names = ("block_sparse_moe", "feed_forward", "mlp")
+    return next(getattr(layer, name) for name in names if hasattr(layer, name))
 
 
 def shared_of(ffn):
-    return getattr(ffn, "shared_expert", None) or getattr(ffn, "shared_experts", None)
+    names = ("shared_expert", "shared_experts", "shared_mlp")
+    return next((getattr(ffn, name) for name in names if hasattr(ffn, name)), None)
 
 
 def capture(model, index, ids, mask=None):

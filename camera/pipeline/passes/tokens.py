@@ -54,9 +54,8 @@ class CompressedTokens:
         output = self._attention_output(index)
         if output is None:
             inputs = self._streamer.attend(index, self.batches)
-            report = {
-                "left": f"layer {index} has no '{self._streamer.model.family.attention_output}'"
-            }
+            name = self._streamer.model.family.attention_output
+            report = {"left": f"this layer has no '{name}'" if name else "not in this family"}
         else:
             inputs, report = self._refit_attention(index, output, dense, self._settings)
             if any(report["ridges"]):
@@ -67,11 +66,9 @@ class CompressedTokens:
     def _attention_output(self, index: int) -> nn.Linear | None:
         """The layer's projection that is refitted; None in a layer of another kind than attention,
         and in families where none is declared."""
-        name, layer = (
-            self._streamer.model.family.attention_output,
-            self._streamer.model.layers[index],
-        )
-        return dict(layer.named_modules()).get(name) if name else None
+        model = self._streamer.model
+        name = model.family.attention_output
+        return dict(model.layers[index].named_modules()).get(name) if name else None
 
     def _refit_attention(
         self,
