@@ -19,7 +19,7 @@ from camera.runtime.errors import CameraError
 if TYPE_CHECKING:
     from torch import nn
 
-    from camera.moe.family import Family
+    from camera.moe.families.family import Family
 
 SparsityOf = Literal["moe", "model", "routed"]
 SPARSITY_OF = get_args(SparsityOf)

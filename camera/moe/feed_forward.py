@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from camera.moe.expert_module import ExpertModule
-from camera.moe.family import Family
+from camera.moe.families.family import Family
 from camera.runtime.errors import CameraError
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from camera.checkpoint.matching import HeaderMatch, empty_model, match_headers
 from camera.checkpoint.shards import ShardReader, read_places
 from camera.moe.families import layer_of
-from camera.moe.family import Family
+from camera.moe.families.family import Family
 from camera.runtime.errors import CameraError
 
 log = logging.getLogger("camera")

@@ -8,7 +8,13 @@ import re
 from dataclasses import replace
 from importlib.metadata import entry_points
 
-from camera.moe.family import FUSED, ConfigKeys, ExpertNames, Family, latent_attention_width
+from camera.moe.families.family import (
+    FUSED,
+    ConfigKeys,
+    ExpertNames,
+    Family,
+    latent_attention_width,
+)
 from camera.runtime.errors import CameraError
 
 ENTRY_POINTS = "camera.families"  # of other packages: a model type, and the module declaring it
@@ -48,7 +54,7 @@ FAMILIES: dict[str, Family] = {
         router="router", keys=_LOCAL, elsewhere={"architectures": ["PhiMoEForCausalLM"]}
     ),
     "olmoe": Family(keys=ConfigKeys(width="intermediate_size")),
-    "deepseek": replace(_DEEPSEEK, register="camera.moe.deepseek"),
+    "deepseek": replace(_DEEPSEEK, register="camera.moe.families.deepseek"),
     "deepseek_v2": _LATENT,
     "deepseek_v3": replace(_LATENT, elsewhere={"scoring_func": "sigmoid"}),
     "granitemoe": _GRANITE_MOE,
