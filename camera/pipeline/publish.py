@@ -74,7 +74,7 @@ def _write_config(context: PassContext) -> None:
     config = model.config
     if method.native:
         for key, value in method.native_config(config, context.budget).items():
-            setattr(config, key, value)
+            setattr(model.text_config, key, value)
     else:
         made_by: dict[str, Any] = {"method": method.name, **method.settings()}
         config.quantization_config = CameraConfig(_modules(context), made_by)

@@ -42,6 +42,8 @@ def tokens_per_chunk(vocabulary: int, tables: int = HEAD_TABLES) -> int:
 def logits(skeleton: MetaModel, hidden_TH: torch.Tensor) -> torch.Tensor:
     """fp32 [T, V] of tokens' hidden states, through the model's own norm and head."""
     model, hidden_TH = skeleton.model, hidden_TH.to(skeleton.device)
+    if skeleton.family.tower:  # what its forward asks for beside is of images
+        return model.get_output_embeddings()(_final_norm(skeleton)(hidden_TH)).float()
     states = MoeModelOutputWithPast(last_hidden_state=_final_norm(skeleton)(hidden_TH[None]))
     with replaced_submodule(model, model.base_model_prefix, ModuleStub(lambda *_, **__: states)):
         return model(inputs_embeds=hidden_TH[None], use_cache=False).logits[0].float()

@@ -34,7 +34,7 @@ def build_on_meta(
     match = match_headers(model, reader.places, conversions)
     _refuse_adapters(match, reader)
     if tied_names(model) and not _settle_ties(model, match, reader):
-        config.tie_word_embeddings = False
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
         model, conversions = empty_model(config, reader.folder, dtype, trust_remote_code)
         match = match_headers(model, reader.places, conversions)
     _leave_out(match.unused, config, reader, family, _ignored_by(model))
@@ -118,8 +118,8 @@ def _leave_out(
     layers or experts of it, and its class doesn't name them as `ignored`."""
     sizes = {key: reader.places[key].bytes for key in unused if key in reader.places}
     reader.leave_out(list(sizes))
-    layers, promised = config.num_hidden_layers, family.keys.prediction_layers
-    predicting = getattr(config, promised, None) or 0
+    text, promised = config.get_text_config(), family.keys.prediction_layers
+    layers, predicting = text.num_hidden_layers, getattr(text, promised, None) or 0
     strange = []
     for key in sizes:
         layer = layer_of(key)
@@ -150,7 +150,7 @@ def _leave_out(
             f"{reader.folder}: the model that transformers builds has no prediction layers "
             f"({promised}={predicting}): they are left out, and the key is written as 0."
         )
-        setattr(config, promised, 0)
+        setattr(text, promised, 0)
 
 
 @cache

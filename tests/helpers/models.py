@@ -3,9 +3,14 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+)
 
-from tests.helpers.newer_families import NEWER
+from tests.helpers.newer_families import NESTED, NEWER
 
 COMMON = dict(
     vocab_size=256,
@@ -98,6 +103,13 @@ SHARED = Path(__file__).parents[3] / "shared"
 def build_model(family: str, seed: int = 0, dtype=torch.float32, **overrides):
     """A tiny random model whose router is decided enough to route unevenly."""
     torch.manual_seed(seed)
+    if family in NESTED:
+        text, vision = NESTED[family]
+        text = {**COMMON, "num_hidden_layers": 2, "initializer_range": 0.1, **text, **overrides}
+        config = AutoConfig.for_model(family, text_config=text, vision_config=vision)
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+        _decide(model)
+        return model
     own = FAMILIES[family] if family in FAMILIES else {"num_hidden_layers": 2, **NEWER[family]}
     settings = {**COMMON, **own, "initializer_range": 0.1, **overrides}
     config = AutoConfig.for_model(family, **settings)

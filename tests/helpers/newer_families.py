@@ -139,3 +139,29 @@ REPRESENTATIVES = {
     "a norm after the block, a router that reads samples": "afmoe",
     "a scale of the block alone": "minimax",
 }
+
+_VISION = dict(
+    depth=1,
+    hidden_size=16,
+    intermediate_size=16,
+    num_heads=2,
+    out_hidden_size=32,
+    patch_size=4,
+    num_position_embeddings=16,
+)
+_MROPE = {"rope_type": "default", "rope_theta": 1e4}
+# model type -> its text and vision configs
+NESTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen3_5_moe": (NEWER["qwen3_5_moe_text"], _VISION),
+    "qwen3_vl_moe": (
+        dict(**_MOE, num_experts=8, rope_parameters=dict(_MROPE, mrope_section=[2, 1, 1])),
+        dict(_VISION, deepstack_visual_indexes=[0]),
+    ),
+    "glm4v_moe": (
+        dict(
+            _GROUPED,
+            rope_parameters=dict(_MROPE, mrope_section=[1, 1, 0], partial_rotary_factor=0.5),
+        ),
+        _VISION,
+    ),
+}

@@ -142,6 +142,10 @@ FAMILIES: dict[str, Family] = {
             experts="num_local_experts", shared_width="shared_expert_intermediate_size"
         ),
     ),
+    # models of text and images: what isn't their decoder is copied as it is
+    "qwen3_5_moe": replace(_QWEN_HYBRID, tower="language_model"),
+    "qwen3_vl_moe": Family(tower="language_model", runs_on_meta=False),
+    "glm4v_moe": replace(_DEEPSEEK, tower="language_model", runs_on_meta=False),
     "llama": Family(),
     "qwen3": Family(),
 }

@@ -101,6 +101,7 @@ class Family:
     elsewhere: keys of config.json that other programs read, in which transformers' own class
     differs or says nothing. register: module whose `register` teaches transformers a model type
     that it lacks. runs_on_meta: its code asks for no number of a tensor.
+    tower: where the decoder is in a model of text and images.
     """
 
     ffn: str = "mlp"
@@ -123,6 +124,7 @@ class Family:
     checkpoint_names: ExpertNames = ExpertNames()
     attention_width: Callable[[Any], int] = attention_width
     elsewhere: Mapping[str, Any] = field(default_factory=dict)
+    tower: str = ""
     register: str | None = None
     runs_on_meta: bool = True
 
