@@ -184,6 +184,7 @@ def test_what_is_not_the_decoder_of_a_model_of_text_and_images_is_copied(
         assert any(".visual." in name for name in outside)
         assert all(torch.equal(before[name], after[name]) for name in outside)
         assert (out / "preprocessor_config.json").exists()
+        assert "AutoModelForImageTextToText.from_pretrained" in (out / "README.md").read_text()
         model = AutoModelForImageTextToText.from_pretrained(out).eval()
         assert type(model).__name__ == config_of(source)["architectures"][0]
         with torch.no_grad():
