@@ -154,8 +154,7 @@ def _ways(model: PreTrainedModel, batch_size: int) -> list[tuple[str | None, str
         return [(None, None)]
     if not grouped(model):
         return [("eager", "eager")]
-    config = model.config
-    slots = batch_size * family_of(config.model_type).top_k(config.get_text_config())
+    slots = batch_size * family_of(model.config.model_type).top_k(model.config)
     few = slots <= max(len(experts.down_proj) for experts in native)
     return [ways for ways in WAYS if few or "batched_mm" not in ways]
 

@@ -130,7 +130,7 @@ class Family:
 
     def top_k(self, config: Any) -> int:
         """Experts per token, the most of any layer; 1 for a dense model."""
-        told = getattr(config, self.keys.top_k, 1)
+        told = getattr(config.get_text_config() if self.tower else config, self.keys.top_k, 1)
         return max(told) if isinstance(told, (list, tuple)) else told
 
     def router_input(self, x_TH: Any) -> Any:
