@@ -60,6 +60,18 @@ class Speed:
 
 
 @dataclass
+class Generative:
+    """Tasks whose answers the model writes: see `camera.evaluation.tasks.generative`."""
+
+    tasks: list[str] = field(default_factory=list)
+    limit: int | None = None
+    batch_size: int = 8
+    max_new_tokens: int | None = None
+    chat_template: bool = False
+    run_code: bool = False
+
+
+@dataclass
 class Evaluation:
     """What is measured: corpora for perplexity, lm-eval tasks, and how much of each.
 
@@ -73,12 +85,14 @@ class Evaluation:
     length: int | None = None
     stride: int | None = None
     blocks: int | None = None
+    divergence: int | None = None
     tasks: list[str] = field(default_factory=list)
     limit: int | None = None
     batch_size: int = 1
     perplexity_batch_size: int = 1
     stream: Stream = Stream.auto
     dequantize: bool = True
+    generative: Generative = field(default_factory=Generative)
     speed: Speed = field(default_factory=Speed)
 
 
@@ -176,8 +190,14 @@ def naming_valid_keys() -> Iterator[None]:
             print(told)
         if isinstance(refusal, KEY_ERRORS) and isinstance(parent, DictConfig):
             keys = sorted(str(key) for key in parent if key not in ("hydra", "_target_"))
-            print(f"Valid keys here: {', '.join(keys) or 'none'}")
+            print(f"Valid keys here: {', '.join(keys)}" if keys else _without_keys(refusal))
         raise
+
+
+def _without_keys(refusal: Any) -> str:
+    group, _, key = str(refusal.full_key).rpartition(".")
+    chosen = getattr(refusal.object_type, "__name__", "what is chosen").lower()
+    return f"{group}={chosen} has no settings of its own: leave {group}.{key} out."
 
 
 def _renaming(refusal: BaseException | None) -> str | None:

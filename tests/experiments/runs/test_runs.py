@@ -56,8 +56,16 @@ def tasks(monkeypatch):
         asked.extend(names)
         return {name: {**SCORE, "data_hash": "0", "seconds": 0.0} for name in names}
 
+    def write(model, tokenizer, names, **options):
+        found = {"metric": "exact_match", "score": 0.5, "stderr": 0.1, "metrics": {}, "n": 4}
+        return {name: {**found, "seconds": 0.0} for name in names}
+
     monkeypatch.setattr(measurements, "evaluate_tasks", evaluate)
     monkeypatch.setattr("camera.evaluation.tasks.evaluate.check_tasks", lambda *_, **__: None)
+    monkeypatch.setattr(measurements, "evaluate_generative", write)
+    monkeypatch.setattr(
+        "camera.evaluation.tasks.generative.check_generative", lambda *_, **__: None
+    )
     return asked
 
 
@@ -287,6 +295,7 @@ def test_every_evaluation_runs(evaluation, make, tasks):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(tasks) == set(metrics["tasks"])
     assert set(tasks) in (set(), set(NINE_TASKS))
+    assert list(metrics["generative"]) == metrics["settings"]["evaluation"]["generative"]["tasks"]
 
 
 def test_a_run_killed_while_it_measures_does_not_look_finished(make, monkeypatch):
