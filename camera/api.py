@@ -147,7 +147,7 @@ def _run(
     memory = memory or MemoryChoices()
     if any(step.reads_text for step in declared_passes(request, meta.budget)):
         calibration = calibration or Calibration()
-        context = getattr(meta.config, "max_position_embeddings", None)
+        context = getattr(meta.text_config, "max_position_embeddings", None)
         check_calibration(calibration, data=data)
         length = min(calibration.length, context or calibration.length)
         foresee(request, meta, memory, calibration.samples, length)

@@ -175,7 +175,9 @@ class UseObserver(LayerObserver):
         if not group.routed:
             return
         if self.softmax:
-            logits_NE = getattr(self.ffn.module, self.ffn.family.router)(x_NH)[0]
+            from camera.moe.routing import routed
+
+            logits_NE = routed(self.ffn, x_NH)[0]
             a_N = logits_NE.float().softmax(-1)[:, call.expert]
         norm_N = group.project(call.expert, call.h_NW.to(x_NH.dtype)).float().norm(dim=-1)
         found = torch.stack((a_N.float(), norm_N, a_N.float() * norm_N))

@@ -4,12 +4,15 @@ Shapes: T tokens, C candidates (sets of experts that stay), E routed experts, K 
 """
 
 import copy
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from camera.moe.feed_forward import FeedForward
+from camera.moe.routing import routed, router_of
 from camera.runtime.errors import CameraError
 
 
@@ -23,15 +26,16 @@ class Rerouter:
     """
 
     def __init__(self, ffn: FeedForward, x_TH: torch.Tensor):
-        router = getattr(ffn.module, ffn.family.router)
-        logits_TE = router(x_TH)[0]
+        router, names = router_of(ffn), ffn.family.block_rows
+        logits_TE = routed(ffn, x_TH)[0]
         narrow_TE = logits_TE.to(x_TH.dtype)  # some routers return an fp32 copy of 16-bit logits
         self.logits_TE = narrow_TE if torch.equal(narrow_TE.to(logits_TE), logits_TE) else logits_TE
-        self._router = copy.deepcopy(router)
-        self._added = ffn.family.added_to_scores
+        self._router, self._router_input = copy.deepcopy(router), ffn.family.router_input
+        self._arguments = {name: getattr(ffn.module, name, None) for name in names}
+        self._added = _Added(self._router, self._arguments, ffn.family.added_to_scores)
         if hasattr(router, "hidden_dim"):  # by which it flattens its input: now the logits
             self._router.hidden_dim = logits_TE.shape[-1]
-        logits_NE, weight_NK, index_NK = router(x_TH[:64])
+        logits_NE, weight_NK, index_NK = routed(ffn, x_TH[:64])
         own_NE = gates(weight_NK, index_NK, logits_NE.shape[-1])
         if not torch.equal(own_NE, self._run(logits_NE.to(self.logits_TE.dtype))):
             raise CameraError(
@@ -46,18 +50,44 @@ class Rerouter:
         return self._run(logits_TCE.flatten(0, 1), keep_CE).view(logits_TCE.shape)
 
     def _run(self, logits_NE: torch.Tensor, keep_CE: torch.Tensor | None = None) -> torch.Tensor:
-        added_E = getattr(self._router, self._added, None) if self._added else None
+        added_E = self._added.value
         if added_E is not None and keep_CE is not None:
             added_CE = added_E.masked_fill(~keep_CE, float("-inf"))
-            added_NE = added_CE.repeat(len(logits_NE) // len(keep_CE), 1)
-            setattr(self._router, self._added, added_NE)
+            self._added.value = added_CE.repeat(len(logits_NE) // len(keep_CE), 1)
         try:
             with _GivenLogits():
-                _, weight_NK, index_NK = self._router(logits_NE)
+                _, weight_NK, index_NK = self._router(
+                    self._router_input(logits_NE), *self._arguments.values()
+                )
         finally:
-            if added_E is not None:
-                setattr(self._router, self._added, added_E)
+            self._added.value = added_E
         return gates(weight_NK, index_NK, logits_NE.shape[-1])
+
+
+class _Added:
+    """What a router adds to its scores before it chooses: an argument, or a tensor inside it."""
+
+    def __init__(self, router: nn.Module, arguments: dict[str, Any], path: str | None):
+        *parents, self._name = (path or "").split(".")
+        self._arguments = arguments
+        self._module = dict(router.named_modules()).get(".".join(parents))
+        held = getattr(self._module, self._name, None)
+        if isinstance(held, nn.Parameter):  # of a copy, which is never trained
+            delattr(self._module, self._name)
+            self._module.register_buffer(self._name, held.detach())
+
+    @property
+    def value(self) -> torch.Tensor | None:
+        if self._name in self._arguments:
+            return self._arguments[self._name]
+        return getattr(self._module, self._name, None)
+
+    @value.setter
+    def value(self, added: torch.Tensor | None) -> None:
+        if self._name in self._arguments:
+            self._arguments[self._name] = added
+        elif added is not None:
+            setattr(self._module, self._name, added)
 
 
 def gates(weight_NK: torch.Tensor, index_NK: torch.Tensor, experts: int) -> torch.Tensor:

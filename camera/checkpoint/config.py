@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.activations import ACT2FN
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -175,6 +181,12 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     return config
 
 
+def auto_class(config: Any) -> type:
+    """The Auto class that builds a model's own class, vision tower and all."""
+    family = FAMILIES.get(config.model_type)
+    return AutoModelForImageTextToText if family and family.tower else AutoModelForCausalLM
+
+
 def modules_key(modules: dict[str, Any]) -> str:
     """A short name of these specs, for the index beside weights that were written by them."""
     return content_key({"modules": modules})
@@ -233,9 +245,10 @@ def _refuse_values(config: Any, path: Path) -> None:
     sliding = getattr(config, "use_sliding_window", True)  # where it isn't, its width is 0
     if sliding and getattr(config, "sliding_window", None) is not None:
         _require_count(config, "sliding_window", path)
-    family = FAMILIES.get(config.model_type)
-    if family is not None and hasattr(config, family.keys.experts):
-        _require_count(config, family.keys.top_k, path, getattr(config, family.keys.experts))
+    family, text = FAMILIES.get(config.model_type), config.get_text_config()
+    experts = None if family is None else getattr(text, family.keys.experts, None)
+    if isinstance(experts, int):
+        _require_value(family.top_k(text), family.keys.top_k, path, experts)
     act = getattr(config, "hidden_act", None)
     if isinstance(act, str) and act not in ACT2FN:
         raise CameraError(f"{path} says hidden_act={act!r}, which transformers doesn't know.")
@@ -244,7 +257,10 @@ def _refuse_values(config: Any, path: Path) -> None:
 
 
 def _require_count(config: Any, key: str, path: Path, most: int | None = None) -> None:
-    value = getattr(config, key, 1)
+    _require_value(getattr(config, key, 1), key, path, most)
+
+
+def _require_value(value: Any, key: str, path: Path, most: int | None = None) -> None:
     if not isinstance(value, int) or value < 1 or (most and value > most):
         asked = f"from 1 to {most}" if most else "of at least 1"
         raise CameraError(f"{path} says {key}={value!r}: give a whole number {asked}.")

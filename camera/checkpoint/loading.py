@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from camera.checkpoint.config import CameraConfig, load_config, read_config, reason_of
+from camera.checkpoint.config import CameraConfig, auto_class, load_config, read_config, reason_of
 from camera.checkpoint.matching import require_runnable, require_whole
 from camera.checkpoint.shards import Place, ShardReader, read_places
 from camera.checkpoint.source import refuse_adapter, refuse_no_model
@@ -82,7 +81,7 @@ def load_model(
     config = read_config(folder, trust_remote_code, **hub)
     choose_kernels(config)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             str(folder),
             config=config,
             dtype=precision,

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
@@ -23,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from camera.checkpoint.config import (
     CameraConfig,
     CameraQuantizer,
+    auto_class,
     build_forms,
     look_at,
     reason_of,
@@ -79,7 +79,7 @@ def empty_model(
 def _built(config: Any, folder: Path, **options: Any) -> nn.Module:
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **options)
+            return auto_class(config).from_config(config, **options)
     except Exception as error:  # what a wrong size leads to depends on the model's code
         raise CameraError(
             f"no model can be built of {folder / 'config.json'}: {reason_of(error)}"

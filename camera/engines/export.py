@@ -91,7 +91,7 @@ def _summary(plain: PlainModel) -> str:
     keys = plain.family.keys
     key = keys.width if any(key == keys.width for key, _ in plain.widths) else keys.dense_width
     dtype = str(plain.dtype).removeprefix("torch.")
-    told = f"native, {dtype}, every expert {getattr(plain.config, key)} wide, "
+    told = f"native, {dtype}, every expert {getattr(plain.config.get_text_config(), key)} wide, "
     told += f"{plain.nbytes / 1e6:.1f} MB; compressed {plain.source.reader.bytes / 1e6:.1f} MB"
     original = _original_bytes(plain.folder)
     return told + (f", original {original / 1e6:.1f} MB." if original else ".")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
-from camera.checkpoint.config import CameraConfig
+from camera.checkpoint.config import CameraConfig, auto_class
 from camera.checkpoint.formats.format import Format
 from camera.checkpoint.formats.narrow import PROJECTIONS, padded_mlp
 from camera.checkpoint.source import resolve_model
@@ -57,9 +57,9 @@ class PlainModel:
         if self.compressed:
             del self.config.quantization_config
             for key, width in self._uniform_widths(width_multiple).items():
-                setattr(self.config, key, width)
+                setattr(self.config.get_text_config(), key, width)
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(
+            self.model = auto_class(self.config).from_config(
                 self.config, dtype=self.dtype, trust_remote_code=trust_remote_code
             )
         self.tied = tied_names(self.model)

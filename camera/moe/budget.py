@@ -19,7 +19,7 @@ from camera.runtime.errors import CameraError
 if TYPE_CHECKING:
     from torch import nn
 
-    from camera.moe.families import Family
+    from camera.moe.families.family import Family
 
 SparsityOf = Literal["moe", "model", "routed"]
 SPARSITY_OF = get_args(SparsityOf)
@@ -138,9 +138,8 @@ def budget_of(model: nn.Module, layers: Iterable[nn.Module], family: Family, roo
         for name, p in model.state_dict().items()
         if name not in tied
     }
-    return Budget(
-        count(sizes, parts), pools, model.config.model_type, model.config.hidden_size, weights
-    )
+    hidden = model.config.get_text_config().hidden_size
+    return Budget(count(sizes, parts), pools, model.config.model_type, hidden, weights)
 
 
 def require_counts(config: Any, family: Family, shapes: Mapping[str, Sequence[int]]) -> None:

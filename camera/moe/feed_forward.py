@@ -7,12 +7,14 @@ A layer's pool is its shared expert (if any) and then its routed experts; a dens
 one expert.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from camera.moe.expert_module import ExpertModule
-from camera.moe.families import Family
+from camera.moe.families.family import Family
 from camera.runtime.errors import CameraError
 
 
@@ -42,7 +44,7 @@ class ExpertGroup:
         return F.linear(phi_NW, self.down(expert))
 
     @property
-    def act_fn(self) -> nn.Module:
+    def act_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
         return self.module.act_fn
 
     @property
@@ -61,17 +63,7 @@ class RoutedExperts(ExpertGroup):
         if isinstance(module, ExpertModule):
             self.widths = module.widths
             return
-        plain = getattr(module, "has_gate", False) and getattr(module, "is_concatenated", False)
-        odd = (
-            getattr(module, "is_transposed", False)
-            or getattr(module, "has_bias", False)
-            or getattr(module, "has_post_expert_norm", False)
-        )
-        if not plain or odd or module.down_proj.dim() != 3:
-            raise CameraError(
-                f"experts at '{path}' ({type(module).__name__}) are not stored as gate_up_proj "
-                "[E, 2I, H] and down_proj [E, H, I]: this layout is not supported."
-            )
+        _refuse_layout(path, module)
         experts, _, width = module.down_proj.shape
         self.widths = [width] * experts
 
@@ -101,28 +93,53 @@ class MlpExpert(ExpertGroup):
 
     routed = False
 
-    def __init__(self, path: str, module: nn.Module, gate: nn.Module | None = None):
+    def __init__(
+        self,
+        path: str,
+        module: nn.Module,
+        gate: nn.Module | None = None,
+        family: Family = Family(),  # noqa: B008 (frozen)
+    ):
         super().__init__(path, module)
-        self.gate = gate
-        self.widths = [module.up_proj.out_features]
+        self.gate, self._names, self._act = gate, family.mlp, family.mlp_act
+        names = self._names
+        if not all(hasattr(module, name) for name in names):
+            there = ", ".join(name for name, _ in module.named_children()) or "no modules"
+            raise CameraError(
+                f"'{path}' ({type(module).__name__}) has {there} instead of the linear layers "
+                f"{', '.join(names)}: declare its own in `mlp` of its Family, or, if routed "
+                "experts are in there, their module in `experts`."
+            )
+        self.widths = [self.linear_layers[1].out_features]
+
+    @property
+    def act_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        return getattr(F, self._act) if self._act else self.module.act_fn
+
+    @property
+    def linear_layers(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """Gate, up and down."""
+        gate, up, down = (getattr(self.module, name) for name in self._names)
+        return gate, up, down
 
     def gate_up(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(self.module, ExpertModule):
             return self.module.gate_up(expert).chunk(2)
-        return self.module.gate_proj.weight, self.module.up_proj.weight
+        gate, up, _ = self.linear_layers
+        return gate.weight, up.weight
 
     def down(self, expert: int) -> torch.Tensor:
         if isinstance(self.module, ExpertModule):
             return self.module.down(expert)
-        return self.module.down_proj.weight
+        return self.linear_layers[2].weight
 
     def activations(self, expert: int, x_NH: torch.Tensor) -> torch.Tensor:
-        gate, up = self.module.gate_proj(x_NH).float(), self.module.up_proj(x_NH).float()
-        return self.module.act_fn(gate) * up
+        gate, up, _ = self.linear_layers
+        return self.act_fn(gate(x_NH).float()) * up(x_NH).float()
 
     def project(self, expert: int, phi_NW: torch.Tensor) -> torch.Tensor:
         # no family has both a gated shared expert and a bias, so the bias's weight is 1
-        return self.module.down_proj(phi_NW)
+        return self.linear_layers[2](phi_NW)
 
     def scale(self, x_NH: torch.Tensor) -> torch.Tensor | None:
         """Routing weight a_N of a gated shared expert; None for 1."""
@@ -134,7 +151,7 @@ class FeedForward:
 
     def __init__(self, layer: nn.Module, family: Family, path: str):
         self.layer, self.path = layer, path
-        self.module: nn.Module = getattr(layer, family.ffn)
+        self.module: nn.Module = _part(layer, family.ffn, "ffn", path)
         self.is_moe = hasattr(self.module, family.experts)
         self.residual_scale: float = (
             getattr(layer, family.residual_scale) if family.residual_scale else 1.0
@@ -143,10 +160,13 @@ class FeedForward:
         root = f"{path}.{family.ffn}"
         self.groups: list[ExpertGroup] = []
         if not self.is_moe:
-            self.groups.append(MlpExpert(root, self.module))
+            self.groups.append(MlpExpert(root, self.module, family=family))
             return
+        _part(self.module, family.router, "router", root)
         if family.shared and getattr(self.module, family.shared, None) is not None:
-            gate = getattr(self.module, family.shared_gate) if family.shared_gate else None
+            gate = None
+            if family.shared_gate:
+                gate = _part(self.module, family.shared_gate, "shared_gate", root)
             shared = getattr(self.module, family.shared)
             self.groups.append(MlpExpert(f"{root}.{family.shared}", shared, gate))
         experts = getattr(self.module, family.experts)
@@ -170,3 +190,48 @@ class FeedForward:
     def widths(self) -> list[int]:
         """Width of every expert of the pool, in pool order."""
         return [width for group in self.groups for width in group.widths]
+
+    def added(self, out_BLH: torch.Tensor) -> torch.Tensor:
+        """What the layer adds to its residual where this is the output of the FFN."""
+        if self.family.output_norm:
+            out_BLH = getattr(self.layer, self.family.output_norm)(out_BLH)
+        return out_BLH * self.residual_scale
+
+
+def _part(module: nn.Module, name: str, what: str, path: str) -> nn.Module:
+    """A submodule that a declaration names; CameraError, naming those there are, if it lacks."""
+    if getattr(module, name, None) is None:
+        there = ", ".join(child for child, _ in module.named_children()) or "nothing"
+        raise CameraError(
+            f"'{path}' ({type(module).__name__}) has no '{name}', but {there}: declare its own "
+            f"name in `{what}` of its Family."
+        )
+    return getattr(module, name)
+
+
+_ODD = {  # what transformers says of an experts module: how it is told, and the plain value
+    "has_gate": ("one matrix without a gate", True),
+    "is_concatenated": ("gate and up interleaved", True),
+    "is_transposed": ("transposed matrices", False),
+    "has_bias": ("biases", False),
+    "has_post_expert_norm": ("a norm after each expert", False),
+}
+
+
+def _refuse_layout(path: str, module: nn.Module) -> None:
+    """CameraError, saying what was found, unless experts are stored as [E, 2I, H], [E, H, I]."""
+    held = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
+    odd = [told for name, (told, plain) in _ODD.items() if getattr(module, name, plain) != plain]
+    gate_up, down = held.pop("gate_up_proj", ()), held.pop("down_proj", ())
+    fused = len(gate_up) == len(down) == 3 and gate_up[0] == down[0] and not held
+    if fused and gate_up[1:] != (2 * down[2], down[1]):
+        odd.append("other shapes")
+    if not hasattr(module, "has_gate"):
+        odd.append("code of its own")
+    if odd or not fused:
+        shapes = ", ".join(f"{n} {list(p.shape)}" for n, p in module.named_parameters())
+        raise CameraError(
+            f"experts at '{path}' ({type(module).__name__}: {shapes or 'no parameters'}"
+            f"{'; ' if odd else ''}{', '.join(odd)}) are not gate_up_proj [E, 2I, H] and down_proj "
+            "[E, H, I], gate first, without more: no declaration can give this layout."
+        )

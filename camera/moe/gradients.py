@@ -49,8 +49,8 @@ class GradientCall(ExpertCall):
     def _dgate_dup(self) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
             if isinstance(self.group, MlpExpert):
-                mlp = self.group.module
-                gate_NW, up_NW = mlp.gate_proj(self.x_NH), mlp.up_proj(self.x_NH)
+                gate, up, _ = self.group.linear_layers
+                gate_NW, up_NW = gate(self.x_NH), up(self.x_NH)
             else:
                 gate_NW, up_NW = (F.linear(self.x_NH, w) for w in self.group.gate_up(self.expert))
         with torch.enable_grad():

@@ -76,8 +76,7 @@ def router_constraints(ffn: FeedForward) -> RouterConstraints | None:
         return None
     router = router_of(ffn)
     experts = len(routed_experts(ffn).widths)
-    held = [getattr(router, name, None) for name in ffn.family.router_rows]
-    row = sum(tensor.numel() // experts for tensor in held if tensor is not None)
+    row = sum(tensor.numel() // experts for *_, tensor in rows_of_experts(ffn))
     groups = ffn.family.groups(router)
     return RouterConstraints(experts, router.top_k, row, groups.count, groups.open, groups.least)
 
@@ -88,6 +87,24 @@ def routed_experts(ffn: FeedForward) -> RoutedExperts:
     if found is None:
         raise CameraError(f"'{ffn.groups[0].path}' has no routed experts: there are none to drop.")
     return found
+
+
+def rows_of_experts(ffn: FeedForward) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    """(module, name there, tensor) of what chooses experts and has one row, or entry, of each."""
+    family = ffn.family
+    for root, paths in ((router_of(ffn), family.router_rows), (ffn.module, family.block_rows)):
+        for path in paths:
+            *parents, name = path.split(".")
+            module = dict(root.named_modules()).get(".".join(parents))
+            tensor = getattr(module, name, None)
+            if tensor is not None:
+                yield module, name, tensor
+
+
+def routed(ffn: FeedForward, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logits_TE, weight_TK, index_TK) of the layer's own router, called as the layer calls it."""
+    added = [getattr(ffn.module, name, None) for name in ffn.family.block_rows]
+    return router_of(ffn)(ffn.family.router_input(x_TH), *added)
 
 
 def router_of(ffn: FeedForward) -> nn.Module:

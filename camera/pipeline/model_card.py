@@ -45,9 +45,9 @@ tags:
 NATIVE = """It is a native checkpoint of its model type:
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {loader}.from_pretrained("path/to/this/folder")
 ```
 """
 
@@ -55,9 +55,9 @@ OWN_FORMAT = """Its modules have formats of their own, so it needs the package `
 
 ```python
 import camera  # registers the formats
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {loader}.from_pretrained("path/to/this/folder")
 ```
 
 `python -m camera export FROM TO` writes a native checkpoint, for programs that know only these.
@@ -79,8 +79,9 @@ def base_name(model: str | Path) -> str:
     return folder.absolute().name
 
 
-def model_card(result: CompressionResult) -> str:
-    """README.md of a checkpoint: method, settings, realised sparsity, base model."""
+def model_card(result: CompressionResult, loader: str = "AutoModelForCausalLM") -> str:
+    """README.md of a checkpoint: method, settings, realised sparsity, base model; `loader` is the
+    class of transformers that loads it."""
     sparsity = result.sparsity
     calibration = "none"
     if result.calibration:
@@ -99,8 +100,8 @@ def model_card(result: CompressionResult) -> str:
         before=result.bytes["dense"] / 1e6,
         after=result.bytes["compressed"] / 1e6,
         calibration=_cell(calibration),
+        loading=(NATIVE if result.native else OWN_FORMAT).format(loader=loader),
         made_by=", ".join(f"{name} {number}" for name, number in result.versions.items()),
-        loading=NATIVE if result.native else OWN_FORMAT,
         **{key: _percent(sparsity[key]) for key in ("moe", "model", "routed")},
     )
 

@@ -6,7 +6,7 @@ import json
 import shutil
 from typing import Any
 
-from camera.checkpoint.config import MODULES, CameraConfig, modules_key, save_config
+from camera.checkpoint.config import MODULES, CameraConfig, auto_class, modules_key, save_config
 from camera.checkpoint.shards import ShardWriter
 from camera.checkpoint.source import copy_companions
 from camera.pipeline.context import PassContext
@@ -42,7 +42,8 @@ def publish(
         if done.statistics is not None and done.statistics.travels:
             done.statistics.save(partial / CheckpointFiles.STATISTICS)
     result = report(context, done.statistics, writer)
-    (partial / "README.md").write_text(model_card(result))
+    loader = auto_class(context.streamer.model.config).__name__
+    (partial / "README.md").write_text(model_card(result, loader))
     write_json(partial / CheckpointFiles.REPORT, result.to_dict())
     _read_back(context)
     progress.finish()
@@ -74,7 +75,7 @@ def _write_config(context: PassContext) -> None:
     config = model.config
     if method.native:
         for key, value in method.native_config(config, context.budget).items():
-            setattr(config, key, value)
+            setattr(model.text_config, key, value)
     else:
         made_by: dict[str, Any] = {"method": method.name, **method.settings()}
         config.quantization_config = CameraConfig(_modules(context), made_by)

@@ -23,6 +23,7 @@ from camera.method import (
     Seen,
 )
 from camera.moe.budget import SparsityOf, to_remove
+from camera.moe.families import family_of
 from camera.runtime.errors import CameraError
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class MicroExpertPruning(Method):
                 f"rank_scope=measured prunes on trial over calibration text, which method "
                 f"{self.name} doesn't read: use rank_scope=global or layer."
             )
-        self.compensation  # noqa: B018 (refuses its own settings)
+        self._refuse_compensation(budget)
         if self.expert_widths not in get_args(ExpertWidths):
             raise CameraError(f"expert_widths={self.expert_widths} is none of ragged, uniform.")
         if self.native:
@@ -119,6 +120,17 @@ class MicroExpertPruning(Method):
             raise CameraError(
                 f"layer_floor={self.layer_floor} must lie between 0 and the {1 - ratio:.3f} of all "
                 "micro-experts that stay."
+            )
+
+    def _refuse_compensation(self, budget: Budget) -> None:
+        """CameraError for settings of the refit that it can't have, or not with this family."""
+        how = self.compensation
+        norm = family_of(budget.model_type).output_norm if budget.model_type else None
+        if how and norm and (how.target == "dense" or how.token_weights == "relative"):
+            raise CameraError(
+                f"compensate={how.scope} refits what a layer adds to the hidden states, and a "
+                f"{budget.model_type} model adds it through '{norm}': set target=layer and "
+                "token_weights=uniform, or compensate=none."
             )
 
     def _refuse_with_uniform(self) -> None:

@@ -51,7 +51,9 @@ def uniform_widths(
     for a model whose experts are of unequal widths already.
     """
     routed, shared = _width(budget, True), _width(budget, False)
-    tied = bool(routed and shared) and family_of(budget.model_type).keys.shared_count is not None
+    keys = family_of(budget.model_type).keys
+    one_key = keys.shared_count is not None or keys.shared_width == keys.width
+    tied = bool(routed and shared) and one_key
     if tied and sparsity_of == "routed":
         raise CameraError(
             f"expert_widths=uniform: a {budget.model_type} model has one width for routed and "

@@ -18,6 +18,7 @@ from camera.moe.routing import (
     routed_experts,
     router_constraints,
     router_of,
+    rows_of_experts,
 )
 from camera.runtime.errors import CameraError
 
@@ -37,25 +38,24 @@ def remove_experts(ffn: FeedForward, keep: Sequence[int]) -> None:
         )
     stay = sorted(set(keep))
     _refuse(group.path, stay, routing)
-    router, parts = router_of(ffn), [(router_of(ffn), ffn.family.router_rows)]
+    parts, modules = list(rows_of_experts(ffn)), [ffn.module, router_of(ffn)]
     if isinstance(group.module, ExpertModule):
         group.module = group.module.materialize(stay)
         ffn.replace(group, group.module)
     else:
-        parts.append((group.module, ("gate_up_proj", "down_proj")))
+        parts += [(group.module, name, tensor) for name, tensor in group.module.named_parameters()]
     index = torch.tensor(stay, device=group.module.down_proj.device)
-    for module, names in parts:
-        for name in names:
-            tensor = getattr(module, name, None)
-            if isinstance(tensor, nn.Parameter):
-                setattr(module, name, nn.Parameter(tensor.data[index], tensor.requires_grad))
-            elif tensor is not None:
-                setattr(module, name, tensor[index])
-    for module in (ffn.module, router, group.module):
+    for module, name, tensor in parts:
+        axis = 0 if tensor.shape[0] == routing.experts else -1
+        rows = tensor.detach().index_select(axis, index)
+        if isinstance(tensor, nn.Parameter):
+            rows = nn.Parameter(rows, tensor.requires_grad)
+        setattr(module, name, rows)
+        if isinstance(module, nn.Linear):
+            module.out_features = len(stay)
+    for module in (*modules, group.module):
         if hasattr(module, "num_experts"):
             module.num_experts = len(stay)
-    if isinstance(router, nn.Linear):
-        router.out_features = len(stay)
     group.widths = [group.widths[expert] for expert in stay]
 
 

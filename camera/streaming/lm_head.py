@@ -24,14 +24,14 @@ def lm_head_loaded(skeleton: MetaModel) -> Iterator[int]:
     model = skeleton.model
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is head)
-    skeleton.load_rest("norm")
+    skeleton.load_rest(skeleton.family.final_norm)
     if f"{name}.weight" in tied_names(model):
         skeleton.load_rest("embed_tokens")
         head.weight = embedding.weight
     else:
         skeleton.load_rest(name)
     yield len(head.weight)
-    skeleton.free(nn.ModuleList([skeleton.base.norm, embedding, head]))
+    skeleton.free(nn.ModuleList([_final_norm(skeleton), embedding, head]))
 
 
 def tokens_per_chunk(vocabulary: int, tables: int = HEAD_TABLES) -> int:
@@ -42,6 +42,12 @@ def tokens_per_chunk(vocabulary: int, tables: int = HEAD_TABLES) -> int:
 def logits(skeleton: MetaModel, hidden_TH: torch.Tensor) -> torch.Tensor:
     """fp32 [T, V] of tokens' hidden states, through the model's own norm and head."""
     model, hidden_TH = skeleton.model, hidden_TH.to(skeleton.device)
-    states = MoeModelOutputWithPast(last_hidden_state=skeleton.base.norm(hidden_TH[None]))
+    if skeleton.family.tower:  # what its forward asks for beside is of images
+        return model.get_output_embeddings()(_final_norm(skeleton)(hidden_TH)).float()
+    states = MoeModelOutputWithPast(last_hidden_state=_final_norm(skeleton)(hidden_TH[None]))
     with replaced_submodule(model, model.base_model_prefix, ModuleStub(lambda *_, **__: states)):
         return model(inputs_embeds=hidden_TH[None], use_cache=False).logits[0].float()
+
+
+def _final_norm(skeleton: MetaModel) -> nn.Module:
+    return getattr(skeleton.base, skeleton.family.final_norm)

@@ -17,7 +17,7 @@ def parameters_of(module: nn.Module) -> int:
 
 def active_width(skeleton: MetaModel) -> float:
     """Micro-experts that a token reaches, in the widest layer."""
-    top_k = skeleton.family.top_k(skeleton.config)
+    top_k = skeleton.family.top_k(skeleton.text_config)
     widest = 0.0
     for pool in skeleton.budget.layers.values():
         routed = sum(pool.routed)

@@ -11,7 +11,8 @@ from torch import nn
 
 from camera.checkpoint.matching import HeaderMatch, empty_model, match_headers
 from camera.checkpoint.shards import ShardReader, read_places
-from camera.moe.families import Family, layer_of
+from camera.moe.families import layer_of
+from camera.moe.families.family import Family
 from camera.runtime.errors import CameraError
 
 log = logging.getLogger("camera")
@@ -33,10 +34,10 @@ def build_on_meta(
     match = match_headers(model, reader.places, conversions)
     _refuse_adapters(match, reader)
     if tied_names(model) and not _settle_ties(model, match, reader):
-        config.tie_word_embeddings = False
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
         model, conversions = empty_model(config, reader.folder, dtype, trust_remote_code)
         match = match_headers(model, reader.places, conversions)
-    _leave_out(match.unused, config, reader, family)
+    _leave_out(match.unused, config, reader, family, _ignored_by(model))
     missing = set(match.missing)
     for name, source in tied_names(model).items():
         if name not in match.missing:
@@ -101,17 +102,31 @@ def _refuse_adapters(match: HeaderMatch, reader: ShardReader) -> None:
             )
 
 
-def _leave_out(unused: list[str], config: Any, reader: ShardReader, family: Family) -> None:
+def _ignored_by(model: nn.Module) -> list[re.Pattern[str]]:
+    """What a model's class says checkpoints hold beside it: heads for several tokens at once."""
+    return [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+
+
+def _leave_out(
+    unused: list[str],
+    config: Any,
+    reader: ShardReader,
+    family: Family,
+    ignored: list[re.Pattern[str]],
+) -> None:
     """Forget the tensors that the model doesn't use, and say so; CameraError where they look like
-    layers or experts of it."""
+    layers or experts of it, and its class doesn't name them as `ignored`."""
     sizes = {key: reader.places[key].bytes for key in unused if key in reader.places}
     reader.leave_out(list(sizes))
-    layers, promised = config.num_hidden_layers, family.keys.prediction_layers
-    predicting = getattr(config, promised, None) or 0
+    text, promised = config.get_text_config(), family.keys.prediction_layers
+    layers, predicting = text.num_hidden_layers, getattr(text, promised, None) or 0
     strange = []
     for key in sizes:
         layer = layer_of(key)
         if _IN_CODE.search(key) or (layer is not None and 0 <= layer - layers < predicting):
+            continue
+        if any(pattern.search(key) for pattern in ignored):
+            strange.append(key)
             continue
         if layer is not None and layer >= layers:
             raise CameraError(
@@ -135,7 +150,7 @@ def _leave_out(unused: list[str], config: Any, reader: ShardReader, family: Fami
             f"{reader.folder}: the model that transformers builds has no prediction layers "
             f"({promised}={predicting}): they are left out, and the key is written as 0."
         )
-        setattr(config, promised, 0)
+        setattr(text, promised, 0)
 
 
 @cache

@@ -53,13 +53,14 @@ class MetaModel:
         self.folder, self.device = folder, torch.device(device)
         self.trust_remote_code, self._asked = trust_remote_code, dtype
         self.config = load_config(folder, trust_remote_code)
+        self.text_config = self.config.get_text_config()
         choose_kernels(self.config)
         self.family = family_of(self.config.model_type)
         self.reader = ShardReader(folder)
         if getattr(self.config, "quantization_config", None) is None:
             shapes = {key: place.shape for key, place in self.reader.places.items()}
-            require_counts(self.config, self.family, shapes)
-        layers = self.config.num_hidden_layers
+            require_counts(self.text_config, self.family, shapes)
+        layers = self.text_config.num_hidden_layers
         self.prefetcher = LayerPrefetcher(self._read_layer, layers, self.device)
         told, asked = self.config.dtype, resolve_dtype(save_dtype, "save_dtype")
         self.model, self._conversions = build_on_meta(
@@ -72,8 +73,9 @@ class MetaModel:
         self.stored_dtype = asked or self.reader.main_dtype()
         self.dtype = compute_dtype(dtype, self.reader.main_dtype(), device)
         self.compressed = getattr(self.config, "quantization_config", None)
-        self.base = self.model.base_model
-        self.root = f"{self.model.base_model_prefix}.layers"
+        self.base = self.model.base_model.get_submodule(self.family.tower)
+        decoder = [self.model.base_model_prefix, self.family.tower, "layers"]
+        self.root = ".".join(part for part in decoder if part)
         self._stored: dict[str, torch.dtype] = {}  # of the tensors that the files hold
         if asked:
             self.model.to(asked)
@@ -158,9 +160,17 @@ class MetaModel:
         """Read what is outside the layers: embeddings, final norm, head (or those named `only`)."""
         tied = tied_names(self.model)
         self._load(
-            self.reader.read(lambda key: layer_of(key) is None and only in key, self.device),
+            self.reader.read(
+                lambda key: layer_of(key) is None and only in self._name_of(key), self.device
+            ),
             lambda name: layer_of(name) is None and only in name and name not in tied,
         )
+
+    def _name_of(self, key: str) -> str:
+        """The model's name of a checkpoint's tensor; of one of several that are put together."""
+        for rule in self._conversions:
+            key = rule.rename_source_key(key)[0]
+        return key
 
     def take_out(self, module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
         """Free a module; its tensors, by their names with `prefix`, as its checkpoint holds them.
@@ -247,10 +257,10 @@ class MetaModel:
         )
 
     def _materialise_rotary(self) -> None:
-        for name, module in list(self.model.named_modules()):
-            if name.endswith("rotary_emb"):  # its buffers live in code, not in the checkpoint
-                real = type(module)(config=self.config).to(self.device)
-                self.model.set_submodule(name, real)
+        for name, module in list(self.base.named_modules()):
+            if "inv_freq" in str(module._non_persistent_buffers_set):  # in code, not on disk
+                real = type(module)(config=self.text_config).to(self.device)
+                self.base.set_submodule(name, real)
 
     def _warn_of_another_dtype(self, told: Any) -> None:
         if isinstance(told, torch.dtype) and told != self.stored_dtype:

@@ -75,7 +75,7 @@ class LayerStreamer:
         found, same = [], {}
         with (
             replaced_submodule(model.base, "layers", recorders),
-            replaced_submodule(model.base, "norm", nn.Identity()),
+            replaced_submodule(model.base, model.family.final_norm, nn.Identity()),
         ):
             for batch in batches:
                 inputs = {key: value.to(model.device) for key, value in batch.items()}
@@ -194,7 +194,7 @@ class LayerStreamer:
 
         CameraError for NaN and inf, which are looked for once.
         """
-        scale, found = self.model.feed_forward(index).residual_scale, []
+        ffn, found = self.model.feed_forward(index), []
         check = FiniteCheck()
 
         def tables(stage: Stage) -> list[torch.Tensor]:
@@ -204,7 +204,7 @@ class LayerStreamer:
         for stage, (*x, residual_BLH) in self.hidden.fetched(batches, tables, use_up=True):
             at, y_TH = place(stage), run(stage, *x, residual_BLH)
             del stage, x
-            hidden_BLH = residual_BLH + y_TH.view_as(residual_BLH) * scale
+            hidden_BLH = residual_BLH + ffn.added(y_TH.view_as(residual_BLH))
             check.add(str(len(found)), hidden_BLH)
             found.append(LayerInput(at.arguments, self.hidden.keep(hidden_BLH)))
             release_pages(at.x_BLH)

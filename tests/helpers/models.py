@@ -3,7 +3,14 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+)
+
+from tests.helpers.newer_families import NESTED, NEWER
 
 COMMON = dict(
     vocab_size=256,
@@ -96,9 +103,28 @@ SHARED = Path(__file__).parents[3] / "shared"
 def build_model(family: str, seed: int = 0, dtype=torch.float32, **overrides):
     """A tiny random model whose router is decided enough to route unevenly."""
     torch.manual_seed(seed)
-    settings = {**COMMON, **FAMILIES[family], "initializer_range": 0.1, **overrides}
+    if family in NESTED:
+        text, vision = NESTED[family]
+        text = {**COMMON, "num_hidden_layers": 2, "initializer_range": 0.1, **text, **overrides}
+        config = AutoConfig.for_model(family, text_config=text, vision_config=vision)
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+        _decide(model)
+        return model
+    own = FAMILIES[family] if family in FAMILIES else {"num_hidden_layers": 2, **NEWER[family]}
+    settings = {**COMMON, **own, "initializer_range": 0.1, **overrides}
     config = AutoConfig.for_model(family, **settings)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    if family in NEWER:
+        _decide(model)
+    return model
+
+
+def _decide(model) -> None:
+    """Unequal biases of its routers, which are made as zeros."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith(("correction_bias", "expert_bias")):
+            bias = torch.linspace(-0.05, 0.05, tensor.numel()).roll(3)
+            tensor.data.copy_(bias.view_as(tensor))
 
 
 def build_tokenizer(vocab_size: int = 256) -> PreTrainedTokenizerFast:

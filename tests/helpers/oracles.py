@@ -8,16 +8,22 @@ from torch.nn import functional as F
 
 
 def ffn_of(layer):
-    return layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
+    names = ("block_sparse_moe", "feed_forward", "mlp")
+    return next(getattr(layer, name) for name in names if hasattr(layer, name))
+
+
+def layers_of(model):
+    return getattr(model.model, "language_model", model.model).layers
 
 
 def shared_of(ffn):
-    return getattr(ffn, "shared_expert", None) or getattr(ffn, "shared_experts", None)
+    names = ("shared_expert", "shared_experts", "shared_mlp")
+    return next((getattr(ffn, name) for name in names if hasattr(ffn, name)), None)
 
 
 def capture(model, index, ids, mask=None):
     """FFN input x_TH of one layer and the routing (index_TK, weight_TK) its experts were handed."""
-    seen, ffn = {}, ffn_of(model.model.layers[index])
+    seen, ffn = {}, ffn_of(layers_of(model)[index])
     hooks = [ffn.register_forward_pre_hook(lambda _, a: seen.update(x=a[0].flatten(0, 1)))]
     if hasattr(ffn, "experts"):
         hooks.append(
@@ -88,8 +94,8 @@ def zero_lowest(ffn, energy_N, remove):
 
 def camera_p(model, ids, ratio, alpha):
     """The plain path: run, score, zero, run again from the start, layer after layer."""
-    has_experts = any(hasattr(ffn_of(layer), "experts") for layer in model.model.layers)
-    for index, layer in enumerate(model.model.layers):
+    has_experts = any(hasattr(ffn_of(layer), "experts") for layer in layers_of(model))
+    for index, layer in enumerate(layers_of(model)):
         ffn = ffn_of(layer)
         if has_experts and not hasattr(ffn, "experts"):
             continue

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from camera.checkpoint.formats.format import Format, Spec
 from camera.checkpoint.formats.ragged import RaggedExperts, ragged_of
-from camera.moe.families import Family
+from camera.moe.families.family import Family
 
 
 class DeltaExperts(nn.Module, Format):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from camera.moe.expert_module import ExpertModule
-from camera.moe.families import Family
+from camera.moe.families.family import Family
 from camera.runtime.registry import Registry
 
 Spec = dict[str, Any]

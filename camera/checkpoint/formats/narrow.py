@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from camera.checkpoint.formats.format import Format, Spec
-from camera.moe.families import Family
+from camera.moe.families.family import Family
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 

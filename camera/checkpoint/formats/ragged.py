@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from camera.checkpoint.formats.format import Format, Spec
 from camera.checkpoint.formats.ragged_rows import RaggedRows
 from camera.moe.expert_module import ExpertModule
-from camera.moe.families import Family
+from camera.moe.families.family import Family
 from camera.moe.feed_forward import RoutedExperts
 from camera.moe.pool import rows_on
 from camera.moe.routing import counts_of, sorted_slots

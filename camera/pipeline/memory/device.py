@@ -83,7 +83,8 @@ class DeviceMemory:
         logits: int,
     ) -> DeviceMemory:
         """The parts of these passes; `hidden` and `phi` are what waits on the device, else 0."""
-        config, size, kinds = model.config, model.dtype.itemsize, {step.kind for step in passes}
+        config, size = model.text_config, model.dtype.itemsize
+        kinds = {step.kind for step in passes}
         top_k = model.family.top_k(config)
         batch, backward = min(tokens, BATCH_TOKENS), 0
         table = batch * config.hidden_size * size

@@ -147,7 +147,7 @@ class MemoryEstimate:
         `card` is the memory of another accelerator than the model's, in bytes. What changes
         rounding (phi, experts) is decided by sizes alone, never by what is free now.
         """
-        size, config = model.dtype.itemsize, model.config
+        size, config = model.dtype.itemsize, model.text_config
         total = card or total_memory(model.device)
         layers = [parameters_of(layer) * size for layer in model.layers]
         routed = [model.feed_forward(i).routed for i in range(len(layers))]
@@ -216,7 +216,7 @@ def _method_bytes(step: Pass, model: MetaModel, method: Method, tokens: int) -> 
     hidden, size, most = model.budget.hidden, model.dtype.itemsize, 0
     if step.kind == PassKind.TRIAL:
         most = trial_bytes(len(model.budget.layers), hidden)
-    top_k = model.family.top_k(model.config)
+    top_k = model.family.top_k(model.text_config)
     for pool in model.budget.layers.values():
         layer = LayerShape(pool, hidden, top_k, tokens, size)
         found = step.observer.nbytes(layer) if step.observer is not None else 0

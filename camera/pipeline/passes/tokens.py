@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from camera.compensation.attention import refit_attention
 from camera.compensation.experts import Weights, compensate
@@ -50,18 +51,34 @@ class CompressedTokens:
             return self._streamer.attend(index, self.batches), {}
         dense = self._streamer.attend(index, self.dense)
         entered = list(self.batches)
-        inputs, report = self._refit_attention(index, dense, self._settings)
-        if any(report["ridges"]):
-            inputs = self._streamer.attend(index, entered)
+        output = self._attention_output(index)
+        if output is None:
+            inputs = self._streamer.attend(index, self.batches)
+            name = self._streamer.model.family.attention_output
+            report = {"left": f"this layer has no '{name}'" if name else "not in this family"}
+        else:
+            inputs, report = self._refit_attention(index, output, dense, self._settings)
+            if any(report["ridges"]):
+                inputs = self._streamer.attend(index, entered)
         self.dense = self._streamer.forward(index, dense)
         return inputs, {"attention": report}
 
+    def _attention_output(self, index: int) -> nn.Linear | None:
+        """The layer's projection that is refitted; None in a layer of another kind than attention,
+        and in families where none is declared."""
+        model = self._streamer.model
+        name = model.family.attention_output
+        return dict(model.layers[index].named_modules()).get(name) if name else None
+
     def _refit_attention(
-        self, index: int, dense: list[FfnInput], settings: CompensationSettings
+        self,
+        index: int,
+        output: nn.Linear,
+        dense: list[FfnInput],
+        settings: CompensationSettings,
     ) -> tuple[list[FfnInput], dict[str, Any]]:
         """Run a layer up to its FFN as it is, then refit its attention."""
         model, heads = self._streamer.model, []
-        output = model.layers[index].get_submodule(model.family.attention_output)
         hook = output.register_forward_pre_hook(
             lambda _, inputs: heads.append(inputs[0].flatten(0, 1))
         )

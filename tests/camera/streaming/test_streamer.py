@@ -294,5 +294,5 @@ def test_experts_stored_in_another_layout_are_refused():
 
     odd = nn.Module()
     odd.is_transposed, odd.down_proj = True, nn.Parameter(torch.zeros(2, 3, 4))
-    with pytest.raises(CameraError, match="layout is not supported"):
+    with pytest.raises(CameraError, match=r"transposed.*no declaration can give this layout"):
         RoutedExperts("model.layers.0.mlp.experts", odd)

@@ -23,12 +23,17 @@ EVERY_CHOICE = [(group, name) for group in GROUPS for name in choices(group)]
 FAMILY_OF = {  # which tiny random model stands in for a choice of conf/model
     "deepseek_moe_16b": "deepseek",
     "deepseek_v2_lite": "deepseek_v2",
+    "ernie_4_5_21b_a3b": "ernie4_5_moe",
+    "glm_4_5_air": "glm4_moe",
+    "glm_4_7_flash": "glm4_moe_lite",
     "granite_3_1b_a400m": "granitemoe",
+    "lfm2_8b_a1b": "lfm2_moe",
     "mixtral_8x7b": "mixtral",
     "olmoe_1b_7b": "olmoe",
     "phi35_moe": "phimoe",
     "qwen2_57b_a14b": "qwen2_moe",
     "qwen3_30b_a3b": "qwen3_moe",
+    "qwen3_next_80b_a3b": "qwen3_next",
     "smollm2_135m": "llama",
     "tiny_moe": "qwen2_moe",
 }

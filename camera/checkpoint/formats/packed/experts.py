@@ -15,7 +15,7 @@ from camera.checkpoint.formats.packed.layout import PackedLayout
 from camera.checkpoint.formats.packed.segments import QuantizedMatrix
 from camera.checkpoint.formats.packed.spec import segments_of
 from camera.checkpoint.formats.ragged import SLOW_HALF, RaggedExperts, ragged_of
-from camera.moe.families import Family
+from camera.moe.families.family import Family
 
 
 class PackedExperts(nn.Module, PackedBuffers):

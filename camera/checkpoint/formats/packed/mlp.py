@@ -15,7 +15,7 @@ from camera.checkpoint.formats.packed.layout import PackedLayout
 from camera.checkpoint.formats.packed.linear import PackedLinear
 from camera.checkpoint.formats.packed.segments import QuantizedMatrix
 from camera.checkpoint.formats.packed.spec import projections
-from camera.moe.families import Family
+from camera.moe.families.family import Family
 
 
 class PackedMlp(nn.Module, PackedFormat):

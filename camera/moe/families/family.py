@@ -1,21 +1,11 @@
-"""Model families as data: all facts of a family in one declaration.
-
-A new family is one entry of `FAMILIES` (from outside: `register_family` and an entry point) and a
-tiny model in tests/helpers/models.py, on which every equality test then runs.
-"""
+"""What a declaration of a model family says: where its parts sit, and how its config names them."""
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from importlib.metadata import entry_points
+from dataclasses import dataclass, field
 from typing import Any
 
-from camera.runtime.errors import CameraError
-
-ENTRY_POINTS = "camera.families"  # of other packages: a model type, and the module declaring it
-_IN_A_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_FUSED = r"\.experts\.(gate_up_proj|down_proj)$"
-_GRANITE = r"\.(input|output)_linear\.weight$"
+FUSED = r"\.experts\.(gate_up_proj|down_proj)$"
 
 
 @dataclass(frozen=True)
@@ -44,7 +34,7 @@ class ExpertNames:
     """
 
     one: re.Pattern[str] = re.compile(r"(\.experts\.)(\d+)(\.)")
-    stacked: re.Pattern[str] = re.compile(_FUSED)
+    stacked: re.Pattern[str] = re.compile(FUSED)
 
     def holds(self, key: str) -> bool:
         """Whether a tensor of this name holds routed experts."""
@@ -99,12 +89,19 @@ def latent_attention_width(config: Any) -> int:
 class Family:
     """One model family: attribute names inside a decoder layer, and the facts of its models.
 
-    A layer without `experts` is a dense FFN. shared_gate: its sigmoid scales the shared expert.
-    residual_scale: attribute of the layer that scales the outputs of both its parts. router_rows:
-    tensors of the router with one row an expert. added_to_scores: buffer that the router adds
-    before it chooses. elsewhere: keys of config.json that other programs read, in which
-    transformers' own class differs or says nothing. register: module whose `register` teaches
-    transformers a model type that it lacks.
+    A layer without `experts` is a dense FFN, of the three linear layers `mlp`; mlp_act: a function
+    of torch.nn.functional, where the FFN has no `act_fn` of its own. shared_gate: its
+    sigmoid scales the shared expert. What a layer computes beside `ffn` from the same input is left
+    as it is. residual_scale: attribute of the layer that scales the outputs of both its parts.
+    output_norm: norm of the layer through which the FFN's output goes before it is added. Layers
+    without `attention_output` keep their attention as it is; None: all do. router_rows: tensors of
+    the router with one row an expert; block_rows: those of `ffn` itself. added_to_scores: buffer of
+    the router, or of `ffn` where it is one of block_rows, that is added before it chooses.
+    router_reads_samples: the router takes [B, L, H] instead of [T, H].
+    elsewhere: keys of config.json that other programs read, in which transformers' own class
+    differs or says nothing. register: module whose `register` teaches transformers a model type
+    that it lacks. runs_on_meta: its code asks for no number of a tensor.
+    tower: where the decoder is in a model of text and images.
     """
 
     ffn: str = "mlp"
@@ -113,19 +110,32 @@ class Family:
     shared: str | None = None
     shared_gate: str | None = None
     residual_scale: str | None = None
-    attention_output: str = "self_attn.o_proj"
+    output_norm: str | None = None
+    final_norm: str = "norm"
+    mlp: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    mlp_act: str | None = None
+    attention_output: str | None = "self_attn.o_proj"
     keys: ConfigKeys = ConfigKeys()
     router_rows: tuple[str, ...] = ("weight", "bias", "e_score_correction_bias")
+    block_rows: tuple[str, ...] = ()
     added_to_scores: str | None = "e_score_correction_bias"
+    router_reads_samples: bool = False
     groups: Callable[[Any], RouterGroups] = router_groups
     checkpoint_names: ExpertNames = ExpertNames()
     attention_width: Callable[[Any], int] = attention_width
     elsewhere: Mapping[str, Any] = field(default_factory=dict)
+    tower: str = ""
     register: str | None = None
+    runs_on_meta: bool = True
 
     def top_k(self, config: Any) -> int:
-        """Experts per token; 1 for a dense model."""
-        return getattr(config, self.keys.top_k, 1)
+        """Experts per token, the most of any layer; 1 for a dense model."""
+        told = getattr(config.get_text_config() if self.tower else config, self.keys.top_k, 1)
+        return max(told) if isinstance(told, (list, tuple)) else told
+
+    def router_input(self, x_TH: Any) -> Any:
+        """Tokens in the shape that the router takes."""
+        return x_TH[None] if self.router_reads_samples else x_TH
 
     def is_routed(self, path: str) -> bool:
         """Whether a module path is that of routed experts."""
@@ -134,68 +144,3 @@ class Family:
     def is_shared(self, path: str) -> bool:
         """Whether a module path is that of a shared expert."""
         return self.shared is not None and path.endswith(f".{self.shared}")
-
-
-_LOCAL = ConfigKeys(experts="num_local_experts", width="intermediate_size")
-_DEEPSEEK = Family(
-    shared="shared_experts",
-    keys=ConfigKeys(experts="n_routed_experts", shared_count="n_shared_experts"),
-)
-_LATENT = replace(_DEEPSEEK, attention_width=latent_attention_width)
-FAMILIES: dict[str, Family] = {
-    "qwen2_moe": Family(
-        shared="shared_expert",
-        shared_gate="shared_expert_gate",
-        keys=ConfigKeys(shared_width="shared_expert_intermediate_size"),
-    ),
-    "qwen3_moe": Family(),
-    "mixtral": Family(keys=_LOCAL),
-    "phimoe": Family(
-        router="router", keys=_LOCAL, elsewhere={"architectures": ["PhiMoEForCausalLM"]}
-    ),
-    "olmoe": Family(keys=ConfigKeys(width="intermediate_size")),
-    "deepseek": replace(_DEEPSEEK, register="camera.moe.deepseek"),
-    "deepseek_v2": _LATENT,
-    "deepseek_v3": replace(_LATENT, elsewhere={"scoring_func": "sigmoid"}),
-    "granitemoe": Family(
-        ffn="block_sparse_moe",
-        router="router",
-        residual_scale="residual_multiplier",
-        keys=_LOCAL,
-        checkpoint_names=ExpertNames(stacked=re.compile(rf"{_FUSED}|{_GRANITE}")),
-    ),
-    "llama": Family(),
-    "qwen3": Family(),
-}
-# their models compute on meta, where shapes are all that there is
-RUN_ON_META = frozenset(FAMILIES)
-
-
-def register_family(model_type: str, family: Family) -> None:
-    """Declare a model type that transformers knows and `FAMILIES` lacks."""
-    FAMILIES[model_type] = family
-
-
-def family_of(model_type: str) -> Family:
-    """The declaration of a model type; CameraError, naming the known ones, if there is none."""
-    if model_type not in FAMILIES:
-        for declaring in entry_points(group=ENTRY_POINTS, name=model_type):
-            declaring.load()  # a module that calls `register_family`
-    if model_type not in FAMILIES:
-        raise CameraError(
-            f"model type '{model_type}' is not supported: declare where its experts sit with "
-            "camera.moe.families.register_family, or choose a model of "
-            f"{', '.join(sorted(FAMILIES))}."
-        )
-    return FAMILIES[model_type]
-
-
-def layer_of(name: str) -> int | None:
-    """The number of the layer that a tensor belongs to; None for one outside the layers."""
-    found = _IN_A_LAYER.search(name)
-    return int(found[1]) if found else None
-
-
-def is_routed(path: str) -> bool:
-    """Whether a module path is that of routed experts, in any family."""
-    return any(family.is_routed(path) for family in FAMILIES.values())
