@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
+from camera.calibration.coverage import BySource, SourceTokens
+from camera.calibration.observers import ObserverSpec
 from camera.calibration.tokens import CalibrationTokens
 from camera.method import Method, Plan, Propagate
 from camera.moe.budget import Budget
@@ -97,6 +99,21 @@ class PassContext:
     def ids_NL(self) -> torch.Tensor:
         """The calibration samples of this rank."""
         return distributed.shard_samples(self.request.tokens.ids_NL)
+
+    def by_source(
+        self, spec: ObserverSpec, batch_tokens: int, found: SourceTokens
+    ) -> ObserverSpec | BySource:
+        """The spec; of a mixture, with what each source reaches counted in `found` beside it."""
+        tokens = self.request.tokens
+        if not tokens.sources:
+            return spec
+        dealt = distributed.shard_samples(torch.tensor(tokens.dealt)).tolist()
+        size, length = self.batch_size(batch_tokens), tokens.ids_NL.shape[1]
+        return BySource(spec, list(tokens.sources), dealt, size, length, found)
+
+    def batch_size(self, tokens: int) -> int:
+        """How many samples make a batch of so many tokens."""
+        return max(1, (tokens >> self.halvings) // self.request.tokens.ids_NL.shape[1])
 
     def each_layer(self, title: str, start: int) -> Iterator[int]:
         """The layers from `start` on; the first process shows how far it is."""

@@ -108,6 +108,24 @@ def _coverage(context: PassContext, statistics: Statistics | None) -> dict[str, 
             for path, expert in layer.unreached()
         ]
         found |= {"reached": experts - len(unreached), "unreached": unreached}
+    if context.state.sources:
+        found["sources"] = _by_source(context)
+    return found
+
+
+def _by_source(context: PassContext) -> dict[str, Any]:
+    """Of each source of a mixture how many experts it reaches, which not, and its tokens there."""
+    found: dict[str, Any] = {}
+    for index in sorted(context.state.sources, key=int):
+        for source, tokens_E in context.state.sources[index].items():
+            entry = found.setdefault(source, {"reached": 0, "unreached": [], "tokens": 0})
+            entry["reached"] += sum(count > 0 for count in tokens_E)
+            missed = [[int(index), e] for e, count in enumerate(tokens_E) if not count]
+            entry["unreached"] += missed
+            entry["tokens"] += sum(tokens_E)
+    for source, entry in found.items():
+        reached, of = entry["reached"], entry["reached"] + len(entry["unreached"])
+        log.info("calibration: %s reaches %d of %d experts", source, reached, of)
     return found
 
 

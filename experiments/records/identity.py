@@ -12,7 +12,7 @@ from typing import Any
 
 from camera import MATHEMATICS
 from camera.calibration.corpora import CORPORA, HUB, corpus_file
-from camera.calibration.settings import MIXTURES
+from camera.calibration.settings import shares_of
 from camera.checkpoint.source import fingerprint, resolve_model, revision_of
 from camera.evaluation.tasks.definitions import row_file
 from camera.runtime.errors import CameraError
@@ -49,7 +49,9 @@ def compression_identity(settings: Settings) -> dict[str, Any]:
         identity["save_dtype"] = settings.save_dtype
     if settings.calibrates:
         asked = arguments(settings.calibration)
-        sources = MIXTURES.get(asked["source"], (asked["source"],))
+        if asked.get("sources") is None:  # as before there were any
+            asked.pop("sources", None)
+        sources = shares_of(asked["source"], asked.get("sources"))
         identity["calibration"] = asked
         identity["calibration_text"] = _texts(settings.data, [(s, asked["split"]) for s in sources])
         identity["propagate"] = settings.propagate

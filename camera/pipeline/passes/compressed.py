@@ -32,6 +32,7 @@ from camera.runtime.buffers import trim_heap
 from camera.runtime.errors import CameraError
 from camera.runtime.overlap import BackgroundWriter
 from camera.streaming.batches import FfnInput, FfnOutput, FfnPhi, LayerInput
+from camera.streaming.memory import BATCH_TOKENS
 
 log = logging.getLogger("camera")
 
@@ -148,7 +149,8 @@ class CompressedPass:
             return (streamer.run_layer(index, inputs) if step.feed == "dense" else inputs), None
         observer = None
         if _reads_tokens(step):
-            observer = step.observer.build(index, streamer.model.feed_forward(index))
+            spec = context.by_source(step.observer, BATCH_TOKENS, context.state.sources)
+            observer = spec.build(index, streamer.model.feed_forward(index))
         stage: Stage = inputs
         if step.feed == "dense":
             stage = streamer.forward(index, inputs, observer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,8 @@ from camera.runtime import distributed
 from camera.streaming.batches import LayerInput
 from camera.streaming.memory import BATCH_TOKENS
 
+SOURCES = "sources"  # where a state and a file of statistics say what each source reached
+
 
 class DensePass:
     """Gathers statistics of the dense model, cached for every run that needs the same."""
@@ -26,15 +29,19 @@ class DensePass:
         """Statistics of every layer of the pool."""
 
         def gather(progress: PassProgress, folder: Path) -> Statistics:
-            return Statistics(self._gather(step, progress), self._context.about("dense"))
+            layers = self._gather(step, progress)
+            return Statistics(layers, self._context.about("dense") | reached_by(progress.state))
 
         spec = step.observer
         found = gathered_once(self._context, spec.key(), spec.statistics, type(spec), gather)
+        self._context.state.sources = found.about.get(SOURCES, {})
         return found.layers
 
     def _gather(self, step: Pass, progress: PassProgress) -> dict[int, LayerStatistics]:
         context, streamer = self._context, self._context.streamer
         progress.restore()
+        state = {SOURCES: {}} | reached_by(progress.state)
+        spec = context.by_source(step.observer, BATCH_TOKENS, state[SOURCES])
         batches = embedded(context)
         if progress.done:
             batches = resumed(batches, progress)
@@ -43,22 +50,26 @@ class DensePass:
             inputs, seen = streamer.attend(index, batches), None
             if index in context.budget.layers:
                 ffn = streamer.model.feed_forward(index)
-                observer = step.observer.build(index, ffn)
+                observer = spec.build(index, ffn)
                 batches = streamer.forward(index, inputs, observer)
-                seen = step.observer.finish(observer.result().all_reduced(), ffn).stored()
+                seen = spec.finish(observer.result().all_reduced(), ffn).stored()
             else:
                 batches = streamer.run_layer(index, inputs)
             streamer.model.free_layer(index)
-            progress.commit(index + 1, {}, [batch.hidden_BLH for batch in batches], seen)
+            progress.commit(index + 1, state, [batch.hidden_BLH for batch in batches], seen)
         distributed.barrier()  # rank 0 writes what all read
         return progress.statistics()
 
 
+def reached_by(state: dict[str, Any]) -> dict[str, Any]:
+    """What a state of a pass says of the sources of a mixture; nothing where there is one."""
+    return {SOURCES: state[SOURCES]} if state.get(SOURCES) else {}
+
+
 def embedded(context: PassContext) -> list[LayerInput]:
     """The calibration samples of this rank before the first layer."""
-    ids_NL = context.ids_NL
-    size = max(1, (BATCH_TOKENS >> context.halvings) // ids_NL.shape[1])
-    return context.streamer.embed({"input_ids": ids} for ids in ids_NL.split(size))
+    parts = context.ids_NL.split(context.batch_size(BATCH_TOKENS))
+    return context.streamer.embed({"input_ids": ids} for ids in parts)
 
 
 def resumed(batches: list[LayerInput], progress: PassProgress) -> list[LayerInput]:

@@ -6,15 +6,17 @@ folder, by its path or its name.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from camera.calibration.corpora import HUB
-from camera.calibration.settings import MIXTURES
+from camera.calibration.settings import MIXTURES, source_name
 from camera.evaluation.tasks.names import PAPER_TASKS
 from experiments.config.location import EMBEDDED
 from experiments.mirror import is_mirror
 
+SHARES = re.compile(r"(?:^| \+ )(.+?) ([\d.e-]+%)(?=$| \+ )")  # camera's `source_name`
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4"}
 SHORT_TEXTS = {"wikitext2": "Wiki2", "c4": "C4"}
 TASKS = {task.name: task.short_name for task in PAPER_TASKS}
@@ -36,6 +38,9 @@ def dataset_label(name: str, data: str, *, short: bool = False) -> str:
     What is embedded begins with "tiny", what lies in a folder with that folder's name; a file's
     name is its own.
     """
+    if parts := SHARES.findall(name):
+        named = ((dataset_label(part, data, short=short), share) for part, share in parts)
+        return " + ".join(f"{label} {share}" for label, share in named)
     if parts := MIXTURES.get(name):
         return " + ".join(dataset_label(part, data, short=short) for part in parts)
     if "/" in name or "\\" in name or "." in name:
@@ -51,6 +56,8 @@ def dataset_label(name: str, data: str, *, short: bool = False) -> str:
 
 def dataset_key(name: str, data: str) -> str:
     """The same as the name of a column in CSV files and of a key in trackers: no spaces."""
+    if parts := SHARES.findall(name):
+        return "+".join(f"{dataset_key(part, data)}_{share}" for part, share in parts)
     if data == HUB or "/" in name or "." in name:
         return name
     if data == EMBEDDED:
@@ -63,7 +70,7 @@ def with_text_named(identity: dict[str, Any], data: str) -> dict[str, Any]:
     calibration = identity.get("calibration")
     if not calibration:
         return identity
-    named = calibration | {"source": dataset_label(calibration["source"], data)}
+    named = calibration | {"source": dataset_label(source_name(calibration), data)}
     return identity | {"calibration": named}
 
 
