@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 import torch
 
-from camera.calibration.coverage import BySource, SourceTokens
+from camera.calibration.coverage import BySource
 from camera.calibration.observers import ObserverSpec
+from camera.calibration.super_experts import WithOutliers, super_experts
 from camera.calibration.tokens import CalibrationTokens
 from camera.method import Method, Plan, Propagate
 from camera.moe.budget import Budget
@@ -22,6 +23,8 @@ from camera.runtime.device.peak_memory import PeakMemory
 from camera.runtime.files import partial_of
 from camera.runtime.progress import each_layer
 from camera.streaming.streamer import LayerStreamer
+
+SOURCES, OUTLIERS = "sources", "outliers"  # what is noted beside statistics, in states and files
 
 
 class LayerListener(Protocol):
@@ -100,16 +103,29 @@ class PassContext:
         """The calibration samples of this rank."""
         return distributed.shard_samples(self.request.tokens.ids_NL)
 
-    def by_source(
-        self, spec: ObserverSpec, batch_tokens: int, found: SourceTokens
-    ) -> ObserverSpec | BySource:
-        """The spec; of a mixture, with what each source reaches counted in `found` beside it."""
+    def watched(self, spec: ObserverSpec, batch_tokens: int, found: dict[str, Any]) -> WithOutliers:
+        """The spec with what is noted in `found` beside it: experts' outliers, and of a mixture
+        what each source reaches."""
         tokens = self.request.tokens
         if not tokens.sources:
-            return spec
+            return WithOutliers(spec, found[OUTLIERS])
         dealt = distributed.shard_samples(torch.tensor(tokens.dealt)).tolist()
         size, length = self.batch_size(batch_tokens), tokens.ids_NL.shape[1]
-        return BySource(spec, list(tokens.sources), dealt, size, length, found)
+        by_source = BySource(spec, list(tokens.sources), dealt, size, length, found[SOURCES])
+        return WithOutliers(by_source, found[OUTLIERS])
+
+    def recall(self, about: dict[str, Any]) -> None:
+        """Take over what was noted beside statistics, from the head of their file."""
+        self.state.sources = about.get(SOURCES, {})
+        self.state.outliers = about.get(OUTLIERS, {})
+
+    def mark_super_experts(self) -> None:
+        """Mark in the pools of the model the super experts that are known so far."""
+        layers = self.budget.layers
+        experts = sum(len(pool.widths) for pool in layers.values())
+        known = super_experts(self.state.outliers, experts, len(self.streamer.model.layers))
+        for index, pool in layers.items():
+            pool.super_experts = known.get(index, [])
 
     def batch_size(self, tokens: int) -> int:
         """How many samples make a batch of so many tokens."""

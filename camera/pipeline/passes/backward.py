@@ -21,14 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from camera.calibration.coverage import BySource
 from camera.calibration.observers import ObserverSpec
 from camera.calibration.statistics import LayerStatistics, Statistics
+from camera.calibration.super_experts import WithOutliers
 from camera.method import Pass, Seen
 from camera.moe.gradients import backpropagate
 from camera.pipeline.cache import gathered_once
 from camera.pipeline.context import PassContext
-from camera.pipeline.passes.dense import SOURCES, reached_by, regrouped
+from camera.pipeline.passes.dense import noted, regrouped
 from camera.pipeline.resume import PassProgress
 from camera.runtime import distributed
 from camera.runtime.device.finite import all_finite
@@ -64,14 +64,14 @@ class BackwardPass:
                 )
             progress.restore()
             parts = context.ids_NL.split(context.batch_size(BACKWARD_TOKENS))
-            state = {SOURCES: {}} | reached_by(progress.state)
-            shown = context.by_source(spec, BACKWARD_TOKENS, state[SOURCES])
+            state = noted(progress.state)
+            shown = context.watched(spec, BACKWARD_TOKENS, state)
             way = BackwardWay(streamer, [{"input_ids": ids} for ids in parts], folder)
             layers = way.run(shown, context.each_layer, progress, state)
-            return Statistics(layers, context.about("dense") | reached_by(state))
+            return Statistics(layers, context.about("dense") | noted(state))
 
         found = gathered_once(context, spec.key(), spec.statistics, type(spec), gather)
-        context.state.sources = found.about.get(SOURCES, {})
+        context.recall(found.about)
         return found.layers
 
 
@@ -92,7 +92,7 @@ class BackwardWay:
 
     def run(
         self,
-        spec: ObserverSpec | BySource,
+        spec: ObserverSpec | WithOutliers,
         each_layer: EachLayer,
         progress: PassProgress,
         state: dict[str, Any] | None = None,
@@ -171,7 +171,7 @@ class BackwardWay:
                 self.gradients.append(_finite(gradient, "the head").view_as(hidden_BLH))
 
     def back(
-        self, index: int, spec: ObserverSpec | BySource | None = None
+        self, index: int, spec: ObserverSpec | WithOutliers | None = None
     ) -> LayerStatistics | None:
         """Gradients at a layer's output become those at its input; what `spec` saw of its FFN."""
         model = self.streamer.model
@@ -180,6 +180,8 @@ class BackwardWay:
             model.feed_forward(index),
             model.device,
         )
+        if isinstance(spec, WithOutliers):
+            spec.stream(index, [self._store.get(index, 0)] if self._arguments else [])
         observer = None if spec is None else spec.build(index, ffn)
         for i, arguments in enumerate(self._arguments):
             gradient = backpropagate(

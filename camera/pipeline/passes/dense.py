@@ -10,13 +10,11 @@ import torch
 from camera.calibration.statistics import LayerStatistics, Statistics
 from camera.method import Pass, Seen
 from camera.pipeline.cache import gathered_once
-from camera.pipeline.context import PassContext
+from camera.pipeline.context import OUTLIERS, SOURCES, PassContext
 from camera.pipeline.resume import PassProgress
 from camera.runtime import distributed
 from camera.streaming.batches import LayerInput
 from camera.streaming.memory import BATCH_TOKENS
-
-SOURCES = "sources"  # where a state and a file of statistics say what each source reached
 
 
 class DensePass:
@@ -30,18 +28,18 @@ class DensePass:
 
         def gather(progress: PassProgress, folder: Path) -> Statistics:
             layers = self._gather(step, progress)
-            return Statistics(layers, self._context.about("dense") | reached_by(progress.state))
+            return Statistics(layers, self._context.about("dense") | noted(progress.state))
 
         spec = step.observer
         found = gathered_once(self._context, spec.key(), spec.statistics, type(spec), gather)
-        self._context.state.sources = found.about.get(SOURCES, {})
+        self._context.recall(found.about)
         return found.layers
 
     def _gather(self, step: Pass, progress: PassProgress) -> dict[int, LayerStatistics]:
         context, streamer = self._context, self._context.streamer
         progress.restore()
-        state = {SOURCES: {}} | reached_by(progress.state)
-        spec = context.by_source(step.observer, BATCH_TOKENS, state[SOURCES])
+        state = noted(progress.state)
+        spec = context.watched(step.observer, BATCH_TOKENS, state)
         batches = embedded(context)
         if progress.done:
             batches = resumed(batches, progress)
@@ -50,6 +48,7 @@ class DensePass:
             inputs, seen = streamer.attend(index, batches), None
             if index in context.budget.layers:
                 ffn = streamer.model.feed_forward(index)
+                spec.stream(index, [at.residual_BLH for at in inputs[:1]])
                 observer = spec.build(index, ffn)
                 batches = streamer.forward(index, inputs, observer)
                 seen = spec.finish(observer.result().all_reduced(), ffn).stored()
@@ -61,9 +60,9 @@ class DensePass:
         return progress.statistics()
 
 
-def reached_by(state: dict[str, Any]) -> dict[str, Any]:
-    """What a state of a pass says of the sources of a mixture; nothing where there is one."""
-    return {SOURCES: state[SOURCES]} if state.get(SOURCES) else {}
+def noted(state: dict[str, Any]) -> dict[str, Any]:
+    """What the state of a pass notes beside statistics."""
+    return {SOURCES: dict(state.get(SOURCES, {})), OUTLIERS: dict(state.get(OUTLIERS, {}))}
 
 
 def embedded(context: PassContext) -> list[LayerInput]:
