@@ -37,7 +37,7 @@ class ExpertPruning(Method):
     exceed `sparsity` of `sparsity_of`: experts are whole, so what is realised is at most that, and
     less by less than one expert (of each group) per layer. Of `moe` and `routed` it is experts
     that count, of `model` their router rows too. Shared experts stay, and with
-    `spare_super_experts` those that were found (`camera.calibration.super_experts`).
+    `spare_super_experts` those that were found (`camera.calibration.experts.super_experts`).
     """
 
     plan_kind: ClassVar[str] = "experts"

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import torch
 
-from camera.calibration.coverage import BySource
+from camera.calibration.experts.coverage import BySource
+from camera.calibration.experts.super_experts import WithOutliers, super_experts
 from camera.calibration.observers import ObserverSpec
-from camera.calibration.super_experts import WithOutliers, super_experts
 from camera.calibration.tokens import CalibrationTokens
 from camera.method import Method, Plan, Propagate
 from camera.moe.budget import Budget

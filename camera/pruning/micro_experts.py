@@ -53,7 +53,7 @@ class MicroExpertPruning(Method):
     so that the checkpoint is native: serving engines take it. `width_multiple` rounds each expert's
     kept width for kernels, `min_width` keeps every expert at least that wide, `layer_floor` every
     layer's pool. `spare_super_experts` keeps those whole that were found
-    (`camera.calibration.super_experts`). `compensate` and what follows
+    (`camera.calibration.experts.super_experts`). `compensate` and what follows
     it: see `camera.compensation.settings`.
     """
 

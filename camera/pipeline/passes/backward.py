@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from camera.calibration.experts.super_experts import WithOutliers
 from camera.calibration.observers import ObserverSpec
 from camera.calibration.statistics import LayerStatistics, Statistics
-from camera.calibration.super_experts import WithOutliers
 from camera.method import Pass, Seen
 from camera.moe.gradients import backpropagate
 from camera.pipeline.cache import gathered_once

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import camera
+from camera.calibration.experts.super_experts import super_experts
 from camera.calibration.scores.energy import EnergyStatistics
-from camera.calibration.super_experts import super_experts
 from camera.calibration.tokens import calibration_tokens
 from camera.checkpoint.loading import load_tokenizer
 from camera.runtime.errors import CameraError

@@ -20,7 +20,7 @@ from camera.moe.pool import PoolIndex
 from camera.runtime.distributed import all_combined, world
 
 if TYPE_CHECKING:
-    from camera.calibration.coverage import BySource
+    from camera.calibration.experts.coverage import BySource
     from camera.moe.capture import ExpertCall
     from camera.moe.feed_forward import FeedForward
 
