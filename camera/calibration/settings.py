@@ -13,6 +13,7 @@ from camera.runtime.values import plain
 
 KEY = "calibration.source"
 MIX = "mix"
+SELF_SAMPLED = "ebss"  # text that the model itself writes
 # Mixtures with a name; those of any sources and shares are `MIX` with `Calibration.sources`.
 MIXTURES: dict[str, dict[str, float]] = {"mixed": {"wikitext2": 0.5, "c4": 0.5}}
 
@@ -21,8 +22,9 @@ MIXTURES: dict[str, dict[str, float]] = {"mixed": {"wikitext2": 0.5, "c4": 0.5}}
 class Calibration:
     """A calibration set: `samples` windows of `length` tokens from the `split` of a `source`.
 
-    `source` is wikitext2, c4, mixed (half of each), the path of a text or jsonl file (which has no
-    splits), or mix: windows of several of these, `sources` by their shares, which add up to 1.
+    `source` is wikitext2, c4, mixed (half of each), ebss (written by the model, balanced over its
+    experts), the path of a text or jsonl file (neither has splits), or mix: windows of several of
+    these, `sources` by their shares, which add up to 1.
     """
 
     source: str = "wikitext2"
@@ -47,7 +49,7 @@ def check_calibration(calibration: Calibration, *, data: str | Path) -> None:
             raise CameraError(
                 f"calibration.{name}={value}: give a whole number of at least {least}"
             )
-    source, known = calibration.source, (*CORPORA, *MIXTURES)
+    source, known = calibration.source, (*CORPORA, *MIXTURES, SELF_SAMPLED)
     if source == MIX or calibration.sources is not None:
         _check_shares(calibration)
     elif source not in known and not Path(source).expanduser().is_file():
@@ -66,7 +68,8 @@ def check_calibration(calibration: Calibration, *, data: str | Path) -> None:
         )
     key = KEY if calibration.sources is None else "calibration.sources"
     for name in shares:
-        check_corpus(data, name, calibration.split, key=key)
+        if name != SELF_SAMPLED:
+            check_corpus(data, name, calibration.split, key=key)
 
 
 def _check_shares(calibration: Calibration) -> None:

@@ -5,6 +5,7 @@ Shapes: S tokens of a stream, N windows, L tokens of a window.
 
 import logging
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from camera.calibration.corpora import find_corpus, load_documents
 from camera.calibration.settings import (
     KEY,
+    SELF_SAMPLED,
     Calibration,
     check_calibration,
     deal,
@@ -66,6 +68,7 @@ def calibration_tokens(
     seed: int,
     max_length: int | None = None,
     vocabulary: int | None = None,
+    write: Callable[[int, int], Tensor] | None = None,
 ) -> CalibrationTokens:
     """The calibration windows of a source, the same for the same seed, tokenizer and data.
 
@@ -75,6 +78,7 @@ def calibration_tokens(
     are long enough, documents in random order are joined with EOS and cut like WikiText, and
     `describe()["how"]` says so. `max_length` (the model's context) caps L;
     `vocabulary` is how many tokens the model embeds.
+    `write(N, L)` gives windows that the model itself writes, for the source ebss.
     A mixture deals each source's windows out in turn (`deal`).
 
     Raises CameraError for values that can't be, a source that can't be read, too little text, and
@@ -88,7 +92,7 @@ def calibration_tokens(
     capped = replace(calibration, length=min(calibration.length, max_length or calibration.length))
     shares = shares_of(capped.source, capped.sources)
     dealt = deal(list(shares.values()), capped.samples)
-    windows = _mixed(tokenizer, capped, list(shares), dealt, data, seed)
+    windows = _mixed(tokenizer, capped, list(shares), dealt, data, seed, write)
     if vocabulary is not None:
         require_own_tokens(int(windows.ids_NL.max()), vocabulary)
     _warn_of_unknown(tokenizer, windows.ids_NL, calibration.source)
@@ -130,10 +134,16 @@ def _mixed(
     dealt: list[int],
     data: str | Path,
     seed: int,
+    write: Callable[[int, int], Tensor] | None,
 ) -> Windows:
     """The windows of every source, in the order in which they are dealt."""
     parts = [part_of(calibration, name, dealt.count(i)) for i, name in enumerate(names)]
-    drawn = [_windows(tokenizer, part, data, seed) for part in parts]
+    drawn = [
+        _written(part, write)
+        if part.source == SELF_SAMPLED
+        else _windows(tokenizer, part, data, seed)
+        for part in parts
+    ]
     if len(drawn) == 1:
         return drawn[0]
     ids_NL = torch.empty(calibration.samples, calibration.length, dtype=torch.int64)
@@ -141,6 +151,14 @@ def _mixed(
         ids_NL[torch.tensor(dealt) == i] = windows.ids_NL
     how = "; ".join(f"{p.source}: {w.how}" for p, w in zip(parts, drawn, strict=True))
     return Windows(ids_NL, sum(w.documents for w in drawn), sum(w.tokens for w in drawn), how)
+
+
+def _written(calibration: Calibration, write: Callable[[int, int], Tensor] | None) -> Windows:
+    """The windows that the model itself writes."""
+    if write is None:
+        raise CameraError(f"{KEY}={SELF_SAMPLED} is written by the model that is compressed alone")
+    ids_NL = write(calibration.samples, calibration.length)
+    return Windows(ids_NL, len(ids_NL), ids_NL.numel(), "written by the model, experts balanced")
 
 
 def _windows(tokenizer, calibration: Calibration, data: str | Path, seed: int) -> Windows:

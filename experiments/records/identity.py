@@ -12,7 +12,7 @@ from typing import Any
 
 from camera import MATHEMATICS
 from camera.calibration.corpora import CORPORA, HUB, corpus_file
-from camera.calibration.settings import shares_of
+from camera.calibration.settings import SELF_SAMPLED, shares_of
 from camera.checkpoint.source import fingerprint, resolve_model, revision_of
 from camera.evaluation.tasks.definitions import row_file
 from camera.runtime.errors import CameraError
@@ -53,7 +53,8 @@ def compression_identity(settings: Settings) -> dict[str, Any]:
             asked.pop("sources", None)
         sources = shares_of(asked["source"], asked.get("sources"))
         identity["calibration"] = asked
-        identity["calibration_text"] = _texts(settings.data, [(s, asked["split"]) for s in sources])
+        texts = [(s, asked["split"]) for s in sources if s != SELF_SAMPLED]
+        identity["calibration_text"] = _texts(settings.data, texts)
         identity["propagate"] = settings.propagate
         identity["memory"] = {key: settings.memory[key] for key in ROUNDING}
         identity["seed"] = settings.seed

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from camera.calibration.corpora import HUB
-from camera.calibration.settings import MIXTURES, source_name
+from camera.calibration.settings import MIXTURES, SELF_SAMPLED, source_name
 from camera.evaluation.tasks.names import PAPER_TASKS
 from experiments.config.location import EMBEDDED
 from experiments.mirror import is_mirror
@@ -41,6 +41,8 @@ def dataset_label(name: str, data: str, *, short: bool = False) -> str:
     if parts := SHARES.findall(name):
         named = ((dataset_label(part, data, short=short), share) for part, share in parts)
         return " + ".join(f"{label} {share}" for label, share in named)
+    if name == SELF_SAMPLED:
+        return "EBSS"
     if parts := MIXTURES.get(name):
         return " + ".join(dataset_label(part, data, short=short) for part in parts)
     if "/" in name or "\\" in name or "." in name:
@@ -58,7 +60,7 @@ def dataset_key(name: str, data: str) -> str:
     """The same as the name of a column in CSV files and of a key in trackers: no spaces."""
     if parts := SHARES.findall(name):
         return "+".join(f"{dataset_key(part, data)}_{share}" for part, share in parts)
-    if data == HUB or "/" in name or "." in name:
+    if data == HUB or name == SELF_SAMPLED or "/" in name or "." in name:
         return name
     if data == EMBEDDED:
         return EMBEDDED_TEXTS.get(name, f"tiny {name}").replace(" ", "_")

@@ -213,7 +213,7 @@ def test_a_truncating_tokenizer_is_not_truncated(tokenizer, data):
             Calibration("mixed", 1, 8),
             "calibration.samples=1: calibration.source=mixed draws from 2",
         ),
-        (Calibration("pile"), "calibration.source=pile: neither one of wikitext2, c4, mixed nor"),
+        (Calibration("pile"), "calibration.source=pile: neither one of wikitext2, c4, mixed, ebss"),
         (Calibration(split="dev"), "calibration.source=wikitext2: no split 'dev'"),
         (Calibration("c4", split="validation"), "c4/validation.jsonl.gz is missing"),
     ],
