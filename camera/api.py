@@ -155,7 +155,7 @@ def _run(
         cache = Path(statistics).expanduser() if statistics else None
 
         def write(samples: int, length: int) -> Any:
-            from camera.pipeline.self_sampling import self_sampled
+            from camera.pipeline.passes.self_sampling import self_sampled
 
             return self_sampled(meta, tokenizer, samples, length, seed, cache, trust_remote_code)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import camera
-from camera.pipeline import self_sampling
-from camera.pipeline.self_sampling import BEAMS, TAU, balanced_text
+from camera.pipeline.passes import self_sampling
+from camera.pipeline.passes.self_sampling import BEAMS, TAU, balanced_text
 from camera.runtime.errors import CameraError
 from tests.helpers.models import build_model
 from tests.helpers.oracles import capture
