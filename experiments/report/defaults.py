@@ -38,7 +38,7 @@ def differences(settings: dict[str, Any], method: str) -> dict[str, str]:
     for key, value in flat(settings).items():
         name = key.removeprefix("method.")
         is_untold = key in UNTOLD or key.split(".")[0] in UNTOLD
-        if key in known and not is_untold and repr(value) != repr(known[key]):
+        if key in known and not is_untold and value != known[key]:
             told[name] = _readable(value)
     return told
 

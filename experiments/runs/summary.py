@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from experiments.config.settings import Settings
 
 # How a run is carried out: nothing of it is a property of the result.
-CARRIED_OUT = ("tracker", "output", "force", "retry", "keep_checkpoint", "objective")
+CARRIED_OUT = ("tracker", "output", "force", "retry", "keep_checkpoint", "objective", "dry_run")
 COSTS = ("sparsity/moe", "sparsity/model", "size/gb", "size/share")
 COSTS += ("seconds/calibrate", "seconds/compress", "seconds/evaluate", "memory/peak_gb")
 BITS = ("bits/stored", "bits/model")  # of methods that quantise

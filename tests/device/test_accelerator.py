@@ -66,7 +66,11 @@ def test_layers_come_by_a_stream_of_their_own(fake, device):
     place = torch.device(device)
     assert side_stream(place).device == place and side_stream(torch.device("cpu")) is None
     weight = torch.arange(64.0).view(8, 8)
-    layers = LayerPrefetcher(lambda layer, _: {"w": (weight + layer).pin_memory()}, 3, place)
+
+    def read(layer, _):
+        return {"w": (weight + layer).pin_memory().to(place, non_blocking=True)}
+
+    layers = LayerPrefetcher(read, 3, place)
     for layer in range(3):
         with fake_device.counting() as counts:
             (found,) = layers.get(layer).values()

@@ -34,7 +34,7 @@ TEXTS = {name: text_of(path) for name, path in PAGES.items()}
 # these name settings without their group
 MEASURED = ("differences.md", "performance.md", "results.md", *(n for n in PAGES if "/" in n))
 PLACEHOLDERS = {"NAME": "roofline"}  # of a benchmark; others will do as they stand
-WORDS = ("camera", "git", "make", "pip", "source", "wandb")
+WORDS = ("camera", "eval", "git", "make", "pip", "source", "wandb")
 ELLIPSIS = "…"
 
 
@@ -59,7 +59,8 @@ def commands() -> list[str]:
 
 def runs() -> list[str]:
     """What is said to main.py: every choice alone, a method's own settings beside the method."""
-    lines = [line.replace("...", "").partition("main.py")[2] for line in commands()]
+    told = [line for line in commands() if not line.startswith("eval ")]  # of the shell itself
+    lines = [line.replace("...", "").partition("main.py")[2] for line in told]
     parser = OverridesParser.create()
     found = []
     for words in filter(None, map(shlex.split, lines)):

@@ -65,7 +65,7 @@ def test_hydra_gets_the_overrides_and_a_sweep_its_flag(monkeypatch):
 def test_tables_of_an_output_folder(tmp_path, capsys):
     add(tmp_path, "a", "camera_p", 0.2)
     assert main(["tables", str(tmp_path)]) == 0
-    assert "camera_p" in capsys.readouterr().out
+    assert "Camera-P" in capsys.readouterr().out
 
 
 def test_a_refusal_is_one_sentence_and_exit_code_1(capsys):
