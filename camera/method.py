@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
 from camera.runtime.errors import CameraError
-from camera.runtime.files import CheckpointFiles
+from camera.runtime.files import CheckpointFiles, usual_mode
 from camera.runtime.registry import Registry
 from camera.runtime.values import seed_of, typed
 
@@ -158,7 +158,8 @@ class Plan:
         header = {"method": self.method, "settings": self.settings, "shared": self.shared}
         header |= {"model": self.model} if self.model else {}
         # one entry only: safetensors writes several in any order, and files are compared by bytes
-        save_file(tensors, path, metadata={"camera": json.dumps(header | {"layers": layers})})
+        with usual_mode(path):
+            save_file(tensors, path, metadata={"camera": json.dumps(header | {"layers": layers})})
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -62,7 +62,10 @@ def command() -> None:
 def _program() -> str:
     """What the user typed before the settings: `camera run`, or `python` and a file."""
     name = sys.argv[0]
-    return name if name.startswith("camera") else f"python {Path(name).name}"
+    if name.startswith("camera"):
+        return name
+    file = Path(name)
+    return "python -m experiments" if file.name == "__main__.py" else f"python {file.name}"
 
 
 @contextlib.contextmanager

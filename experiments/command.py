@@ -89,9 +89,16 @@ def _hydra(*before: str) -> Callable[[str, list[str]], int | None]:
     return call
 
 
-def _module(name: str, *before: str) -> Callable[[str, list[str]], int | None]:
+def _module(name: str) -> Callable[[str, list[str]], int | None]:
     def call(program: str, arguments: list[str]) -> int | None:
-        return import_module(name).main([*before, *arguments])
+        return import_module(name).main(arguments)
+
+    return call
+
+
+def _library(name: str) -> Callable[[str, list[str]], int | None]:
+    def call(program: str, arguments: list[str]) -> int | None:
+        return import_module("camera.__main__").main([name, *arguments], program="camera")
 
     return call
 
@@ -126,8 +133,10 @@ SUBCOMMANDS = {
     "tables": Subcommand("tables of an output folder", _module("experiments.tables.writing")),
     "figures": Subcommand("its figures", _module("experiments.figures.__main__")),
     "report": Subcommand("all of it on one HTML page", _module("experiments.report.__main__")),
-    "describe": Subcommand("what a model is made of", _module("camera.__main__", "describe")),
-    "export": Subcommand("a native checkpoint", _module("camera.__main__", "export")),
+    "describe": Subcommand("parameters and bytes of a model, as JSON", _library("describe")),
+    "export": Subcommand(
+        "what other programs read: native, GGUF, compressed-tensors", _library("export")
+    ),
     "lm-eval": Subcommand("lm-eval, on compressed checkpoints too", _lm_eval),
     "clean": Subcommand(
         "what lies in an output folder, and freeing it", _module("experiments.clean")

@@ -1,4 +1,4 @@
-"""Write the hub's data as a folder in the offline layout: `python -m experiments.mirror DIR`.
+"""Write the hub's texts and tasks as a folder in the offline layout.
 
 Run it where there is internet, copy DIR to where there is none, and set `data=DIR` there. Files
 that are there are kept, so an interrupted mirror is finished by running it again.
@@ -138,9 +138,7 @@ def _whole(path: Path) -> Iterator[IO[bytes]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.mirror", description=mirror.__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="camera mirror", description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="where to write; give it later as data=DIR")
     parser.add_argument(
         "--c4-documents", type=int, metavar="N", help="only the first N documents of each C4 shard"

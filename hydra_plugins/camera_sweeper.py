@@ -102,7 +102,7 @@ class GridSweeper(Sweeper):
         assert self.config is not None and self.hydra_context is not None
         loader = self.hydra_context.config_loader
         asked = overrides_of(self.params, self.grids, arguments, loader)
-        log.info("Planning %d jobs", len(asked))
+        log.info("Planning %d job%s", len(asked), "" if len(asked) == 1 else "s")
         remote = "camera_launchers" in self.config.hydra.launcher._target_
         jobs = planned(asked, self.config, loader, partial(check_planned, here=not remote))
         for sentence in advice(jobs, self.grids, arguments):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from camera.runtime.errors import CameraError
+from camera.runtime.files import usual_mode
 from camera.runtime.registry import Registry
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ class Statistics:
             "about": self.about,
         }
         # one entry only: safetensors writes several in any order, and files are compared by bytes
-        save_file(tensors, path, metadata={"camera": json.dumps(header)})
+        with usual_mode(path):
+            save_file(tensors, path, metadata={"camera": json.dumps(header)})
 
     @classmethod
     def load(cls, path: Path) -> Statistics:

@@ -112,9 +112,10 @@ def _run(
         last = CompressedPass(context, progress, writer)
         last.run(passes[-1], seen, plan)
         result = publish(context, last, progress, writer)
-    took = format_bytes(peak.added)
+    where = "on top of the process itself"
     if estimate.device is not None:
-        took += f" on the device and {format_bytes(peak.host_added)} of the system's memory"
+        where = f"on the device and {format_bytes(peak.host_added)} of the system's memory"
+    took = f"{format_bytes(peak.added)} {where}"
     log.info("%s: this took %s", request.out.name, took)
     return result
 

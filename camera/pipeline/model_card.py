@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from camera.compensation.settings import CompensationSettings
 
 if TYPE_CHECKING:
     from camera.pipeline.result import CompressionResult
@@ -31,6 +35,7 @@ tags:
 | realised sparsity of the routed experts | {routed} |
 | weight files | {before:.1f} MB before, {after:.1f} MB after |
 | calibration | {calibration} |
+| made by | {made_by} |
 
 {loading}
 `camera.json` holds every number of the run that made this model.
@@ -89,14 +94,22 @@ def model_card(result: CompressionResult) -> str:
         base=_cell(result.model),
         name=result.model.rstrip("/").rpartition("/")[2],
         method=result.method,
-        settings=_cell(", ".join(f"{key}={value}" for key, value in result.settings.items())),
+        settings=_cell(", ".join(f"{key}={value}" for key, value in _used(result.settings))),
         asked=f"{sparsity['asked']} of {sparsity['of']}",
         before=result.bytes["dense"] / 1e6,
         after=result.bytes["compressed"] / 1e6,
         calibration=_cell(calibration),
+        made_by=", ".join(f"{name} {number}" for name, number in result.versions.items()),
         loading=NATIVE if result.native else OWN_FORMAT,
         **{key: _percent(sparsity[key]) for key in ("moe", "model", "routed")},
     )
+
+
+def _used(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The settings without those of a refit that wasn't asked for."""
+    refit = {field.name for field in fields(CompensationSettings)}
+    idle = refit if settings.get("compensate") == "none" else set()
+    return [(key, value) for key, value in settings.items() if key not in idle]
 
 
 def _cell(text: str) -> str:

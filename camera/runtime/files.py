@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -85,6 +86,18 @@ def _told_apart(less: int, more: int) -> tuple[str, str]:
     texts = ([f"{n / unit:.{digits}f} {name}" for n in (less, more)] for digits in range(1, 10))
     has, needs = next(pair for pair in texts if pair[0] != pair[1])
     return has, needs
+
+
+@contextmanager
+def usual_mode(path: Path) -> Iterator[None]:
+    """Give a file that is written inside the permissions of any new file of this user.
+
+    safetensors writes to a private file (0600) and renames it.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    yield
+    path.chmod(stat.S_IMODE(mode))
 
 
 def write_json(path: Path, content: dict) -> None:

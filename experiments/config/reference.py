@@ -182,6 +182,7 @@ def help_text(
         f"{program} experiment=main": "a preset",
         f"{program} --help method=heapr": "the settings of another method",
     }
+    column = max(map(len, examples)) + 2
     chosen = {"method": "camera_p", "evaluation": "quick", "calibration": "wikitext2"}
     chosen |= {"tracker": "wandb", "model": "tiny_moe"}
     for argument in arguments:
@@ -191,7 +192,7 @@ def help_text(
     lines = [
         f"{program} [SETTING=VALUE ...]: compress a model, measure it, put it in a table.",
         "",
-        *(f"  {command:<58}{meaning}" for command, meaning in examples.items()),
+        *(f"  {command:<{column}}{meaning}" for command, meaning in examples.items()),
     ]
     for group in GROUPS:
         found = choices(group).values()

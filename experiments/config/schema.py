@@ -176,8 +176,14 @@ def naming_valid_keys() -> Iterator[None]:
             print(told)
         if isinstance(refusal, KEY_ERRORS) and isinstance(parent, DictConfig):
             keys = sorted(str(key) for key in parent if key not in ("hydra", "_target_"))
-            print(f"Valid keys here: {', '.join(keys) or 'none'}")
+            print(f"Valid keys here: {', '.join(keys)}" if keys else _without_keys(refusal))
         raise
+
+
+def _without_keys(refusal: Any) -> str:
+    group, _, key = str(refusal.full_key).rpartition(".")
+    chosen = getattr(refusal.object_type, "__name__", "what is chosen").lower()
+    return f"{group}={chosen} has no settings of its own: leave {group}.{key} out."
 
 
 def _renaming(refusal: BaseException | None) -> str | None:

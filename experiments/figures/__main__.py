@@ -1,4 +1,4 @@
-"""`python -m experiments.figures DIR`: draw what the runs below an output folder show."""
+"""Draw what the runs of an output folder show: of all to DIR/figures, of each to its own folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from experiments.tables.rows import runs_below
 
 def main(arguments: list[str]) -> int:
     """Draw the figures over all runs to DIR/figures, and those of each run in its own folder."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.figures", description=__doc__)
+    parser = argparse.ArgumentParser(prog="camera figures", description=__doc__)
     parser.add_argument("folder", type=user_folder, metavar="DIR", help="what was `output`")
     folder = parser.parse_args(arguments).folder
     try:

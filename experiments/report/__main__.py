@@ -1,4 +1,4 @@
-"""`python -m experiments.report DIR`: one HTML page about the runs of an output folder."""
+"""One HTML page about the runs of an output folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experiments.tables.rows import runs_below
 
 def main(arguments: list[str]) -> int:
     """Write the page and say where it is."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="camera report", description=__doc__)
     parser.add_argument("folder", type=user_folder, metavar="DIR", help="what was `output`")
     parser.add_argument("--out", type=user_folder, help="the page (default: DIR/report.html)")
     asked = parser.parse_args(arguments)

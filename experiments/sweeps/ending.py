@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.config.constructor import build
 from experiments.records.failures import one_line
-from experiments.records.files import OutputFolder, RunFiles, SweepFiles
+from experiments.records.files import INTERRUPTIONS, OutputFolder, RunFiles, SweepFiles
 from experiments.records.outcome import outcome_of_sweep
 from experiments.runs.tracker import CarefulTracker
 from experiments.sweeps.drawing import draw_sweep
@@ -43,11 +43,13 @@ def end_sweep(
     A sweep that was gone through is told to the tracker too, whose settings are given.
     """
     found = list(ends)
-    failed = {
-        (record["folder"] or " ".join(job.overrides), record["error"])
+    ended = {
+        (_name(record["folder"], job), record["error"])
         for job, record in found
         if record and record["error"]
     }
+    interrupted = {(name, error) for name, error in ended if error.startswith(INTERRUPTIONS)}
+    failed = ended - interrupted
     waiting = sum(record is None for _, record in found)
     folders = [Path(record["folder"]) for _, record in found if record and record["folder"]]
     try:
@@ -60,13 +62,22 @@ def end_sweep(
         log.error("The table can't be made: %s", one_line(error), exc_info=True)
     for folder, error in sorted(failed):
         print(f"failed: {folder}: {error}", file=sys.stderr)
+    for folder, _ in sorted(interrupted):
+        print(f"interrupted: {folder}", file=sys.stderr)
     if waiting:
-        print(f"{waiting} jobs were not started.", file=sys.stderr)
+        print(
+            f"{waiting} {'job was' if waiting == 1 else 'jobs were'} not started.", file=sys.stderr
+        )
     done = sum(record is not None and not record["error"] for _, record in found)
     print(f"{done} of {len(found)} jobs done; table: {sweep.table}")
     if finished := [folder for folder in dict.fromkeys(folders) if RunFiles(folder).is_done]:
         print("\n".join(outcome_of_sweep(finished, output)))
     return done == len(found)
+
+
+def _name(folder: str | None, job: SweepJob) -> str:
+    """What a failed job is called: its folder, or its settings where it was refused one."""
+    return folder if folder and Path(folder).is_dir() else " ".join(job.overrides)
 
 
 @contextmanager

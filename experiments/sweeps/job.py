@@ -133,7 +133,9 @@ def _failure(config: DictConfig, sweep: SweepFiles | None) -> str | None:
         error = one_line(failure)
         # A traceback only for what the user can't fix.
         expected = isinstance(failure, CameraError)
-        log.error("%s: %s", _folder(config) or "job", error, exc_info=not expected)
+        folder = _folder(config)
+        place = f"{folder}: " if folder and folder.is_dir() else ""  # what is refused leaves none
+        log.error("%s%s", place, error, exc_info=not expected)
         return error
     return None
 

@@ -1,4 +1,4 @@
-"""The tables of runs, made from their folders: `python -m experiments.tables DIR` at any time.
+"""The tables of runs, made from their folders at any time.
 
 DIR is an output folder, or any folder that has run folders below it. The page is table.md and
 table.tex: a table per study, a row per setting with the mean over its seeds. Every single run is a
@@ -92,7 +92,7 @@ def _by_data(frame: pd.DataFrame) -> pd.DataFrame:
 
 def main(arguments: list[str]) -> int:
     """Remake and print the tables of a folder."""
-    parser = argparse.ArgumentParser("python -m experiments.tables", description=__doc__)
+    parser = argparse.ArgumentParser(prog="camera tables", description=__doc__)
     parser.add_argument("folder", type=user_folder, metavar="DIR")
     parser.add_argument(
         "--errors",

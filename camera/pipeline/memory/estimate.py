@@ -121,13 +121,13 @@ class MemoryEstimate:
         place = {"device": "on the device", "ram": "in memory", "disk": "on disk"}
         phi = "kept" if self.keep_phi else "recomputed"
         work = f", the method {format_bytes(self.method)}" if self.method else ""
-        where = "beside the process itself"
+        where = "on top of the process itself"
         if self.device is not None:
             where = f"on the device and {format_bytes(self.host_peak)} of the system's memory"
         return (
             f"about {format_bytes(self.peak)} {where} (largest layer "
             f"{format_bytes(self.layer)}{experts}, hidden states {format_bytes(self.hidden)} "
-            f"{place[self.hidden_place]}, phi {format_bytes(self.phi)} {phi}, a batch "
+            f"{place[self.hidden_place]}, activations {format_bytes(self.phi)} {phi}, a batch "
             f"{format_bytes(self.working)}{work})"
         )
 

@@ -172,9 +172,9 @@ def test_the_estimate_is_logged_before_and_the_fact_after(
     said = [record.message for record in caplog.records if record.message.startswith("out: this")]
     assert len(said) == 2
     assert re.search(
-        r"this takes about \d+\.\d\d MB beside the process itself \(largest layer", said[0]
+        r"this takes about \d+\.\d\d MB on top of the process itself \(largest layer", said[0]
     )
-    assert re.search(r"this took \d+(\.\d+)? (MB|kB|bytes)$", said[1])
+    assert re.search(r"this took \d+(\.\d+)? (MB|kB|bytes) on top of the process itself$", said[1])
     assert 0 < result.expected_memory_bytes < 2 * result.peak_memory_bytes
 
 

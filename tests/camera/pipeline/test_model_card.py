@@ -29,6 +29,20 @@ def test_a_bar_ends_no_cell(result):
     assert "| settings | target=a\\|b |" in card and "| base model | x\\|y |" in card
 
 
+def test_settings_of_a_refit_are_told_where_there_is_one(result):
+    refit = {"target": "dense", "ridges": [1.0], "sweeps": 8, "held_out": 0.125}
+    for compensate, told in (("none", False), ("layer", True)):
+        settings = {"sparsity": 0.4, "compensate": compensate, **refit}
+        card = model_card(dataclasses.replace(result, settings=settings))
+        assert "sparsity=0.4" in card and f"compensate={compensate}" in card
+        assert [f"{key}={value}" in card for key, value in refit.items()] == [told] * 4
+
+
+def test_the_version_that_made_it_is_told(result):
+    card = model_card(dataclasses.replace(result, versions={"camera-moe": "9.8", "torch": "7.6"}))
+    assert "| made by | camera-moe 9.8, torch 7.6 |" in card
+
+
 def test_a_model_of_the_hubs_cache_has_its_hub_id(tmp_path, monkeypatch):
     cached = tmp_path / "models--own--moe" / "snapshots" / "0123abc"
     cached.mkdir(parents=True)

@@ -211,6 +211,12 @@ def test_the_command_names_the_valid_keys(capsys):
     assert "Traceback" not in printed
 
 
+def test_a_choice_without_settings_says_so(capsys):
+    assert command("method=dense", "method.alpha=0.3") == 1
+    printed = "".join(capsys.readouterr())
+    assert "method=dense has no settings of its own: leave method.alpha out." in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

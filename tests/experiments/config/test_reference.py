@@ -70,6 +70,14 @@ def test_help_names_the_command_that_was_typed():
     assert "python main.py -m method=" in reference.help_text()
 
 
+@pytest.mark.parametrize("program", ["camera run", "python main.py", "python -m experiments"])
+def test_an_example_stands_apart_from_its_meaning(program):
+    lines = reference.help_text(program=program).splitlines()
+    examples = [line for line in lines[:7] if line.startswith("  ")]
+    assert len(examples) == 4
+    assert len({len(line) - len(line.split("  ")[-1].lstrip()) for line in examples}) == 1
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_help_fits_the_terminal(width):
     lines = reference.help_text(width=width).splitlines()

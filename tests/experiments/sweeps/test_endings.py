@@ -140,9 +140,9 @@ def test_an_interrupted_sweep_ends_in_its_table(number, code, sweep, tmp_path, m
     monkeypatch.setattr(runs, "assemble", interrupted)
     assert command(*sweep, "seed=1,2,3") == code
     said = "".join(capsys.readouterr())
-    assert "1 of 3 jobs done" in said and "1 jobs were not started" in said
+    assert "1 of 3 jobs done" in said and "1 job was not started" in said
     assert "Interrupted" in said and "the same command goes on." in said
-    assert "Traceback" not in said
+    assert "Traceback" not in said and "failed" not in said and "interrupted: " in said
     statuses = sorted(status.split(":")[0] for status in table_of(the_sweep(tmp_path)).values())
     assert statuses == ["done", "interrupted"]
     monkeypatch.setattr(runs, "assemble", assemble)

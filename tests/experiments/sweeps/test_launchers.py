@@ -108,7 +108,7 @@ def test_a_package_that_is_not_installed_is_named(
     assert command(*overrides, f"hydra/launcher={launcher}") == 1
     said = "".join(capsys.readouterr())
     assert f"pip install 'camera-moe[{launcher}]'" in said and "Traceback" not in said
-    assert "1 jobs were not started" in said and "0 of 1 jobs done" in said
+    assert "1 job was not started" in said and "0 of 1 jobs done" in said
     assert "table can't be made" not in said
 
 
