@@ -28,7 +28,7 @@ METHODS = {
 }
 MATHEMATICS = 1
 COSTS = {
-    "aimer": 0.25,
+    "aimer": 0.2531,
     "camera_p": 0.1010,
     "camera_plus": 0.1042,
     "camera_q": 0.2373,
