@@ -3,6 +3,7 @@
 # make test-cpus  the numerical tests as older CPUs run them: other vector widths, other sum orders
 # make test-device  tests of the device, and those that leave the device to `auto`, with a fake
 #             accelerator; needs a C++ compiler
+# make test-gpu  on a real card: equality with the CPU, and measurements; writes gpu-report.json
 # make cluster-test  a sweep each on SLURM, Ray, joblib and torchrun, some 10 minutes; SLURM needs
 #             apt-get install slurm-wlm munge, and is left out without
 # make docs   the documentation as a site: site/index.html, or with search python -m http.server -d site
@@ -12,7 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: run test test-cpus test-device cluster-test docs clean
+.PHONY: run test test-cpus test-device test-gpu cluster-test docs clean
 
 run: $(READY)
 	$(VENV)/bin/python main.py experiment=main $(ARGS)
@@ -35,6 +36,9 @@ ON_DEVICE := $(addprefix tests/,camera/pipeline/test_resume.py camera/pipeline/t
 test-device: $(READY)
 	$(VENV)/bin/python -m pytest --accelerator=cuda $(ON_DEVICE) $(ARGS)
 	$(VENV)/bin/python -m pytest --accelerator=camdev:2 tests/device $(ARGS)
+
+test-gpu: $(READY)
+	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
 
 cluster-test: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \

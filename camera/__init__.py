@@ -24,6 +24,7 @@ _MODULES = {
     "CameraQ": "camera.quantization.camera_q",
     "CameraQDagger": "camera.quantization.camera_q_dagger",
     "CompressionResult": "camera.pipeline.result",
+    "LayerwiseBits": "camera.quantization.layerwise.bits",
     "MemoryChoices": "camera.streaming.settings",
     "Plan": "camera.method",
     "apply": "camera.api",
@@ -32,7 +33,9 @@ _MODULES = {
     "describe": "camera.api",
     "evaluate": "camera.evaluation.evaluate",
     "export": "camera.engines.export",
+    "imatrix": "camera.engines.gguf.imatrix",
     "load": "camera.checkpoint.loading",
+    "tensor_types": "camera.engines.gguf.tensor_types",
 }
 __all__ = [*_MODULES]
 

@@ -1,4 +1,4 @@
-"""`python -m camera export FROM TO` and `python -m camera describe MODEL`: what needs no Hydra."""
+"""Subcommands of `python -m camera` that need no Hydra: exports, and what a model is made of."""
 
 import argparse
 import json
@@ -30,6 +30,23 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m camer
     command.add_argument("model", help="folder of a checkpoint, or its id on the hub")
     command.add_argument("--trust-remote-code", action="store_true", help="run its Python code")
     command.set_defaults(carry_out=_describe)
+    command = commands.add_parser("imatrix", help="importance matrix for llama-quantize")
+    command.add_argument("model", help="folder of a checkpoint, or its id on the hub")
+    command.add_argument("out", help="file to write, which must not exist")
+    command.add_argument("--source", default="wikitext2", help="wikitext2, c4, mixed, or a file")
+    command.add_argument("--samples", type=int, default=128, help="windows of text (128)")
+    command.add_argument("--length", type=int, default=2048, help="tokens of each (2048)")
+    command.add_argument("--data", default="hub", help="hub, or a folder in the offline layout")
+    command.add_argument("--seed", type=int, default=1234, help="of the windows (1234)")
+    command.add_argument("--device", default="auto")
+    command.add_argument("--dtype", default="auto", help="to compute in")
+    command.add_argument("--trust-remote-code", action="store_true")
+    command.set_defaults(carry_out=_imatrix)
+    command = commands.add_parser("tensor-types", help="types by layer for llama-quantize")
+    command.add_argument("checkpoint", help="folder of a quantised checkpoint")
+    command.add_argument("out", help="file to write, which must not exist")
+    command.add_argument("--trust-remote-code", action="store_true")
+    command.set_defaults(carry_out=_tensor_types)
     asked = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("camera").setLevel(logging.INFO)
@@ -54,6 +71,28 @@ def _export(asked: argparse.Namespace) -> None:
         pre=asked.pre,
         trust_remote_code=asked.trust_remote_code,
     )
+
+
+def _imatrix(asked: argparse.Namespace) -> None:
+    from camera.calibration.settings import Calibration
+    from camera.engines.gguf.imatrix import imatrix
+
+    imatrix(
+        asked.model,
+        asked.out,
+        calibration=Calibration(asked.source, asked.samples, asked.length),
+        data=asked.data,
+        seed=asked.seed,
+        device=asked.device,
+        dtype=asked.dtype,
+        trust_remote_code=asked.trust_remote_code,
+    )
+
+
+def _tensor_types(asked: argparse.Namespace) -> None:
+    from camera.engines.gguf.tensor_types import tensor_types
+
+    tensor_types(asked.checkpoint, asked.out, asked.trust_remote_code)
 
 
 def _describe(asked: argparse.Namespace) -> None:

@@ -170,10 +170,13 @@ def _run(
         )
     listeners: Sequence[LayerListener] = ()
     if measures is not None and distributed.rank() == 0:
+        from camera.evaluation.divergence.reference import DenseReference
         from camera.evaluation.suite import EvaluationDuringCompression
 
         tokenizer = load_tokenizer(folder, trust_remote_code)
-        listeners = (EvaluationDuringCompression(meta, tokenizer, measures),)
+        kept = Path(statistics).expanduser() if statistics else request.private_statistics
+        dense = DenseReference(folder, kept, device, dtype, trust_remote_code, progress=progress)
+        listeners = (EvaluationDuringCompression(meta, tokenizer, measures, dense),)
     request = CompressionRequest(
         name,
         method,

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """Every subcommand with its line of help."""
-    lines = [f"  {name:<12}{entry.help}" for name, entry in SUBCOMMANDS.items()]
+    lines = [f"  {name:<14}{entry.help}" for name, entry in SUBCOMMANDS.items()]
     return "\n".join(
         ["usage: camera COMMAND ...", "", *lines, "", "camera COMMAND --help says more."]
     )
@@ -137,6 +137,8 @@ SUBCOMMANDS = {
     "export": Subcommand(
         "what other programs read: native, GGUF, compressed-tensors", _library("export")
     ),
+    "imatrix": Subcommand("an importance matrix for llama-quantize", _library("imatrix")),
+    "tensor-types": Subcommand("types by layer for llama-quantize", _library("tensor-types")),
     "lm-eval": Subcommand("lm-eval, on compressed checkpoints too", _lm_eval),
     "clean": Subcommand(
         "what lies in an output folder, and freeing it", _module("experiments.clean")

@@ -10,6 +10,7 @@ import camera
 from tests import fake_device
 from tests.helpers import gptq_problem
 from tests.helpers.golden import golden_folder, golden_values
+from tests.helpers.gpu_report import MARK, GpuReport, about_card, real_card
 from tests.helpers.models import build_model, build_tokenizer, write_layout
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -46,6 +47,16 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "golden(method, pattern): run with `expected`, each golden value of that method and name",
     )
+    if config.option.markexpr == MARK:
+        card = real_card()
+        about = None if card is None else about_card(card)
+        config.pluginmanager.register(GpuReport(config.rootpath, about), "gpu report")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    if config.option.markexpr == MARK:  # one process has the card for itself
+        config.option.numprocesses = 0
 
 
 def _give_fake_device() -> None:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     import torch
 
 KINDS = Registry(
-    "kind of statistics", "statistics.kind", packages=("camera.calibration", "baselines")
+    "kind of statistics",
+    "statistics.kind",
+    packages=("camera.calibration", "camera.quantization", "baselines"),
 )
 
 

@@ -236,7 +236,7 @@ class _Packer:
         (bits,) = cut["bits"]
         rows, columns = matrix.codes_RC.shape
         size = spec["group_size"]
-        if size is not None and size >= columns:
+        if size is not None and size > columns:
             size = None
         if bits not in BITS:
             raise CameraError(f"module {path} has {bits} bits: engines take 2 to 8.")

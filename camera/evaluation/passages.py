@@ -77,7 +77,7 @@ class Passage:
         return {
             "perplexity": math.exp(mean) if mean < 700 else math.inf,
             "nll_per_token": mean,
-            "nll_stderr": _standard_error(nlls, scored),
+            "nll_stderr": standard_error(nlls, scored),
             "nll_per_block": [nll / count for nll, count in zip(nlls, scored, strict=True)],
             "tokens": tokens,
             "blocks": len(self.blocks),
@@ -92,7 +92,7 @@ class Passage:
         }
 
 
-def _standard_error(nlls: list[float], scored: list[int]) -> float | None:
+def standard_error(nlls: list[float], scored: list[int]) -> float | None:
     """Of the mean nll over tokens, that of a ratio of sums over B blocks drawn independently.
 
     √(B / (B - 1) · Σ_b (nll_b - mean · tokens_b)²) / Σ_b tokens_b; None for a single block.

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from camera.evaluation.divergence.meter import DivergenceMeter, TokenObserver
+from camera.evaluation.divergence.reference import DenseReference, require_reference
 from camera.evaluation.passages import Block, Passage, at_least_one, read_passage
 from camera.runtime.progress import progress_bar
 from camera.streaming.lm_head import tokens_per_chunk
@@ -29,6 +31,8 @@ def perplexity(
     stride: int | None = None,
     limit: int | None = None,
     batch_size: int = 1,
+    reference: DenseReference | None = None,
+    top: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Perplexity of a causal language model on a corpus.
@@ -48,10 +52,12 @@ def perplexity(
     model's dtype.
 
     Returns perplexity, nll_per_token, nll_stderr (its standard error over the blocks as
-    independent draws, `passages._standard_error`; None for one block), nll_per_block (mean over the
+    independent draws, `passages.standard_error`; None for one block), nll_per_block (mean over the
     tokens of each: two models differ by less than nll_stderr says, as they see the same blocks),
     tokens (scored), blocks, length, stride, corpus, split,
-    stream, documents, data_hash (sha256 of the stream's token ids that were read), seconds.
+    stream, documents, data_hash (sha256 of the stream's token ids that were read), seconds. With
+    `top` (evaluation.divergence) also divergence, the comparison with the dense model of
+    `reference` by its `top` likeliest tokens: see `DivergenceMeter.result`.
     Raises CameraError for an impossible length, stride, limit or batch_size, too little text, and
     logits that aren't finite.
     """
@@ -66,14 +72,22 @@ def perplexity(
         stride=stride,
         limit=limit,
     )
-    started = time.perf_counter()
-    nlls = _nll_of_blocks(model, passage, batch_size, progress)
-    return passage.result(nlls, time.perf_counter() - started)
+    if top is None:
+        started = time.perf_counter()
+        nlls = _nll_of_blocks(model, passage, batch_size, progress, None)
+        return passage.result(nlls, time.perf_counter() - started)
+    (dense,) = require_reference(reference).of([passage], top)
+    meter, started = DivergenceMeter(passage, dense), time.perf_counter()
+    nlls = _nll_of_blocks(model, passage, batch_size, progress, meter)
+    found = passage.result(nlls, time.perf_counter() - started)
+    return found | {"divergence": meter.result()}
 
 
-def _nll_of_blocks(model, passage: Passage, batch_size: int, progress: bool) -> list[float]:
-    """Σ nll of every block's scored tokens, summed in fp64."""
-    nlls, blocks, ids_S = [], passage.blocks, passage.ids_S
+def _nll_of_blocks(
+    model, passage: Passage, batch_size: int, progress: bool, observer: TokenObserver | None
+) -> list[float]:
+    """Σ nll of every block's scored tokens, summed in fp64; an observer sees their predictions."""
+    nlls, blocks, ids_S, seen = [], passage.blocks, passage.ids_S, 0
     with (
         _evaluating(model) as device,
         progress_bar(passage.title, len(blocks), "blocks", show=progress) as advance,
@@ -81,7 +95,11 @@ def _nll_of_blocks(model, passage: Passage, batch_size: int, progress: bool) -> 
         for batch in _batches(blocks, batch_size):
             ids_BL = torch.stack([ids_S[block.begin : block.end] for block in batch]).to(device)
             logits_BLV = model(input_ids=ids_BL, use_cache=False).logits
-            found = _scored_nll(logits_BLV, ids_BL, [block.scored for block in batch])
+            scored = [block.scored for block in batch]
+            found = _scored_nll(logits_BLV, ids_BL, scored)
+            if observer is not None:
+                _show(observer, logits_BLV, scored, seen)
+            seen += sum(scored)
             nlls += [passage.finite(n, block) for n, block in zip(found, batch, strict=True)]
             advance(len(batch))
     return nlls
@@ -118,6 +136,19 @@ def _scored_nll(logits_BLV: Tensor, ids_BL: Tensor, scored: list[int]) -> list[f
         is_scored_BC = (position_C >= first_B1).to(nll_BC.device)
         total_B += nll_BC.masked_fill(~is_scored_BC, 0.0).cpu().sum(1, dtype=torch.float64)
     return total_B.tolist()
+
+
+def _show(observer: TokenObserver, logits_BLV: Tensor, scored: list[int], seen: int) -> None:
+    """Tell an observer how the last `scored` tokens of each row are predicted, by chunks; `seen`
+    tokens of the passage came before."""
+    L, chunk = logits_BLV.shape[1], tokens_per_chunk(logits_BLV.shape[2])
+    for logits_LV, count in zip(logits_BLV, scored, strict=True):
+        first = L - 1 - count  # the position that predicts the first scored token
+        for begin in range(0, count, chunk):
+            end = min(begin + chunk, count)
+            log_AV = logits_LV[first + begin : first + end].log_softmax(-1, torch.float32)
+            observer.observe(torch.arange(seen + begin, seen + end), log_AV)
+        seen += count
 
 
 @contextmanager

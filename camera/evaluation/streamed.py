@@ -12,6 +12,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
+from camera.evaluation.divergence.meter import TokenObserver
 from camera.evaluation.shared_context import MASKABLE, Pack, Rows, packs_of, reach, rows_of
 from camera.moe.capture import replaced_submodule, unwrap
 from camera.runtime.device.host_memory import free_host_memory
@@ -19,7 +20,7 @@ from camera.runtime.device.peak_memory import PeakMemory
 from camera.runtime.errors import CameraError
 from camera.runtime.mapped import MappedTable
 from camera.runtime.progress import each_layer
-from camera.streaming.lm_head import lm_head_loaded, tokens_per_chunk
+from camera.streaming.lm_head import HEAD_TABLES, lm_head_loaded, tokens_per_chunk
 from camera.streaming.memory import BATCH_TOKENS, HIDDEN_SHARE
 from camera.streaming.recorder import ArgumentRecorder
 from camera.streaming.skeleton import MetaModel
@@ -39,6 +40,7 @@ class _Batch:
     place_A: Tensor  # which of them predicts a token that is asked for,
     target_A: Tensor  # the token,
     owner_A: Tensor  # and its request
+    token_A: Tensor  # and which token of the request's answer it is
     first: int = 0  # the batch's first token in the hidden states
 
 
@@ -66,19 +68,26 @@ class StreamedEvaluation:
         self.sizes: list[int] = []  # tokens of each request
         self.memory = PeakMemory(model.device)
         self.seconds, self.tokens = 0.0, 0  # spent and read by the last pass
+        self._observers: dict[int, tuple[TokenObserver, int]] = {}  # with its first token's number
         self._asked: list[_Asked] = []
         self._under_way: list[_Asked] = []
         self._batches: list[_Batch] = []
         self._hidden: MappedTable | None = None
 
-    def add(self, requests: Sequence[Request], longest: int | None = None) -> range:
+    def add(
+        self,
+        requests: Sequence[Request],
+        longest: int | None = None,
+        observer: TokenObserver | None = None,
+    ) -> range:
         """Enter requests; the numbers under which `answers` will hold (log p, is it greedy).
 
         log p is the sum over the answer's tokens of their log-probability, fp32 softmax; greedy is
-        whether each is the likeliest. With more than `longest` tokens to read the context loses its
-        left end. Raises CameraError for a request without context or answer.
+        whether each is the likeliest. An `observer` sees how the answers' tokens are predicted,
+        numbered over all of these requests. With more than `longest` tokens to read the context
+        loses its left end. Raises CameraError for a request without context or answer.
         """
-        start = len(self.answers)
+        start, seen = len(self.answers), 0
         for number, (context, answer) in enumerate(requests, start):
             if longest is not None:
                 context = (context + answer)[-(longest + 1) :][: -len(answer)]
@@ -89,6 +98,9 @@ class StreamedEvaluation:
                 )
             self._asked.append((number, context, answer))
             self.sizes.append(len(context) + len(answer))
+            if observer is not None:
+                self._observers[number] = (observer, seen)
+            seen += len(answer)
         self.answers += [None] * len(requests)
         return range(start, len(self.answers))
 
@@ -145,7 +157,7 @@ class StreamedEvaluation:
         started, size = perf_counter(), len(self.answers)
         sums, misses = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.long)
         with lm_head_loaded(self.model) as vocabulary:
-            chunk = tokens_per_chunk(vocabulary, tables=2)
+            chunk = tokens_per_chunk(vocabulary, tables=HEAD_TABLES if self._observers else 2)
             for batch in self._batches:
                 hidden_TH = self._read(batch).flatten(0, 1)
                 for begin in range(0, len(batch.wanted_P), chunk):
@@ -158,10 +170,21 @@ class StreamedEvaluation:
                     owner_A = batch.owner_A[here_A]
                     sums.index_add_(0, owner_A, log_A.cpu().double())
                     misses.index_add_(0, owner_A, (likeliest_C[place_A] != target_A).long())
+                    if self._observers:
+                        self._show(owner_A, batch.token_A[here_A], place_A, log_CV)
         for number, _, _ in self._under_way:
             self.answers[number] = (sums[number].item(), misses[number].item() == 0)
+            self._observers.pop(number, None)
         self._under_way, self._batches, self._hidden = [], [], None
         self.seconds += perf_counter() - started
+
+    def _show(self, owner_A: Tensor, token_A: Tensor, place_A: Tensor, log_CV: Tensor) -> None:
+        """Tell the observers of requests how their tokens in a chunk are predicted."""
+        for number in owner_A.unique().tolist():
+            if number in self._observers:
+                (observer, first), own_A = self._observers[number], owner_A == number
+                log_AV = log_CV[place_A[own_A].to(log_CV.device)]
+                observer.observe(first + token_A[own_A], log_AV)
 
     def _plan(self) -> Iterator[_Batch]:
         """Rows of like length together; contexts that stand alone need no mask of their own."""
@@ -236,7 +259,7 @@ def _batch(packs: list[Pack], rows: Rows | None, numbers: list[int]) -> _Batch:
             ids_BL[row, : _columns(pack)] = torch.tensor([*pack.context, *pack.answers[0][1][:-1]])
     else:
         ids_BL = rows.ids_BL
-    wanted, place, target, owner = [], [], [], []
+    wanted, place, target, owner, token = [], [], [], [], []
     for row, pack in enumerate(packs):
         last = len(pack.context) - 1 if rows is None else rows.last
         offset = row * ids_BL.shape[1] + last
@@ -244,5 +267,6 @@ def _batch(packs: list[Pack], rows: Rows | None, numbers: list[int]) -> _Batch:
             place += [len(wanted) + column for column in columns]
             target += answer
             owner += [numbers[number]] * len(answer)
+            token += range(len(answer))
         wanted += range(offset, offset + pack.extra + 1)
-    return _Batch(ids_BL, rows, *map(torch.tensor, (wanted, place, target, owner)))
+    return _Batch(ids_BL, rows, *map(torch.tensor, (wanted, place, target, owner, token)))

@@ -7,6 +7,8 @@ from typing import Any
 
 from camera.checkpoint.loading import load_tokenizer
 from camera.checkpoint.source import resolve_model
+from camera.evaluation.divergence.meter import DivergenceMeter
+from camera.evaluation.divergence.reference import DenseReference, require_reference
 from camera.evaluation.passages import Passage, read_passage
 from camera.evaluation.streamed import StreamedEvaluation
 from camera.evaluation.tasks.definitions import quiet
@@ -20,7 +22,7 @@ class EvaluationRequest:
     """A request for measurements: corpora for perplexity, lm-eval tasks, and how much of each.
 
     The fields mean what the arguments of `perplexity` and `evaluate_tasks` do; `blocks` is the
-    limit of the first, `limit` of the second.
+    limit of the first, `limit` of the second, `divergence` the `top` of the first.
     """
 
     data: str | Path
@@ -32,11 +34,23 @@ class EvaluationRequest:
     limit: int | None = None
     seed: int = 0
     max_length: int | None = None
+    divergence: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         found = asdict(self) | {"data": str(self.data)}
+        if self.divergence is None:
+            del found["divergence"]  # what was measured before there was one is still the same
         return found | {"corpora": list(self.corpora), "tasks": list(self.tasks)}
+
+
+def passages_of(model, tokenizer, measures: EvaluationRequest) -> list[Passage]:
+    """The passages of a request, one for each corpus."""
+    sizes = dict(length=measures.length, stride=measures.stride, limit=measures.blocks)
+    return [
+        read_passage(model, tokenizer, corpus=corpus, data=measures.data, **sizes)
+        for corpus in measures.corpora
+    ]
 
 
 class EvaluationSuite:
@@ -45,21 +59,24 @@ class EvaluationSuite:
     Raises CameraError for what `perplexity` and `evaluate_tasks` refuse.
     """
 
-    def __init__(self, evaluation: StreamedEvaluation, tokenizer, measures: EvaluationRequest):
+    def __init__(
+        self,
+        evaluation: StreamedEvaluation,
+        tokenizer,
+        measures: EvaluationRequest,
+        reference: DenseReference | None = None,
+    ):
         self.evaluation, model = evaluation, evaluation.model.model
-        self._passages: list[tuple[Passage, range]] = []
         self._tasks: list[Task] = []
-        for corpus in measures.corpora:
-            passage = read_passage(
-                model,
-                tokenizer,
-                corpus=corpus,
-                data=measures.data,
-                length=measures.length,
-                stride=measures.stride,
-                limit=measures.blocks,
-            )
-            self._passages.append((passage, evaluation.add(passage.requests())))
+        passages = passages_of(model, tokenizer, measures)
+        self._meters: list[DivergenceMeter | None] = [None] * len(passages)
+        if measures.divergence is not None and passages:
+            dense = require_reference(reference).of(passages, measures.divergence)
+            self._meters = [DivergenceMeter(*pair) for pair in zip(passages, dense, strict=True)]
+        self._passages = [
+            (passage, evaluation.add(passage.requests(), observer=meter))
+            for passage, meter in zip(passages, self._meters, strict=True)
+        ]
         if measures.tasks:
             from camera.evaluation.tasks.streamed_model import (
                 StreamedLM,  # lm-eval takes seconds to import
@@ -75,11 +92,13 @@ class EvaluationSuite:
         """{"perplexity": {corpus: ...}, "tasks": {task: ...}} as `perplexity` and `evaluate_tasks`
         return them; `seconds` holds the part's share of the pass, by the tokens it asked about."""
         found: dict[str, dict[str, dict[str, Any]]] = {"perplexity": {}, "tasks": {}}
-        for passage, numbers in self._passages:
+        for (passage, numbers), meter in zip(self._passages, self._meters, strict=True):
             nlls = [-self.evaluation.answers[number][0] for number in numbers]
             for nll, block in zip(nlls, passage.blocks, strict=True):
                 passage.finite(nll, block)
-            found["perplexity"][passage.corpus] = passage.result(nlls, self._share(numbers))
+            part = passage.result(nlls, self._share(numbers))
+            part |= {} if meter is None else {"divergence": meter.result()}
+            found["perplexity"][passage.corpus] = part
         for task in self._tasks:
             with quiet():
                 share = self._share(self._lm.number(r) for r in task.built.instances)
@@ -98,9 +117,15 @@ class EvaluationDuringCompression:
     It sees each layer as it is once compressed, in the precision it is computed in.
     """
 
-    def __init__(self, model: MetaModel, tokenizer, measures: EvaluationRequest):
+    def __init__(
+        self,
+        model: MetaModel,
+        tokenizer,
+        measures: EvaluationRequest,
+        reference: DenseReference | None = None,
+    ):
         self.measures, self._evaluation = measures, StreamedEvaluation(model)
-        self._parts = EvaluationSuite(self._evaluation, tokenizer, measures)
+        self._parts = EvaluationSuite(self._evaluation, tokenizer, measures, reference)
 
     def begin(self) -> None:
         """Embed the evaluation tokens."""
@@ -123,6 +148,7 @@ def evaluate_streamed(
     model: str | Path,
     measures: EvaluationRequest,
     *,
+    reference: DenseReference | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -131,13 +157,15 @@ def evaluate_streamed(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Measure a model, compressed or not, in one read of its weights, a layer in memory at a time.
 
-    Returns what `EvaluationSuite.results` does, with `peak_memory_bytes` in each part; `options`
-    are StreamedEvaluation's. Raises CameraError for what a user can fix.
+    `reference` is what a divergence is measured against. Returns what `EvaluationSuite.results`
+    does, with `peak_memory_bytes` in each part; `options` are StreamedEvaluation's.
+    Raises CameraError for what a user can fix.
     """
     folder = resolve_model(str(model))
     meta = MetaModel(folder, resolve_device(device), dtype, trust_remote_code)
     evaluation = StreamedEvaluation(meta, **options)
-    parts = EvaluationSuite(evaluation, load_tokenizer(folder, trust_remote_code), measures)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    parts = EvaluationSuite(evaluation, tokenizer, measures, reference)
     evaluation.run(progress=progress)
     found = parts.results()
     for part in (*found["perplexity"].values(), *found["tasks"].values()):

@@ -214,7 +214,7 @@ class CameraQ(Quantization):
         levels: Sequence[int],
     ) -> dict[int, float] | None:
         """Energy lost at each bit width, where shares are solved by it."""
-        from camera.quantization.bit_errors import bit_errors
+        from camera.quantization.quantizers.bit_errors import bit_errors
 
         if self.ratios is not None or self.low_share is not None or len(levels) == 1:
             return None

@@ -11,46 +11,44 @@ from transformers import AutoConfig
 from camera.compensation.settings import CompensationSettings
 from camera.runtime.errors import CameraError
 from experiments.bench.support.architectures import ARCHITECTURES
-from experiments.bench.support.costs import Device, fit_flops, run_cost
+from experiments.bench.support.cards import CARDS, Card
+from experiments.bench.support.costs import RunCost, fit_flops, run_cost
+from experiments.bench.support.paper import estimate
 from experiments.bench.support.timing import matmul_peak, take_turns
 from experiments.config.location import CONF, EMBEDDED_MODEL
 
-# FLOP/s in 16 bit, bytes/s, FLOP/s in fp32 (without TF32)
-SHEETS = {"a100_40gb": (312e12, 1555e9, 19.5e12), "h100": (989e12, 3350e9, 67e12)}
 COPIED = 2**28  # bytes
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m experiments.bench roofline`."""
     parser.add_argument("--model", default="qwen2_57b_a14b")
-    parser.add_argument("--device", nargs="+", default=["a100_40gb", "h100", "cpu"])
+    parser.add_argument("--device", nargs="+", default=list(CARDS))
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--sparsity", type=float, default=0.2, help="share of the pool removed")
     parser.add_argument("--efficiency", type=float, default=0.4)
-    parser.add_argument("--link", type=float, default=3.0)
-    parser.add_argument("--recompute-phi", action="store_true")
+    parser.add_argument("--disk", type=float, default=3.0, help="GB/s, read and written")
+    parser.add_argument("--phi", default="auto", choices=("auto", "keep", "recompute"))
     parser.add_argument("--sweeps", type=int, default=3, help="of compensation, for each ridge")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (0: as they are)")
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Totals of the run, and minutes on each device.
+    """What a run does on each device, and the seconds that it takes.
 
     `--model` is a name of conf/model, a folder or a config.json. The counts are those of a one-pass
-    run of the pipeline; `dense_way` is the paper's released code: every expert on every token for
-    the energies, and two forward passes of each layer. Devices: a100_40gb and h100 by their data
-    sheets (dense bf16), cpu as measured (one square product, one copy). `--efficiency` is the share
-    of the peak that is reached, `--link` GB/s of the disk that weights are read from and written
-    to. `compensation` is compensate=layer with target=dense, all ridges tried, on top of the run.
+    run of Camera-P; on each device phi is kept and hidden states stay there where the run's own
+    estimate of memory says so. `dense_way` is the paper's released code: every expert on every
+    token for the energies, and two forward passes of each layer. Devices: by their data sheets
+    (dense bf16), or cpu as measured (one square product, one copy). `--efficiency` is the share of
+    the peak that products reach. `seconds` is without the disk, whose reading and writing goes on
+    beside the computing: what takes longer decides. `compensation` is compensate=layer with
+    target=dense, all ridges tried, on top of the run.
     """
     if args.threads:
         torch.set_num_threads(args.threads)
-    tokens = args.samples * args.length
-    config = config_of(args.model)
-    here = torch.float32 if args.device == ["cpu"] else torch.bfloat16
-    options = {"sparsity": args.sparsity, "keep_phi": not args.recompute_phi, "dtype": here}
-    cost = run_cost(config, tokens, args.length, **options)
+    tokens, config = args.samples * args.length, config_of(args.model)
     dense = dense_way(config, tokens, args.length)
     fit = fit_flops(
         config,
@@ -61,42 +59,66 @@ def run(args: argparse.Namespace) -> dict:
         held_out=CompensationSettings.held_out,
         attention=True,
     )
-    devices = {name: device_of(name, args.link * 1e9) for name in args.device}
     return {
         "model": args.model,
-        "parameters_b": round(cost.parameters / 1e9, 2),
         "tokens": tokens,
         "sparsity": args.sparsity,
+        "efficiency": args.efficiency,
+        "disk_gb_s": args.disk,
+        "dense_way_tflops": round(dense / 1e12, 3),
+        "compensation_tflops": round(fit / 1e12, 3),
+        "devices": {
+            name: _on_device(args, config, device_of(name), dense, fit) for name in args.device
+        },
+    }
+
+
+def _on_device(
+    args: argparse.Namespace, config: Any, card: Card, dense: int, fit: int
+) -> dict[str, Any]:
+    tokens = args.samples * args.length
+    dtype = torch.bfloat16 if card.bytes else torch.float32
+    sizes = (config, tokens, args.length)
+    said = estimate(*sizes, args.sparsity, dtype, card.bytes or None)
+    keep_phi = said.keep_phi if args.phi == "auto" else args.phi == "keep"
+    on_device = not card.bytes or said.hidden_place == "device"
+    cost = run_cost(
+        *sizes, sparsity=args.sparsity, keep_phi=keep_phi, on_device=on_device, dtype=dtype
+    )
+    spent = cost.seconds(card, args.efficiency, args.disk * 1e9)
+    rate, flops = args.efficiency * card.flops, cost.total("flops")
+    return {
+        "parameters_b": round(cost.parameters / 1e9, 2),
+        "phi": "keep" if keep_phi else "recompute",
+        "hidden": said.hidden_place,
+        "memory_gb": round(said.peak / 1e9, 1),
         "tflops": {
             part: round(cost.total(part) / 1e12, 3)
             for part in ("flops", "attention", "router", "gate_up", "down")
         },
-        "dense_way_tflops": round(dense / 1e12, 3),
-        "compensation_tflops": round(fit / 1e12, 3),
-        "times_fewer": round(dense / cost.total("flops"), 2),
-        "gigabytes": {
-            "read": round((cost.total("bytes_read") + cost.bytes_rest) / 1e9, 2),
-            "written": round((cost.total("bytes_written") + cost.bytes_rest) / 1e9, 2),
-            "moved": round(cost.total("bytes_moved") / 1e9, 1),
-        },
-        "efficiency": args.efficiency,
-        "link_gb_s": args.link,
-        "devices": {
-            name: {
-                "minutes": round(cost.seconds(device, args.efficiency) / 60, 2),
-                "compute_minutes": round(
-                    cost.total("flops") / (device.flops * args.efficiency) / 60, 2
-                ),
-                "dense_way_compute_minutes": round(
-                    dense / (device.flops * args.efficiency) / 60, 2
-                ),
-                "compensation_minutes": round(fit / (device.fp32 * args.efficiency) / 60, 2),
-                "peak_tflops": round(device.flops / 1e12, 3),
-                "memory_gb_s": round(device.memory / 1e9, 1),
-            }
-            for name, device in devices.items()
-        },
+        "times_fewer": round(dense / flops, 2),
+        "gigabytes": _gigabytes(cost),
+        "launches": cost.moved("launches"),
+        "waits": cost.moved("waits"),
+        "seconds": round(spent.total, 1),
+        "parts": {part: round(took, 1) for part, took in spent._asdict().items()},
+        "dense_way_seconds": round(dense / rate, 1),
+        "compensation_seconds": round(fit / (card.fp32 * args.efficiency), 1),
+        "peak_tflops": round(card.flops / 1e12, 3),
     }
+
+
+def _gigabytes(cost: RunCost) -> dict[str, float]:
+    """Read, written (progress apart), moved by elementwise kernels, copied beside the weights."""
+    found = {
+        "read": cost.total("bytes_read") + cost.bytes_rest,
+        "written": cost.total("bytes_written") + cost.bytes_rest,
+        "progress": cost.total("bytes_resume"),
+        "elementwise": cost.moved("elementwise"),
+        "to_device": cost.moved("up"),
+        "from_device": cost.moved("down"),
+    }
+    return {part: round(size / 1e9, 2) for part, size in found.items()}
 
 
 def dense_way(config: Any, tokens: int, length: int) -> int:
@@ -132,16 +154,15 @@ def config_of(name: str) -> Any:
     return AutoConfig.for_model(known.pop("model_type"), **known)
 
 
-def device_of(name: str, link: float) -> Device:
+def device_of(name: str) -> Card:
     """A device by its data sheet, or this CPU as measured; CameraError for another name."""
-    if name in SHEETS:
-        flops, memory, fp32 = SHEETS[name]
-        return Device(flops, memory, link, fp32)
+    if name in CARDS:
+        return CARDS[name]
     if name != "cpu":
-        raise CameraError(f"--device {name} is none of {', '.join([*SHEETS, 'cpu'])}.")
+        raise CameraError(f"--device {name} is none of {', '.join([*CARDS, 'cpu'])}.")
     product, flops = matmul_peak("cpu")
     source = torch.empty(COPIED, dtype=torch.uint8)
     copy = torch.empty_like(source)
     took = take_turns({"product": product, "copy": lambda: copy.copy_(source)}, 5)
-    peak = flops / took["product"]
-    return Device(peak, 2 * COPIED / took["copy"], link, peak)
+    peak, bandwidth = flops / took["product"], 2 * COPIED / took["copy"]
+    return Card(peak, peak, bandwidth, link=bandwidth, bytes=0)

@@ -8,23 +8,15 @@ from time import perf_counter
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import camera
-from camera.checkpoint.native import native_state
-from camera.checkpoint.shards import ShardWriter
-from camera.checkpoint.source import copy_companions
 from camera.runtime.buffers import trim_heap
 from camera.runtime.device.accelerator import has_own_memory
-from camera.runtime.errors import CameraError
 from camera.streaming.settings import MemoryChoices
 from experiments.bench.support.architectures import ARCHITECTURES
-from experiments.config.location import EMBEDDED_MODEL
+from experiments.bench.support.synthetic import write_model, write_text
 
 PAPER_TOKENS = 128 * 2048
-SCALED = ("hidden_size", "num_attention_heads", "num_key_value_heads")
-SCALED += ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
-RANDOM = 2**25  # numbers drawn; every tensor is a stretch of them
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,16 +48,14 @@ def run(args: argparse.Namespace) -> dict:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="camera-stream-") as folder:
         source = Path(folder) / "model"
-        _write_model(args, source)
+        write_model(source, args.model, layers=args.layers, scale=args.scale, length=args.length)
         _forget(source)
         trim_heap()
         return _streamed(args, source, Path(folder))
 
 
 def _streamed(args: argparse.Namespace, source: Path, folder: Path) -> dict:
-    text = folder / "text.txt"
-    letters = torch.randint(ord("a"), ord("z") + 1, (16 * args.samples * args.length,))
-    text.write_text(bytes(letters.tolist()).decode())
+    text = write_text(folder / "text.txt", args.samples * args.length)
     disk, before, start = _disk(), psutil.Process().memory_info().rss, perf_counter()
     result = camera.compress(
         source,
@@ -82,7 +72,7 @@ def _streamed(args: argparse.Namespace, source: Path, folder: Path) -> dict:
     total = ARCHITECTURES[args.model]["num_hidden_layers"]
     tokens, on_gpu = args.samples * args.length, has_own_memory(torch.device(args.device))
     more = seconds["calibrate"] * (PAPER_TOKENS / tokens - 1)
-    peak = result.peak_memory_bytes - (0 if on_gpu else before)
+    held = 0 if on_gpu else before
     return {
         "model": args.model,
         "scale": args.scale,
@@ -102,50 +92,11 @@ def _streamed(args: argparse.Namespace, source: Path, folder: Path) -> dict:
         "disk_s": round(seconds["disk"], 2),
         "waited_s": round(seconds["waited_for_disk"], 2),
         "overlapped": round(max(1 - seconds["waited_for_disk"] / seconds["disk"], 0.0), 3),
-        "peak_gb": round(peak / 1e9, 3),
-        "expected_peak_gb": round((result.expected_memory_bytes - before) / 1e9, 3),
+        "peak_gb": round((result.peak_memory_bytes - held) / 1e9, 3),
+        "expected_peak_gb": round((result.expected_memory_bytes - held) / 1e9, 3),
         "whole_model_minutes": round(total * took / args.layers / 60, 1),
         "whole_model_minutes_paper_tokens": round(total * (took + more) / args.layers / 60, 1),
     }
-
-
-def _write_model(args: argparse.Namespace, folder: Path) -> None:
-    """Layer by layer, a shard each, in bf16 and under the names that published checkpoints have."""
-    settings = dict(ARCHITECTURES[args.model])
-    for key in SCALED:
-        if key in settings and settings[key] % args.scale:
-            raise CameraError(f"--scale {args.scale} doesn't divide {key}={settings[key]}.")
-        if key in settings:
-            settings[key] //= args.scale
-    settings |= {"num_hidden_layers": args.layers, "vocab_size": 2048, "dtype": "bfloat16"}
-    settings |= {"max_position_embeddings": max(args.length, 512), "tie_word_embeddings": False}
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    torch.manual_seed(0)
-    numbers = torch.randn(RANDOM).mul_(config.hidden_size**-0.5).bfloat16()
-    state, writer = model.state_dict(), ShardWriter(folder, args.layers + 1)
-    folder.mkdir(parents=True)
-    for i in range(args.layers + 1):
-        prefix = f"{model.base_model_prefix}.layers."
-        ours = prefix + f"{i}." if i < args.layers else ""
-        names = [n for n in state if (n.startswith(ours) if ours else not n.startswith(prefix))]
-        tensors = {name: _stretch(name, numbers, state[name].shape) for name in names}
-        writer.add(i, native_state(model, tensors))
-    writer.close()
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
-    copy_companions(EMBEDDED_MODEL, folder)
-
-
-def _stretch(name: str, numbers: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Random weights of a shape; norms are 1."""
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=numbers.dtype)
-    size = shape.numel()
-    start = int(torch.randint(len(numbers), ()))
-    repeats = (start + size) // len(numbers) + 1
-    return numbers.repeat(repeats)[start : start + size].view(shape)
 
 
 def _forget(folder: Path) -> None:

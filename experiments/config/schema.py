@@ -60,6 +60,18 @@ class Speed:
 
 
 @dataclass
+class Generative:
+    """Tasks whose answers the model writes: see `camera.evaluation.tasks.generative`."""
+
+    tasks: list[str] = field(default_factory=list)
+    limit: int | None = None
+    batch_size: int = 8
+    max_new_tokens: int | None = None
+    chat_template: bool = False
+    run_code: bool = False
+
+
+@dataclass
 class Evaluation:
     """What is measured: corpora for perplexity, lm-eval tasks, and how much of each.
 
@@ -73,12 +85,14 @@ class Evaluation:
     length: int | None = None
     stride: int | None = None
     blocks: int | None = None
+    divergence: int | None = None
     tasks: list[str] = field(default_factory=list)
     limit: int | None = None
     batch_size: int = 1
     perplexity_batch_size: int = 1
     stream: Stream = Stream.auto
     dequantize: bool = True
+    generative: Generative = field(default_factory=Generative)
     speed: Speed = field(default_factory=Speed)
 
 

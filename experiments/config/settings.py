@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,20 @@ class Settings:
             return self.data
         return str(ensure_world(Path(self.output) / "data"))
 
+    @property
+    def divergence(self) -> int | None:
+        """How many tokens of the dense model are compared; None where it isn't known.
+
+        That is so where a checkpoint is only measured that is compressed itself: it would be
+        compared with itself.
+        """
+        top = self.evaluation.get("divergence")
+        if top is None or self.compresses:
+            return top
+        config = resolve_model(self.model_path, weights=False) / "config.json"
+        content = json.loads(config.read_text(encoding="utf-8"))
+        return None if content.get("quantization_config") else top
+
     def measures(self) -> EvaluationRequest:
         """The texts and tasks that are asked for, and how much of each."""
         from camera.evaluation.suite import EvaluationRequest
@@ -96,7 +111,12 @@ class Settings:
         asked = self.evaluation
         sizes = (asked[key] for key in ("length", "stride", "blocks", "limit"))
         return EvaluationRequest(
-            self.texts(), asked["perplexity"], asked["tasks"], *sizes, self.seed
+            self.texts(),
+            asked["perplexity"],
+            asked["tasks"],
+            *sizes,
+            self.seed,
+            divergence=self.divergence,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,13 +146,26 @@ def check_values(settings: Settings) -> None:
         raise CameraError(f"alpha={alpha} must lie in [0, 1].")
     if settings.seed < 0:
         raise CameraError(f"seed={settings.seed} must not be negative.")
-    for key in ("length", "stride", "blocks", "limit", "batch_size", "perplexity_batch_size"):
-        value, least = evaluation[key], 2 if key == "length" else 1
+    sizes = ("length", "stride", "blocks", "divergence", "limit")
+    for key in (*sizes, "batch_size", "perplexity_batch_size"):
+        value, least = evaluation.get(key), 2 if key == "length" else 1
         if value is not None and value < least:
             raise CameraError(f"evaluation.{key}={value} must be at least {least}.")
+    _check_generative_values(evaluation.get("generative") or {}, evaluation["stream"])
     MemoryChoices(**settings.memory)
     build(settings.tracker)
     build(method)
+
+
+def _check_generative_values(asked: dict[str, Any], stream: str) -> None:
+    for key in ("limit", "batch_size", "max_new_tokens"):
+        if asked.get(key) is not None and asked[key] < 1:
+            raise CameraError(f"evaluation.generative.{key}={asked[key]} must be at least 1.")
+    if asked.get("tasks") and stream == "always":
+        raise CameraError(
+            "evaluation.generative.tasks: a model that is read layer by layer can't write answers; "
+            "set evaluation.stream=auto on a machine that holds it, or leave these tasks out."
+        )
 
 
 def check_machine(settings: Settings) -> None:
@@ -157,6 +190,20 @@ def _check_texts(settings: Settings) -> None:
         from camera.evaluation.tasks.evaluate import check_tasks
 
         check_tasks(tasks, data=settings.texts())
+    _check_generative(settings)
+
+
+def _check_generative(settings: Settings) -> None:
+    asked = settings.evaluation.get("generative") or {}
+    if not asked.get("tasks"):
+        return
+    from camera.checkpoint.loading import load_tokenizer
+    from camera.evaluation.tasks.generative import check_generative, require_template
+
+    check_generative(asked["tasks"], data=settings.texts(), run_code=asked["run_code"])
+    if asked["chat_template"]:
+        folder = resolve_model(settings.model_path, weights=False)
+        require_template(load_tokenizer(folder, settings.trust_remote_code))
 
 
 def _meant(sparsity: float) -> str:

@@ -42,8 +42,9 @@ from experiments.records.files import RunFiles, read_json
 from experiments.tables.aggregate import over_seeds
 from experiments.tables.comparable import ComparableRuns, comparable_runs
 from experiments.tables.names.datasets import dataset_label
+from experiments.tables.names.divergence import measure_and_text
 from experiments.tables.names.methods import display_name
-from experiments.tables.rows import perplexity_columns
+from experiments.tables.rows import divergence_columns, less_is_better, perplexity_columns
 
 SPEEDS = [
     Measure(f"{phase}_x", "times the original's speed", digits=2) for phase in ("prefill", "decode")
@@ -118,6 +119,11 @@ def _measures(rows: pd.DataFrame, data: str) -> list[Measure]:
         Measure(name, f"perplexity, {dataset_label(name, data)}", log=True, least=1, digits=2)
         for name in perplexity_columns(rows)
     ]
+    texts += [
+        Measure(name, f"{dataset_label(name, data)}, nats per token", digits=3)
+        for name in divergence_columns(rows)
+        if less_is_better(name)
+    ]
     tasks = [len(i["evaluation"].get("tasks") or []) for i in rows["_identity"] if i["evaluation"]]
     own = " embedded" if data == EMBEDDED else ""
     return [*texts, Measure("average", f"average of {max(tasks, default=0)}{own} tasks, %")]
@@ -126,6 +132,9 @@ def _measures(rows: pd.DataFrame, data: str) -> list[Measure]:
 def _named(measure: Measure, data: str) -> str:
     if measure.column == "average":
         return "Average of the tasks"
+    if measure_and_text(measure.column):
+        text = dataset_label(measure_and_text(measure.column)[1], data)
+        return f"KL divergence to the dense model on {text}"
     return f"Perplexity of {dataset_label(measure.column, data)}"
 
 

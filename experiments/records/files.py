@@ -26,7 +26,8 @@ from camera.runtime.files import partial_of, write_json
 from experiments.records.failures import DamagedFileError
 
 COMPRESSION, SPEED = "compress", "speed"  # parts of a run
-PERPLEXITY, TASK = "perplexity-", "task-"  # parts of a run, before the name of a text or a task
+# parts of a run, before the name of a text or a task
+PERPLEXITY, TASK, GENERATIVE = "perplexity-", "task-", "generative-"
 # A user who presses Ctrl+C, a queue that takes a job off, submitit's word for one that it took
 # off too often: no reason not to go on.
 INTERRUPTIONS = ("KeyboardInterrupt", "SystemExit", "UncompletedJobError")

@@ -15,6 +15,7 @@ from camera.calibration.corpora import CORPORA, HUB, corpus_file
 from camera.calibration.settings import SELF_SAMPLED, shares_of
 from camera.checkpoint.source import fingerprint, resolve_model, revision_of
 from camera.evaluation.tasks.definitions import row_file
+from camera.evaluation.tasks.names import task_name
 from camera.runtime.errors import CameraError
 from camera.runtime.files import known_digest
 from experiments.config.location import EMBEDDED
@@ -24,6 +25,7 @@ from experiments.tiny_moe import layout
 # Settings of the machine: they change no result, so a run that ran out of memory continues with a
 # smaller batch.
 MACHINE = ("batch_size", "perplexity_batch_size", "stream", "dequantize")
+GENERATIVE_MACHINE = ("batch_size", "run_code")
 ROUNDING = ("phi", "experts")  # choices of memory that sum in another order
 # What every run has of its own, or what the table shows in columns of their own.
 UNNAMED = ("model", "method.name", "method.sparsity", "method.sparsity_of", "method.bits")
@@ -65,6 +67,13 @@ def evaluation_identity(settings: Settings) -> dict[str, Any]:
     """What the measurements depend on besides the compressed model."""
     kept = {key: value for key, value in settings.evaluation.items() if key not in MACHINE}
     corpora, tasks, packages = list(kept["perplexity"]), kept["tasks"], ["torch", "transformers"]
+    if kept.get("divergence") is None:
+        kept.pop("divergence", None)  # runs of before there was one keep their names
+    written = (kept.pop("generative", None) or {}).copy()
+    if written.get("tasks"):
+        packages.append("lm-eval")
+        written["tasks"] = [_definition(task) for task in written["tasks"]]
+        kept["generative"] = {k: v for k, v in written.items() if k not in GENERATIVE_MACHINE}
     if kept["speed"]["batch_sizes"]:
         corpora.append("wikitext2")  # its prompts
     else:
@@ -75,7 +84,7 @@ def evaluation_identity(settings: Settings) -> dict[str, Any]:
     return {
         "evaluation": kept,
         "versions": _versions(*packages),
-        "data": _texts(settings.data, splits, tasks),
+        "data": _texts(settings.data, splits, [*tasks, *written.get("tasks", [])]),
         "seed": settings.seed,
     }
 
@@ -148,6 +157,15 @@ def _versions(*packages: str) -> dict[str, str | None]:
         except PackageNotFoundError:
             found[package] = None
     return found
+
+
+def _definition(task: str) -> str:
+    """A task's name; of a YAML what is in it, too."""
+    if task_name(task) == task:
+        return task
+    file = Path(task).expanduser()
+    content = known_digest(file)[:12] if file.is_file() else "absent"  # refused by the check
+    return f"{task_name(task)}:{content}"
 
 
 def _contents(model: str) -> str:

@@ -17,17 +17,21 @@ from transformers.utils.logging import disable_progress_bar
 import camera
 from camera.checkpoint.loading import load_model, load_tokenizer
 from camera.checkpoint.source import resolve_model
+from camera.evaluation.divergence.reference import DenseReference
 from camera.evaluation.passages import read_passage
 from camera.evaluation.perplexity import perplexity
 from camera.evaluation.placement import require_fit, should_stream
 from camera.evaluation.speed import measure_speed
-from camera.evaluation.suite import EvaluationRequest, evaluate_streamed
+from camera.evaluation.suite import EvaluationRequest, evaluate_streamed, passages_of
 from camera.evaluation.tasks.evaluate import evaluate_tasks
+from camera.evaluation.tasks.generative import evaluate_generative
+from camera.evaluation.tasks.names import task_name
 from camera.runtime.device.accelerator import release_cache
 from camera.runtime.device.peak_memory import PeakMemory
 from camera.runtime.files import write_json
+from camera.streaming.skeleton import MetaModel
 from experiments.config.settings import Settings
-from experiments.records.files import PERPLEXITY, SPEED, TASK, is_json, read_json
+from experiments.records.files import GENERATIVE, PERPLEXITY, SPEED, TASK, is_json, read_json
 from experiments.records.folders import Folders
 from experiments.runs.compression import checkpoint
 
@@ -70,7 +74,8 @@ def _require_fit(model: str, settings: Settings) -> None:
         settings.device,
         settings.dtype,
         "measuring a whole model",
-        "set evaluation.speed.batch_sizes=[] and evaluation.stream=auto, or take a machine with "
+        "set evaluation.speed.batch_sizes=[] and evaluation.generative.tasks=[], for which a model "
+        "can't be read layer by layer, and evaluation.stream=auto, or take a machine with "
         "more memory",
     )
 
@@ -82,6 +87,7 @@ def stream(settings: Settings, folders: Folders) -> None:
     if is_json(early) and (found := read_json(early))["measures"] == settings.measures().to_dict():
         _write_parts(folders, found)
     measures = _due(settings, folders)
+    predict_densely(settings, folders, measures)
     if asked["stream"] == "never" or not [*measures.corpora, *measures.tasks]:
         return
     with checkpoint(settings, folders) as path:
@@ -96,8 +102,36 @@ def stream(settings: Settings, folders: Folders) -> None:
             dtype=settings.dtype,
             trust_remote_code=remote,
             folder=folders.output.hidden,
+            reference=dense_reference(settings, folders),
         )
     _write_parts(folders, found)
+
+
+def dense_reference(settings: Settings, folders: Folders) -> DenseReference:
+    """The original model's predictions, kept beside its statistics for all runs of the output."""
+    return DenseReference(
+        resolve_model(settings.model_path),
+        folders.output.statistics,
+        settings.device,
+        settings.dtype,
+        settings.trust_remote_code,
+        folders.output.hidden,
+    )
+
+
+def predict_densely(settings: Settings, folders: Folders, measures: EvaluationRequest) -> None:
+    """What divergences compare with, of all texts in one pass, unless an earlier run left it."""
+    if not measures.corpora:
+        return
+    if measures.divergence is None:
+        if settings.evaluation.get("divergence") is not None:
+            log.info("%s is compressed itself: compared with no dense model.", folders.name)
+        return
+    remote = settings.trust_remote_code
+    folder = resolve_model(settings.model_path)
+    meta = MetaModel(folder, "cpu", settings.dtype, remote)
+    passages = passages_of(meta.model, load_tokenizer(folder, remote), measures)
+    dense_reference(settings, folders).of(passages, measures.divergence)
 
 
 def _write_parts(folders: Folders, found: dict[str, Any]) -> None:
@@ -117,7 +151,9 @@ def _due(settings: Settings, folders: Folders) -> EvaluationRequest:
     )
 
 
-def measurements(settings: Settings) -> dict[str, Callable[[Any, Any], dict[str, Any]]]:
+def measurements(
+    settings: Settings, folders: Folders
+) -> dict[str, Callable[[Any, Any], dict[str, Any]]]:
     """What is measured, each by the name of its file."""
     asked, data = settings.evaluation, settings.texts()
     measures: dict[str, Callable[[Any, Any], dict[str, Any]]] = {}
@@ -130,9 +166,14 @@ def measurements(settings: Settings) -> dict[str, Callable[[Any, Any], dict[str,
             stride=asked["stride"],
             limit=asked["blocks"],
             batch_size=asked["perplexity_batch_size"],
+            reference=dense_reference(settings, folders),
+            top=settings.divergence,
         )
     for task in asked["tasks"]:
         measures[f"{TASK}{task}"] = partial(_task, settings, task, data)
+    written = asked.get("generative") or {}
+    for task in written.get("tasks", []):
+        measures[f"{GENERATIVE}{task_name(task)}"] = partial(_generative, settings, task, data)
     if settings.compresses and asked["speed"]["batch_sizes"]:
         measures[SPEED] = partial(_speed, settings)
     return measures
@@ -170,3 +211,11 @@ def _task(settings: Settings, task: str, data: str, model: Any, tokenizer: Any) 
         seed=settings.seed,
     )
     return results[task]
+
+
+def _generative(
+    settings: Settings, task: str, data: str, model: Any, tokenizer: Any
+) -> dict[str, Any]:
+    options = {k: v for k, v in settings.evaluation["generative"].items() if k != "tasks"}
+    found = evaluate_generative(model, tokenizer, [task], data=data, seed=settings.seed, **options)
+    return found[task_name(task)]

@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from camera.evaluation.tasks.names import average
 from camera.runtime.device.accelerator import device_name, resolve_device
 from experiments.config.settings import Settings
-from experiments.records.files import PERPLEXITY, SPEED, TASK
+from experiments.records.files import GENERATIVE, PERPLEXITY, SPEED, TASK
 from experiments.tables.names.datasets import data_name
 
 PACKAGES = (
@@ -30,6 +30,8 @@ PACKAGES = (
     "hydra-core",
     "omegaconf",
 )
+DIVERGENCE = ("kl", "kl_stderr", "agreement", "agreement_stderr", "acceptance")
+DIVERGENCE += ("acceptance_stderr", "top", "vocabulary", "kept")
 SCORES = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
 
 
@@ -38,20 +40,24 @@ def assemble(
 ) -> dict[str, Any]:
     """The report of a run from its parts (`perplexity-CORPUS`, `task-NAME`).
 
-    Scores are fractions as lm-eval gives them, `average` is in percent (acc_norm where a task has
-    it, else acc), null without tasks; `data` is where texts and tasks come from: hub, embedded or
-    a folder's name; `cached_statistics` are the seconds and the peak memory of statistics that the
-    compression used and another run had gathered; `bytes` are of the tensors on disk,
-    `peak_memory_bytes` is of the compression (0 where nothing was compressed),
+    Scores are fractions as lm-eval gives them, as are agreement and acceptance of `divergence`, the
+    comparison with the dense model on each text (its `kl` in nats per token); `average` is in
+    percent (acc_norm where a task has it, else acc), null without tasks; `data` is where texts and
+    tasks come from: hub, embedded or a folder's name; `cached_statistics` are the seconds and the
+    peak memory of statistics that the compression used and another run had gathered; `bytes` are of
+    the tensors on disk, `peak_memory_bytes` is of the compression (0 where nothing was compressed),
     `peak_host_memory_bytes` the process's then, null in runs of before.
     """
     perplexities = _named(PERPLEXITY, results)
     tasks = _named(TASK, results)
+    written = _named(GENERATIVE, results)
     seconds = dict(compression["seconds"])
     seconds["perplexity"] = sum(part["seconds"] for part in perplexities.values())
     seconds["tasks"] = sum(part["seconds"] for part in tasks.values())
+    seconds["generative"] = sum(part["seconds"] for part in written.values())
     seconds["speed"] = results.get(SPEED, {}).get("seconds", 0.0)
-    seconds["evaluate"] = seconds["perplexity"] + seconds["tasks"] + seconds["speed"]
+    measured = ("perplexity", "tasks", "generative", "speed")
+    seconds["evaluate"] = sum(seconds[kind] for kind in measured)
     return {
         "method": settings.method_name,
         "model": settings.model["name"],
@@ -59,7 +65,16 @@ def assemble(
         "sparsity": compression["sparsity"],
         "bits": compression["bits"],
         "perplexity": {name: part["perplexity"] for name, part in perplexities.items()},
+        "divergence": {
+            name: {key: found for key, found in part["divergence"].items() if key in DIVERGENCE}
+            for name, part in perplexities.items()
+            if "divergence" in part
+        },
         "tasks": {name: {key: part[key] for key in SCORES} for name, part in tasks.items()},
+        "generative": {
+            name: {key: part[key] for key in ("metric", "score", "stderr", "metrics", "n")}
+            for name, part in written.items()
+        },
         "average": average(tasks) if tasks else None,
         "speed": results[SPEED]["batches"] if SPEED in results else None,
         "data": data_name(settings.data),

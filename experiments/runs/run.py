@@ -36,8 +36,15 @@ from experiments.runs.compression import (
     check_method,
     compression,
     computed_in,
+    evaluation_during_compression,
 )
-from experiments.runs.measurements import lazy_model, measured, measurements, stream
+from experiments.runs.measurements import (
+    lazy_model,
+    measured,
+    measurements,
+    predict_densely,
+    stream,
+)
 from experiments.runs.metrics import assemble
 from experiments.runs.summary import check_objective
 from experiments.runs.tracker import CarefulTracker
@@ -135,18 +142,20 @@ def _start_anew(settings: Settings, folders: Folders, begun: dict[str, str]) -> 
     """Forget the parts that were done in other arithmetic."""
     where = "on {device} in {dtype}".format(**begun)
     log.warning("%s was begun %s: doing it anew.", folders.name, where)
-    for name in (COMPRESSION, *measurements(settings)):
+    for name in (COMPRESSION, *measurements(settings, folders)):
         folders.files.part(name).unlink(missing_ok=True)
 
 
 def _measure(settings: Settings, folders: Folders, tracking: RunTracking) -> dict[str, Any]:
+    if evaluation_during_compression(settings) is not None and not folders.is_compressed:
+        predict_densely(settings, folders, settings.measures())
     compressed = _part(folders, COMPRESSION, partial(compression, settings, folders, tracking))
     tracking.compressed(compressed)
     tracking.figures(_draw(settings, folders))
     results = {}
     stream(settings, folders)
     with lazy_model(settings, folders) as model:
-        for name, measure in measurements(settings).items():
+        for name, measure in measurements(settings, folders).items():
             results[name] = _part(folders, name, partial(measured, measure, model))
             tracking.part(name, results[name])
             log.info("%s: %s", name, _headline(results[name]))

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from camera.evaluation.tasks.names import headline
+from camera.evaluation.tasks.names import headline, task_name
 from camera.runtime.errors import CameraError
-from experiments.records.files import PERPLEXITY, TASK
+from experiments.records.files import GENERATIVE, PERPLEXITY, TASK
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 CARRIED_OUT = ("tracker", "output", "force", "retry", "keep_checkpoint", "objective", "dry_run")
 COSTS = ("sparsity/moe", "sparsity/model", "size/gb", "size/share")
 COSTS += ("seconds/calibrate", "seconds/compress", "seconds/evaluate", "memory/peak_gb")
+MEASURES = ("kl", "agreement", "acceptance")  # of the comparison with the dense model
 BITS = ("bits/stored", "bits/model")  # of methods that quantise
 GB = 1e9
 
@@ -74,7 +75,11 @@ def check_objective(settings: Settings) -> None:
     """CameraError for an objective that a run with these settings doesn't report."""
     objective, asked = settings.objective, settings.evaluation
     texts = [f"perplexity/{text}" for text in asked["perplexity"]]
+    if asked.get("divergence") is not None:
+        texts += [f"{name}/{text}" for name in MEASURES for text in asked["perplexity"]]
     tasks = [f"acc/{task}" for task in asked["tasks"]]
+    written = (asked.get("generative") or {}).get("tasks", [])
+    texts += [f"generative/{task_name(task)}" for task in written]
     known = [*texts, *tasks, *(["average"] if tasks else []), *COSTS]
     known += BITS if settings.method.get("bits") is not None else ()
     if objective is not None and objective not in known:
@@ -87,19 +92,35 @@ def check_objective(settings: Settings) -> None:
 def scores_of(name: str, part: Mapping[str, Any]) -> dict[str, float]:
     """The score of a measured part: `perplexity/TEXT`, or `acc/TASK` in percent."""
     if name.startswith(PERPLEXITY):
-        return {f"perplexity/{name.removeprefix(PERPLEXITY)}": part["perplexity"]}
+        text = name.removeprefix(PERPLEXITY)
+        return {f"perplexity/{text}": part["perplexity"]} | _divergence(text, part)
     if name.startswith(TASK):
         return {f"acc/{name.removeprefix(TASK)}": 100 * headline(part)}
+    if name.startswith(GENERATIVE):
+        return {f"generative/{name.removeprefix(GENERATIVE)}": 100 * part["score"]}
     return {}
+
+
+def _divergence(text: str, part: Mapping[str, Any]) -> dict[str, float]:
+    """`kl/TEXT` in nats per token, `agreement/TEXT` and `acceptance/TEXT` in percent."""
+    found = part.get("divergence")
+    if not found:
+        return {}
+    shares = {f"{name}/{text}": 100 * found[name] for name in ("agreement", "acceptance")}
+    return {f"kl/{text}": found["kl"]} | shares
 
 
 def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The results of a finished run, about twenty numbers by slash-separated names."""
     found: dict[str, float] = {}
+    divergence = metrics.get("divergence") or {}
     for corpus, perplexity in metrics["perplexity"].items():
-        found |= scores_of(f"{PERPLEXITY}{corpus}", {"perplexity": perplexity})
+        part = {"perplexity": perplexity, "divergence": divergence.get(corpus)}
+        found |= scores_of(f"{PERPLEXITY}{corpus}", part)
     for task, scores in metrics["tasks"].items():
         found |= scores_of(f"{TASK}{task}", scores)
+    for task, part in (metrics.get("generative") or {}).items():
+        found |= scores_of(f"{GENERATIVE}{task}", part)
     size, seconds = metrics["bytes"], metrics["seconds"]
     found |= {f"sparsity/{of}": metrics["sparsity"][of] for of in ("moe", "model")}
     if metrics["settings"]["method"].get("bits") is not None:
@@ -129,9 +150,26 @@ def score_tables(metrics: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     """
     import pandas as pd
 
-    perplexity = pd.DataFrame(metrics["perplexity"].items(), columns=["text", "perplexity"])
+    perplexity = pd.DataFrame(
+        [
+            {"text": text, "perplexity": value} | _divergence_row(metrics, text)
+            for text, value in metrics["perplexity"].items()
+        ]
+    )
     tasks = pd.DataFrame(_task_row(task, found) for task, found in metrics["tasks"].items())
-    return {k: v for k, v in {"perplexity": perplexity, "tasks": tasks}.items() if len(v)}
+    written = pd.DataFrame(
+        {"task": task, "metric": name, "score": 100 * found["value"], "standard error": error}
+        for task, part in (metrics.get("generative") or {}).items()
+        for name, found in part["metrics"].items()
+        for error in [None if found["stderr"] is None else 100 * found["stderr"]]
+    )
+    tables = {"perplexity": perplexity, "tasks": tasks, "generative": written}
+    return {name: table for name, table in tables.items() if len(table)}
+
+
+def _divergence_row(metrics: Mapping[str, Any], text: str) -> dict[str, float]:
+    numbers = _divergence(text, {"divergence": (metrics.get("divergence") or {}).get(text)})
+    return {name.partition("/")[0]: value for name, value in numbers.items()}
 
 
 def _task_row(task: str, found: dict[str, float | None]) -> dict[str, Any]:

@@ -70,16 +70,19 @@ def table_frame(table: Table) -> pd.DataFrame:
 
 
 def curves(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Each perplexity over sparsity and over bits: a line per method, from the dense model on."""
+    """Each perplexity and KL divergence over sparsity and over bits: a line per method, from the
+    dense model on."""
     import pandas as pd
 
-    from experiments.tables.rows import perplexity_columns
+    from experiments.tables.rows import divergence_columns, less_is_better, perplexity_columns
 
     dense = runs[runs["method"] == "dense"]
     named = runs["model"] + " " + runs["method"] + " " + runs["settings"]
     lines = (named if runs["model"].nunique() > 1 else runs["method"] + " " + runs["settings"]).str
     lines = lines.strip()
-    for score in perplexity_columns(runs):
+    compared = [score for score in divergence_columns(runs) if less_is_better(score)]
+    for score in [*perplexity_columns(runs), *compared]:
+        what = "Perplexity of" if score not in compared else "KL divergence to the dense model:"
         for x, axis in AXES.items():
             shown = runs[x].notna() & runs[score].notna()
             parts = [
@@ -94,7 +97,7 @@ def curves(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
                     "x": x,
                     "y": score,
                     "line": "method",
-                    "title": f"Perplexity of {score} over {axis}",
+                    "title": f"{what} {score} over {axis}",
                 }
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from camera.calibration.corpora import CORPORA
 from experiments.tables.comparable import ComparableRuns, comparable_runs
 from experiments.tables.layouts.cells import Column, cell
 from experiments.tables.names.datasets import dataset_label
@@ -138,17 +139,20 @@ def tied_with_best(runs: Sequence[Run], score: str, sign: int) -> list[int]:
 def is_tied(best: Run, other: Run, score: str) -> bool:
     """Whether two rows differ by no more than one standard error, or show the same digits.
 
-    Of perplexities it is the error of their difference on the same blocks: with d_b the difference
-    of the mean nll of block b, √(Σ (d_b - d̄)² / (B - 1) / B), against the difference of the log
-    perplexities. Of a task, or an average, it is the standard error of the best score, as the
-    answers to single questions aren't kept. Spreads s over n seeds of either add s² / n. Where
-    nothing of this is known, only equal digits tie.
+    Of perplexities and comparisons with the dense model it is that of their difference on the same
+    blocks: with d_b the difference of the mean nll of block b (or of what is compared), √(Σ (d_b -
+    d̄)² / (B - 1) / B), against the difference of the log perplexities. Of a task, or an average,
+    it is the standard error of the best score, as the answers to single questions aren't kept.
+    Spreads s over n seeds of either add s² / n. Where nothing of this is known, only equal digits
+    tie.
     """
     a, b = best[score], other[score]
     if best is other or cell(Column(score), best).text == cell(Column(score), other).text:
         return True
     paired = _paired_error(best, other, score)
     spread = math.hypot(_of_seeds(best, score), _of_seeds(other, score))
+    if paired is not None and score not in CORPORA:
+        return abs(a - b) <= math.hypot(paired, spread)
     if paired is not None:
         return abs(math.log(a) - math.log(b)) <= math.hypot(paired, spread / min(a, b))
     error = best.get(f"{score}_se")
@@ -169,4 +173,5 @@ def _paired_error(best: Run, other: Run, score: str) -> float | None:
     one, two = ((run.get(BLOCKS) or {}).get(score) for run in (best, other))
     if not one or not two or len(one) != len(two) or len(one) < 2:
         return None
-    return float(np.std(np.subtract(one, two), ddof=1) / math.sqrt(len(one)))
+    unit = 100 if score.startswith(("agreement_", "acceptance_")) else 1
+    return unit * float(np.std(np.subtract(one, two), ddof=1) / math.sqrt(len(one)))

@@ -146,9 +146,13 @@ def _evaluation(asked: dict[str, Any]) -> str:
     if texts:
         size = "whole texts" if blocks is None else f"{blocks} blocks of each text"
         parts.append(size if length is None else f"{size}, {length} tokens in a block")
+    if top := asked.get("divergence"):
+        parts.append(f"KL by {top} tokens")
     if tasks:
         size = "all questions" if limit is None else f"{limit} questions"
         parts.append(f"{size} of {len(tasks)} tasks")
+    if written := (asked.get("generative") or {}).get("tasks"):
+        parts.append(f"{len(written)} tasks with written answers")
     if speed:
         parts.append("speed")
     return ", ".join(parts) or "nothing measured"

@@ -14,11 +14,20 @@ from camera.calibration.corpora import HUB
 from experiments.tables.aggregate import over_seeds
 from experiments.tables.best import places
 from experiments.tables.comparable import ComparableRuns, comparable_runs
-from experiments.tables.layouts.captions import notes_of, scores_caption, sources
+from experiments.tables.layouts.captions import damage_caption, notes_of, scores_caption, sources
 from experiments.tables.layouts.cells import Cell, Column, cell
+from experiments.tables.names.divergence import measure_and_text
 from experiments.tables.names.methods import display_name
 from experiments.tables.published.comparison import compare
-from experiments.tables.rows import BITS, COSTS, REALISED, perplexity_columns, score_columns
+from experiments.tables.rows import (
+    BITS,
+    COSTS,
+    REALISED,
+    divergence_columns,
+    less_is_better,
+    score_columns,
+    written_columns,
+)
 
 Errors = Literal["none", "std", "se"]
 ASIDE = {"sparsity": 0.5, "bits": 0.01}  # what was realised is told if it is further from the asked
@@ -89,7 +98,10 @@ def _tables(
 ) -> Iterator[Table]:
     runs, dense = block.runs, block.dense
     named = ["ratio", "method", *(["settings"] if runs["settings"].any() else [])]
-    scores = _known(runs, score_columns(runs))
+    damage = _known(runs, divergence_columns(runs))
+    written = _known(runs, written_columns(runs))
+    apart = {*damage, *written}
+    scores = [score for score in _known(runs, score_columns(runs)) if score not in apart]
     if scores:
         first = ["n"] if (runs["n"] > 1).any() else []
         first += [score for score in scores if score == "average"]
@@ -101,6 +113,16 @@ def _tables(
         table = _table(block, columns, expected, errors)
         caption = scores_caption(block, table.columns)
         yield replace(table, caption=caption, notes=notes_of(table, errors, block.data))
+    if damage:
+        table = _table(block, [*named, *damage], expected[:0], errors)
+        texts = list(dict.fromkeys(measure_and_text(column)[1] for column in damage))
+        table = replace(table, title=f"{block.title}: damage", caption=damage_caption(block, texts))
+        yield replace(table, notes=notes_of(table, errors, block.data))
+    if written:
+        table = _table(block, [*named, *written], expected[:0], errors)
+        caption = "Tasks whose answers the model writes (↑, %), by the first metric of each."
+        table = replace(table, title=f"{block.title}: written answers", caption=caption)
+        yield replace(table, notes=notes_of(table, errors, block.data))
     compressed = runs["method"] != "dense"
     if scores and compressed.any():
         block = replace(block, runs=runs[compressed])
@@ -128,12 +150,9 @@ def _realised(block: ComparableRuns) -> list[str]:
 def _table(
     block: ComparableRuns, names: list[str], expected: pd.DataFrame, errors: Errors
 ) -> Table:
-    less = perplexity_columns(block.runs)
     scores = {*score_columns(block.runs)} - {"delta"}
-    columns = [
-        Column(name, ("low" if name in less else "high") if name in scores else None, block.data)
-        for name in names
-    ]
+    ends = {name: "low" if less_is_better(name) else "high" for name in scores}
+    columns = [Column(name, ends.get(name), block.data) for name in names]
     groups = [_group(group, columns, expected, errors) for group in block.groups()]
     return Table(block.title, columns, groups, block.study)
 

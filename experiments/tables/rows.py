@@ -23,7 +23,8 @@ from experiments.records.files import (
     read_json,
 )
 from experiments.records.identity import differing_settings, measurement_key
-from experiments.tables.names.datasets import with_text_named
+from experiments.tables.names.datasets import WRITTEN, with_text_named
+from experiments.tables.names.divergence import NAMES, divergence_column, measure_and_text
 from experiments.tables.names.methods import method_order
 
 KEYS = ["model", "method", "settings", "sparsity", "sparsity_of"]
@@ -47,10 +48,12 @@ def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
     `seed`, `alpha`, `rank_scope`, `calibration` (the text), `samples` and `length` (of one sample
     in tokens, as used) say how it was made, None where that has no meaning; `<task>_se` is the
     standard error of a task's score, `average_se` that of the average (both in percent),
-    `<text>_se` that of a perplexity over its blocks. `minutes` and `peak_gb` are of the compression
-    with the statistics that it used, also where another run gathered them (`cached` is 1 then).
-    `studies` are the presets that asked for the run, `data` is where its texts and tasks come from;
-    `folder`, `_path` and `_identity` say where a row comes from and what its result depends on.
+    `<text>_se` that of a perplexity over its blocks. `kl_<text>` (nats per token),
+    `agreement_<text>` and `acceptance_<text>` (in percent) compare with the dense model. `minutes`
+    and `peak_gb` are of the compression with the statistics that it used, also where another run
+    gathered them (`cached` is 1 then). `studies` are the presets that asked for the run, `data` is
+    where its texts and tasks come from; `folder`, `_path` and `_identity` say where a row comes
+    from and what its result depends on.
     """
     rows = [_row(files) for files in map(RunFiles, folders) if files.is_run]
     frame = pd.DataFrame(rows).reindex(columns=_columns(rows))
@@ -112,6 +115,22 @@ def score_columns(runs: pd.DataFrame) -> list[str]:
 def perplexity_columns(runs: pd.DataFrame) -> list[str]:
     """The scores of which less is better."""
     return [score for score in score_columns(runs) if score in CORPORA]
+
+
+def divergence_columns(runs: pd.DataFrame) -> list[str]:
+    """The scores that compare a model with the dense one, KL divergences first."""
+    found = [score for score in score_columns(runs) if measure_and_text(score)]
+    return sorted(found, key=lambda score: [*NAMES].index(measure_and_text(score)[0]))
+
+
+def written_columns(runs: pd.DataFrame) -> list[str]:
+    """The scores of tasks whose answers the model writes."""
+    return [score for score in score_columns(runs) if score.startswith(WRITTEN)]
+
+
+def less_is_better(score: str) -> bool:
+    """Whether it is a perplexity or a KL divergence."""
+    return score in CORPORA or (measure_and_text(score) or ("",))[0] == "kl"
 
 
 def runs_below(folder: Path) -> pd.DataFrame:
@@ -191,6 +210,8 @@ def _measured(files: RunFiles, quantised: bool) -> dict[str, Any]:
         | metrics["perplexity"]
         | scores
         | _standard_errors(metrics["tasks"])
+        | _written(metrics.get("generative") or {})
+        | _divergences(metrics.get("divergence") or {})
         | _of_blocks(files, metrics["perplexity"])
         | _speeds(metrics.get("speed") or {})
         | _costs(metrics)
@@ -214,12 +235,36 @@ def _costs(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_blocks(files: RunFiles, perplexities: dict[str, float]) -> dict[str, Any]:
-    """Of each perplexity its standard error, and the mean nll of each block."""
+    """Of each perplexity its standard error; of it and of each divergence the mean of each block
+    (of a perplexity that of the nll)."""
     parts = {text: files.read_part(f"{PERPLEXITY}{text}") or {} for text in perplexities}
     means = {t: part["nll_per_block"] for t, part in parts.items() if "nll_per_block" in part}
+    for text, part in parts.items():
+        for measure in NAMES:
+            if blocks := part.get("divergence", {}).get(f"{measure}_per_block"):
+                means[divergence_column(measure, text)] = blocks
     errors = {t: part.get("nll_stderr") for t, part in parts.items()}
     own = {f"{t}_se": perplexities[t] * error for t, error in errors.items() if error is not None}
     return own | {BLOCKS: means}
+
+
+def _divergences(by_text: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Of each text KL in nats per token, agreement and acceptance in percent, and their errors."""
+    found = {}
+    for text, part in by_text.items():
+        for measure in NAMES:
+            column, unit = divergence_column(measure, text), 1 if measure == "kl" else 100
+            found[column] = unit * part[measure]
+            if (error := part[f"{measure}_stderr"]) is not None:
+                found[f"{column}_se"] = unit * error
+    return found
+
+
+def _written(by_task: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Of each task whose answers are written its score and error, in percent."""
+    found = {f"{WRITTEN}{task}": 100 * part["score"] for task, part in by_task.items()}
+    errors = {f"{WRITTEN}{task}_se": part["stderr"] for task, part in by_task.items()}
+    return found | {key: 100 * error for key, error in errors.items() if error is not None}
 
 
 def _calibration(files: RunFiles, asked: dict[str, Any] | None) -> dict[str, Any]:

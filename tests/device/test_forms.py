@@ -8,6 +8,7 @@ import camera
 from camera.checkpoint.formats.ragged import RaggedExperts
 from camera.checkpoint.loading import load_model
 
+pytestmark = pytest.mark.gpu  # on a real card too
 FORMS = {
     "ragged": ("camera_p", {}),
     "uniform": ("camera_p", dict(expert_widths="uniform", sparsity=0.4138)),

@@ -10,6 +10,7 @@ from tests.helpers.checkpoints import tensors_of
 from tests.helpers.methods import CASES
 from tests.helpers.models import MOE_FAMILIES
 
+pytestmark = pytest.mark.gpu  # on a real card too
 # A code that rounds the other way by the last bit of its scale moves the tokens of later layers:
 # quantised models are compared in the layer whose inputs are the same.
 SAME_CODES = 0.98
@@ -55,6 +56,14 @@ def test_every_method_makes_what_it_makes_on_the_cpu(case, compressed, device):
         assert_first_layer_quantised_alike(mine, theirs)
     else:
         assert_same(mine, theirs)
+
+
+def test_experts_of_one_width_are_those_of_the_cpu(compressed, device):
+    settings = dict(expert_widths="uniform", sparsity=0.4138)
+    mine, theirs = (
+        tensors_of(compressed("camera_p", where, settings=settings)) for where in (device, "cpu")
+    )
+    assert_same(mine, theirs)
 
 
 @pytest.mark.parametrize(

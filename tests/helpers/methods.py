@@ -57,6 +57,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq sequential": ("gptq", dict(bits=5.15, true_sequential=True)),
     "rtn": ("rtn", dict(bits=5.15)),
     "mc": ("mc", dict(bits=3.2, group_size=32)),
+    "layerwise_bits": ("layerwise_bits", dict(bits=4.5)),
 }
 
 

@@ -85,11 +85,10 @@ class RaggedExperts(nn.Module, Format):
         return ragged_of(self, rows)
 
     def to_native(self, width: int) -> dict[str, torch.Tensor]:
-        """gate_up [E, 2W, H] and down [E, H, W], zero-padded."""
+        """gate_up [E, 2W, H] and down [E, H, W], zero-padded, on the tables' device."""
         count, hidden = self.num_experts, self.hidden_dim
-        dtype = self.gate_up_proj.dtype
-        gate_up = torch.zeros(count, 2 * width, hidden, dtype=dtype)
-        down = torch.zeros(count, hidden, width, dtype=dtype)
+        gate_up = self.gate_up_proj.new_zeros(count, 2 * width, hidden)
+        down = self.down_proj.new_zeros(count, hidden, width)
         for e, kept in enumerate(self.widths):
             gate, up = self.gate_up(e).detach().chunk(2)
             gate_up[e, :kept], gate_up[e, width : width + kept] = gate, up

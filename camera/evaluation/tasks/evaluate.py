@@ -45,7 +45,7 @@ def evaluate_tasks(
     """
     with quiet():
         asked = read_tasks(tasks, data=data, limit=limit, seed=seed)
-        lm = _language_model(model, tokenizer, batch_size, max_length, softmax_dtype, progress)
+        lm = language_model(model, tokenizer, batch_size, max_length, softmax_dtype, progress)
         try:
             return {task.name: task.score(lm) for task in asked}
         finally:
@@ -120,7 +120,7 @@ class Task:
         import lm_eval
 
         started = time.perf_counter()
-        _seed_everything(self.seed)
+        seed_everything(self.seed)
         outcome = lm_eval.evaluate(
             lm,
             task_dict={"tasks": {self.name: self.built}},
@@ -146,7 +146,7 @@ class Task:
         }
 
 
-def _language_model(model, tokenizer, batch_size, max_length, softmax_dtype, progress):
+def language_model(model, tokenizer, batch_size, max_length, softmax_dtype, progress):
     """lm-eval's own wrapper of the model; `restore()` puts back the train/eval state it changes."""
     from camera.evaluation.tasks.hf_model import PackedLM
 
@@ -162,6 +162,8 @@ def _language_model(model, tokenizer, batch_size, max_length, softmax_dtype, pro
     lm.show_progress = progress
     ask, quiet = lm.loglikelihood, not (progress and sys.stderr.isatty())
     lm.loglikelihood = lambda requests: refuse_nan(requests, ask(requests, disable_tqdm=quiet))
+    write = lm.generate_until
+    lm.generate_until = lambda requests: write(requests, disable_tqdm=quiet)
     lm.restore = lambda: model.train(was_training)
     return lm
 
@@ -180,7 +182,8 @@ def refuse_nan(requests: Sequence, answers: list[tuple[float, bool]]) -> list[tu
     return answers
 
 
-def _seed_everything(seed: int) -> None:
+def seed_everything(seed: int) -> None:
+    """Seed the global random generators, as lm-eval seeds them."""
     import random
 
     import numpy

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from camera.runtime.errors import CameraError
@@ -35,6 +36,11 @@ PAPER_TASKS: tuple[PaperTask, ...] = (
 NINE_TASKS: tuple[str, ...] = tuple(task.name for task in PAPER_TASKS)
 NINE_FOLDERS: tuple[str, ...] = tuple(dict.fromkeys(task.folder for task in PAPER_TASKS))
 KEY = "evaluation.tasks"
+
+
+def task_name(task: str) -> str:
+    """What a task is called in files and tables; one by the path of its YAML by the file's name."""
+    return Path(task).stem if task.endswith((".yaml", ".yml")) else task
 
 
 def headline(task_result: Mapping[str, Any]) -> float:

@@ -140,12 +140,15 @@ class MemoryEstimate:
         memory: MemoryChoices,
         tokens: int,
         length: int = 0,
+        card: int | None = None,
     ) -> MemoryEstimate:
         """The estimate of these passes over so many calibration tokens, in samples of `length`.
 
-        What changes rounding (phi, experts) is decided by sizes alone, never by what is free now.
+        `card` is the memory of another accelerator than the model's, in bytes. What changes
+        rounding (phi, experts) is decided by sizes alone, never by what is free now.
         """
         size, config = model.dtype.itemsize, model.config
+        total = card or total_memory(model.device)
         layers = [parameters_of(layer) * size for layer in model.layers]
         routed = [model.feed_forward(i).routed for i in range(len(layers))]
         experts = [group.module_size * size if group else 0 for group in routed]
@@ -153,14 +156,14 @@ class MemoryEstimate:
         phi = int(tokens * width * size)
         on_disk = memory.experts == "disk"
         if memory.experts == "auto":
-            on_disk = LAYERS_HELD * max(layers) > total_memory(model.device)
+            on_disk = LAYERS_HELD * max(layers) > total
         on_disk = on_disk and max(experts) > 0 and not model.compressed
         outside = parameters_of(model.model) * size - sum(layers)
         kinds = {step.kind for step in passes}
         asks_head = bool(kinds & {PassKind.BACKWARD, PassKind.TRIAL})
         logits = 4 * min(HEAD_LOGITS, HEAD_TABLES * tokens * config.vocab_size) * asks_head
         serves = method.slices and not on_disk and tokens > 0
-        apart = has_own_memory(model.device)
+        apart = card is not None or has_own_memory(model.device)
 
         def on_device(there: int, kept: int) -> DeviceMemory:
             sizes = dict(
@@ -170,8 +173,7 @@ class MemoryEstimate:
             return DeviceMemory.of(*asked, hidden=there, phi=kept, **sizes)
 
         def fits(there: int, kept: int) -> bool:
-            room = DEVICE_SHARE * total_memory(model.device)
-            return on_device(there, kept).peak <= room
+            return on_device(there, kept).peak <= DEVICE_SHARE * total
 
         hidden_place = memory.hidden
         if memory.hidden == "auto":

@@ -4,31 +4,21 @@ Shapes: T calibration tokens in samples of L, K experts per token, H hidden, W w
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM
 
 from camera.moe.families import family_of
-from camera.moe.feed_forward import FeedForward, MlpExpert
+from camera.moe.feed_forward import MlpExpert
 from camera.streaming.memory import BATCH_TOKENS
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a machine does at most: FLOP/s of its matrix products, bytes/s of its memory, bytes/s
-    at which weights come from where they are stored (and go back), FLOP/s in single precision."""
-
-    flops: float
-    memory: float
-    link: float
-    fp32: float
+from experiments.bench.support.cards import BANDWIDTH_SHARE, LAUNCH_SECONDS, WAIT_SECONDS, Card
+from experiments.bench.support.paper import PaperModel
+from experiments.bench.support.traffic import LayerTraffic, layer_traffic
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One decoder layer: FLOPs by part; bytes read and written once, and moved in memory.
+    """One decoder layer: FLOPs by part; bytes read and written once, and what is done beside.
 
     `everywhere` is what a run does without: gate and up of every expert on every token.
     """
@@ -40,11 +30,29 @@ class LayerCost:
     everywhere: int
     bytes_read: int
     bytes_written: int
-    bytes_moved: int
+    bytes_resume: int
+    traffic: LayerTraffic
 
     @property
     def flops(self) -> int:
         return self.attention + self.router + self.gate_up + self.down
+
+
+class Seconds(NamedTuple):
+    """Where the time goes: products, elementwise kernels, waits; launches and copies as far as the
+    computing doesn't hide them. `disk` is reading and writing, which goes on beside all of it."""
+
+    products: float
+    elementwise: float
+    waits: float
+    launches: float
+    copies: float
+    disk: float
+
+    @property
+    def total(self) -> float:
+        """All but the disk."""
+        return self.products + self.elementwise + self.waits + self.launches + self.copies
 
 
 @dataclass(frozen=True)
@@ -59,19 +67,37 @@ class RunCost:
         """Sum over the layers of `flops`, `gate_up`, `bytes_read`, ..."""
         return sum(getattr(layer, part) for layer in self.layers)
 
-    def seconds(self, device: Device, efficiency: float) -> float:
-        """Each layer takes the longest of computing it, moving it through memory, reading the
-        next and writing the last; compute and memory reach `efficiency` of what is possible."""
-        each = (
-            max(
-                layer.flops / (device.flops * efficiency),
-                layer.bytes_moved / (device.memory * efficiency),
-                (layer.bytes_read + layer.bytes_written) / device.link,
+    def moved(self, part: str) -> int:
+        """Sum over the layers of `elementwise`, `launches`, `waits`, ..."""
+        return sum(getattr(layer.traffic, part) for layer in self.layers)
+
+    def seconds(self, card: Card, efficiency: float, disk: float) -> Seconds:
+        """Products reach `efficiency` of the card's peak, the disk so many bytes/s.
+
+        A layer takes the longest of computing, launching what computes, and copies each way; the
+        first layer's way in and the last one's way out are waited for.
+        """
+        products = elementwise = waits = launches = copies = 0.0
+        for layer in self.layers:
+            traffic = layer.traffic
+            multiply = layer.flops / (card.flops * efficiency)
+            move = traffic.elementwise / (card.bandwidth * BANDWIDTH_SHARE)
+            ask = traffic.launches * LAUNCH_SECONDS
+            up, down = layer.bytes_read + traffic.up, layer.bytes_written + traffic.down
+            late = max(ask - multiply - move, 0.0)
+            copies += max(max(up, down) / card.link - multiply - move - late, 0.0)
+            products, elementwise, launches = (
+                products + multiply,
+                elementwise + move,
+                launches + late,
             )
-            for layer in self.layers
-        )
+            waits += traffic.waits * WAIT_SECONDS
         ends = self.layers[0].bytes_read + self.layers[-1].bytes_written + 2 * self.bytes_rest
-        return sum(each) + ends / device.link
+        stored = self.total("bytes_read") + self.total("bytes_written") + 2 * self.bytes_rest
+        stored += self.total("bytes_resume")
+        return Seconds(
+            products, elementwise, waits, launches, copies + ends / card.link, stored / disk
+        )
 
 
 def run_cost(
@@ -82,6 +108,8 @@ def run_cost(
     sparsity: float,
     still_used: float | None = None,
     keep_phi: bool = True,
+    on_device: bool = True,
+    batch: int = BATCH_TOKENS,
     dtype: torch.dtype = torch.bfloat16,
 ) -> RunCost:
     """Cost of a one-pass compression (propagate=compressed) of a model of this config.
@@ -93,27 +121,19 @@ def run_cost(
     `still_used` the kept share of the micro-experts that a token is routed to: 1 - sparsity (the
     default) if all experts are pruned alike; energy keeps more of experts that are used more.
 
-    Bytes moved are the weights, once for each batch of tokens, and what every matrix product reads
-    and writes. Source: the counts of the operations in camera/moe/capture.py and
-    camera/streaming/streamer.py.
+    `batch` tokens run at once; hidden states stay `on_device`, or cross to the host and back.
     """
-    model, layers = _on_paper(config, dtype)
-    shares = (sparsity, 1 - sparsity if still_used is None else still_used)
+    paper = PaperModel(config, dtype)
+    used = 1 - sparsity if still_used is None else still_used
     costs = [
         _layer(
-            config,
-            layer,
-            view,
-            tokens,
-            length,
-            *(shares if pooled else (0.0, 1.0)),
-            keep_phi,
-            dtype,
+            paper, i, tokens, length, sparsity, used, keep_phi=keep_phi, on_device=on_device,
+            batch=batch,
         )
-        for layer, view, pooled in layers
-    ]
-    size = sum(p.numel() for p in model.parameters())
-    inside = sum(p.numel() for layer, *_ in layers for p in layer.parameters())
+        for i in range(len(paper.layers))
+    ]  # fmt: skip
+    size = sum(p.numel() for p in paper.model.parameters())
+    inside = sum(p.numel() for p in paper.layers.parameters())
     return RunCost(costs, (size - inside) * dtype.itemsize, size)
 
 
@@ -136,7 +156,7 @@ def fit_flops(
     sweep 2 N w H (1 - held_out) to read the residual, 2 w^2 H to solve, 2 N w H to change it.
     Source: the counts of the operations in camera/compensation/least_squares.py.
     """
-    _, layers = _on_paper(config, torch.float32)
+    paper = PaperModel(config, torch.float32)
     hidden, seen, total = config.hidden_size, 1 - held_out, 0.0
 
     def fitted(used: int, width: int, kept: int, experts: int, sweeps: int) -> float:
@@ -146,8 +166,9 @@ def fit_flops(
         grams = 2 * used * (width - kept) * hidden + 2 * used * kept**2 * (1 + seen)
         return grams + sweeps * (tried + last) + (ridges + 1) * experts * kept**3 / 3
 
-    for layer, ffn, pooled in layers:
-        for group in ffn.groups if pooled else ():
+    for i, layer in enumerate(paper.layers):
+        ffn = paper.feed_forward(i)
+        for group in ffn.groups if i in paper.budget.layers else ():
             used = tokens if isinstance(group, MlpExpert) else tokens * ffn.family.top_k(config)
             width = max(group.widths)
             kept = width - int(sparsity * width)
@@ -158,60 +179,60 @@ def fit_flops(
     return int(total)
 
 
-def _on_paper(
-    config: Any, dtype: torch.dtype
-) -> tuple[nn.Module, list[tuple[nn.Module, FeedForward, bool]]]:
-    """A model without memory, and its layers, what is known of them, whether they have a pool."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    family, layers = family_of(config.model_type), model.base_model.layers
-    root = f"{model.base_model_prefix}.layers"
-    views = [FeedForward(layer, family, f"{root}.{i}") for i, layer in enumerate(layers)]
-    in_pool = [view.is_moe or not any(v.is_moe for v in views) for view in views]
-    return model, list(zip(layers, views, in_pool, strict=True))
-
-
 def _layer(
-    config: Any,
-    layer: nn.Module,
-    ffn: FeedForward,
+    paper: PaperModel,
+    index: int,
     tokens: int,
     length: int,
     sparsity: float,
     still_used: float,
+    *,
     keep_phi: bool,
-    dtype: torch.dtype,
+    on_device: bool,
+    batch: int,
 ) -> LayerCost:
+    config, layer, ffn = paper.config, paper.layers[index], paper.feed_forward(index)
+    in_pool, size, hidden = index in paper.budget.layers, paper.dtype.itemsize, config.hidden_size
+    if not in_pool:
+        sparsity, still_used = 0.0, 1.0
     again = 0 if keep_phi or not sparsity else 1
     pool = {id(p) for group in ffn.groups for p in group.module.parameters()}
     routers = [p for p in ffn.module.parameters() if p.dim() == 2 and id(p) not in pool]
     inside = pool | {id(p) for p in routers}
     outside = [p for p in layer.parameters() if p.dim() == 2 and id(p) not in inside]
 
-    hidden = config.hidden_size
-    gate_up, down, everywhere, moved = 0, 0, 0, 0
+    gate_up, down, everywhere = 0, 0, 0
     for group in ffn.groups:
         used = tokens if isinstance(group, MlpExpert) else tokens * ffn.family.top_k(config)
         width = max(group.widths)
         gate_up += int(4 * used * hidden * width * (1 + again * still_used))
         everywhere += 4 * tokens * hidden * sum(group.widths)
         down += int(2 * used * hidden * width * still_used)
-        # in and out of both products: x, then gate, up and phi (fp32), then the sum
-        moved += used * (3 * hidden * dtype.itemsize + width * (3 * 4 + 2 * dtype.itemsize))
-    attention = sum(2 * tokens * p.numel() for p in outside) + _scores(config, tokens, length)
-    moved += sum(tokens * sum(p.shape) * dtype.itemsize for p in outside)
-    weights = sum(p.numel() for p in layer.parameters()) * dtype.itemsize
+    weights = sum(p.numel() for p in layer.parameters()) * size
     pooled = sum(p.numel() for group in ffn.groups for p in group.module.parameters())
-    batches = -(-tokens // BATCH_TOKENS)
     return LayerCost(
-        attention=attention,
+        attention=sum(2 * tokens * p.numel() for p in outside) + _scores(config, tokens, length),
         router=sum(2 * tokens * p.numel() for p in routers) * (1 + again),
         gate_up=gate_up,
         down=down,
         everywhere=everywhere,
         bytes_read=weights,
-        bytes_written=weights - int(sparsity * pooled * dtype.itemsize),
-        bytes_moved=moved + batches * weights,
+        bytes_written=weights - int(sparsity * pooled * size),
+        bytes_resume=tokens * hidden * size,
+        traffic=layer_traffic(
+            layer,
+            ffn,
+            tokens,
+            -(-tokens // batch),
+            hidden=hidden,
+            top_k=ffn.family.top_k(config),
+            kept=1 - sparsity,
+            still_used=still_used,
+            keep_phi=keep_phi,
+            on_device=on_device,
+            size=size,
+            in_pool=in_pool,
+        ),
     )
 
 

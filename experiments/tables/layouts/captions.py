@@ -39,6 +39,19 @@ def scores_caption(block: ComparableRuns, columns: list[Column]) -> str:
     return " ".join(f"{sentence}." for sentence in sentences if sentence)
 
 
+def damage_caption(block: ComparableRuns, texts: list[str]) -> str:
+    """What the comparison with the dense model is of, and how much of its distribution is seen."""
+    named = " and ".join(dataset_label(text, block.data) for text in texts)
+    tops = {(i.get("evaluation") or {}).get("divergence") for i in block.runs["_identity"]} - {None}
+    seen = ""
+    if len(tops) == 1:
+        seen = f" Of the dense model its {tops.pop()} likeliest tokens and the rest."
+    return (
+        f"Against the dense model on {named}: KL divergence (↓, nats per token), share of tokens "
+        f"with the same likeliest one and expected speculative acceptance Σ min(p, q) (↑, %).{seen}"
+    )
+
+
 def _upper(text: str) -> str:
     return text[:1].upper() + text[1:]
 

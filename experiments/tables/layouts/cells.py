@@ -117,6 +117,8 @@ def _ratio(sparsity: float, bits: float) -> Cell:
 
 
 def _number(name: str, value: float) -> str:
+    if name.startswith("kl_"):
+        return f"{abs(value) if abs(value) < 5e-5 else value:.4f}"
     if name == "n":
         return str(int(value))
     if name == "delta":

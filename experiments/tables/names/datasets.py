@@ -15,11 +15,19 @@ from camera.calibration.settings import MIXTURES, SELF_SAMPLED, source_name
 from camera.evaluation.tasks.names import PAPER_TASKS
 from experiments.config.location import EMBEDDED
 from experiments.mirror import is_mirror
+from experiments.tables.names.divergence import (
+    NAMES,
+    SHORT_NAMES,
+    divergence_column,
+    measure_and_text,
+)
 
 SHARES = re.compile(r"(?:^| \+ )(.+?) ([\d.e-]+%)(?=$| \+ )")  # camera's `source_name`
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4"}
 SHORT_TEXTS = {"wikitext2": "Wiki2", "c4": "C4"}
 TASKS = {task.name: task.short_name for task in PAPER_TASKS}
+WRITTEN = "generative_"  # before the name of a task whose answers the model writes
+WRITTEN_TASKS = {"gsm8k": "GSM8K", "humaneval": "HumanEval", "mbpp": "MBPP", "ifeval": "IFEval"}
 EMBEDDED_TEXTS = {"wikitext2": "tiny encyclopaedia", "c4": "tiny web"}
 SHORT_EMBEDDED_TEXTS = {"wikitext2": "tiny-encycl.", "c4": "tiny-web"}
 
@@ -43,6 +51,12 @@ def dataset_label(name: str, data: str, *, short: bool = False) -> str:
         return " + ".join(f"{label} {share}" for label, share in named)
     if name == SELF_SAMPLED:
         return "EBSS"
+    if compared := measure_and_text(name):
+        measure = (SHORT_NAMES if short else NAMES)[compared[0]]
+        return f"{measure} {dataset_label(compared[1], data, short=short)}"
+    if name.startswith(WRITTEN):
+        task = name.removeprefix(WRITTEN)
+        return WRITTEN_TASKS.get(task, task) if data == HUB else f"{Path(data).name}/{task}"
     if parts := MIXTURES.get(name):
         return " + ".join(dataset_label(part, data, short=short) for part in parts)
     if "/" in name or "\\" in name or "." in name:
@@ -60,6 +74,8 @@ def dataset_key(name: str, data: str) -> str:
     """The same as the name of a column in CSV files and of a key in trackers: no spaces."""
     if parts := SHARES.findall(name):
         return "+".join(f"{dataset_key(part, data)}_{share}" for part, share in parts)
+    if compared := measure_and_text(name):
+        return divergence_column(compared[0], dataset_key(compared[1], data))
     if data == HUB or name == SELF_SAMPLED or "/" in name or "." in name:
         return name
     if data == EMBEDDED:

@@ -31,6 +31,7 @@ METHODS = (
     MethodName("heapr", "HEAPr"),
     MethodName("gptq", "GPTQ"),
     MethodName("mc", "MC"),
+    MethodName("layerwise_bits", "Layer-wise bits"),
     MethodName("camera_p", "Camera-P"),
     MethodName("camera_plus", "Camera-Plus"),
     MethodName("camera_q_dagger", "Camera-Q†"),

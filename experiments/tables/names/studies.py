@@ -13,6 +13,7 @@ TITLES = {
     "calibration_size": "Ablation: calibration size",
     "calibration_source": "Ablation: calibration text",
     "plus": "Ablation: parts of Camera-Plus",
+    "serving": "Bits by layer",
     "speed": "Speed",
     "energy": "Energies of micro-experts",
 }

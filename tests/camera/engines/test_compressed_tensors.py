@@ -107,6 +107,33 @@ def test_a_shared_expert_is_packed_too(tmp_path):
     assert any(".shared_expert.up_proj." in name for name in packed)
 
 
+def test_a_group_as_long_as_the_shorter_rows_is_one_scheme(tmp_path):
+    sizes = SIZES | dict(hidden_size=64)
+    folder = quantised(tmp_path, sizes=sizes, group_size=32, bits=4.5)
+    out = camera.export(folder, tmp_path / "out", format="compressed-tensors")
+    found, expected = decompressed(out), own_weights(folder)
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight.half()), name
+    (group,) = config_of(out)["quantization_config"]["config_groups"].values()
+    assert group["weights"]["group_size"] == 32
+
+
+def test_bits_by_layer_are_a_scheme_for_each(tmp_path, data_folder, calibration, caplog):
+    settings = dict(bits=6.5, data=str(data_folder), calibration=calibration, bit_widths=[3, 8])
+    sizes = SIZES | SHARED
+    folder = quantised(
+        tmp_path, method="layerwise_bits", family="qwen2_moe", sizes=sizes, **settings
+    )
+    out = camera.export(folder, tmp_path / "out", format="compressed-tensors")
+    assert "transformers 5.23 doesn't read experts of several bits" in caplog.text
+    found, expected = decompressed(out), own_weights(folder)
+    assert found.keys() > expected.keys() and len(expected) == 2 * 8 * 3
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight.half()), name
+    told = config_of(out)["quantization_config"]["config_groups"].values()
+    assert sorted(group["weights"]["num_bits"] for group in told) == [3, 8]
+
+
 @pytest.mark.parametrize(
     "settings, said",
     [

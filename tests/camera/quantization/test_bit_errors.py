@@ -2,9 +2,9 @@
 
 import torch
 
-from camera.quantization.bit_errors import bit_errors
 from camera.quantization.layer import quantize_layer
 from camera.quantization.layer_bits import ExpertBits
+from camera.quantization.quantizers.bit_errors import bit_errors
 from camera.quantization.quantizers.gptq import GPTQ
 from tests.helpers.quantizing import dense_output, layer_of, seen_by
 

@@ -56,8 +56,16 @@ def tasks(monkeypatch):
         asked.extend(names)
         return {name: {**SCORE, "data_hash": "0", "seconds": 0.0} for name in names}
 
+    def write(model, tokenizer, names, **options):
+        found = {"metric": "exact_match", "score": 0.5, "stderr": 0.1, "metrics": {}, "n": 4}
+        return {name: {**found, "seconds": 0.0} for name in names}
+
     monkeypatch.setattr(measurements, "evaluate_tasks", evaluate)
     monkeypatch.setattr("camera.evaluation.tasks.evaluate.check_tasks", lambda *_, **__: None)
+    monkeypatch.setattr(measurements, "evaluate_generative", write)
+    monkeypatch.setattr(
+        "camera.evaluation.tasks.generative.check_generative", lambda *_, **__: None
+    )
     return asked
 
 
@@ -268,7 +276,7 @@ def test_a_checkpoint_can_be_given_up_once_it_is_measured(make):
 @pytest.mark.parametrize("method", choices("method"))
 def test_every_method_runs(method, make):
     # tiny layers: what two bits and their scales come to is far from 2.25
-    bits = {"gptq": 3.2, "rtn": 3.2, "mc": 3.2}.get(method)
+    bits = {"gptq": 3.2, "rtn": 3.2, "mc": 3.2, "layerwise_bits": 4.5}.get(method)
     folder = run(make(f"method={method}", *([f"bits={bits}"] if bits else [])))
     assert (folder / "DONE").exists()
 
@@ -287,6 +295,7 @@ def test_every_evaluation_runs(evaluation, make, tasks):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(tasks) == set(metrics["tasks"])
     assert set(tasks) in (set(), set(NINE_TASKS))
+    assert list(metrics["generative"]) == metrics["settings"]["evaluation"]["generative"]["tasks"]
 
 
 def test_a_run_killed_while_it_measures_does_not_look_finished(make, monkeypatch):

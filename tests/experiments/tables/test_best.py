@@ -71,6 +71,20 @@ def test_the_error_of_two_perplexities_is_that_of_their_difference_on_the_same_b
     assert is_tied(best | {"c4_se": 1.0}, other, "c4")  # of other blocks: each one's own error
 
 
+@pytest.mark.parametrize(("score", "unit"), [("kl_c4", 1), ("agreement_c4", 100)])
+def test_distances_from_the_dense_model_are_compared_on_the_same_blocks(score, unit):
+    draw = np.random.default_rng(0)
+    text, noise = draw.normal(0.5, 0.2, 64), draw.normal(0.0, 0.01, 64)
+    error = np.std(noise, ddof=1) / 8
+
+    def model(shift, blocks):
+        return run("naee", **{score: unit * (0.5 + shift)}, _blocks={score: [*blocks]})
+
+    best = model(0.0, text)
+    assert is_tied(best, model(0.9 * error, text + noise), score)
+    assert not is_tied(best, model(1.1 * error, text + noise), score)
+
+
 def test_spread_over_seeds_counts_too():
     best = run("naee", average=50.0, average_se=0.0, average_std=3.0) | {"n": 9}
     other = run("reap", average=48.9, average_se=0.0, average_std=4.0) | {"n": 16}

@@ -35,6 +35,7 @@ def tiny(model: Path, data: Path, output: Path) -> list[str]:
         "tracker=none",
         "evaluation=perplexity",
         "evaluation.blocks=2",
+        "evaluation.divergence=null",
         "calibration.samples=4",
         "calibration.length=48",
     ]

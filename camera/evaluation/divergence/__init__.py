@@ -1,0 +1,1 @@
+"""A model compared with the dense one that it was made of."""

@@ -1,0 +1,1 @@
+"""Bits by layer, by measured errors."""
