@@ -151,13 +151,22 @@ def _run(
         check_calibration(calibration, data=data)
         length = min(calibration.length, context or calibration.length)
         foresee(request, meta, memory, calibration.samples, length)
+        tokenizer = load_tokenizer(folder, trust_remote_code)
+        cache = Path(statistics).expanduser() if statistics else None
+
+        def write(samples: int, length: int) -> Any:
+            from camera.pipeline.passes.self_sampling import self_sampled
+
+            return self_sampled(meta, tokenizer, samples, length, seed, cache, trust_remote_code)
+
         tokens = calibration_tokens(
-            load_tokenizer(folder, trust_remote_code),
+            tokenizer,
             calibration,
             data=data,
             seed=seed,
             max_length=context,
             vocabulary=meta.model.get_input_embeddings().num_embeddings,
+            write=write,
         )
     listeners: Sequence[LayerListener] = ()
     if measures is not None and distributed.rank() == 0:

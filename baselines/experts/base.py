@@ -6,6 +6,7 @@ experts of a layer, N tokens of one expert, H hidden, W width of one expert.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from math import ceil, floor
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -35,7 +36,8 @@ class ExpertPruning(Method):
     r is the largest number (for a group-limited router: multiple of its groups) that doesn't
     exceed `sparsity` of `sparsity_of`: experts are whole, so what is realised is at most that, and
     less by less than one expert (of each group) per layer. Of `moe` and `routed` it is experts
-    that count, of `model` their router rows too. Shared experts stay.
+    that count, of `model` their router rows too. Shared experts stay, and with
+    `spare_super_experts` those that were found (`camera.calibration.experts.super_experts`).
     """
 
     plan_kind: ClassVar[str] = "experts"
@@ -44,6 +46,7 @@ class ExpertPruning(Method):
 
     sparsity: float
     sparsity_of: SparsityOf = "moe"
+    spare_super_experts: bool = True
 
     def check(self, budget: Budget) -> None:
         self.removed(budget)
@@ -74,6 +77,22 @@ class ExpertPruning(Method):
             f"{ceil(number * step * 1e4) / 1e4} ({number * routing.groups} of {routing.experts} "
             f"experts per layer; the router chooses {routing.top_k}{groups})."
         )
+
+    def spared(self, index: int, budget: Budget) -> list[int]:
+        """The super experts of a layer that are to stay, by their number among the routed ones."""
+        pool = budget.layers[index]
+        shared = pool.routed.index(True)
+        found = [expert - shared for expert in pool.super_experts if expert >= shared]
+        return found if self.spare_super_experts else []
+
+    def require_spared(self, index: int, keep_E: Tensor, budget: Budget) -> None:
+        """CameraError where a super expert would have to go."""
+        if gone := [expert for expert in self.spared(index, budget) if not keep_E[expert]]:
+            told = ", ".join(map(str, gone))
+            raise CameraError(
+                f"sparsity={self.sparsity} leaves no room in layer {index} for its super experts "
+                f"(expert {told}): use a smaller sparsity, or method.spare_super_experts=false."
+            )
 
     def routing(self, budget: Budget) -> RouterConstraints:
         """What every layer's router asks for; CameraError where no whole experts can go."""
@@ -205,9 +224,13 @@ class ScoredExperts(ExpertPruning):
     def plan_layer(
         self, index: int, ffn: FeedForward, seen: ExpertUse, budget: Budget, plan: Plan
     ) -> LayerPlan:
+        import torch
+
         from baselines.experts.subset_search import keep_best
         from camera.pruning.plan import KeptExperts
 
         score_E, groups = self.expert_scores(seen), self.routing(budget).groups
-        keep_E = keep_best(score_E, self.removed(budget), groups)
+        ranked_E = score_E.index_fill(0, torch.tensor(self.spared(index, budget)).long(), math.inf)
+        keep_E = keep_best(ranked_E, self.removed(budget), groups)
+        self.require_spared(index, keep_E, budget)
         return KeptExperts(keep_E, {"score": score_E.tolist()})

@@ -85,8 +85,14 @@ class NAEE(ExpertPruning):
 
         routing = self.routing(budget)
         error = OutputError(seen.gram_TEE, Rerouter(ffn, seen.x_TH), self.norm_tokens)
+        spared = self.spared(index, budget)
+
+        def sparing(keep_CE: torch.Tensor) -> torch.Tensor:
+            """J, without end where a super expert goes."""
+            return error(keep_CE).masked_fill(~keep_CE[:, spared].all(1).cpu(), torch.inf)
+
         found = search(
-            error,
+            sparing if spared else error,
             routing.experts,
             self.removed(budget),
             groups=routing.groups,
@@ -96,6 +102,7 @@ class NAEE(ExpertPruning):
         )
         keep_E = torch.ones(routing.experts, dtype=torch.bool)
         keep_E[found.drop] = False
+        self.require_spared(index, keep_E, budget)
         report = {
             "search": found.search,
             "evaluations": found.evaluations,

@@ -5,7 +5,8 @@ Shapes: S tokens of a stream, N windows, L tokens of a window.
 
 import logging
 import random
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ import torch
 from torch import Tensor
 
 from camera.calibration.corpora import find_corpus, load_documents
-from camera.calibration.settings import KEY, Calibration, _parts, check_calibration
+from camera.calibration.settings import (
+    KEY,
+    SELF_SAMPLED,
+    Calibration,
+    check_calibration,
+    deal,
+    part_of,
+    shares_of,
+    source_name,
+)
 from camera.calibration.windows import (
     Windows,
     document_windows,
@@ -34,11 +44,16 @@ log = logging.getLogger("camera")
 
 @dataclass(frozen=True)
 class CalibrationTokens:
-    """The tokens (int64), the sha256 of their ids, and where they came from."""
+    """The tokens (int64), the sha256 of their ids, and where they came from.
+
+    Of a mixture also the names of its sources, and which of them each window is `dealt` from.
+    """
 
     ids_NL: Tensor
     hash: str
     description: dict[str, Any]
+    sources: tuple[str, ...] = ()
+    dealt: tuple[int, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """Source, split, samples, length, seed, documents, tokens available, how drawn, hash."""
@@ -53,6 +68,7 @@ def calibration_tokens(
     seed: int,
     max_length: int | None = None,
     vocabulary: int | None = None,
+    write: Callable[[int, int], Tensor] | None = None,
 ) -> CalibrationTokens:
     """The calibration windows of a source, the same for the same seed, tokenizer and data.
 
@@ -62,6 +78,8 @@ def calibration_tokens(
     are long enough, documents in random order are joined with EOS and cut like WikiText, and
     `describe()["how"]` says so. `max_length` (the model's context) caps L;
     `vocabulary` is how many tokens the model embeds.
+    `write(N, L)` gives windows that the model itself writes, for the source ebss.
+    A mixture deals each source's windows out in turn (`deal`).
 
     Raises CameraError for values that can't be, a source that can't be read, too little text, and
     a tokenizer of another model.
@@ -72,13 +90,15 @@ def calibration_tokens(
             f"max_length={max_length}: the model's context must hold 2 tokens or more"
         )
     capped = replace(calibration, length=min(calibration.length, max_length or calibration.length))
-    windows = _mixed(tokenizer, capped, data, seed)
+    shares = shares_of(capped.source, capped.sources)
+    dealt = deal(list(shares.values()), capped.samples)
+    windows = _mixed(tokenizer, capped, list(shares), dealt, data, seed, write)
     if vocabulary is not None:
         require_own_tokens(int(windows.ids_NL.max()), vocabulary)
     _warn_of_unknown(tokenizer, windows.ids_NL, calibration.source)
     digest = ids_hash(windows.ids_NL)
     description = {
-        "source": calibration.source,
+        "source": source_name(asdict(calibration)),
         "split": calibration.split,
         "samples": capped.samples,
         "length": capped.length,
@@ -89,7 +109,9 @@ def calibration_tokens(
         "how": windows.how,
         "hash": digest,
     }
-    return CalibrationTokens(windows.ids_NL, digest, description)
+    if len(shares) == 1:
+        return CalibrationTokens(windows.ids_NL, digest, description)
+    return CalibrationTokens(windows.ids_NL, digest, description, tuple(shares), tuple(dealt))
 
 
 def _warn_of_unknown(tokenizer, ids_NL: Tensor, source: str) -> None:
@@ -105,17 +127,38 @@ def _warn_of_unknown(tokenizer, ids_NL: Tensor, source: str) -> None:
         )
 
 
-def _mixed(tokenizer, calibration: Calibration, data: str | Path, seed: int) -> Windows:
-    """The windows of every part, interleaved, so that the first samples are mixed too."""
-    parts = _parts(calibration)
-    drawn = [_windows(tokenizer, part, data, seed) for part in parts]
+def _mixed(
+    tokenizer,
+    calibration: Calibration,
+    names: list[str],
+    dealt: list[int],
+    data: str | Path,
+    seed: int,
+    write: Callable[[int, int], Tensor] | None,
+) -> Windows:
+    """The windows of every source, in the order in which they are dealt."""
+    parts = [part_of(calibration, name, dealt.count(i)) for i, name in enumerate(names)]
+    drawn = [
+        _written(part, write)
+        if part.source == SELF_SAMPLED
+        else _windows(tokenizer, part, data, seed)
+        for part in parts
+    ]
     if len(drawn) == 1:
         return drawn[0]
     ids_NL = torch.empty(calibration.samples, calibration.length, dtype=torch.int64)
     for i, windows in enumerate(drawn):
-        ids_NL[i :: len(drawn)] = windows.ids_NL
+        ids_NL[torch.tensor(dealt) == i] = windows.ids_NL
     how = "; ".join(f"{p.source}: {w.how}" for p, w in zip(parts, drawn, strict=True))
     return Windows(ids_NL, sum(w.documents for w in drawn), sum(w.tokens for w in drawn), how)
+
+
+def _written(calibration: Calibration, write: Callable[[int, int], Tensor] | None) -> Windows:
+    """The windows that the model itself writes."""
+    if write is None:
+        raise CameraError(f"{KEY}={SELF_SAMPLED} is written by the model that is compressed alone")
+    ids_NL = write(calibration.samples, calibration.length)
+    return Windows(ids_NL, len(ids_NL), ids_NL.numel(), "written by the model, experts balanced")
 
 
 def _windows(tokenizer, calibration: Calibration, data: str | Path, seed: int) -> Windows:

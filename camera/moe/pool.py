@@ -6,7 +6,7 @@ within an expert by row), E experts of the pool, T tokens, H hidden.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class LayerPool:
     widths: list[int]  # of every expert, in pool order
     routed: list[bool]
     routing: RouterConstraints | None = None  # None where no whole experts can be removed
+    super_experts: list[int] = field(default_factory=list)  # by number in the pool, once found
 
     @property
     def micro_experts(self) -> int:

@@ -103,6 +103,7 @@ def _run(
         for step in passes[:-1]:
             with context.state.timed("calibrate"):
                 seen[step.kind] = RUNNERS[step.kind](context).run(step, seen)
+            context.mark_super_experts()
         plan = request.plan or method.plan(seen, budget)
         made_for = {"model_type": budget.model_type, "hidden_size": budget.hidden}
         plan = replace(plan, model=made_for)

@@ -9,6 +9,9 @@ from typing import Any, Protocol
 
 import torch
 
+from camera.calibration.experts.coverage import BySource
+from camera.calibration.experts.super_experts import WithOutliers, super_experts
+from camera.calibration.observers import ObserverSpec
 from camera.calibration.tokens import CalibrationTokens
 from camera.method import Method, Plan, Propagate
 from camera.moe.budget import Budget
@@ -20,6 +23,8 @@ from camera.runtime.device.peak_memory import PeakMemory
 from camera.runtime.files import partial_of
 from camera.runtime.progress import each_layer
 from camera.streaming.streamer import LayerStreamer
+
+SOURCES, OUTLIERS = "sources", "outliers"  # what is noted beside statistics, in states and files
 
 
 class LayerListener(Protocol):
@@ -97,6 +102,34 @@ class PassContext:
     def ids_NL(self) -> torch.Tensor:
         """The calibration samples of this rank."""
         return distributed.shard_samples(self.request.tokens.ids_NL)
+
+    def watched(self, spec: ObserverSpec, batch_tokens: int, found: dict[str, Any]) -> WithOutliers:
+        """The spec with what is noted in `found` beside it: experts' outliers, and of a mixture
+        what each source reaches."""
+        tokens = self.request.tokens
+        if not tokens.sources:
+            return WithOutliers(spec, found[OUTLIERS])
+        dealt = distributed.shard_samples(torch.tensor(tokens.dealt)).tolist()
+        size, length = self.batch_size(batch_tokens), tokens.ids_NL.shape[1]
+        by_source = BySource(spec, list(tokens.sources), dealt, size, length, found[SOURCES])
+        return WithOutliers(by_source, found[OUTLIERS])
+
+    def recall(self, about: dict[str, Any]) -> None:
+        """Take over what was noted beside statistics, from the head of their file."""
+        self.state.sources = about.get(SOURCES, {})
+        self.state.outliers = about.get(OUTLIERS, {})
+
+    def mark_super_experts(self) -> None:
+        """Mark in the pools of the model the super experts that are known so far."""
+        layers = self.budget.layers
+        experts = sum(len(pool.widths) for pool in layers.values())
+        known = super_experts(self.state.outliers, experts, len(self.streamer.model.layers))
+        for index, pool in layers.items():
+            pool.super_experts = known.get(index, [])
+
+    def batch_size(self, tokens: int) -> int:
+        """How many samples make a batch of so many tokens."""
+        return max(1, (tokens >> self.halvings) // self.request.tokens.ids_NL.shape[1])
 
     def each_layer(self, title: str, start: int) -> Iterator[int]:
         """The layers from `start` on; the first process shows how far it is."""

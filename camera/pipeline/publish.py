@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from typing import Any
 
 from camera.checkpoint.config import MODULES, CameraConfig, auto_class, modules_key, save_config
 from camera.checkpoint.shards import ShardWriter
 from camera.checkpoint.source import copy_companions
+from camera.method import Plan
 from camera.pipeline.context import PassContext
 from camera.pipeline.model_card import model_card
 from camera.pipeline.passes.compressed import CompressedPass
-from camera.pipeline.result import CompressionResult, report
+from camera.pipeline.result import CompressionResult, report, super_experts
 from camera.pipeline.resume import PassProgress
 from camera.runtime import distributed
 from camera.runtime.errors import CameraError
@@ -38,7 +40,7 @@ def publish(
         _write_rest(context, done, writer)
         _write_config(context)
         copy_companions(context.streamer.model.folder, partial)
-        done.plan.save(partial / CheckpointFiles.PLAN)
+        _plan(context, done.plan).save(partial / CheckpointFiles.PLAN)
         if done.statistics is not None and done.statistics.travels:
             done.statistics.save(partial / CheckpointFiles.STATISTICS)
     result = report(context, done.statistics, writer)
@@ -51,6 +53,12 @@ def publish(
     shutil.rmtree(request.private_statistics, ignore_errors=True)
     distributed.barrier()
     return result
+
+
+def _plan(context: PassContext, plan: Plan) -> Plan:
+    """The plan, with the super experts of the model that it was made for, where there are any."""
+    found = super_experts(context)
+    return replace(plan, shared=plan.shared | {"super_experts": found}) if found else plan
 
 
 def _write_rest(context: PassContext, done: CompressedPass, writer: ShardWriter) -> None:

@@ -37,6 +37,7 @@ class CompressionResult:
     peak_host_memory_bytes: int = 0  # of the process, wherever it computes
     expected_memory_bytes: int = 0  # the same, as estimated when it began
     coverage: dict[str, Any] = field(default_factory=dict)
+    super_experts: dict[str, dict[str, float]] = field(default_factory=dict)  # largest outputs
     widths: dict[str, list[int]] = field(default_factory=dict)  # kept, by module path
     full_widths: dict[str, int] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
@@ -67,6 +68,10 @@ def report(
     sizes, method = writer.sizes, request.method
     compressed = count(sizes, {path: path in state.routed for path in state.widths}, state.modules)
     coverage = _coverage(context, statistics)
+    found = super_experts(context)
+    for index, experts in found.items():
+        told = ", ".join(f"{e} (outputs to {largest:.0f})" for e, largest in experts.items())
+        log.info("layer %s: super expert %s", index, told)
     _warn_of_unreached(coverage.get("unreached", []))
     return CompressionResult(
         method=method.name,
@@ -85,6 +90,7 @@ def report(
         peak_host_memory_bytes=context.memory.host_bytes,
         expected_memory_bytes=context.memory.before + context.estimate.peak,
         coverage=coverage,
+        super_experts=found,
         widths=state.widths,
         full_widths=state.full_widths,
         calibration=request.tokens.describe() if request.tokens else None,
@@ -108,6 +114,35 @@ def _coverage(context: PassContext, statistics: Statistics | None) -> dict[str, 
             for path, expert in layer.unreached()
         ]
         found |= {"reached": experts - len(unreached), "unreached": unreached}
+    if context.state.sources:
+        found["sources"] = _by_source(context)
+    return found
+
+
+def _by_source(context: PassContext) -> dict[str, Any]:
+    """Of each source of a mixture how many experts it reaches, which not, and its tokens there."""
+    found: dict[str, Any] = {}
+    for index in sorted(context.state.sources, key=int):
+        for source, tokens_E in context.state.sources[index].items():
+            entry = found.setdefault(source, {"reached": 0, "unreached": [], "tokens": 0})
+            entry["reached"] += sum(count > 0 for count in tokens_E)
+            missed = [[int(index), e] for e, count in enumerate(tokens_E) if not count]
+            entry["unreached"] += missed
+            entry["tokens"] += sum(tokens_E)
+    for source, entry in found.items():
+        reached, of = entry["reached"], entry["reached"] + len(entry["unreached"])
+        log.info("calibration: %s reaches %d of %d experts", source, reached, of)
+    return found
+
+
+def super_experts(context: PassContext) -> dict[str, dict[str, float]]:
+    """By layer the super experts, by their number in the pool, and their largest output."""
+    context.mark_super_experts()
+    found: dict[str, dict[str, float]] = {}
+    for index, pool in context.budget.layers.items():
+        for expert in pool.super_experts:
+            largest = context.state.outliers[str(index)]["largest"][str(expert)]
+            found.setdefault(str(index), {})[str(expert)] = largest
     return found
 
 

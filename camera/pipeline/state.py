@@ -24,6 +24,8 @@ class RunState:
     measured: dict[str, dict[str, float]] = field(default_factory=dict)  # of each layer
     seconds: dict[str, float] = field(default_factory=lambda: {"calibrate": 0.0, "compress": 0.0})
     cached: dict[str, float] = field(default_factory=dict)  # `cached_statistics` of the report
+    sources: dict[str, Any] = field(default_factory=dict)  # by source, what reached whom
+    outliers: dict[str, Any] = field(default_factory=dict)  # largest outputs of experts
     shards: dict[str, Any] = field(default_factory=dict)  # of checkpoint.shards.ShardWriter
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class CameraPlus(MicroExpertPruning):
     """Trial pruning sets each layer's count, a score ranks within the layer, a refit compensates.
 
-    `score` is a name of `camera.calibration.scores` (energy, hidden_share, fisher, product,
-    residual), `alpha` of energy and hidden_share, `normalize` of fisher and product. Gradients,
-    where the score needs them, take one pass back through the layers.
+    `score` is a name of `camera.calibration.scores` (energy, hidden_share, projection, fisher,
+    product, residual), `alpha` of energy and hidden_share, `normalize` of fisher and product.
+    Gradients, where the score needs them, take one pass back through the layers.
     """
 
     name: ClassVar[str] = "camera_plus"

@@ -5,6 +5,7 @@ Shapes: N micro-experts of a layer's pool (shared expert first, then routed expe
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from camera.pruning.plan import KeptMicroExperts
     from camera.pruning.uniform import UniformWidths
 
-
+log = logging.getLogger("camera")
 ExpertWidths = Literal["ragged", "uniform"]
 
 
@@ -52,7 +53,9 @@ class MicroExpertPruning(Method):
     many as rank; uniform gives all routed experts of the model one width, and the shared ones one,
     so that the checkpoint is native: serving engines take it. `width_multiple` rounds each expert's
     kept width for kernels, `min_width` keeps every expert at least that wide, `layer_floor` every
-    layer's pool. `compensate` and what follows it: see `camera.compensation.settings`.
+    layer's pool. `spare_super_experts` keeps those whole that were found
+    (`camera.calibration.experts.super_experts`). `compensate` and what follows
+    it: see `camera.compensation.settings`.
     """
 
     slices: ClassVar[bool] = True
@@ -65,6 +68,7 @@ class MicroExpertPruning(Method):
     width_multiple: int = 1
     min_width: int = 0
     layer_floor: float = 0.0
+    spare_super_experts: bool = True
     compensate: Literal["none", Scope] = "none"
     target: Target = "layer"
     token_weights: TokenWeights = "relative"
@@ -178,7 +182,9 @@ class MicroExpertPruning(Method):
 
         statistics, found = _scored(seen), {}
         for i in budget.layers:
-            counts = [to_remove(self._prunable(budget, [i]), share) for share in TRIAL_FRACTIONS]
+            free = self._free(budget, i)
+            whole = self._prunable(budget, [i])
+            counts = [min(to_remove(whole, share), free) for share in TRIAL_FRACTIONS]
             found[i] = [self.masks(statistics, budget, [i], count)[i] for count in counts]
         return found
 
@@ -256,6 +262,7 @@ class MicroExpertPruning(Method):
         ]
         widths = [width for pool in pools for width in pool.widths]
         if self.native:
+            self._warn_of_cut(layers, budget)
             kept = self.uniform(budget)
             return {
                 i: keep_uniform(score_N, pool.widths, kept.of(pool.routed))
@@ -270,6 +277,14 @@ class MicroExpertPruning(Method):
             candidates_N = free_N if candidates_N is None else candidates_N & free_N
         if remove is None:
             remove = to_remove(self._prunable(budget, layers), self._ratio(budget))
+        spared = {i: pool.super_experts for i, pool in zip(layers, pools, strict=True)}
+        if self.spare_super_experts and any(spared.values()):
+            free_E = [
+                e not in spared[i] for i in layers for e in range(len(budget.layers[i].widths))
+            ]
+            free_N = torch.repeat_interleave(torch.tensor(free_E), torch.tensor(widths))
+            candidates_N = free_N if candidates_N is None else candidates_N & free_N
+            self._require_rest(candidates_N, widths, remove, spared)
         keep_N = keep_highest(
             torch.cat(scores),
             widths,
@@ -279,6 +294,37 @@ class MicroExpertPruning(Method):
             candidates_N=candidates_N,
         )
         return dict(zip(layers, keep_N.split(sizes), strict=True))
+
+    def _free(self, budget: Budget, index: int) -> int:
+        """Micro-experts of a layer outside its super experts, where those are spared."""
+        pool, spare = budget.layers[index], self.spare_super_experts and not self.native
+        spared = pool.super_experts if spare else []
+        return sum(width for e, width in enumerate(pool.widths) if e not in spared)
+
+    def _warn_of_cut(self, layers: list[int], budget: Budget) -> None:
+        for index in layers:
+            if self.spare_super_experts and budget.layers[index].super_experts:
+                log.warning(
+                    "layer %d: expert_widths=uniform cuts super expert %s like all others",
+                    index,
+                    ", ".join(map(str, budget.layers[index].super_experts)),
+                )
+
+    def _require_rest(
+        self, candidates_N: Tensor, widths: list[int], remove: int, spared: dict[int, list[int]]
+    ) -> None:
+        """CameraError where so many can't go without a super expert's."""
+        multiple = self.width_multiple
+        protected = [min(w, -(-min(self.min_width, w) // multiple) * multiple) for w in widths]
+        parts = zip(candidates_N.split(widths), protected, strict=True)
+        rest = sum(max(int(part.sum()) - stay, 0) for part, stay in parts)
+        if remove > rest:
+            told = ", ".join(f"{e} of layer {i}" for i, some in spared.items() for e in some)
+            raise CameraError(
+                f"sparsity={self.sparsity} removes {remove} micro-experts, and only {rest} are "
+                f"left beside the super experts (expert {told}): use a smaller sparsity, or "
+                "method.spare_super_experts=false."
+            )
 
     def _prunable(self, budget: Budget, layers: list[int]) -> int:
         """Micro-experts of these layers that `sparsity` counts."""

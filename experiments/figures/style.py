@@ -80,7 +80,7 @@ DARK = {
 # A method has the same colour and marker in every figure.
 METHODS = ("camera_p", "heapr", "d2_moe", "magnitude", "reap", "naee", "frequency", "random")
 METHODS += ("camera_q", "gptq", "mc", "camera_q_dagger", "rtn", "camera_plus")
-METHODS += ("layerwise_bits",)
+METHODS += ("layerwise_bits", "aimer")
 
 
 @dataclass(frozen=True)

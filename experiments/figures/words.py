@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from camera.calibration.corpora import HUB
+from camera.calibration.settings import source_name
 from experiments.config.location import EMBEDDED
 from experiments.tables.names.datasets import data_name, dataset_label
 from experiments.tables.names.methods import display_name
@@ -48,7 +49,7 @@ def calibration_words(calibration: dict[str, Any] | None, data: str) -> str:
     """The text that statistics are of, and how much of it; empty where there is none."""
     if not calibration:
         return ""
-    text = dataset_label(calibration["source"], data)
+    text = dataset_label(source_name(calibration), data)
     return f"calibrated on {calibration['samples']} samples of {text}"
 
 

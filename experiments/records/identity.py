@@ -12,7 +12,7 @@ from typing import Any
 
 from camera import MATHEMATICS
 from camera.calibration.corpora import CORPORA, HUB, corpus_file
-from camera.calibration.settings import MIXTURES
+from camera.calibration.settings import SELF_SAMPLED, shares_of
 from camera.checkpoint.source import fingerprint, resolve_model, revision_of
 from camera.evaluation.tasks.definitions import row_file
 from camera.evaluation.tasks.names import task_name
@@ -51,9 +51,12 @@ def compression_identity(settings: Settings) -> dict[str, Any]:
         identity["save_dtype"] = settings.save_dtype
     if settings.calibrates:
         asked = arguments(settings.calibration)
-        sources = MIXTURES.get(asked["source"], (asked["source"],))
+        if asked.get("sources") is None:  # as before there were any
+            asked.pop("sources", None)
+        sources = shares_of(asked["source"], asked.get("sources"))
         identity["calibration"] = asked
-        identity["calibration_text"] = _texts(settings.data, [(s, asked["split"]) for s in sources])
+        texts = [(s, asked["split"]) for s in sources if s != SELF_SAMPLED]
+        identity["calibration_text"] = _texts(settings.data, texts)
         identity["propagate"] = settings.propagate
         identity["memory"] = {key: settings.memory[key] for key in ROUNDING}
         identity["seed"] = settings.seed

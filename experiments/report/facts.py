@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from camera.calibration.settings import source_name
 from camera.evaluation.tasks.names import PAPER_TASKS
 from experiments.records.files import OutputFolder, is_json, read_json
 from experiments.report.runs import Run
@@ -95,7 +96,7 @@ def _data(run: Run) -> list[str]:
     calibration = run.row["_identity"].get("calibration")
     if calibration:
         sizes = f"{calibration['samples']} samples"
-        found.append(f"calibrated on {sizes} of {dataset_label(calibration['source'], data)}")
+        found.append(f"calibrated on {sizes} of {dataset_label(source_name(calibration), data)}")
     return found
 
 

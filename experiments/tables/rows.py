@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from camera.calibration.corpora import CORPORA, HUB
+from camera.calibration.settings import source_name
 from camera.evaluation.tasks.names import NINE_TASKS, headline
 from camera.runtime.errors import CameraError
 from experiments.records.failures import DamagedFileError
@@ -272,7 +273,7 @@ def _calibration(files: RunFiles, asked: dict[str, Any] | None) -> dict[str, Any
         return {}
     used = (files.read_part(COMPRESSION) or {}).get("calibration")
     sizes = {key: (used or asked)[key] for key in ("samples", "length")}
-    return {"calibration": asked["source"], **sizes}
+    return {"calibration": source_name(asked), **sizes}
 
 
 def _standard_errors(tasks: dict[str, dict[str, Any]]) -> dict[str, float | None]:

@@ -23,6 +23,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "camera_plus",
         dict(**PRUNE, score="residual", rank_scope="layer", compensate="none"),
     ),
+    "camera_plus projection": (
+        "camera_plus",
+        dict(**PRUNE, score="projection", rank_scope="layer", compensate="none"),
+    ),
     "heapr": ("heapr", PRUNE),
     "magnitude": ("magnitude", PRUNE),
     "magnitude global": ("magnitude", dict(**PRUNE, rank_scope="global")),
@@ -30,6 +34,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "frequency": ("frequency", DROP),
     "reap": ("reap", DROP),
     "reap softmax": ("reap", dict(**DROP, routing_weights="softmax")),
+    "aimer": ("aimer", DROP),
     "naee": ("naee", DROP),
     "d2_moe": ("d2_moe", PRUNE),
     "d2_moe freq": ("d2_moe", dict(**PRUNE, merge="freq")),

@@ -10,6 +10,7 @@ from tests.helpers.damage import damage
 
 PRUNE, DROP = dict(sparsity=0.4), dict(sparsity=0.5, sparsity_of="routed")
 METHODS = {
+    "aimer": DROP,
     "camera_p": PRUNE,
     "camera_plus": dict(**PRUNE, compensate="layer"),
     "camera_q": dict(bits=2.9, group_size=16),
@@ -27,6 +28,7 @@ METHODS = {
 }
 MATHEMATICS = 1
 COSTS = {
+    "aimer": 0.2531,
     "camera_p": 0.1010,
     "camera_plus": 0.1042,
     "camera_q": 0.2373,

@@ -14,19 +14,21 @@ N samples of the calibration set.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from camera.calibration.experts.super_experts import WithOutliers
 from camera.calibration.observers import ObserverSpec
 from camera.calibration.statistics import LayerStatistics, Statistics
 from camera.method import Pass, Seen
 from camera.moe.gradients import backpropagate
 from camera.pipeline.cache import gathered_once
 from camera.pipeline.context import PassContext
-from camera.pipeline.passes.dense import regrouped
+from camera.pipeline.passes.dense import noted, regrouped
 from camera.pipeline.resume import PassProgress
 from camera.runtime import distributed
 from camera.runtime.device.finite import all_finite
@@ -61,14 +63,16 @@ class BackwardPass:
                     "method."
                 )
             progress.restore()
-            ids_NL = context.ids_NL
-            size = max(1, (BACKWARD_TOKENS >> context.halvings) // ids_NL.shape[1])
-            inputs = [{"input_ids": ids} for ids in ids_NL.split(size)]
-            way = BackwardWay(streamer, inputs, folder)
-            layers = way.run(spec, context.each_layer, progress)
-            return Statistics(layers, context.about("dense"))
+            parts = context.ids_NL.split(context.batch_size(BACKWARD_TOKENS))
+            state = noted(progress.state)
+            shown = context.watched(spec, BACKWARD_TOKENS, state)
+            way = BackwardWay(streamer, [{"input_ids": ids} for ids in parts], folder)
+            layers = way.run(shown, context.each_layer, progress, state)
+            return Statistics(layers, context.about("dense") | noted(state))
 
-        return gathered_once(context, spec.key(), spec.statistics, type(spec), gather).layers
+        found = gathered_once(context, spec.key(), spec.statistics, type(spec), gather)
+        context.recall(found.about)
+        return found.layers
 
 
 class BackwardWay:
@@ -87,14 +91,22 @@ class BackwardWay:
         self._arguments: list[Arguments] = []
 
     def run(
-        self, spec: ObserverSpec, each_layer: EachLayer, progress: PassProgress
+        self,
+        spec: ObserverSpec | WithOutliers,
+        each_layer: EachLayer,
+        progress: PassProgress,
+        state: dict[str, Any] | None = None,
     ) -> dict[int, LayerStatistics]:
-        """Forward and back; every layer of the pool is shown to an observer of its own."""
+        """Forward and back; every layer of the pool is shown to an observer of its own.
+
+        `state`, which observers may add to, is kept with the progress.
+        """
+        state = {} if state is None else state
         layers, pool = len(self.streamer.model.layers), self.streamer.model.budget.layers
         self.start(progress.done)
         for index in each_layer("forward", min(progress.done, layers)):
             self.forward(index)
-            progress.commit(index + 1, {}, [])
+            progress.commit(index + 1, state, [])
         self._batches = []
         if progress.done > layers:
             self.gradients = regrouped(progress.hidden(), self._store.sizes)
@@ -104,7 +116,7 @@ class BackwardWay:
             index, seen = layers - 1 - step, None
             if index >= min(pool):  # nothing below is asked for
                 seen = self.back(index, spec if index in pool else None)
-            progress.commit(layers + step + 1, {}, self.gradients, seen)
+            progress.commit(layers + step + 1, state, self.gradients, seen)
             # of several processes one may be a layer behind when they are killed
             self._store.drop_from(index if distributed.world() == 1 else index + 2)
         distributed.barrier()  # all statistics are on the disk
@@ -158,7 +170,9 @@ class BackwardWay:
                 gradient = torch.cat([self._head(*chunk) for chunk in chunks])
                 self.gradients.append(_finite(gradient, "the head").view_as(hidden_BLH))
 
-    def back(self, index: int, spec: ObserverSpec | None = None) -> LayerStatistics | None:
+    def back(
+        self, index: int, spec: ObserverSpec | WithOutliers | None = None
+    ) -> LayerStatistics | None:
         """Gradients at a layer's output become those at its input; what `spec` saw of its FFN."""
         model = self.streamer.model
         layer, ffn, device = (
@@ -166,6 +180,8 @@ class BackwardWay:
             model.feed_forward(index),
             model.device,
         )
+        if isinstance(spec, WithOutliers):
+            spec.stream(index, [self._store.get(index, 0)] if self._arguments else [])
         observer = None if spec is None else spec.build(index, ffn)
         for i, arguments in enumerate(self._arguments):
             gradient = backpropagate(

@@ -21,7 +21,7 @@ from camera.compensation.experts import output_weights
 from camera.method import Pass, PassKind, Plan, Seen
 from camera.moe.expert_module import ExpertModule
 from camera.moe.pool import KeptRows
-from camera.pipeline.context import PassContext
+from camera.pipeline.context import OUTLIERS, SOURCES, PassContext
 from camera.pipeline.passes.measured import of_layer
 from camera.pipeline.passes.tokens import CompressedTokens
 from camera.pipeline.passes.weights import observe_weights
@@ -32,6 +32,7 @@ from camera.runtime.buffers import trim_heap
 from camera.runtime.errors import CameraError
 from camera.runtime.overlap import BackgroundWriter
 from camera.streaming.batches import FfnInput, FfnOutput, FfnPhi, LayerInput
+from camera.streaming.memory import BATCH_TOKENS
 
 log = logging.getLogger("camera")
 
@@ -148,7 +149,11 @@ class CompressedPass:
             return (streamer.run_layer(index, inputs) if step.feed == "dense" else inputs), None
         observer = None
         if _reads_tokens(step):
-            observer = step.observer.build(index, streamer.model.feed_forward(index))
+            state = context.state
+            found = {SOURCES: state.sources, OUTLIERS: state.outliers}
+            spec = context.watched(step.observer, BATCH_TOKENS, found)
+            spec.stream(index, [at.residual_BLH for at in inputs[:1]])
+            observer = spec.build(index, streamer.model.feed_forward(index))
         stage: Stage = inputs
         if step.feed == "dense":
             stage = streamer.forward(index, inputs, observer)
@@ -187,8 +192,12 @@ class CompressedPass:
         widths = sum(ffn.widths)
         before = output_weights(ffn) if method.compensation else {}
         if index not in self.plan.layers:
+            context.mark_super_experts()
             layer = method.plan_layer(index, ffn, seen, context.budget, self.plan)
             self.plan = self.plan.with_layer(index, layer)
+        spared = context.budget.layers[index].super_experts
+        if spared and getattr(method, "spare_super_experts", False):
+            state.report(index, {"spared": spared})
         applied = method.apply(index, ffn, self.plan.layers[index], seen)
         state.modules |= applied.modules
         state.report(index, applied.report)

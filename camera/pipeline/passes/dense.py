@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from camera.calibration.statistics import LayerStatistics, Statistics
 from camera.method import Pass, Seen
 from camera.pipeline.cache import gathered_once
-from camera.pipeline.context import PassContext
+from camera.pipeline.context import OUTLIERS, SOURCES, PassContext
 from camera.pipeline.resume import PassProgress
 from camera.runtime import distributed
 from camera.streaming.batches import LayerInput
@@ -26,15 +27,19 @@ class DensePass:
         """Statistics of every layer of the pool."""
 
         def gather(progress: PassProgress, folder: Path) -> Statistics:
-            return Statistics(self._gather(step, progress), self._context.about("dense"))
+            layers = self._gather(step, progress)
+            return Statistics(layers, self._context.about("dense") | noted(progress.state))
 
         spec = step.observer
         found = gathered_once(self._context, spec.key(), spec.statistics, type(spec), gather)
+        self._context.recall(found.about)
         return found.layers
 
     def _gather(self, step: Pass, progress: PassProgress) -> dict[int, LayerStatistics]:
         context, streamer = self._context, self._context.streamer
         progress.restore()
+        state = noted(progress.state)
+        spec = context.watched(step.observer, BATCH_TOKENS, state)
         batches = embedded(context)
         if progress.done:
             batches = resumed(batches, progress)
@@ -43,22 +48,27 @@ class DensePass:
             inputs, seen = streamer.attend(index, batches), None
             if index in context.budget.layers:
                 ffn = streamer.model.feed_forward(index)
-                observer = step.observer.build(index, ffn)
+                spec.stream(index, [at.residual_BLH for at in inputs[:1]])
+                observer = spec.build(index, ffn)
                 batches = streamer.forward(index, inputs, observer)
-                seen = step.observer.finish(observer.result().all_reduced(), ffn).stored()
+                seen = spec.finish(observer.result().all_reduced(), ffn).stored()
             else:
                 batches = streamer.run_layer(index, inputs)
             streamer.model.free_layer(index)
-            progress.commit(index + 1, {}, [batch.hidden_BLH for batch in batches], seen)
+            progress.commit(index + 1, state, [batch.hidden_BLH for batch in batches], seen)
         distributed.barrier()  # rank 0 writes what all read
         return progress.statistics()
 
 
+def noted(state: dict[str, Any]) -> dict[str, Any]:
+    """What the state of a pass notes beside statistics."""
+    return {SOURCES: dict(state.get(SOURCES, {})), OUTLIERS: dict(state.get(OUTLIERS, {}))}
+
+
 def embedded(context: PassContext) -> list[LayerInput]:
     """The calibration samples of this rank before the first layer."""
-    ids_NL = context.ids_NL
-    size = max(1, (BATCH_TOKENS >> context.halvings) // ids_NL.shape[1])
-    return context.streamer.embed({"input_ids": ids} for ids in ids_NL.split(size))
+    parts = context.ids_NL.split(context.batch_size(BATCH_TOKENS))
+    return context.streamer.embed({"input_ids": ids} for ids in parts)
 
 
 def resumed(batches: list[LayerInput], progress: PassProgress) -> list[LayerInput]:

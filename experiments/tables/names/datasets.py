@@ -6,11 +6,12 @@ folder, by its path or its name.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from camera.calibration.corpora import HUB
-from camera.calibration.settings import MIXTURES
+from camera.calibration.settings import MIXTURES, SELF_SAMPLED, source_name
 from camera.evaluation.tasks.names import PAPER_TASKS
 from experiments.config.location import EMBEDDED
 from experiments.mirror import is_mirror
@@ -21,6 +22,7 @@ from experiments.tables.names.divergence import (
     measure_and_text,
 )
 
+SHARES = re.compile(r"(?:^| \+ )(.+?) ([\d.e-]+%)(?=$| \+ )")  # camera's `source_name`
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4"}
 SHORT_TEXTS = {"wikitext2": "Wiki2", "c4": "C4"}
 TASKS = {task.name: task.short_name for task in PAPER_TASKS}
@@ -44,6 +46,11 @@ def dataset_label(name: str, data: str, *, short: bool = False) -> str:
     What is embedded begins with "tiny", what lies in a folder with that folder's name; a file's
     name is its own.
     """
+    if parts := SHARES.findall(name):
+        named = ((dataset_label(part, data, short=short), share) for part, share in parts)
+        return " + ".join(f"{label} {share}" for label, share in named)
+    if name == SELF_SAMPLED:
+        return "EBSS"
     if compared := measure_and_text(name):
         measure = (SHORT_NAMES if short else NAMES)[compared[0]]
         return f"{measure} {dataset_label(compared[1], data, short=short)}"
@@ -65,9 +72,11 @@ def dataset_label(name: str, data: str, *, short: bool = False) -> str:
 
 def dataset_key(name: str, data: str) -> str:
     """The same as the name of a column in CSV files and of a key in trackers: no spaces."""
+    if parts := SHARES.findall(name):
+        return "+".join(f"{dataset_key(part, data)}_{share}" for part, share in parts)
     if compared := measure_and_text(name):
         return divergence_column(compared[0], dataset_key(compared[1], data))
-    if data == HUB or "/" in name or "." in name:
+    if data == HUB or name == SELF_SAMPLED or "/" in name or "." in name:
         return name
     if data == EMBEDDED:
         return EMBEDDED_TEXTS.get(name, f"tiny {name}").replace(" ", "_")
@@ -79,7 +88,7 @@ def with_text_named(identity: dict[str, Any], data: str) -> dict[str, Any]:
     calibration = identity.get("calibration")
     if not calibration:
         return identity
-    named = calibration | {"source": dataset_label(calibration["source"], data)}
+    named = calibration | {"source": dataset_label(source_name(calibration), data)}
     return identity | {"calibration": named}
 
 

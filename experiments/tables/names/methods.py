@@ -24,6 +24,7 @@ METHODS = (
     MethodName("magnitude", "Magnitude", "floor"),
     MethodName("rtn", "RTN", "floor"),
     MethodName("frequency", "Frequency"),
+    MethodName("aimer", "AIMER"),
     MethodName("naee", "NAEE"),
     MethodName("d2_moe", "D²-MoE"),
     MethodName("reap", "REAP"),

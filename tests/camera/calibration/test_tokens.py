@@ -111,6 +111,64 @@ def test_mixed_deals_both_corpora_in_turn(tokenizer, data):
     assert about["documents"] == wiki.description["documents"] + c4.description["documents"]
 
 
+def test_a_mixture_of_halves_is_mixed(tokenizer, data):
+    """The same tokens as before there were shares, under either name."""
+    asked = Calibration("mix", 7, 20, sources={"wikitext2": 0.5, "c4": 0.5})
+    mixed = calibration_tokens(tokenizer, Calibration("mixed", 7, 20), data=data, seed=1)
+    mix = calibration_tokens(tokenizer, asked, data=data, seed=1)
+    assert torch.equal(mixed.ids_NL, mix.ids_NL) and mixed.hash == mix.hash
+    assert mix.sources == mixed.sources == ("wikitext2", "c4")
+    assert mix.describe()["source"] == "wikitext2 50% + c4 50%"
+
+
+def test_a_mixture_deals_each_source_by_its_share(tokenizer, data, tmp_path):
+    own = tmp_path / "own.txt"
+    own.write_text("zyxw" * 40)
+    shares = {"c4": 0.3, str(own): 0.6, "wikitext2": 0.1}
+    asked = Calibration("mix", 20, 12, sources=shares)
+    got = calibration_tokens(tokenizer, asked, data=data, seed=2)
+    assert [got.dealt.count(i) for i in range(3)] == [6, 12, 2]
+    for n in range(1, 21):  # never more than a window from the shares, at any length
+        for i, share in enumerate(shares.values()):
+            assert abs(got.dealt[:n].count(i) - n * share) < 1
+    for i, (source, share) in enumerate(shares.items()):
+        alone = Calibration(source, round(20 * share), 12)
+        want = calibration_tokens(tokenizer, alone, data=data, seed=2).ids_NL
+        assert torch.equal(got.ids_NL[torch.tensor(got.dealt) == i], want)
+
+
+def test_a_share_of_0_leaves_a_source_out(tokenizer, data):
+    asked = Calibration("mix", 4, 12, sources={"c4": 1, "wikitext2": 0})
+    alone = calibration_tokens(tokenizer, Calibration("c4", 4, 12), data=data, seed=2)
+    got = calibration_tokens(tokenizer, asked, data=data, seed=2)
+    assert got.hash == alone.hash and got.sources == ()
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (Calibration("mix"), "calibration.sources=None: give shares by name"),
+        (Calibration("mix", sources={}), "calibration.sources={}: give shares by name"),
+        (Calibration("c4", sources={"c4": 1.0}), "is of calibration=mix alone"),
+        (Calibration("mix", sources={"c4": "much"}), "calibration.sources.c4=much: give a share"),
+        (Calibration("mix", sources={"c4": -0.5}), "calibration.sources.c4=-0.5: give a share"),
+        (
+            Calibration("mix", sources={"c4": 0.5, "wikitext2": 0.3}),
+            "add up to 0.8 instead of 1; give each source its share",
+        ),
+        (Calibration("mix", sources={"pile": 1.0}), "calibration.sources=pile: neither a known"),
+        (
+            Calibration("mix", 5, 8, sources={"c4": 0.9, "wikitext2": 0.1}),
+            "calibration.samples=5: calibration.source=mix draws from 2 corpora; give at least 6",
+        ),
+    ],
+)
+def test_a_mixture_that_is_none_is_refused(asked, says, data):
+    with pytest.raises(CameraError) as refused:
+        check_calibration(asked, data=data)
+    assert says in str(refused.value)
+
+
 def test_a_local_file_is_a_source(tokenizer, tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("abcdefghij" * 10)
@@ -155,7 +213,7 @@ def test_a_truncating_tokenizer_is_not_truncated(tokenizer, data):
             Calibration("mixed", 1, 8),
             "calibration.samples=1: calibration.source=mixed draws from 2",
         ),
-        (Calibration("pile"), "calibration.source=pile: neither one of wikitext2, c4, mixed nor"),
+        (Calibration("pile"), "calibration.source=pile: neither one of wikitext2, c4, mixed, ebss"),
         (Calibration(split="dev"), "calibration.source=wikitext2: no split 'dev'"),
         (Calibration("c4", split="validation"), "c4/validation.jsonl.gz is missing"),
     ],

@@ -68,6 +68,38 @@ def left_alone(phi_TW):
     return torch.stack(left)
 
 
+def test_projections_add_up_to_the_mean_length_of_an_experts_output(
+    checkpoints, compress, calibration, data_folder, tmp_path
+):
+    source = checkpoints("qwen2_moe")
+    compress(source, "camera_plus", score="projection", compensate="none", sparsity=0.3)
+    found = dict(statistics_of(tmp_path / "statistics"))[1]
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    ids = calibration_tokens(
+        load_tokenizer(source, False), calibration, data=str(data_folder), seed=1234, max_length=128
+    ).ids_NL
+    ffn = ffn_of(model.model.layers[1])
+    x_TH, (index_TK, weight_TK) = capture(model, 1, ids)
+    # every gate 1: outputs before the routing weight, on the tokens that came
+    phi_TN = dense_phi(ffn, x_TH, (index_TK, torch.ones_like(weight_TK)))
+    gate_T = torch.sigmoid(x_TH.double() @ ffn.shared_expert_gate.weight.double().T).detach()
+    start = 0
+    score_N = SCORES["projection"]().values(found)
+    for expert, (width, tokens) in enumerate(
+        zip(found.widths, found.tokens_E.tolist(), strict=True)
+    ):
+        part = slice(start, start + width)
+        start += width
+        h_TW = phi_TN[:, part] / gate_T if expert == 0 else phi_TN[:, part]
+        y_TH = h_TW @ basis(ffn)[part]
+        reached = (index_TK == expert - 1).any(1) if expert else torch.ones(len(x_TH)).bool()
+        assert reached.sum() == tokens > 0
+        want = y_TH[reached].norm(dim=1).mean()
+        torch.testing.assert_close(score_N[part].sum(), want, rtol=1e-4, atol=0)
+        along = (h_TW[:, 3] * (y_TH @ basis(ffn)[part][3]) / y_TH.norm(dim=1))[reached].mean()
+        torch.testing.assert_close(score_N[part][3], along, rtol=1e-3, atol=1e-9)
+
+
 def test_what_repeats_another_micro_expert_is_worth_little():
     phi_TW, norm2_W = torch.randn(200, 6), torch.rand(6) + 0.5
     phi_TW[:, 3] = 2 * phi_TW[:, 1]

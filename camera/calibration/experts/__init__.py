@@ -1,0 +1,1 @@
+"""What is noted of whole experts beside the statistics of a pass."""

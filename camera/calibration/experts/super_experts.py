@@ -1,0 +1,128 @@
+"""Super experts: the few whose outputs have extreme outliers, without which a model breaks down.
+
+Their outputs are looked at beside whatever a pass observes. Source: Super Experts (ICLR 2026,
+arXiv 2507.23279), massive activations as in arXiv 2402.17762.
+
+Shapes: E experts of the pool, N tokens of one expert, W its width, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from camera.calibration.observers import LayerObserver, ObserverSpec
+from camera.calibration.statistics import LayerStatistics
+from camera.moe.pool import PoolIndex
+from camera.runtime.distributed import all_combined, world
+
+if TYPE_CHECKING:
+    from camera.calibration.experts.coverage import BySource
+    from camera.moe.capture import ExpertCall
+    from camera.moe.feed_forward import FeedForward
+
+MASSIVE = 100.0  # an activation is massive from this magnitude on
+MEDIANS = 1000.0  # ... and from so many medians of the hidden states on
+TOP_SHARE = 0.005  # super experts lie above the 99.5th percentile of all experts' outputs
+OF_LARGEST = 0.1  # ... and above this part of the largest output
+FIRST_LAYERS = 0.75  # of all layers: massive activations form there
+SAMPLED = 512  # tokens whose hidden states give the median
+
+Outliers = dict[str, dict[str, Any]]
+"""By layer the `median` of |hidden states|, and the `largest` |output| of experts by number in the
+pool, of those above `MASSIVE`."""
+
+
+@dataclass
+class WithOutliers:
+    """Builds a spec's observers, and notes in `found` the outliers of experts beside them."""
+
+    spec: ObserverSpec | BySource
+    found: Outliers
+
+    def stream(self, index: int, batches: list[torch.Tensor]) -> None:
+        """Take the median of the hidden states that a layer's output is added to, [B, L, H] of the
+        first batch."""
+        sample = torch.zeros(())
+        for hidden_BLH in batches[:1]:
+            sample = hidden_BLH.flatten(0, -2)[:SAMPLED].float().abs().median().cpu()
+        if world() > 1:
+            sample = all_combined(sample, "max")
+        self.found[str(index)] = {"median": sample.item(), "largest": {}}
+
+    def build(self, index: int, ffn: FeedForward) -> OutlierObserver:
+        """The observer of layer `index`, with a look at outputs."""
+        return OutlierObserver(self, self.spec.build(index, ffn), index, ffn)
+
+    def finish(self, seen: LayerStatistics, ffn: FeedForward) -> LayerStatistics:
+        """What is kept of a layer, as the spec says."""
+        return self.spec.finish(seen, ffn)
+
+
+class OutlierObserver(LayerObserver):
+    """Shows all to the observer `inner`, and keeps the largest output of every expert.
+
+    A_e = max over tokens and channels of |f_e(x)|, before the routing weight.
+    """
+
+    def __init__(self, spec: WithOutliers, inner: LayerObserver, index: int, ffn: FeedForward):
+        self._spec, self._inner, self._layer = spec, inner, str(index)
+        self.reads_hidden = inner.reads_hidden  # type: ignore[misc]
+        self._pool = PoolIndex(ffn)
+        device = next(ffn.module.parameters()).device
+        self._largest_E = torch.zeros(self._pool.experts, device=device)
+        self._row_norms: dict[int, torch.Tensor] = {}
+
+    def ffn_input(self, *arguments: Any) -> None:
+        self._inner.ffn_input(*arguments)
+
+    @torch.no_grad()
+    def __call__(self, call: ExpertCall) -> None:
+        self._inner(call)
+        expert = self._pool.expert(call.group.path, call.expert)
+        h_NW = call.h_NW
+        if h_NW.device.type == "cpu":  # elsewhere a look at the bound would wait for the device
+            # |y_c| <= |h| |row c of down|: most experts are cleared without their outputs
+            if expert not in self._row_norms:
+                down_HW = call.group.down(call.expert).float()
+                self._row_norms[expert] = torch.linalg.vector_norm(down_HW, dim=1).max()
+            h_NW = h_NW[torch.linalg.vector_norm(h_NW, dim=1) * self._row_norms[expert] > MASSIVE]
+            if not len(h_NW):
+                return
+        largest = call.group.project(call.expert, h_NW.to(call.x_NH.dtype)).abs().amax().float()
+        self._largest_E[expert] = torch.maximum(self._largest_E[expert], largest)
+
+    def result(self) -> LayerStatistics:
+        """What `inner` says; the outliers of all processes go to `found`."""
+        largest_E = self._largest_E.cpu()
+        if world() > 1:
+            largest_E = all_combined(largest_E, "max")
+        largest = {str(e): a for e, a in enumerate(largest_E.tolist()) if a > MASSIVE}
+        self._spec.found[self._layer]["largest"] = largest
+        return self._inner.result()
+
+
+def super_experts(found: Outliers, experts: int, layers: int) -> dict[int, list[int]]:
+    """By layer the super experts, by their numbers in the pool; only layers that have any.
+
+    Expert e of layer l is one if A_le is above the 99.5th percentile of all `experts` of the model,
+    above a tenth of the largest, and a massive activation (above 100, and above 1,000 medians of
+    the hidden states), and l is among the first 75 % of the `layers`. What later layers add isn't
+    known while they are still to come: then those so far are all.
+    """
+    everyone = [
+        (a, int(layer), int(expert))
+        for layer, seen in found.items()
+        for expert, a in seen["largest"].items()
+    ]
+    everyone.sort(reverse=True)
+    largest = everyone[0][0] if everyone else 0.0
+    chosen: dict[int, list[int]] = {}
+    for a, layer, expert in everyone[: ceil(TOP_SHARE * (experts - 1))]:
+        massive = a > MEDIANS * found[str(layer)]["median"]
+        if massive and a > OF_LARGEST * largest and layer < round(FIRST_LAYERS * layers):
+            chosen.setdefault(layer, []).append(expert)
+    return {layer: sorted(chosen[layer]) for layer in sorted(chosen)}
