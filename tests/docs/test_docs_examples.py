@@ -67,10 +67,14 @@ def test_names_that_wandb_shows_are_logged(sweep):
     _, _, text = page("wandb.md").partition("## What is logged")
     rows, _, _ = text.partition("A sweep ends")
     asked = set(re.findall(r"`(\w+/\w+)`", rows))
-    # tasks, speed and a refit, of which the runs here have none
+    # tasks, divergence, speed and a refit, of which the runs here have none
     others = {"tables/tasks", "layer/refit_missing", "speed/prefill_1", "speed/decode_1"}
-    scores = {"acc": 0.5, "acc_norm": None}
-    others |= scores_of("task-boolq", scores).keys()
+    others |= scores_of("task-boolq", {"acc": 0.5, "acc_norm": None}).keys()
+    found = {"kl": 0.1, "agreement": 0.9, "acceptance": 0.9}
+    others |= (
+        scores_of("perplexity-wikitext2", {"perplexity": 2, "divergence": found}).keys() - told
+    )
+    others |= {"tables/generative", *scores_of("generative-gsm8k", {"score": 0.5})}
     assert len(asked) > 25 and asked - told == others
 
 
