@@ -65,7 +65,9 @@ PAD = 0.07
 LEADING = 1.3 / 72  # inches of a line for each point of its letters
 # Okabe & Ito's colours without the yellow, which is too light on paper.
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", INK, "#8c8c8c")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p", "d", "8", "H")
+Marker = str | tuple[int, int, int]  # Matplotlib's name, or corners, 1 for a star, degrees
+MARKERS: tuple[Marker, ...] = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p", "d")
+MARKERS += ("8", "H", (4, 1, 45), (3, 1, 0))
 LINES = ("-", "--", ":", "-.")
 # What a colour is on a dark page; colours that aren't here serve on both.
 DARK = {
@@ -88,7 +90,7 @@ class Look:
     """How a method, or a variant of it, is drawn."""
 
     colour: str
-    marker: str
+    marker: Marker
     line: str = "-"
     filled: bool = True
 

@@ -126,7 +126,7 @@ def test_launches_for_an_expert_and_a_batch_are_bounded(pruned):
         return pruned(batches=batches, experts=experts)[1].times("launch")
 
     more = {n: launches(n, 16) - launches(n, 8) for n in (1, 2)}
-    assert (more[2] - more[1]) / (8 * 2) <= 17
+    assert (more[2] - more[1]) / (8 * 2) <= 20  # 3 of them look for super experts
 
 
 @pytest.mark.parametrize("batches", [1, 3])

@@ -44,6 +44,7 @@ class Block(nn.Module):
     def __init__(self, tensors):
         super().__init__()
         self.routing = tensors["top_k_index"], tensors["top_k_weights"]
+        self.gate = nn.Identity()  # blocks have a router by this name; here the case has routed
         self.experts = Experts(tensors["gate_up_proj"], tensors["down_proj"])
         if "shared_down_proj" in tensors:
             self.shared = Mlp(tensors["shared_gate_up_proj"], tensors["shared_down_proj"])

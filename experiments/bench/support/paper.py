@@ -24,6 +24,7 @@ class PaperModel:
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.config, self.dtype, self.family = config, dtype, family_of(config.model_type)
+        self.text_config = config.get_text_config()
         self.layers: nn.ModuleList = self.model.base_model.layers
         self.root = f"{self.model.base_model_prefix}.layers"
         self.budget = budget_of(self.model, self.layers, self.family, self.root)

@@ -108,6 +108,7 @@ class Block(nn.Module):
     def __init__(self, tensors):
         super().__init__()
         self.router = tensors["router_weight"]
+        self.gate = nn.Identity()  # blocks have a router by this name; here the case has routed
         self.experts = Experts(tensors["gate_up_proj"], tensors["down_proj"])
 
     def forward(self, x):
