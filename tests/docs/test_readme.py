@@ -28,7 +28,11 @@ LINES = [
 ]
 SNIPPETS = [block for language, block in BLOCKS if language == "python"]
 RUNS = [line[2:] for line in LINES if line[:2] == ["python", "main.py"]]
-MODULES = [text.split()[2:] for text in INLINE if text.startswith("python -m ")]
+MODULES = [
+    text.removeprefix("python -m ").split()
+    for text in INLINE
+    if text.startswith(("python -m ", "camera export"))
+]
 SETTINGS = [text.split() for text in INLINE if re.fullmatch(r"([\w./]+=[\w./]+ ?)+", text)]
 
 
