@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import camera
+from camera.calibration.experts.super_experts import OutlierObserver
 from camera.calibration.statistics import Statistics
 from camera.runtime.files import CheckpointFiles
 from camera.streaming.settings import MemoryChoices
@@ -42,6 +43,8 @@ def run(request, fake, data_folder, tmp_path_factory):
     elementwise, batch = ElementwiseBytes(fake), SAMPLES * LENGTH // BATCHES
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("camera.pipeline.passes.dense.BATCH_TOKENS", batch)
+        # the look for super experts is not in the model
+        patch.setattr(OutlierObserver, "__call__", lambda self, call: self._inner(call))
         with elementwise, counting(Path(camera.__file__).parent) as counts:
             result = camera.compress(
                 folder,
