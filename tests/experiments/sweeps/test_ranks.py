@@ -57,7 +57,7 @@ def test_a_rank_that_is_lost_ends_the_sweep_in_its_table(how, overrides, tmp_pat
     done = torchrun(script, how, *overrides, "method=magnitude", "sparsity=0.2,0.3")
     assert done.returncode == 1
     assert "0 of 2 jobs done" in done.stdout, done.stdout + done.stderr
-    # torchrun ends the other ranks by SIGTERM, as a user would
-    assert ("failed: " if how == "full" else ": interrupted") in table(tmp_path)
+    # torchrun ends the other ranks by SIGTERM, as a user would: what comes first is told
+    assert "failed: " in table(tmp_path) or (how == "killed" and ": interrupted" in table(tmp_path))
     if how == "full":
         assert "free space on that disk" in table(tmp_path)
