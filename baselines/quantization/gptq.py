@@ -86,10 +86,6 @@ class Gptq(Quantization):
         budget: Budget,
         plan: Plan,
     ) -> LayerBits:
-        import torch
+        from camera.quantization.layer_bits import LayerBits
 
-        from camera.quantization.layer_bits import ExpertBits, LayerBits
-
-        bits = plan.shared["bits"]
-        experts = [ExpertBits.matched(torch.full((width,), bits)) for width in ffn.widths]
-        return LayerBits(experts, plan.shared["group_size"])
+        return LayerBits.uniform(ffn.widths, plan.shared["bits"], plan.shared["group_size"])

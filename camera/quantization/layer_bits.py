@@ -5,6 +5,7 @@ Shapes: N micro-experts of a pool, W those of an expert, E experts of the pool.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -70,6 +71,12 @@ class LayerBits(LayerPlan):
 
     experts: list[ExpertBits]
     group_size: int | None
+
+    @classmethod
+    def uniform(cls, widths: Sequence[int], bits: int, group_size: int | None) -> LayerBits:
+        """The same bits for all weights of experts of these widths."""
+        experts = [ExpertBits.matched(torch.full((width,), bits)) for width in widths]
+        return cls(experts, group_size)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         parts = {"gate": [], "up": [], "down": [], "priority": []}

@@ -152,10 +152,8 @@ class LayerwiseBits(Quantization):
         budget: Budget,
         plan: Plan,
     ) -> LayerBits:
-        import torch
+        from camera.quantization.layer_bits import LayerBits
 
-        from camera.quantization.layer_bits import ExpertBits, LayerBits
-
-        bits = plan.shared["bits"][str(index)]
-        experts = [ExpertBits.matched(torch.full((width,), bits)) for width in ffn.widths]
-        return LayerBits(experts, plan.shared["group_size"])
+        return LayerBits.uniform(
+            ffn.widths, plan.shared["bits"][str(index)], plan.shared["group_size"]
+        )
