@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -160,10 +160,8 @@ class _Packer:
         if isinstance(module, PackedExperts):
             schemes = set()
             for expert, (gate, up, down) in self.names[path].items():
-                parts = (*self._codes(module, "gate_up_proj", expert, path),)
-                parts += (*self._codes(module, "down_proj", expert, path),)
-                for name, matrix in zip((gate, up, down), parts, strict=True):
-                    schemes.add(self._add(name, matrix, module.spec(), path))
+                for codes, names in (("gate_up_proj", (gate, up)), ("down_proj", (down,))):
+                    schemes |= self._add(names, module, codes, expert, path)
             self._remember(schemes, path, rf"re:.*{re.escape(path.partition('.')[2])}\..*")
             return True
         linears: list[tuple[str, PackedBuffers]] = []
@@ -172,9 +170,7 @@ class _Packer:
         elif isinstance(module, PackedLinear):
             linears = [(path, module)]
         for name, linear in linears:
-            (matrix,) = self._codes(linear, "weight", 0, name)
-            scheme = self._add(name, matrix, linear.spec(), name)
-            self._remember({scheme}, name, name)
+            self._remember(self._add((name,), linear, "weight", 0, name), name, name)
             if linear.bias is not None:
                 self._packed[f"{name}.bias"] = linear.bias.detach()
         return bool(linears)
@@ -217,23 +213,25 @@ class _Packer:
                 "bits or with zero points in this format: it would load wrong weights."
             )
 
-    def _codes(
-        self, module: PackedBuffers, name: str, expert: int, path: str
-    ) -> list[QuantizedMatrix]:
+    def _add(
+        self, names: Sequence[str], module: PackedBuffers, codes: str, expert: int, path: str
+    ) -> set[Scheme]:
+        """Pack the parts of one expert's matrix under these names; their schemes."""
+        if len(module.bits(codes)) > 1:
+            raise _uneven(path)
         try:
-            return module.stored(name, expert)
+            matrices = module.stored(codes, expert)
         except ValueError as error:
             raise _uneven(path) from error
+        (bits,), spec = module.bits(codes), module.spec()
+        return {
+            self._add_matrix(name, matrix, bits, spec, path)
+            for name, matrix in zip(names, matrices, strict=True)
+        }
 
-    def _add(
-        self, name: str, matrix: QuantizedMatrix, spec: Mapping[str, Any], path: str
+    def _add_matrix(
+        self, name: str, matrix: QuantizedMatrix, bits: int, spec: Mapping[str, Any], path: str
     ) -> Scheme:
-        cut = spec.get("cut") or spec["gate_up"]
-        if name.rpartition(".")[2] in ("down_proj", "w2") and spec.get("down"):
-            cut = {**cut, **spec["down"]}
-        if len(cut["bits"]) > 1:
-            raise _uneven(path)
-        (bits,) = cut["bits"]
         rows, columns = matrix.codes_RC.shape
         size = spec["group_size"]
         if size is not None and size > columns:

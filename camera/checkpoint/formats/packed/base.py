@@ -64,6 +64,10 @@ class PackedBuffers(PackedFormat):
         layout, tensors = self._packed(name)
         return layout.weight(tensors, expert).to(self.dtype)
 
+    def bits(self, name: str) -> tuple[int, ...]:
+        """The bits that occur among the codes of a matrix of all experts, the most first."""
+        return self._layouts[name].cut.bits
+
     def stored(self, name: str, expert: int = 0) -> list[QuantizedMatrix]:
         """The parts of one expert's matrix in codes; ValueError where its bits aren't uniform."""
         layout, tensors = self._packed(name)
