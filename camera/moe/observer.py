@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Observer:
     """Base of what looks at a layer's experts while it runs; ignores everything."""
 
-    reads_hidden: ClassVar[bool] = False  # whether `ffn_input` reads the residual stream
+    reads_hidden: bool = False  # whether `ffn_input` reads the residual stream
 
     def ffn_input(
         self,

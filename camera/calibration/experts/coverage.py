@@ -55,7 +55,7 @@ class SourceObserver(LayerObserver):
 
     def __init__(self, spec: BySource, inner: LayerObserver, index: int, ffn: FeedForward):
         self._spec, self._inner, self._layer = spec, inner, index
-        self.reads_hidden = inner.reads_hidden  # type: ignore[misc]
+        self.reads_hidden = inner.reads_hidden
         self._pool = PoolIndex(ffn)
         device = next(ffn.module.parameters()).device
         self._dealt = spec.dealt.to(device)

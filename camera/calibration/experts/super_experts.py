@@ -70,7 +70,7 @@ class OutlierObserver(LayerObserver):
 
     def __init__(self, spec: WithOutliers, inner: LayerObserver, index: int, ffn: FeedForward):
         self._spec, self._inner, self._layer = spec, inner, str(index)
-        self.reads_hidden = inner.reads_hidden  # type: ignore[misc]
+        self.reads_hidden = inner.reads_hidden
         self._pool = PoolIndex(ffn)
         device = next(ffn.module.parameters()).device
         self._largest_E = torch.zeros(self._pool.experts, device=device)
