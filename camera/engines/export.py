@@ -10,9 +10,9 @@ from typing import Literal, get_args
 from camera.engines.compressed_tensors import export_compressed_tensors
 from camera.engines.gguf.file import export_gguf
 from camera.engines.native import export_native
-from camera.engines.plain import PlainModel
+from camera.engines.plain import WIDTH_MULTIPLE, PlainModel
 from camera.runtime.errors import CameraError
-from camera.runtime.files import CheckpointFiles
+from camera.runtime.files import CheckpointFiles, refuse_existing
 
 log = logging.getLogger("camera")
 SMALLER = 0.98  # of the original: an export above that isn't worth it
@@ -24,7 +24,7 @@ def export(
     out: str | Path,
     *,
     format: ExportFormat | None = None,
-    width_multiple: int = 8,
+    width_multiple: int = WIDTH_MULTIPLE,
     type: str | None = None,
     template: str | Path | None = None,
     pre: str | None = None,
@@ -44,8 +44,7 @@ def export(
     format = format or ("gguf" if out.suffix == ".gguf" else "native")
     if format not in get_args(ExportFormat):
         raise CameraError(f"format={format} is none of {', '.join(get_args(ExportFormat))}.")
-    if out.exists():
-        raise CameraError(f"{out} exists already: delete it or choose another name.")
+    refuse_existing(out)
     if format != "gguf" and (type or template or pre):
         raise CameraError("type, template and pre belong to format=gguf.")
     if format == "compressed-tensors":

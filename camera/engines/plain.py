@@ -25,6 +25,7 @@ from camera.streaming.meta_build import tied_names
 from camera.streaming.skeleton import MetaModel
 
 Tensors = dict[str, torch.Tensor]
+WIDTH_MULTIPLE = 8  # of experts in exports, unless another is asked for
 
 
 class PlainModel:

@@ -39,14 +39,19 @@ def replace_durably(partial: Path, path: Path) -> None:
     sync(path.parent)
 
 
+def refuse_existing(path: Path) -> None:
+    """CameraError if there is something where a new file or folder is to be."""
+    if path.exists():
+        raise CameraError(f"{path} exists already: delete it or choose another name.")
+
+
 @contextmanager
 def published(path: Path) -> Iterator[Path]:
     """Where a new file or folder grows; at the end it appears as `path`, or not at all.
 
     CameraError if there is something already, or it can't be written.
     """
-    if path.exists():
-        raise CameraError(f"{path} exists already: delete it or choose another name.")
+    refuse_existing(path)
     partial = partial_of(path)
     _remove(partial)
     try:

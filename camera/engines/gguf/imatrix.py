@@ -25,7 +25,7 @@ from camera.moe.observer import Observer
 from camera.runtime.device.accelerator import make_current, resolve_device
 from camera.runtime.device.peak_memory import PeakMemory
 from camera.runtime.errors import CameraError
-from camera.runtime.files import published
+from camera.runtime.files import published, refuse_existing
 from camera.runtime.progress import each_layer
 from camera.streaming.memory import BATCH_TOKENS
 from camera.streaming.skeleton import MetaModel
@@ -65,8 +65,7 @@ def imatrix(
     """
     require_gguf()
     out, calibration = Path(out).expanduser(), calibration or Calibration()
-    if out.exists():
-        raise CameraError(f"{out} exists already: delete it or choose another name.")
+    refuse_existing(out)
     folder = resolve_model(str(model))
     meta = MetaModel(folder, resolve_device(device), dtype, trust_remote_code)
     make_current(meta.device)

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from camera.checkpoint.source import resolve_model
 from camera.engines.gguf.architectures import architecture_of
+from camera.engines.plain import WIDTH_MULTIPLE
 from camera.method import LayerPlan, Plan
 from camera.moe.pool import LayerPool
 from camera.runtime.errors import CameraError
-from camera.runtime.files import published
+from camera.runtime.files import published, refuse_existing
 from camera.streaming.skeleton import MetaModel
 
 log = logging.getLogger("camera")
 TYPES = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 7: "q8_0", 8: "q8_0"}
 SMALL_BLOCKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
-PADDED = 8  # widths in a GGUF are a multiple of it, as `camera.export` writes them by default
 
 
 def tensor_types(checkpoint: str | Path, out: str | Path, trust_remote_code: bool = False) -> Path:
@@ -29,8 +29,7 @@ def tensor_types(checkpoint: str | Path, out: str | Path, trust_remote_code: boo
     says. Raises CameraError for plans of several bits in a layer, and models that GGUF can't hold.
     """
     out, folder = Path(out).expanduser(), resolve_model(str(checkpoint))
-    if out.exists():
-        raise CameraError(f"{out} exists already: delete it or choose another name.")
+    refuse_existing(out)
     model = MetaModel(folder, trust_remote_code=trust_remote_code)
     architecture_of(model.config)  # refuses what can't be written
     plan, lines, replaced = Plan.load(folder), [], {}
@@ -82,7 +81,7 @@ def widest(model: MetaModel) -> dict[bool, int]:
     found: dict[bool, int] = {}
     for pool in model.budget.layers.values():
         for width, routed in zip(pool.widths, pool.routed, strict=True):
-            found[routed] = max(found.get(routed, 0), -(-width // PADDED) * PADDED)
+            found[routed] = max(found.get(routed, 0), -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
     return found
 
 
