@@ -129,6 +129,7 @@ def _run(
     from camera.streaming.skeleton import MetaModel
 
     out, seed = Path(out).expanduser(), seed_of(seed)
+    cache = Path(statistics).expanduser() if statistics else None
     if propagate not in get_args(Propagate):
         choices = ", ".join(get_args(Propagate))
         raise CameraError(f"propagate={propagate} is none of {choices}.")
@@ -143,7 +144,7 @@ def _run(
     _check_plan(plan, method, meta)
     name = name or base_name(model)
     request = CompressionRequest(name, method, out, propagate, plan=plan)
-    tokens = None
+    tokens, tokenizer = None, None
     memory = memory or MemoryChoices()
     if any(step.reads_text for step in declared_passes(request, meta.budget)):
         calibration = calibration or Calibration()
@@ -152,7 +153,6 @@ def _run(
         length = min(calibration.length, context or calibration.length)
         foresee(request, meta, memory, calibration.samples, length)
         tokenizer = load_tokenizer(folder, trust_remote_code)
-        cache = Path(statistics).expanduser() if statistics else None
 
         def write(samples: int, length: int) -> Any:
             from camera.pipeline.passes.self_sampling import self_sampled
@@ -173,8 +173,9 @@ def _run(
         from camera.evaluation.divergence.reference import DenseReference
         from camera.evaluation.suite import EvaluationDuringCompression
 
-        tokenizer = load_tokenizer(folder, trust_remote_code)
-        kept = Path(statistics).expanduser() if statistics else request.private_statistics
+        if tokenizer is None:
+            tokenizer = load_tokenizer(folder, trust_remote_code)
+        kept = cache or request.private_statistics
         dense = DenseReference(folder, kept, device, dtype, trust_remote_code, progress=progress)
         listeners = (EvaluationDuringCompression(meta, tokenizer, measures, dense),)
     request = CompressionRequest(
@@ -183,7 +184,7 @@ def _run(
         out,
         propagate,
         tokens,
-        Path(statistics).expanduser() if statistics else None,
+        cache,
         plan,
         listeners,
         listener if distributed.rank() == 0 else None,
