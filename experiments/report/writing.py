@@ -19,16 +19,21 @@ from experiments.tables.pages import Page, paper_page
 from experiments.tables.rows import perplexity_columns
 
 
-def write_report(runs: pd.DataFrame, folder: Path, page: Path) -> Path:
-    """Draw the figures over these rows of `read_runs` to folder/figures, and write the page."""
-    from experiments.figures.comparison import draw_comparisons
+def write_report(
+    runs: pd.DataFrame, folder: Path, page: Path, figures: Sequence[Path] | None = None
+) -> Path:
+    """Write the page of these rows of `read_runs`, with the `figures` over them.
 
-    figures = [
-        embedded(file, page) for file in draw_comparisons(runs, OutputFolder(folder).figures)
-    ]
+    Figures that aren't given are drawn, to folder/figures.
+    """
+    if figures is None:
+        from experiments.figures.comparison import draw_comparisons
+
+        figures = draw_comparisons(runs, OutputFolder(folder).figures)
+    shown = [embedded(file, page) for file in figures]
     told = in_order([read_run(row, page) for row in runs.to_dict("records")])
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_text(page, to_page(runs, told, figures, folder.resolve()))
+    write_text(page, to_page(runs, told, shown, folder.resolve()))
     return page
 
 

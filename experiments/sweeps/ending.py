@@ -56,8 +56,12 @@ def end_sweep(
         with _undisturbed():
             grids = {grid for job, _ in found for grid in job.grids}
             own = _tables(sweep, output, folders, sorted(failed), grids)
+            figures = draw_sweep(sweep, own)
+            for line in figures.lines:
+                print(line)
             if tracker and not waiting:
-                track_sweep(CarefulTracker(build(tracker)), sweep, preset, own)
+                careful = CarefulTracker(build(tracker))
+                track_sweep(careful, sweep, preset, own, figures.over_runs or None)
     except Exception as error:  # what failed is yet to be said
         log.error("The table can't be made: %s", one_line(error), exc_info=True)
     for folder, error in sorted(failed):
@@ -116,8 +120,6 @@ def _tables(
     except OSError as error:
         log.error("The tables can't be written: %s", one_line(error))
     print_page(page)
-    for line in draw_sweep(sweep, own):
-        print(line)
     return own
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.records.failures import one_line
@@ -21,11 +22,16 @@ AXES = {"sparsity": "sparsity in percent", "bits": "bits"}  # columns of `read_r
 
 
 def track_sweep(
-    tracker: Tracker, sweep: SweepFiles, preset: str | None, runs: pd.DataFrame
+    tracker: Tracker,
+    sweep: SweepFiles,
+    preset: str | None,
+    runs: pd.DataFrame,
+    figures: Sequence[Path] | None = None,
 ) -> None:
     """One run of type `sweep`, with what `runs`, the rows of its runs, come to.
 
-    A tracker that keeps nothing is told nothing: the report is made for it alone.
+    figures: those over its runs, where they are drawn already. A tracker that keeps nothing is told
+    nothing: the report is made for it alone.
     """
     if not tracker.keeps or runs.empty or not (runs["status"] == "done").any():
         return
@@ -50,7 +56,7 @@ def track_sweep(
     tracker.log_tables({key: table_frame(table) for key, table in tables.items()})
     for about in curves(done):
         tracker.log_curves(**about)
-    _log_report(tracker, sweep, done)
+    _log_report(tracker, sweep, done, figures)
     tracker.finish()
 
 
@@ -119,13 +125,15 @@ def _tables(page: Page) -> Iterator[tuple[str, Table]]:
         yield "paper" if number == 1 else f"paper_{number}", table
 
 
-def _log_report(tracker: Tracker, sweep: SweepFiles, runs: pd.DataFrame) -> None:
+def _log_report(
+    tracker: Tracker, sweep: SweepFiles, runs: pd.DataFrame, figures: Sequence[Path] | None
+) -> None:
     """The HTML report of its runs, and the figures that are drawn for it."""
     from experiments.report.writing import write_report
 
     folder = OutputFolder(sweep.folder)
     try:
-        page = write_report(runs, sweep.folder, folder.report)
+        page = write_report(runs, sweep.folder, folder.report, figures)
     except Exception as error:  # a font, a backend: tables and curves are there
         log.warning("%s: no report: %s", sweep.name, one_line(error))
         return

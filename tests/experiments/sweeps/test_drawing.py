@@ -21,7 +21,7 @@ def sweep_of(output):
 
 def test_a_sweep_says_where_which_figures_are(tmp_path):
     sweep, runs = sweep_of(tmp_path)
-    own, over = draw_sweep(sweep, runs)
+    own, over = draw_sweep(sweep, runs).lines
     assert own == f"figures of one run, in {tmp_path / 'runs'}: energies"
     folder = sweep.folder / "figures"
     drawn = sorted(file.stem for file in folder.glob("*.png"))
@@ -36,7 +36,7 @@ def test_figures_that_cannot_be_drawn_are_one_sentence(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr("experiments.figures.comparison.draw_comparisons", broken)
     with caplog.at_level(logging.WARNING):
-        assert len(draw_sweep(*sweep_of(tmp_path))) == 1
+        assert len(draw_sweep(*sweep_of(tmp_path)).lines) == 1
     said = [record.getMessage() for record in caplog.records]
     assert said == ["The figures over the runs can't be drawn: OSError: no such font"]
 
@@ -44,4 +44,4 @@ def test_figures_that_cannot_be_drawn_are_one_sentence(tmp_path, monkeypatch, ca
 def test_runs_without_figures_are_not_named(tmp_path):
     add(tmp_path, "a", "naee", 0.2)
     runs = read_runs(OutputFolder(tmp_path).runs())
-    assert draw_sweep(SweepFiles(tmp_path / "sweeps" / "1"), runs) == []
+    assert draw_sweep(SweepFiles(tmp_path / "sweeps" / "1"), runs).lines == []
