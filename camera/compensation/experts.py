@@ -15,9 +15,9 @@ from camera.compensation.least_squares import (
     fit_report,
 )
 from camera.compensation.settings import CompensationSettings
-from camera.moe.capture import ExpertPhi, OutputSum
 from camera.moe.feed_forward import FeedForward
 from camera.moe.pool import KeptRows
+from camera.moe.sinks import ExpertPhi, OutputSum
 from camera.runtime import distributed
 from camera.runtime.buffers import trim_heap
 

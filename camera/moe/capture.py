@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,88 +18,14 @@ import torch
 from torch import nn
 
 from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert, RoutedExperts
-from camera.moe.observer import Observer
-from camera.moe.pool import KeptRows
-from camera.moe.routing import counts_of, sorted_slots
-
-Sink = Callable[[ExpertGroup, int, torch.Tensor | None, torch.Tensor], None]
-"""sink(group, expert, tokens_N, phi_NW): phi in the model's precision; None for all tokens."""
+from camera.moe.grouped.call import GroupCall
+from camera.moe.grouped.rows import mlp_rows, routed_rows
+from camera.moe.grouped.slots import counts_of, sorted_slots
+from camera.moe.observer import ExpertCall, Observer
+from camera.moe.sinks import Sink
 
 RoutedCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """call(x_TH, index_TK, weight_TK) -> y_TH: what native routed experts are called with."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertCall:
-    """One expert on the tokens of one batch; padding left out.
-
-    tokens_N are positions in the batch (None: all of them), x_NH inputs in the model's precision,
-    h_NW activations (fp32) before the routing weight a_N (None for 1).
-    """
-
-    group: ExpertGroup
-    expert: int
-    batch: int
-    tokens_N: torch.Tensor | None
-    x_NH: torch.Tensor
-    h_NW: torch.Tensor
-    a_N: torch.Tensor | None
-
-    @property
-    def phi_NW(self) -> torch.Tensor:
-        """Micro-expert outputs phi = a * h."""
-        return self.h_NW if self.a_N is None else self.h_NW * self.a_N[:, None]
-
-
-class OutputSum:
-    """A sink that adds the FFN's output up: y_TH = sum_i phi_i * w_i^down over the whole pool."""
-
-    def __init__(self, x_BLH: torch.Tensor):
-        self.y_TH = torch.zeros_like(x_BLH).flatten(0, -2)
-
-    def __call__(
-        self, group: ExpertGroup, expert: int, tokens_N: torch.Tensor | None, phi_NW: torch.Tensor
-    ) -> None:
-        out = group.project(expert, phi_NW).to(self.y_TH.device)
-        if tokens_N is None:
-            self.y_TH += out
-        else:
-            # a token reaches an expert once, and index_add_ takes many times as long on a CPU
-            self.y_TH.index_copy_(0, tokens_N, self.y_TH.index_select(0, tokens_N) + out)
-
-
-@dataclass
-class ExpertPhi:
-    """phi of one expert on the tokens of one batch (None: all of them)."""
-
-    path: str
-    expert: int
-    tokens_N: torch.Tensor | None
-    phi_NW: torch.Tensor
-
-
-class PhiRecord:
-    """A sink that keeps phi, so that a layer pruned afterwards needs only `down_proj` to finish."""
-
-    def __init__(self) -> None:
-        self.calls: list[ExpertPhi] = []
-
-    def __call__(
-        self, group: ExpertGroup, expert: int, tokens_N: torch.Tensor | None, phi_NW: torch.Tensor
-    ) -> None:
-        self.calls.append(ExpertPhi(group.path, expert, tokens_N, phi_NW))
-
-
-def project_phi(
-    ffn: FeedForward, calls: list[ExpertPhi], kept: KeptRows, output: OutputSum
-) -> torch.Tensor:
-    """y_TH of the pruned layer `ffn` from the phi of the whole one; `kept` micro-experts stayed."""
-    groups = {group.path: group for group in ffn.groups}
-    for call in calls:
-        rows = kept[call.path][call.expert]
-        phi_NW = call.phi_NW.index_select(1, rows)
-        output(groups[call.path], call.expert, call.tokens_N, phi_NW)
-    return output.y_TH
 
 
 def run_ffn(
@@ -117,19 +42,70 @@ def run_ffn(
 
     Where routed experts are evaluated later, `routed` stands for them. Tokens where `mask_T` is
     False (padding) are routed as the model would, and reach the sink; the observer never sees them.
+    An accelerator computes the experts of a group together where there is no padding.
     """
+    together = mask_T is None and computes_together(x_BLH.device)
     if not ffn.is_moe:
-        _mlp(ffn.groups[0], observer, mask_T, sink, batch, x_BLH)
+        _stand_in(ffn.groups[0], observer, mask_T, sink, batch, together)(x_BLH)
         return
     with ExitStack() as stubs:
         for group in ffn.groups:
-            shared = isinstance(group, MlpExpert)
-            name = ffn.family.shared if shared else ffn.family.experts
-            function = partial(_mlp if shared else _routed, group, observer, mask_T, sink, batch)
-            if routed is not None and not shared:
+            name = ffn.family.experts if group.routed else ffn.family.shared
+            function = _stand_in(group, observer, mask_T, sink, batch, together)
+            if routed is not None and group.routed:
                 function = routed
             stubs.enter_context(replaced_submodule(ffn.module, name, ModuleStub(function)))
         ffn.module(x_BLH)
+
+
+def computes_together(device: torch.device) -> bool:
+    """Whether the experts of a group are computed at once: a CPU's cache would hold none of it."""
+    return device.type != "cpu"
+
+
+def _stand_in(
+    group: ExpertGroup,
+    observer: Observer | Callable[[ExpertCall], None] | None,
+    mask_T: torch.Tensor | None,
+    sink: Sink | None,
+    batch: int,
+    together: bool,
+) -> Callable[..., torch.Tensor]:
+    """What is called in the place of a group's module."""
+    if sink is not None and not sink.takes(group):
+        sink = None
+    if observer is None and sink is None:
+        return lambda x, *_: torch.zeros_like(x)
+    if together and group.goes_together and isinstance(observer, Observer | None):
+        return partial(_together, group, observer, sink, batch)
+    one_by_one = _routed if group.routed else _mlp
+    return partial(one_by_one, group, observer, mask_T, sink, batch)
+
+
+def _together(
+    group: ExpertGroup,
+    observer: Observer | None,
+    sink: Sink | None,
+    batch: int,
+    x: torch.Tensor,
+    index_TK: torch.Tensor | None = None,
+    weight_TK: torch.Tensor | None = None,
+) -> torch.Tensor:
+    x_RH = x.reshape(-1, x.shape[-1])
+    if index_TK is None:
+        rows = mlp_rows(len(x_RH), x.device)
+        a_R = group.scale(x_RH)
+        a_R = None if a_R is None else rows.filled(a_R[:, None])[:, 0]
+    else:
+        rows = routed_rows(index_TK, len(group.widths))
+        x_RH, a_R = rows.inputs(x_RH), rows.weights(weight_TK)
+    gates, ups = group.gates_and_ups(x_RH, rows)
+    call = GroupCall(group, batch, rows, x_RH, gates, ups, a_R, keeps_phi=sink is not None)
+    if sink is not None:
+        sink.together(call)
+    if observer is not None:
+        observer.together(call)
+    return torch.zeros_like(x)
 
 
 def run_expert(

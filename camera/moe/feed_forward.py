@@ -1,7 +1,7 @@
 """The FFN of a decoder layer of any family, as groups of experts.
 
 Shapes: T tokens, H hidden, K experts per token, E experts, W width of one expert, N tokens of one
-expert (or micro-experts of a pool, where a tensor is named so).
+expert (or micro-experts of a pool, where a tensor is named so), R rows of all experts.
 
 A layer's pool is its shared expert (if any) and then its routed experts; a dense FFN is a pool of
 one expert.
@@ -15,7 +15,11 @@ from torch.nn import functional as F
 
 from camera.moe.expert_module import ExpertModule
 from camera.moe.families.family import Family
+from camera.moe.grouped.products import grouped_products
+from camera.moe.grouped.rows import GroupRows
 from camera.runtime.errors import CameraError
+
+USUAL_GATE = "transformers.integrations.moe"  # where act(gate) * up stands for all that say nothing
 
 
 class ExpertGroup:
@@ -42,6 +46,19 @@ class ExpertGroup:
     def project(self, expert: int, phi_NW: torch.Tensor) -> torch.Tensor:
         """phi_NW @ w_down, [N, H]: the contribution of these activations to the layer's output."""
         return F.linear(phi_NW, self.down(expert))
+
+    @property
+    def goes_together(self) -> bool:
+        """Whether its experts can be computed together: of one width, and gated as usual."""
+        raise NotImplementedError
+
+    def gates_and_ups(self, x_RH: torch.Tensor, rows: GroupRows) -> tuple[torch.Tensor, ...]:
+        """gate_RW and up_RW of all experts, in the model's precision; x of an MLP is x_TH."""
+        raise NotImplementedError
+
+    def outputs(self, phi_RW: torch.Tensor, rows: GroupRows) -> torch.Tensor:
+        """phi_RW @ w_down of each row's expert, [R, H]."""
+        raise NotImplementedError
 
     @property
     def act_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -81,6 +98,19 @@ class RoutedExperts(ExpertGroup):
             gate, up = gate_up.chunk(2, dim=-1)
             return self.module.act_fn(gate) * up
         return self.module._apply_gate(gate_up)
+
+    @property
+    def goes_together(self) -> bool:
+        own = getattr(type(self.module), "_apply_gate", None)
+        usual = getattr(own, "__module__", "") == USUAL_GATE
+        return usual and not isinstance(self.module, ExpertModule)
+
+    def gates_and_ups(self, x_RH: torch.Tensor, rows: GroupRows) -> tuple[torch.Tensor, ...]:
+        gate_up_EHW = self.module.gate_up_proj.transpose(1, 2)
+        return grouped_products(x_RH, gate_up_EHW, rows.bounds).chunk(2, dim=1)
+
+    def outputs(self, phi_RW: torch.Tensor, rows: GroupRows) -> torch.Tensor:
+        return grouped_products(phi_RW, self.module.down_proj.transpose(1, 2), rows.bounds)
 
     def _fused(self, expert: int) -> torch.Tensor:
         if isinstance(self.module, ExpertModule):
@@ -140,6 +170,22 @@ class MlpExpert(ExpertGroup):
     def project(self, expert: int, phi_NW: torch.Tensor) -> torch.Tensor:
         # no family has both a gated shared expert and a bias, so the bias's weight is 1
         return self.linear_layers[2](phi_NW)
+
+    @property
+    def goes_together(self) -> bool:
+        return True
+
+    def gates_and_ups(self, x_RH: torch.Tensor, rows: GroupRows) -> tuple[torch.Tensor, ...]:
+        gate, up, _ = self.linear_layers
+        return rows.filled(gate(x_RH)), rows.filled(up(x_RH))
+
+    def outputs(self, phi_RW: torch.Tensor, rows: GroupRows) -> torch.Tensor:
+        return self.project(0, phi_RW)
+
+    def output(self, x_NH: torch.Tensor) -> torch.Tensor:
+        """What the module puts out, times its routing weight."""
+        gate = 1 if self.gate is None else torch.sigmoid(self.gate(x_NH))
+        return self.module(x_NH) * gate
 
     def scale(self, x_NH: torch.Tensor) -> torch.Tensor | None:
         """Routing weight a_N of a gated shared expert; None for 1."""

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from camera.moe.capture import ExpertCall, ModuleStub, replaced_submodule, unwrap
 from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
-from camera.moe.routing import routed_slots
+from camera.moe.grouped.slots import routed_slots
 
 
 @dataclass(frozen=True)

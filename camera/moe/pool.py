@@ -93,15 +93,12 @@ def rows_on(rows: KeptRows, device: torch.device) -> KeptRows:
     """Row indices of a layer on a device, in one copy that nothing waits for."""
     import torch
 
-    from camera.runtime.device.accelerator import has_own_memory
+    from camera.runtime.device.staging import on_device
 
     parts = [part for parts in rows.values() for part in parts]
     if all(part.device == device for part in parts):
         return rows
-    joined = torch.cat(parts)
-    if has_own_memory(device):
-        joined = joined.pin_memory()
-    moved = iter(joined.to(device, non_blocking=True).split([len(part) for part in parts]))
+    moved = iter(on_device(torch.cat(parts), device).split([len(part) for part in parts]))
     return {path: [next(moved) for _ in parts] for path, parts in rows.items()}
 
 

@@ -130,7 +130,7 @@ def foresee(
     method, passes = request.method, declared_passes(request, model.budget)
     share = len(range(distributed.rank(), samples, distributed.world()))
     estimate = MemoryEstimate.of(model, method, passes, memory, share * length, length)
-    if method.compensation and not estimate.keep_phi:
+    if method.compensation and estimate.phi_kept != "all":
         raise CameraError(
             f"compensate={method.compensation.scope} needs the {format_bytes(estimate.phi)} of a "
             "layer's activations: set memory.phi=keep and memory.experts=ram, or calibrate on "
@@ -197,7 +197,7 @@ def _fingerprint(context: PassContext, step: Pass) -> dict[str, object]:
         "calibration": tokens_key(request.tokens) if request.tokens else None,
         "propagate": step.feed if step.tokens else "dense",
         "plan_given": request.plan is not None,
-        "phi_kept": context.estimate.keep_phi,
+        "phi_kept": context.estimate.phi_kept,
         "experts_on_disk": context.estimate.experts_on_disk,
         "dtype": str(model.dtype),
         "stored_dtype": str(model.stored_dtype),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from camera.moe.capture import ExpertPhi
+from camera.moe.sinks import ExpertPhi, GroupPhi
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,11 @@ class FfnInput:
 
 @dataclass(frozen=True)
 class FfnPhi:
-    """phi of every expert of a layer, for a layer that is pruned afterwards."""
+    """phi of every expert of a layer, or of its routed ones, until the layer is pruned."""
 
     at: FfnInput
-    calls: list[ExpertPhi]
+    calls: list[ExpertPhi | GroupPhi]
+    routed: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ def parameters_of(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def active_width(skeleton: MetaModel) -> float:
-    """Micro-experts that a token reaches, in the widest layer."""
+def active_width(skeleton: MetaModel, *, of_routed: bool = False) -> float:
+    """Micro-experts that a token reaches, in the widest layer; or its routed ones alone."""
     top_k = skeleton.family.top_k(skeleton.text_config)
     widest = 0.0
     for pool in skeleton.budget.layers.values():
         routed = sum(pool.routed)
         active = sum(
-            width * top_k / routed if is_routed else width
+            width * top_k / routed if is_routed else width * (not of_routed)
             for width, is_routed in zip(pool.widths, pool.routed, strict=True)
         )
         widest = max(widest, active)

@@ -12,12 +12,13 @@ from camera.runtime.errors import CameraError
 class MemoryChoices:
     """Choices that save memory, each `auto` by size.
 
-    phi: activations of one layer are kept until it is pruned, or recomputed. hidden: hidden states
+    phi: activations of one layer are kept until it is pruned, of all its experts or of the routed
+    ones alone, or recomputed. hidden: hidden states
     between layers are on the device, in RAM or memory-mapped from disk. experts: a layer's routed
     experts are loaded into RAM together, or stay on disk and are loaded one at a time.
     """
 
-    phi: Literal["auto", "keep", "recompute"] = "auto"
+    phi: Literal["auto", "keep", "routed", "recompute"] = "auto"
     hidden: Literal["auto", "device", "ram", "disk"] = "auto"
     experts: Literal["auto", "ram", "disk"] = "auto"
 

@@ -14,17 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from camera.moe.capture import (
-    ModuleStub,
-    OutputSum,
-    PhiRecord,
-    project_phi,
-    replaced_submodule,
-    run_ffn,
-    unwrap,
-)
+from camera.moe.capture import ModuleStub, replaced_submodule, run_ffn, unwrap
 from camera.moe.observer import Observer
 from camera.moe.pool import KeptRows, rows_on
+from camera.moe.sinks import OutputSum, PhiProjection, PhiRecord
 from camera.runtime.buffers import trim_heap
 from camera.runtime.device.finite import FiniteCheck
 from camera.runtime.errors import CameraError
@@ -121,13 +114,23 @@ class LayerStreamer:
 
     @torch.no_grad()
     def keep_phi(
-        self, index: int, batches: list[FfnInput], observer: Observer | None
+        self,
+        index: int,
+        batches: list[FfnInput],
+        observer: Observer | None,
+        *,
+        routed: bool = False,
+        apart: bool = False,
     ) -> list[FfnPhi]:
-        """Show every expert's activations, and keep phi for a layer that is pruned afterwards."""
-        records = [PhiRecord() for _ in batches]
+        """Show every expert's activations, and keep phi for a layer that is pruned afterwards.
+
+        `routed`: of routed experts alone. `apart`: each expert's in memory of its own.
+        """
+        records = [PhiRecord(routed=routed, apart=apart) for _ in batches]
         self._run(index, batches, observer, records)
         trim_heap()
-        return [FfnPhi(at, record.calls) for at, record in zip(batches, records, strict=True)]
+        pairs = zip(batches, records, strict=True)
+        return [FfnPhi(at, record.calls, routed) for at, record in pairs]
 
     @torch.no_grad()
     def forward(
@@ -163,14 +166,19 @@ class LayerStreamer:
 
     @torch.no_grad()
     def project(self, index: int, batches: list[FfnPhi], kept: KeptRows) -> list[LayerInput]:
-        """Finish a pruned layer from the phi of the whole one."""
-        ffn = self.model.feed_forward(index)
-        kept = rows_on(kept, self.model.device)
+        """Finish a pruned layer from the phi of the whole one; what wasn't kept is run again."""
+        ffn, again = self.model.feed_forward(index), batches[0].routed
+        projection = PhiProjection(ffn, rows_on(kept, self.model.device))
 
-        def run(batch: FfnPhi, residual_BLH: torch.Tensor) -> torch.Tensor:
-            return project_phi(ffn, batch.calls, kept, OutputSum(residual_BLH))
+        def run(batch: FfnPhi, *tables: torch.Tensor) -> torch.Tensor:
+            output = OutputSum(tables[-1])
+            for call in batch.calls:
+                projection.add(call, output)
+            if again:
+                projection.add_rest(tables[0], output)
+            return output.y_TH
 
-        return self._finished(index, batches, lambda phi: phi.at, run, reads_x=False)
+        return self._finished(index, batches, lambda phi: phi.at, run, reads_x=again)
 
     @torch.no_grad()
     def add(self, index: int, outputs: list[FfnOutput]) -> list[LayerInput]:

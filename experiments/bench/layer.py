@@ -7,15 +7,9 @@ import torch
 from torch import nn
 
 from camera.calibration.scores.energy import EnergyObserver
-from camera.moe.capture import (
-    ModuleStub,
-    OutputSum,
-    PhiRecord,
-    project_phi,
-    replaced_submodule,
-    run_ffn,
-)
+from camera.moe.capture import ModuleStub, replaced_submodule, run_ffn
 from camera.moe.pool import rows_of_mask
+from camera.moe.sinks import OutputSum, PhiProjection, PhiRecord
 from camera.pruning.ranking import keep_highest
 from camera.pruning.slicing import slice_layer
 from experiments.bench.energy import every_expert
@@ -100,8 +94,10 @@ def _one_pass(model: nn.Module, x_BLH: torch.Tensor, rotary: dict, args) -> torc
     run_ffn(ffn, seen[0], observer, sink=phi)
     kept = rows_of_mask(ffn, _plan(observer.result().energy(ALPHA), ffn.widths, args.sparsity))
     slice_layer(ffn, kept)
-    y_TH = project_phi(feed_forward(model), phi.calls, kept, OutputSum(seen[0]))
-    return residual_BLH + y_TH.view_as(x_BLH)
+    output, projection = OutputSum(seen[0]), PhiProjection(feed_forward(model), kept)
+    for call in phi.calls:
+        projection.add(call, output)
+    return residual_BLH + output.y_TH.view_as(x_BLH)
 
 
 def _reference(

@@ -100,7 +100,7 @@ class Evaluation:
 class MemoryUse:
     """Memory choices of a compression: see `camera.streaming.settings.MemoryChoices`."""
 
-    phi: choice("auto", "keep", "recompute") = "auto"
+    phi: choice("auto", "keep", "routed", "recompute") = "auto"
     hidden: choice("auto", "device", "ram", "disk") = "auto"
     experts: choice("auto", "ram", "disk") = "auto"
 

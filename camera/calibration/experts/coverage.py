@@ -1,6 +1,6 @@
 """Which experts each source of a mixture reaches, counted beside what a pass observes.
 
-Shapes: S sources, E experts of the pool, N tokens of one expert.
+Shapes: S sources, E experts of the pool, N tokens of one expert, R rows of all experts of a group.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import torch
 
 from camera.calibration.observers import LayerObserver, ObserverSpec
 from camera.calibration.statistics import LayerStatistics
+from camera.moe.grouped.rows import BLOCK
 from camera.moe.pool import PoolIndex
 from camera.runtime.distributed import all_combined, world
 
 if TYPE_CHECKING:
     from camera.moe.capture import ExpertCall
     from camera.moe.feed_forward import FeedForward
+    from camera.moe.grouped.call import GroupCall
 
 SourceTokens = dict[str, dict[str, list[int]]]
 """By layer and source the tokens that each expert of the pool saw."""
@@ -75,6 +77,16 @@ class SourceObserver(LayerObserver):
         sample_N = call.batch * self._spec.size + tokens_N.to(device) // self._spec.length
         counts_S = (self._dealt[sample_N][None] == self._source_S1).sum(1)
         self._counts_SE[:, self._pool.expert(call.group.path, call.expert)] += counts_S
+
+    def together(self, call: GroupCall) -> None:
+        self._inner.together(call)
+        rows, token_R, known = call.rows, call.rows.token_R, len(self._dealt)
+        sample_R = call.batch * self._spec.size + token_R // self._spec.length
+        source_R = self._dealt[sample_R.clamp_(max=known - 1)]
+        ours_RS = (source_R[:, None] == self._source_S1.T) & (token_R < rows.tokens)[:, None]
+        ours_BS = ours_RS.view(-1, BLOCK, len(self._source_S1)).sum(1)
+        first = self._pool.expert(call.group.path, 0)
+        self._counts_SE[:, first : first + len(rows.counts)] += rows.by_expert(ours_BS).sum(1).T
 
     def result(self) -> LayerStatistics:
         """What `inner` says; the counts of all processes go to `found`."""

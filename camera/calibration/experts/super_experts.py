@@ -3,11 +3,13 @@
 Their outputs are looked at beside whatever a pass observes. Source: Super Experts (ICLR 2026,
 arXiv 2507.23279), massive activations as in arXiv 2402.17762.
 
-Shapes: E experts of the pool, N tokens of one expert, W its width, H hidden.
+Shapes: E experts of the pool, N tokens of one expert, W its width, H hidden, R rows of all experts
+of a group.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,8 @@ from camera.runtime.distributed import all_combined, world
 if TYPE_CHECKING:
     from camera.calibration.experts.coverage import BySource
     from camera.moe.capture import ExpertCall
-    from camera.moe.feed_forward import FeedForward
+    from camera.moe.feed_forward import ExpertGroup, FeedForward
+    from camera.moe.grouped.call import GroupCall
 
 MASSIVE = 100.0  # an activation is massive from this magnitude on
 MEDIANS = 1000.0  # ... and from so many medians of the hidden states on
@@ -75,8 +78,12 @@ class OutlierObserver(LayerObserver):
         device = next(ffn.module.parameters()).device
         self._largest_E = torch.zeros(self._pool.experts, device=device)
         self._row_norms: dict[int, torch.Tensor] = {}
+        self._group_norms: dict[str, torch.Tensor] = {}
+        self._bounds: list[tuple[GroupCall, torch.Tensor]] = []  # of the rows of a batch's groups
 
     def ffn_input(self, *arguments: Any) -> None:
+        if self._bounds:
+            self._look_back()
         self._inner.ffn_input(*arguments)
 
     @torch.no_grad()
@@ -92,11 +99,57 @@ class OutlierObserver(LayerObserver):
             h_NW = h_NW[torch.linalg.vector_norm(h_NW, dim=1) * self._row_norms[expert] > MASSIVE]
             if not len(h_NW):
                 return
-        largest = call.group.project(call.expert, h_NW.to(call.x_NH.dtype)).abs().amax().float()
-        self._largest_E[expert] = torch.maximum(self._largest_E[expert], largest)
+        self._look(call.group, call.expert, h_NW.to(call.x_NH.dtype))
+
+    @torch.no_grad()
+    def together(self, call: GroupCall) -> None:
+        if self._bounds and self._bounds[-1][0].batch != call.batch:
+            self._look_back()
+        self._inner.together(call)
+        bound_R = call.h2_R.sqrt() * call.rows.of_experts(self._norms_of(call.group))
+        self._bounds.append((call, bound_R))
+
+    def _look_back(self) -> None:
+        """Look at the rows of the last batch whose bound doesn't clear them; waits once, to know
+        which they are."""
+        calls, bounds = zip(*self._bounds, strict=True)
+        self._bounds.clear()
+        row_N, first = (torch.cat(bounds) > MASSIVE).nonzero().squeeze(1), 0
+        if not len(row_N):
+            return
+        rows = row_N.tolist()
+        for call, bound_R in zip(calls, bounds, strict=True):
+            last = first + len(bound_R)
+            ours = slice(bisect_left(rows, first), bisect_left(rows, last))
+            ends = [first + end for _, end in call.rows.bounds]
+            experts = [bisect_right(ends, row) for row in rows[ours]]
+            h_NW = call.activations(row_N[ours] - first).to(call.x_RH.dtype)
+            for expert in sorted(set(experts)):
+                here = slice(bisect_left(experts, expert), bisect_right(experts, expert))
+                self._look(call.group, expert, h_NW[here])
+            first = last
+
+    def _norms_of(self, group: ExpertGroup) -> torch.Tensor:
+        """max over the rows c of down of |row c|, of each expert of a group; fp32."""
+        if group.path not in self._group_norms:
+            downs = (group.down(expert) for expert in range(len(group.widths)))
+            norms = [
+                torch.linalg.vector_norm(down_HW, dim=1, dtype=torch.float32).amax()
+                for down_HW in downs
+            ]
+            self._group_norms[group.path] = torch.stack(norms)
+        return self._group_norms[group.path]
+
+    def _look(self, group: ExpertGroup, expert: int, h_NW: torch.Tensor) -> None:
+        """Count the outputs of an expert on these activations, in the model's precision."""
+        largest = group.project(expert, h_NW).abs().amax().float()
+        here = self._pool.expert(group.path, expert)
+        self._largest_E[here] = torch.maximum(self._largest_E[here], largest)
 
     def result(self) -> LayerStatistics:
         """What `inner` says; the outliers of all processes go to `found`."""
+        if self._bounds:
+            self._look_back()
         largest_E = self._largest_E.cpu()
         if world() > 1:
             largest_E = all_combined(largest_E, "max")

@@ -16,6 +16,7 @@ from camera.calibration.scores.base import Score
 from camera.calibration.statistics import LayerStatistics
 from camera.moe.capture import ExpertCall
 from camera.moe.feed_forward import ExpertGroup, FeedForward
+from camera.moe.grouped.call import GroupCall
 from camera.moe.pool import PoolIndex, sum_dtype
 from camera.runtime.device.staging import on_host
 from camera.runtime.errors import CameraError
@@ -63,6 +64,15 @@ class EnergyObserver(LayerObserver):
         sum2_W += phi2_NW.sum(0)
         torch.maximum(max2_W, phi2_NW.amax(0), out=max2_W)
         self._tokens[self._index.expert(call.group.path, call.expert)] += len(call.h_NW)
+
+    def together(self, call: GroupCall) -> None:
+        sum2_EW, max2_EW = call.squares()
+        first, last = (self._index.rows(call.group.path, e) for e in (0, len(sum2_EW) - 1))
+        rows = slice(first.start, last.stop)
+        self._sum2_N[rows] += sum2_EW.flatten()
+        torch.maximum(self._max2_N[rows], max2_EW.flatten(), out=self._max2_N[rows])
+        for expert, count in enumerate(call.rows.counts):
+            self._tokens[self._index.expert(call.group.path, expert)] += count
 
     def result(self) -> EnergyStatistics:
         """The statistics gathered so far, on the CPU."""

@@ -21,8 +21,8 @@ from camera.checkpoint.formats.ragged_rows import RaggedRows
 from camera.moe.expert_module import ExpertModule
 from camera.moe.families.family import Family
 from camera.moe.feed_forward import RoutedExperts
+from camera.moe.grouped.slots import counts_of, sorted_slots
 from camera.moe.pool import rows_on
-from camera.moe.routing import counts_of, sorted_slots
 from camera.runtime.device.accelerator import has_grouped_products
 
 # A CPU without instructions for half precision multiplies such matrices many times slower.

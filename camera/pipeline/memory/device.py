@@ -29,6 +29,7 @@ DEVICE_SHARE = 0.9  # of the card's memory: the rest are its libraries and what 
 ATTENTION_TABLES, FFN_TABLES, SLOT_TABLES = 7, 3, 5
 SCORES = 4  # attention's scores in fp32, where no fused kernel has them by piece
 ACTIVATIONS = 4  # gate, up, their activation and their product, in fp32
+RERUN = 4  # the same, in the model's precision, of what isn't kept
 GRAPH_TABLES = 12  # of a layer's graph, of hidden states and of phi each
 
 
@@ -80,9 +81,13 @@ class DeviceMemory:
         outside: int,
         hidden: int,
         phi: int,
+        again: int,
         logits: int,
     ) -> DeviceMemory:
-        """The parts of these passes; `hidden` and `phi` are what waits on the device, else 0."""
+        """The parts of these passes; `hidden` and `phi` are what waits on the device, else 0.
+
+        `again` is the phi that isn't kept.
+        """
         config, size = model.text_config, model.dtype.itemsize
         kinds = {step.kind for step in passes}
         top_k = model.family.top_k(config)
@@ -95,6 +100,7 @@ class DeviceMemory:
         scores = SCORES * 4 * config.num_attention_heads * length
         routed = any(any(pool.routed) for pool in model.budget.layers.values())
         finishing = FFN_TABLES + SLOT_TABLES * top_k * routed * (not phi)
+        rerun = RERUN * again * batch // max(tokens, 1)
         if PassKind.BACKWARD in kinds:
             graph = GRAPH_TABLES * (config.hidden_size + active_width(model)) * size + scores
             backward = int(min(tokens, BACKWARD_TOKENS) * graph)
@@ -112,7 +118,7 @@ class DeviceMemory:
             attention=(ATTENTION_TABLES * table + scores * batch) * bool(tokens),
             observing=seen + max((_ffn_bytes(shape, batch) for shape in shapes), default=0),
             applying=seen + max((_applying(method, shape) for shape in shapes), default=0),
-            finishing=finishing * table,
+            finishing=finishing * table + (rerun if phi else 0),
             backward=backward,
             logits=logits,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -48,6 +48,7 @@ BATCH_TABLES = 8
 SLOT_TABLES = 4
 TOKEN_BYTES = 16  # of a calibration token: its id, and once more as it is hashed
 SAMPLE_BYTES = 512  # of a sample's objects while it is drawn
+PhiKept = Literal["all", "routed", "none"]
 FEWER = "lower calibration.samples"
 LARGER = "it takes a machine with more memory"
 
@@ -61,13 +62,19 @@ class MemoryEstimate:
     outside: int  # embeddings, final norm, head
     hidden: int  # one table of hidden states
     phi: int  # of the widest layer
+    phi_routed: int  # of its routed experts alone
     working: int  # what computing one batch takes
     method: int  # statistics and workspace of the method, beside the layer
     logits: int  # at a time, where a pass computes them
-    keep_phi: bool
+    phi_kept: PhiKept
     hidden_place: HiddenPlace
     experts_on_disk: bool
     device: DeviceMemory | None = None  # where the device has memory of its own
+
+    @property
+    def phi_held(self) -> int:
+        """Bytes of phi that are kept."""
+        return {"all": self.phi, "routed": self.phi_routed, "none": 0}[self.phi_kept]
 
     @property
     def hidden_on_disk(self) -> bool:
@@ -96,7 +103,7 @@ class MemoryEstimate:
         if self.device is not None:
             return self.device.peak
         head = self.logits + HIDDEN_HELD * self.hidden if self.logits else 0
-        in_layers = self.layers(LAYERS_HELD) + self.states + self.work + self.phi * self.keep_phi
+        in_layers = self.layers(LAYERS_HELD) + self.states + self.work + self.phi_held
         return max(in_layers, int(OUTSIDE_HELD * self.outside) + head)
 
     def layers(self, held: int) -> int:
@@ -119,7 +126,8 @@ class MemoryEstimate:
     def __str__(self) -> str:
         experts = ", its experts on disk" if self.experts_on_disk else ""
         place = {"device": "on the device", "ram": "in memory", "disk": "on disk"}
-        phi = "kept" if self.keep_phi else "recomputed"
+        how = {"all": "kept", "routed": "kept of routed experts", "none": "recomputed"}
+        phi = f"{format_bytes(self.phi)} {how[self.phi_kept]}"
         work = f", the method {format_bytes(self.method)}" if self.method else ""
         where = "on top of the process itself"
         if self.device is not None:
@@ -127,7 +135,7 @@ class MemoryEstimate:
         return (
             f"about {format_bytes(self.peak)} {where} (largest layer "
             f"{format_bytes(self.layer)}{experts}, hidden states {format_bytes(self.hidden)} "
-            f"{place[self.hidden_place]}, activations {format_bytes(self.phi)} {phi}, a batch "
+            f"{place[self.hidden_place]}, activations {phi}, a batch "
             f"{format_bytes(self.working)}{work})"
         )
 
@@ -154,6 +162,7 @@ class MemoryEstimate:
         experts = [group.module_size * size if group else 0 for group in routed]
         hidden, width = tokens * config.hidden_size * size, active_width(model)
         phi = int(tokens * width * size)
+        phi_routed = int(tokens * active_width(model, of_routed=True) * size)
         on_disk = memory.experts == "disk"
         if memory.experts == "auto":
             on_disk = LAYERS_HELD * max(layers) > total
@@ -166,11 +175,15 @@ class MemoryEstimate:
         apart = card is not None or has_own_memory(model.device)
 
         def on_device(there: int, kept: int) -> DeviceMemory:
-            sizes = dict(
-                layers=layers_bytes(model, method, on_disk), outside=outside, logits=logits
+            return DeviceMemory.of(
+                *(model, method, passes, tokens, length),
+                layers=layers_bytes(model, method, on_disk),
+                outside=outside,
+                hidden=there,
+                phi=kept,
+                again=phi - kept,
+                logits=logits,
             )
-            asked = (model, method, passes, tokens, length)
-            return DeviceMemory.of(*asked, hidden=there, phi=kept, **sizes)
 
         def fits(there: int, kept: int) -> bool:
             return on_device(there, kept).peak <= DEVICE_SHARE * total
@@ -179,18 +192,28 @@ class MemoryEstimate:
         if memory.hidden == "auto":
             free = free_host_memory()
             hidden_place = "disk" if HIDDEN_HELD * hidden > HIDDEN_SHARE * free else "ram"
-            needed = phi * (serves and (memory.phi == "keep" or method.compensation is not None))
+            asked = "keep" if method.compensation is not None else memory.phi
+            needed = serves * {"keep": phi, "routed": phi_routed}.get(asked, 0)
             if apart and not on_disk and fits(hidden, needed):
                 hidden_place = "device"
         there = hidden * (apart and hidden_place == "device")
-        keep_phi = memory.phi == "keep"
-        if memory.phi == "auto":
-            keep_phi = fits(there, phi) if apart else phi <= PHI_LIMIT
-        keep_phi = keep_phi and serves
+        sizes: dict[PhiKept, int] = {"all": phi, "routed": phi_routed, "none": 0}
+        chosen: dict[str, PhiKept] = {"keep": "all", "routed": "routed", "recompute": "none"}
+        if not serves:
+            phi_kept: PhiKept = "none"
+        elif memory.phi == "auto":
+            having_room = (
+                kept
+                for kept, held in sizes.items()
+                if held and (fits(there, held) if apart else held <= PHI_LIMIT)
+            )
+            phi_kept = next(having_room, "none")
+        else:
+            phi_kept = chosen[memory.phi]
         if not apart and hidden_place == "device":
             hidden_place = "ram"  # the device's memory is the system's
         top_k = model.family.top_k(config) if max(experts) else 1
-        tables = BATCH_TABLES if keep_phi else BATCH_TABLES + SLOT_TABLES * top_k
+        tables = BATCH_TABLES + SLOT_TABLES * top_k * (phi_kept == "none")
         working = min(tokens, BATCH_TOKENS) * config.hidden_size * size * tables
         if PassKind.BACKWARD in kinds:
             graph = GRAPH_TABLES * (config.hidden_size + width) * size
@@ -201,13 +224,14 @@ class MemoryEstimate:
             outside=outside,
             hidden=hidden,
             phi=phi,
+            phi_routed=phi_routed,
             working=working,
             method=max((_method_bytes(step, model, method, tokens) for step in passes), default=0),
             logits=logits,
-            keep_phi=keep_phi,
+            phi_kept=phi_kept,
             hidden_place=hidden_place,
             experts_on_disk=on_disk,
-            device=on_device(there, phi * keep_phi) if apart else None,
+            device=on_device(there, sizes[phi_kept]) if apart else None,
         )
 
 
@@ -269,7 +293,7 @@ def require_memory(
         return
     most = estimate.method > estimate.working
     computing = [
-        Part("a layer's activations", estimate.phi * estimate.keep_phi, way),
+        Part("a layer's activations", estimate.phi_held, way),
         Part(
             f"method {method.name}" if most else "a batch", estimate.work, other if most else LARGER
         ),

@@ -157,8 +157,10 @@ class CompressedPass:
         stage: Stage = inputs
         if step.feed == "dense":
             stage = streamer.forward(index, inputs, observer)
-        elif context.estimate.keep_phi:
-            stage = streamer.keep_phi(index, inputs, observer)
+        elif context.estimate.phi_kept != "none":
+            routed = context.estimate.phi_kept == "routed"
+            apart = context.method.compensation is not None
+            stage = streamer.keep_phi(index, inputs, observer, routed=routed, apart=apart)
         elif observer is not None:
             streamer.observe(index, inputs, observer)
         return stage, None if observer is None else observer.result().all_reduced()

@@ -5,9 +5,10 @@ import torch
 
 from camera.calibration.scores.energy import EnergyObserver
 from camera.calibration.statistics import Statistics
-from camera.moe.capture import OutputSum, run_ffn
+from camera.moe.capture import run_ffn
 from camera.moe.families import FAMILIES as DECLARED
 from camera.moe.feed_forward import FeedForward
+from camera.moe.sinks import OutputSum
 from camera.runtime.errors import CameraError
 from tests.helpers import oracles
 from tests.helpers.models import FAMILIES, MOE_FAMILIES, build_model

@@ -1,0 +1,60 @@
+"""Products of each expert's rows with its own matrix, in the fewest launches that pay.
+
+Shapes: E experts, R rows of all of them, N rows of one, C columns in, D columns out.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from camera.runtime.device.accelerator import has_grouped_products
+from camera.runtime.device.staging import on_device
+
+LAUNCH_FLOPS = 1e9  # that a card multiplies in the time that a launch takes
+FILLING_LAUNCHES = 12  # of a batched product and what fills it up
+
+
+def grouped_products(
+    x_RC: torch.Tensor, weight_ECD: torch.Tensor, bounds: list[tuple[int, int]]
+) -> torch.Tensor:
+    """y_RD: rows [first, last) of each expert times its matrix; the bounds leave no row out.
+
+    One kernel where the card has it. Elsewhere a batched product, filled up to the expert that has
+    most rows, where multiplying what fills takes less time than asking for each expert; else one
+    product an expert.
+    """
+    if has_grouped_products(x_RC.device, x_RC.dtype) and _aligned(x_RC, weight_ECD):
+        ends_E = torch.tensor([last for _, last in bounds], dtype=torch.int32)
+        return F.grouped_mm(x_RC, weight_ECD, offs=on_device(ends_E, x_RC.device))
+    most = max((last - first for first, last in bounds), default=0)
+    filling = 2 * (most * len(bounds) - len(x_RC)) * weight_ECD[0].numel()
+    asked = sum(last > first for first, last in bounds)
+    spared = asked - FILLING_LAUNCHES
+    if x_RC.device.type != "cpu" and spared > 0 and filling < LAUNCH_FLOPS * spared:
+        return filled_products(x_RC, weight_ECD, bounds)
+    y_RD = x_RC.new_empty(len(x_RC), weight_ECD.shape[2])
+    for (first, last), weight_CD in zip(bounds, weight_ECD, strict=True):
+        if last > first:
+            torch.mm(x_RC[first:last], weight_CD, out=y_RD[first:last])
+    return y_RD
+
+
+def filled_products(
+    x_RC: torch.Tensor, weight_ECD: torch.Tensor, bounds: list[tuple[int, int]]
+) -> torch.Tensor:
+    """The same as one batched product: every expert's rows filled up to the most that one has."""
+    most = max(last - first for first, last in bounds)
+    ends = torch.tensor(bounds)
+    first_E, count_E = on_device(torch.stack((ends[:, 0], ends[:, 1] - ends[:, 0])), x_RC.device)
+    step_N = torch.arange(most, device=x_RC.device)
+    row_EN = (first_E[:, None] + step_N).clamp_(max=len(x_RC) - 1)  # what fills is anyone's
+    x_ENC = x_RC.index_select(0, row_EN.view(-1)).view(len(bounds), most, -1)
+    y_END = torch.bmm(x_ENC, weight_ECD)
+    expert_E = torch.arange(len(bounds), device=x_RC.device)
+    shift_R = (expert_E * most - first_E).repeat_interleave(count_E, output_size=len(x_RC))
+    place_R = shift_R + torch.arange(len(x_RC), device=x_RC.device)
+    return y_END.view(-1, weight_ECD.shape[2]).index_select(0, place_R)
+
+
+def _aligned(x_RC: torch.Tensor, weight_ECD: torch.Tensor) -> bool:
+    """Rows of 16 bytes, or of a multiple: what the kernel reads."""
+    return all(size * x_RC.element_size() % 16 == 0 for size in weight_ECD.shape[1:])

@@ -1,0 +1,79 @@
+"""One function, compiled where an accelerator has a compiler, and the same everywhere."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from camera.moe.grouped import phi
+from camera.moe.grouped.rows import BLOCK
+from camera.runtime.device import compiled
+from camera.runtime.device.compiled import Compiled, has_compiler
+
+
+def doubled(tensor: torch.Tensor) -> torch.Tensor:
+    return 2 * tensor
+
+
+def test_a_cpu_runs_it_as_it_is_written(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    assert torch.equal(Compiled(doubled)(torch.ones(3)), torch.full((3,), 2.0))
+    assert not has_compiler(torch.device("cpu"))
+
+
+def test_the_fake_device_has_no_compiler(fake):
+    assert not has_compiler(torch.device(fake))
+
+
+def test_where_compiling_fails_it_runs_as_it_is_written_and_says_so(monkeypatch, caplog):
+    tried = []
+
+    def fails(function, **options):
+        def run(*args):
+            tried.append(function)
+            raise RuntimeError("Failed to find C compiler.\nA long story.")
+
+        return run
+
+    monkeypatch.setattr(compiled, "has_compiler", lambda device: True)
+    monkeypatch.setattr(torch, "compile", fails)
+    run = Compiled(doubled)
+    with caplog.at_level("WARNING", "camera"):
+        found = [run(torch.ones(3)) for _ in range(2)]
+    assert all(torch.equal(one, torch.full((3,), 2.0)) for one in found)
+    assert tried == [doubled]
+    assert [record.getMessage() for record in caplog.records] == [
+        "torch.compile fails on cpu (Failed to find C compiler.): operators run one by one, which "
+        "takes longer."
+    ]
+
+
+def test_no_memory_for_it_is_no_missing_compiler(monkeypatch):
+    def full(function, **options):
+        def run(*args):
+            raise torch.OutOfMemoryError("full")
+
+        return run
+
+    monkeypatch.setattr(compiled, "has_compiler", lambda device: True)
+    monkeypatch.setattr(torch, "compile", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        Compiled(doubled)(torch.ones(3))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_phi_compiled_is_phi_operator_by_operator(weighted, monkeypatch):
+    """By the front half of torch.compile, which any machine has; kernels are a card's own test."""
+    compile = torch.compile
+    monkeypatch.setattr(compiled, "has_compiler", lambda device: True)
+    monkeypatch.setattr(torch, "compile", lambda f, **o: compile(f, backend="aot_eager", **o))
+    monkeypatch.setattr(phi, "_compiled", Compiled(phi._phi))
+    draw = torch.Generator().manual_seed(0)
+    for blocks, width in ((3, 24), (5, 24), (2, 40)):
+        gate, up = torch.randn(blocks * BLOCK, 2 * width, generator=draw).chunk(2, 1)
+        a_R = torch.rand(len(gate), generator=draw) if weighted else None
+        found, expected = (
+            phi.phi_of(gate, up, a_R, F.silu, True),
+            phi._phi(gate, up, a_R, F.silu, 1),
+        )
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
