@@ -44,13 +44,17 @@ class LayerPool:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of a layer in a pass, for estimates: its pool, the model's H and K, T tokens."""
+    """Sizes of a layer in a pass, for estimates: its pool, the model's H and K, T tokens.
+
+    `card` is the memory of the accelerator that computes, in bytes; None for a CPU.
+    """
 
     pool: LayerPool
     hidden: int
     top_k: int
     tokens: int
     itemsize: int  # bytes of a number in the dtype that is computed in
+    card: int | None = None
 
     @property
     def routed_widths(self) -> list[int]:

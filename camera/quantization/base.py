@@ -186,7 +186,8 @@ class Quantization(Method):
         pairs = zip(layer.pool.widths, layer.pool.routed, strict=True)
         modules = [[width] for width, routed in pairs if not routed]
         modules += [layer.routed_widths] if layer.routed_widths else []
-        solving = max(batch_bytes(layer.hidden, widths, hessians=needs) for widths in modules)
+        known = dict(card=layer.card, hessians=needs)
+        solving = max(batch_bytes(layer.hidden, widths, **known) for widths in modules)
         return 5 * solving // 4  # a quarter packs codes
 
     def apply(

@@ -28,8 +28,17 @@ from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
 from camera.quantization.batch import QuantizationReport, quantize_batch
 from camera.quantization.layer_bits import ExpertBits, falling
 from camera.quantization.quantizers.quantizer import Quantizer
+from camera.runtime.device.accelerator import has_own_memory, total_memory
 
-SOLVE_BYTES = 4 * 2**30  # of Hessians, factors and weights that are solved as one batch
+# Of Hessians, factors and weights that are solved as one batch: of the system's memory, and the
+# share of an accelerator's own, whose columns take as long to ask for as for one expert's.
+SOLVE_BYTES, SOLVE_SHARE = 4 * 2**30, 0.25
+
+
+def solve_limit(card: int | None) -> int:
+    """Bytes that are solved together; by the size of a card (None: in the system's memory), not by
+    what is free, so that the same experts always are."""
+    return SOLVE_BYTES if card is None else int(SOLVE_SHARE * card)
 
 
 def solving_bytes(hidden: int, width: int, *, hessians: bool = True) -> int:
@@ -37,10 +46,13 @@ def solving_bytes(hidden: int, width: int, *, hessians: bool = True) -> int:
     return 4 * (6 * (hidden**2 + width**2) * hessians + 12 * hidden * width)
 
 
-def batch_bytes(hidden: int, widths: list[int], *, hessians: bool = True) -> int:
-    """What solving a module's experts takes, those that fit `SOLVE_BYTES` (or one) at a time."""
+def batch_bytes(
+    hidden: int, widths: list[int], *, card: int | None = None, hessians: bool = True
+) -> int:
+    """What solving a module's experts takes, those that fit `solve_limit` (or one) at a time."""
     widest = max(widths)
-    together = min(len(widths), max(1, SOLVE_BYTES // max(1, solving_bytes(hidden, widest))))
+    fit = solve_limit(card) // max(1, solving_bytes(hidden, widest))
+    together = min(len(widths), max(1, fit))
     return together * solving_bytes(hidden, widest, hessians=hessians)
 
 
@@ -183,7 +195,9 @@ class LayerQuantizer:
 
     def _batches(self) -> Iterator[list[int]]:
         """Experts that fit into memory together, those of similar widths side by side."""
-        hidden = self.group.down(0).shape[0]
+        like_HW = self.group.down(0)
+        hidden, device = len(like_HW), like_HW.device
+        limit = solve_limit(total_memory(device) if has_own_memory(device) else None)
         order = sorted(range(len(self.experts)), key=lambda e: len(self.experts[e].order_M))
         batch: list[int] = []
         for e in reversed(order):
@@ -191,7 +205,7 @@ class LayerQuantizer:
             widest = len(self.experts[batch[0]].order_M) if batch else width
             each = solving_bytes(hidden, widest)
             uneven = self.quantizer.scattered and width != widest
-            if batch and (uneven or (len(batch) + 1) * each > SOLVE_BYTES):
+            if batch and (uneven or (len(batch) + 1) * each > limit):
                 yield batch
                 batch = []
             batch.append(e)

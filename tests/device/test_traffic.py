@@ -77,10 +77,10 @@ def waits(counts: Counts) -> int:
 
 
 @pytest.mark.parametrize("hidden", ["device", "ram"])
-def test_the_host_waits_a_few_times_a_layer_and_once_a_batch(hidden, pruned):
+def test_the_host_waits_a_few_times_a_layer_and_twice_a_batch(hidden, pruned):
     one, four = (a_layer(pruned, waits, batches=n, hidden=hidden) for n in (1, 4))
     assert one <= 14
-    assert (four - one) / 3 <= 1
+    assert (four - one) / 3 <= 2  # where rows begin; whether a super expert may be among them
 
 
 def test_the_host_waits_no_more_for_more_experts(pruned):
@@ -126,7 +126,7 @@ def test_launches_for_an_expert_and_a_batch_are_bounded(pruned):
         return pruned(batches=batches, experts=experts)[1].times("launch")
 
     more = {n: launches(n, 16) - launches(n, 8) for n in (1, 2)}
-    assert (more[2] - more[1]) / (8 * 2) <= 20  # 3 of them look for super experts
+    assert (more[2] - more[1]) / (8 * 2) <= 4
 
 
 @pytest.mark.parametrize("batches", [1, 3])

@@ -10,7 +10,8 @@ an expert's W gate rows, then its W up rows, so that one matrix product serves b
 """
 
 from collections.abc import Sequence
-from itertools import groupby
+from functools import partial
+from itertools import groupby, pairwise
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from camera.checkpoint.formats.ragged_rows import RaggedRows
 from camera.moe.expert_module import ExpertModule
 from camera.moe.families.family import Family
 from camera.moe.feed_forward import RoutedExperts
+from camera.moe.grouped.products import grouped_products
 from camera.moe.grouped.slots import counts_of, sorted_slots
 from camera.moe.pool import rows_on
 from camera.runtime.device.accelerator import has_grouped_products
@@ -117,7 +119,7 @@ class RaggedExperts(nn.Module, Format):
         All are equal up to the order of summation. On a CPU one token reads its K experts, and
         layers that are too small for a loop run in one product; the others run by width where few
         differ, else by expert. On an accelerator few tokens gather their experts' rows; many run
-        by width where grouped products are one kernel, else by expert.
+        by width where few differ or grouped products are one kernel, else by expert.
         """
         tokens, top_k = top_k_index.shape
         if not tokens or not self.micro_experts:
@@ -126,7 +128,7 @@ class RaggedExperts(nn.Module, Format):
         if hidden_states.device.type != "cpu":
             if tokens * top_k <= self.num_experts:
                 run = self.gathered
-            elif has_grouped_products(hidden_states.device, hidden_states.dtype):
+            elif self.few_widths or has_grouped_products(hidden_states.device, hidden_states.dtype):
                 run = self.by_width
         elif hidden_states.dtype == torch.float32:
             if tokens == 1 and not torch.is_grad_enabled():
@@ -180,7 +182,8 @@ class RaggedExperts(nn.Module, Format):
     def by_width(
         self, x_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> torch.Tensor:
-        """Sorted by expert in the tables' order: two grouped products for every width.
+        """Sorted by expert in the tables' order: two grouped products for every width, or batched
+        ones where that is no kernel.
 
         Waits for the device once. Widths whose rows are no multiple of 16 bytes, and those that
         only one expert has, take plain products: prune with `width_multiple` to have few.
@@ -201,10 +204,14 @@ class RaggedExperts(nn.Module, Format):
                 gate_up = self.gate_up_proj[2 * rows.start : 2 * rows.stop]
                 gate_up = gate_up.view(len(run), 2 * width, self.hidden_dim).transpose(1, 2)
                 basis = self.down_proj[rows].view(len(run), width, self.hidden_dim)
-                offsets = (ends_E[first:last] - bounds[first]).to(torch.int32)
-                x_NH = x_sorted[bounds[first] : bounds[last]]
-                act_NW = self._apply_gate(F.grouped_mm(x_NH, gate_up, offs=offsets))
-                outs.append(F.grouped_mm(act_NW, basis, offs=offsets))
+                start, x_NH = bounds[first], x_sorted[bounds[first] : bounds[last]]
+                if x_NH.device.type == "cpu" or has_grouped_products(x_NH.device, x_NH.dtype):
+                    offsets = (ends_E[first:last] - start).to(torch.int32)
+                    product = partial(F.grouped_mm, offs=offsets)
+                else:
+                    ends = [end - start for end in bounds[first : last + 1]]
+                    product = partial(grouped_products, bounds=list(pairwise(ends)))
+                outs.append(product(self._apply_gate(product(x_NH, gate_up)), basis))
             first = last
         return self._add_up(torch.cat(outs), order, weight_TK, x_TH.dtype)
 

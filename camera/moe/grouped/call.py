@@ -56,13 +56,12 @@ class GroupCall:
         sum2_EMW = self.rows.by_expert(found.sum2_BW)
         return sum2_EMW.sum(1, dtype=dtype), self.rows.by_expert(found.max2_BW).amax(1)
 
-    def activations(self, row_N: torch.Tensor) -> torch.Tensor:
+    def activations(self, row_N: torch.Tensor | slice) -> torch.Tensor:
         """h_NW of these rows, fp32."""
         return self.group.act_fn(self.gate_RW[row_N].float()) * self.up_RW[row_N].float()
 
     def each(self) -> Iterator[ExpertCall]:
-        """Each expert that tokens reach."""
-        h_RW = self.group.act_fn(self.gate_RW.float()) * self.up_RW.float()
+        """Each expert that tokens reach; its activations are computed with it."""
         for expert, (count, (first, _)) in enumerate(
             zip(self.rows.counts, self.rows.bounds, strict=True)
         ):
@@ -70,5 +69,7 @@ class GroupCall:
             if count:
                 tokens_N = None if self.rows.row_TK is None else self.rows.token_R[here]
                 a_N = None if self.a_R is None else self.a_R[here]
-                x_NH, h_NW = self.x_RH[here], h_RW[here]
-                yield ExpertCall(self.group, expert, self.batch, tokens_N, x_NH, h_NW, a_N)
+                h_NW = self.activations(here)
+                yield ExpertCall(
+                    self.group, expert, self.batch, tokens_N, self.x_RH[here], h_NW, a_N
+                )

@@ -47,6 +47,7 @@ def _phi(
     h_RW = act(gate_RW.float()) * up_RW.float()
     h2_R = h_RW.square().sum(1)
     phi_RW = h_RW if a_R is None else h_RW * a_R[:, None]
+    del h_RW
     phi2_BRW = phi_RW.square().view(-1, BLOCK, phi_RW.shape[1])
     kept_RW = phi_RW.to(gate_RW.dtype) if keeps else None
     return kept_RW, phi2_BRW.sum(1), phi2_BRW.amax(1), h2_R

@@ -11,6 +11,7 @@ from camera.runtime.device.staging import on_device
 
 LAUNCH_FLOPS = 1e9  # that a card multiplies in the time that a launch takes
 FILLING_LAUNCHES = 12  # of a batched product and what fills it up
+FILLED_ROWS, FILLED_SHARE = 64, 1.5  # so few that reading a matrix takes the time; else of a mean
 
 
 def grouped_products(
@@ -25,17 +26,24 @@ def grouped_products(
     if has_grouped_products(x_RC.device, x_RC.dtype) and _aligned(x_RC, weight_ECD):
         ends_E = torch.tensor([last for _, last in bounds], dtype=torch.int32)
         return F.grouped_mm(x_RC, weight_ECD, offs=on_device(ends_E, x_RC.device))
-    most = max((last - first for first, last in bounds), default=0)
-    filling = 2 * (most * len(bounds) - len(x_RC)) * weight_ECD[0].numel()
-    asked = sum(last > first for first, last in bounds)
-    spared = asked - FILLING_LAUNCHES
-    if x_RC.device.type != "cpu" and spared > 0 and filling < LAUNCH_FLOPS * spared:
+    if x_RC.device.type != "cpu" and _filling_pays(bounds, weight_ECD[0].numel()):
         return filled_products(x_RC, weight_ECD, bounds)
+    if torch.is_grad_enabled() and (x_RC.requires_grad or weight_ECD.requires_grad):
+        pairs = zip(bounds, weight_ECD, strict=True)
+        return torch.cat([x_RC[first:last] @ weight_CD for (first, last), weight_CD in pairs])
     y_RD = x_RC.new_empty(len(x_RC), weight_ECD.shape[2])
     for (first, last), weight_CD in zip(bounds, weight_ECD, strict=True):
         if last > first:
             torch.mm(x_RC[first:last], weight_CD, out=y_RD[first:last])
     return y_RD
+
+
+def _filling_pays(bounds: list[tuple[int, int]], weights: int) -> bool:
+    counts = [last - first for first, last in bounds]
+    most, rows, spared = max(counts), sum(counts), sum(map(bool, counts)) - FILLING_LAUNCHES
+    filling = 2 * (most * len(counts) - rows) * weights
+    few = most <= max(FILLED_ROWS, FILLED_SHARE * rows / len(counts))
+    return few and spared > 0 and filling < LAUNCH_FLOPS * spared
 
 
 def filled_products(

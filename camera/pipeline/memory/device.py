@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from camera.calibration.trials import trial_bytes
 from camera.compensation.experts import fit_bytes
 from camera.method import Method, Pass, PassKind
+from camera.moe.grouped.products import FILLED_SHARE
+from camera.moe.grouped.rows import BLOCK
 from camera.moe.pool import LayerShape
 from camera.streaming.memory import (
     BACKWARD_TOKENS,
@@ -28,8 +30,8 @@ DEVICE_SHARE = 0.9  # of the card's memory: the rest are its libraries and what 
 # and a whole FFN, whose experts' inputs and outputs are K tables each.
 ATTENTION_TABLES, FFN_TABLES, SLOT_TABLES = 7, 3, 5
 SCORES = 4  # attention's scores in fp32, where no fused kernel has them by piece
-ACTIVATIONS = 4  # gate, up, their activation and their product, in fp32
-RERUN = 4  # the same, in the model's precision, of what isn't kept
+ACTIVATIONS = 3  # of gates, ups, and their product, in fp32
+RERUN = 4  # gate, up, their activation and their product, of what isn't kept
 GRAPH_TABLES = 12  # of a layer's graph, of hidden states and of phi each
 
 
@@ -83,10 +85,11 @@ class DeviceMemory:
         phi: int,
         again: int,
         logits: int,
+        card: int,
     ) -> DeviceMemory:
         """The parts of these passes; `hidden` and `phi` are what waits on the device, else 0.
 
-        `again` is the phi that isn't kept.
+        `again` is the phi that isn't kept, `card` the device's memory.
         """
         config, size = model.text_config, model.dtype.itemsize
         kinds = {step.kind for step in passes}
@@ -94,7 +97,7 @@ class DeviceMemory:
         batch, backward = min(tokens, BATCH_TOKENS), 0
         table = batch * config.hidden_size * size
         shapes = [
-            LayerShape(pool, model.budget.hidden, top_k, tokens, size)
+            LayerShape(pool, model.budget.hidden, top_k, tokens, size, card)
             for pool in model.budget.layers.values()
         ]
         scores = SCORES * 4 * config.num_attention_heads * length
@@ -153,14 +156,16 @@ def _applying(method: Method, shape: LayerShape) -> int:
 
 
 def _ffn_bytes(shape: LayerShape, batch: int) -> int:
-    """An FFN expert by expert: the routed ones' inputs, and the largest one's activations."""
+    """An FFN group by group: the routed experts' inputs, gate and up of all, which stay until the
+    next batch, and the activations of the group that has most."""
     pairs, routed = zip(shape.pool.widths, shape.pool.routed, strict=True), shape.routed_widths
-    alone = max((width for width, is_routed in pairs if not is_routed), default=0)
-    most = 4 * ACTIVATIONS * batch * alone
+    numbers = [batch * width for width, is_routed in pairs if not is_routed]
+    gathered = 0
     if routed:
-        share = min(
-            1.0, 2 * shape.top_k / len(routed)
-        )  # of the tokens, of the expert that has most
-        gathered = shape.top_k * batch * shape.hidden * shape.itemsize
-        most = max(most, gathered + int(4 * ACTIVATIONS * batch * share * max(routed)))
-    return most
+        rows = shape.top_k * batch + BLOCK // 2 * len(routed)  # blocks are filled up
+        numbers.append(rows * max(routed))
+        gathered = rows * shape.hidden * shape.itemsize
+    most = 4 * ACTIVATIONS * max(numbers)
+    if routed:  # where a batched product is filled up
+        most = max(most, int(FILLED_SHARE * (gathered + 2 * shape.itemsize * numbers[-1])))
+    return gathered + 2 * shape.itemsize * sum(numbers) + most

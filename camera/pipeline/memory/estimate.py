@@ -183,6 +183,7 @@ class MemoryEstimate:
                 phi=kept,
                 again=phi - kept,
                 logits=logits,
+                card=total,
             )
 
         def fits(there: int, kept: int) -> bool:

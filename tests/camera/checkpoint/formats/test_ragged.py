@@ -146,11 +146,18 @@ def test_a_cpu_runs_few_tokens_small_layers_and_the_rest_each_in_its_way(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "grouped", "way"),
-    [(2, True, "gathered"), (40, True, "by_width"), (40, False, "by_expert")],
+    ("widths", "tokens", "grouped", "way"),
+    [
+        ("ragged", 2, True, "gathered"),
+        ("ragged", 40, True, "by_width"),
+        ("ragged", 40, False, "by_expert"),
+        ("uniform", 40, False, "by_width"),
+    ],
 )
-def test_an_accelerator_gathers_few_tokens_and_groups_many(tokens, grouped, way, monkeypatch):
-    experts, ran = make(WIDTHS["ragged"]).to("meta"), []
+def test_an_accelerator_gathers_few_tokens_and_groups_many(
+    widths, tokens, grouped, way, monkeypatch
+):
+    experts, ran = make(WIDTHS[widths]).to("meta"), []
     for name in WAYS[1:]:
         monkeypatch.setattr(experts, name, lambda x, *_, name=name: ran.append(name))
     monkeypatch.setattr(ragged, "has_grouped_products", lambda device, dtype: grouped)
