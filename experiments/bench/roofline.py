@@ -15,6 +15,7 @@ from experiments.bench.support.cards import CARDS, Card
 from experiments.bench.support.costs import RunCost, fit_flops, run_cost
 from experiments.bench.support.paper import estimate
 from experiments.bench.support.timing import matmul_peak, take_turns
+from experiments.bench.support.traffic import Ways
 from experiments.config.location import CONF, EMBEDDED_MODEL
 
 COPIED = 2**28  # bytes
@@ -29,7 +30,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsity", type=float, default=0.2, help="share of the pool removed")
     parser.add_argument("--efficiency", type=float, default=0.4)
     parser.add_argument("--disk", type=float, default=3.0, help="GB/s, read and written")
-    parser.add_argument("--phi", default="auto", choices=("auto", "keep", "recompute"))
+    parser.add_argument("--phi", default="auto", choices=("auto", "keep", "routed", "recompute"))
+    parser.add_argument("--eager", action="store_true", help="as without a compiler for kernels")
     parser.add_argument("--sweeps", type=int, default=3, help="of compensation, for each ridge")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (0: as they are)")
 
@@ -80,16 +82,19 @@ def _on_device(
     dtype = torch.bfloat16 if card.bytes else torch.float32
     sizes = (config, tokens, args.length)
     said = estimate(*sizes, args.sparsity, dtype, card.bytes or None)
-    keep_phi = said.keep_phi if args.phi == "auto" else args.phi == "keep"
-    on_device = not card.bytes or said.hidden_place == "device"
-    cost = run_cost(
-        *sizes, sparsity=args.sparsity, keep_phi=keep_phi, on_device=on_device, dtype=dtype
+    asked = {"auto": said.phi_kept, "keep": "all", "routed": "routed", "recompute": "none"}
+    ways = Ways(
+        phi=asked[args.phi],
+        on_device=not card.bytes or said.hidden_place == "device",
+        compiled=bool(card.bytes) and not args.eager,
+        grouped=card.grouped,
     )
+    cost = run_cost(*sizes, sparsity=args.sparsity, ways=ways, dtype=dtype)
     spent = cost.seconds(card, args.efficiency, args.disk * 1e9)
     rate, flops = args.efficiency * card.flops, cost.total("flops")
     return {
         "parameters_b": round(cost.parameters / 1e9, 2),
-        "phi": "keep" if keep_phi else "recompute",
+        "phi": {"all": "keep", "routed": "routed", "none": "recompute"}[ways.phi],
         "hidden": said.hidden_place,
         "memory_gb": round(said.peak / 1e9, 1),
         "tflops": {

@@ -13,7 +13,7 @@ from camera.moe.feed_forward import MlpExpert
 from camera.streaming.memory import BATCH_TOKENS
 from experiments.bench.support.cards import BANDWIDTH_SHARE, LAUNCH_SECONDS, WAIT_SECONDS, Card
 from experiments.bench.support.paper import PaperModel
-from experiments.bench.support.traffic import LayerTraffic, layer_traffic
+from experiments.bench.support.traffic import LayerTraffic, Ways, layer_traffic
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,7 @@ def run_cost(
     *,
     sparsity: float,
     still_used: float | None = None,
-    keep_phi: bool = True,
-    on_device: bool = True,
+    ways: Ways = Ways(),  # noqa: B008 (frozen)
     batch: int = BATCH_TOKENS,
     dtype: torch.dtype = torch.bfloat16,
 ) -> RunCost:
@@ -116,19 +115,19 @@ def run_cost(
 
     Per layer, with T tokens: 2 T times the weights of every matrix outside the pool; attention
     2 T L heads (d_qk + d_v), not halved for its mask; of the pool 4 T K H W for gate and up and
-    2 T K H W still_used for down, shared experts and dense FFNs with K = 1. Without `keep_phi`
-    router, gate and up of what was kept run once more. `sparsity` is the share removed of the pool,
-    `still_used` the kept share of the micro-experts that a token is routed to: 1 - sparsity (the
-    default) if all experts are pruned alike; energy keeps more of experts that are used more.
+    2 T K H W still_used for down, shared experts and dense FFNs with K = 1. Where phi isn't
+    kept, gate and up of the micro-experts that stay run once more; where none is, the router too.
+    `sparsity` is the share removed of the pool, `still_used` the kept share of the micro-experts
+    that a token is routed to: 1 - sparsity (the default) if all experts are pruned alike; energy
+    keeps more of experts that are used more.
 
-    `batch` tokens run at once; hidden states stay `on_device`, or cross to the host and back.
+    `batch` tokens run at once.
     """
     paper = PaperModel(config, dtype)
     used = 1 - sparsity if still_used is None else still_used
     costs = [
         _layer(
-            paper, i, tokens, length, sparsity, used, keep_phi=keep_phi, on_device=on_device,
-            batch=batch,
+            paper, i, tokens, length, sparsity, used, ways=ways, batch=batch,
         )
         for i in range(len(paper.layers))
     ]  # fmt: skip
@@ -187,15 +186,14 @@ def _layer(
     sparsity: float,
     still_used: float,
     *,
-    keep_phi: bool,
-    on_device: bool,
+    ways: Ways,
     batch: int,
 ) -> LayerCost:
     config, layer, ffn = paper.config, paper.layers[index], paper.feed_forward(index)
     in_pool, size, hidden = index in paper.budget.layers, paper.dtype.itemsize, config.hidden_size
     if not in_pool:
         sparsity, still_used = 0.0, 1.0
-    again = 0 if keep_phi or not sparsity else 1
+    phi = ways.phi if sparsity else "all"
     pool = {id(p) for group in ffn.groups for p in group.module.parameters()}
     routers = [p for p in ffn.module.parameters() if p.dim() == 2 and id(p) not in pool]
     inside = pool | {id(p) for p in routers}
@@ -205,6 +203,7 @@ def _layer(
     for group in ffn.groups:
         used = tokens if isinstance(group, MlpExpert) else tokens * ffn.family.top_k(config)
         width = max(group.widths)
+        again = phi == "none" or (phi == "routed" and isinstance(group, MlpExpert))
         gate_up += int(4 * used * hidden * width * (1 + again * still_used))
         everywhere += 4 * tokens * hidden * sum(group.widths)
         down += int(2 * used * hidden * width * still_used)
@@ -212,7 +211,7 @@ def _layer(
     pooled = sum(p.numel() for group in ffn.groups for p in group.module.parameters())
     return LayerCost(
         attention=sum(2 * tokens * p.numel() for p in outside) + _scores(config, tokens, length),
-        router=sum(2 * tokens * p.numel() for p in routers) * (1 + again),
+        router=sum(2 * tokens * p.numel() for p in routers) * (1 + (phi == "none")),
         gate_up=gate_up,
         down=down,
         everywhere=everywhere,
@@ -224,12 +223,11 @@ def _layer(
             ffn,
             tokens,
             -(-tokens // batch),
+            ways,
             hidden=hidden,
             top_k=ffn.family.top_k(config),
             kept=1 - sparsity,
             still_used=still_used,
-            keep_phi=keep_phi,
-            on_device=on_device,
             size=size,
             in_pool=in_pool,
         ),

@@ -12,17 +12,29 @@ from dataclasses import dataclass
 from torch import nn
 
 from camera.moe.feed_forward import FeedForward, MlpExpert
+from camera.moe.grouped.rows import BLOCK
 from camera.moe.pool import PoolIndex
+from camera.pipeline.memory.estimate import PhiKept
 
 NUMBER = 8  # bytes of a row's or a token's number
 ENERGY = 12  # bytes of a micro-expert's energy: sum, maximum, basis
-# Launches: per expert and batch, per expert, per batch, per layer; a shared expert as one of them.
-LAUNCHES = {True: (17.5, 1.2, 67, 115), False: (17.4, 0.2, 88, 94)}  # by whether phi is kept
+# Launches for each expert and batch, by what is kept of phi: its products, and a choice of columns;
+# none where grouped products are one kernel.
+EACH = {"all": 3, "routed": 3, "none": 5}
+# For each expert: norms and cut; and a table with zeros for grouped products.
+EXPERT, WHOLE_DOWN = 8, 4
+# For each batch: attention and sums, norms of queries and keys, an MLP and its gate, routed experts
+# however many, and what runs again; and for each layer.
+BATCH, NORMED, MLP, GATE, ROUTED = 60, 12, 27, 10, 85
+AGAIN = {"all": 0, "routed": 5, "none": 16}
+LAYER, OUTSIDE_POOL = 90, 40
 WAITS_LAYER = 8
 NORM = 36  # bytes a number of bf16: to fp32, squared, averaged, divided, back, times its weight
 ROTARY = 28  # of queries and keys: turned, multiplied twice, added, put in order
 LOADED = 61.5 / 3  # a routed weight: joined to its table, looked through twice, cut, its norm
 LOADED_ALONE = 25 / 3  # any other
+ROUTED_SLOT = 200  # bytes to put a slot where its expert's rows are: sorted, numbered, weighed
+BLOCKS = 2.0  # per token and micro-expert, of what was summed up in blocks
 
 
 @dataclass(frozen=True)
@@ -37,18 +49,28 @@ class LayerTraffic:
     waits: int
 
 
+@dataclass(frozen=True)
+class Ways:
+    """How a layer is computed: what is kept of phi, whether hidden states stay on the device,
+    whether phi and its squares are compiled, and grouped products one kernel."""
+
+    phi: PhiKept = "all"
+    on_device: bool = True
+    compiled: bool = True
+    grouped: bool = False
+
+
 def layer_traffic(
     layer: nn.Module,
     ffn: FeedForward,
     tokens: int,
     batches: int,
+    ways: Ways,
     *,
     hidden: int,
     top_k: int,
     kept: float,
     still_used: float,
-    keep_phi: bool,
-    on_device: bool,
     size: int,
     in_pool: bool = True,
 ) -> LayerTraffic:
@@ -56,49 +78,74 @@ def layer_traffic(
 
     `kept` is the share of the pool that stays, `still_used` that of the micro-experts that a token
     is routed to, `size` the bytes of a number.
-    Where hidden states don't stay `on_device`, three tables cross each way: the layer's inputs, its
-    FFN's inputs (twice without phi) and the residuals; in the end one for resuming in any case.
+    Where hidden states don't stay on the device, three tables cross each way: the layer's inputs,
+    its FFN's inputs (twice where any phi is computed again) and the residuals; in the end one for
+    resuming in any case.
     """
     table = tokens * hidden * size
-    keep_phi = keep_phi and in_pool
+    phi = ways.phi if in_pool else "none"
+    again = phi != "all"
     moved = float(_layer(layer, tokens, hidden))
     for group in ffn.groups:
         shared = isinstance(group, MlpExpert)
         used, width = tokens * (1 if shared else top_k), max(group.widths)
-        weighted = not shared or group.gate is not None
+        keeps = phi == "all" or (phi == "routed" and not shared)
         if in_pool:
-            moved += used * width * _observed(size, weighted, keep_phi)
-        moved += used * width * still_used * (2 * size if keep_phi else 5 * size)
+            rows = used if shared else used + batches * len(group.widths) * BLOCK // 2
+            weighted = not shared or group.gate is not None
+            moved += rows * width * _observed(size, weighted, keeps, ways.compiled)
+            moved += 0 if shared else 2 * size * hidden * (tokens + rows) + ROUTED_SLOT * used
+        moved += used * width * still_used * (2 * size if keeps else 5 * size)
         if not shared:
-            moved += used * hidden * (9 if keep_phi else 12) * size
-        elif ffn.is_moe and not keep_phi:
-            moved += used * hidden * (6 if group.gate is not None else 3) * size
+            moved += used * hidden * size if keeps else 12 * used * hidden * size
+            moved += 5 * table if keeps else 0
+        elif ffn.is_moe:
+            gated = 3 if group.gate is not None and not keeps else 0
+            moved += (3 + gated) * table
     moved += 21 * tokens * hidden
     if ffn.is_moe:
         experts = len(ffn.groups[-1].widths)
         router = tokens * (18 * experts + 30 * top_k)
-        moved += router if keep_phi else 2 * router
+        moved += 2 * router if phi == "none" else router
     routed = sum(p.numel() for p in ffn.routed.module.parameters()) if ffn.routed else 0
     everything = sum(p.numel() for p in layer.parameters())
     moved += (LOADED * routed + LOADED_ALONE * (everything - routed)) * size / 2
     pool = PoolIndex(ffn)
     numbers = int(NUMBER * kept * pool.micro_experts)
-    each, expert, batch, whole = LAUNCHES[keep_phi]
-    launches = (each * batches + expert) * pool.experts + batch * batches + whole
+    launches = _launches(layer, ffn, batches, ways, phi, in_pool)
     return LayerTraffic(
         elementwise=int(moved),
-        up=numbers * (1 + keep_phi) + (0 if on_device else (4 - keep_phi) * table),
-        down=ENERGY * pool.micro_experts + table + (0 if on_device else 2 * table),
-        launches=int(launches),
-        waits=WAITS_LAYER + batches * (1 if keep_phi else 2),
+        up=numbers * (2 - (phi == "none")) + (0 if ways.on_device else (3 + again) * table),
+        down=ENERGY * pool.micro_experts + table + (0 if ways.on_device else 2 * table),
+        launches=launches,
+        waits=WAITS_LAYER + batches * (2 + (phi == "none")),
     )
 
 
-def _observed(size: int, weighted: bool, keep_phi: bool) -> int:
-    """Bytes per token and micro-expert: activation, product, weight, squares, sums and maxima."""
+def _launches(
+    layer: nn.Module, ffn: FeedForward, batches: int, ways: Ways, phi: PhiKept, in_pool: bool
+) -> int:
+    normed = NORMED * any(name.endswith("q_norm") for name, _ in layer.named_modules())
+    if not in_pool:
+        return (BATCH + normed + GATE) * batches + OUTSIDE_POOL
+    mlps = [group for group in ffn.groups if isinstance(group, MlpExpert)]
+    gates = sum(group.gate is not None for group in mlps)
+    batch = BATCH + normed + MLP * len(mlps) + GATE * gates + ROUTED * ffn.is_moe + AGAIN[phi]
+    each, expert = (0, EXPERT + WHOLE_DOWN) if ways.grouped else (EACH[phi], EXPERT)
+    experts = sum(len(group.widths) for group in ffn.groups)
+    return (each * experts + batch) * batches + expert * experts + LAYER
+
+
+def _observed(size: int, weighted: bool, keeps: bool, compiled: bool) -> float:
+    """Bytes per token and micro-expert: phi, its squares in blocks, and the squares of a row.
+
+    Compiled it is two kernels, as sums go along both: each reads gate and up once.
+    """
+    if compiled:
+        return 4 * size + keeps * size + BLOCKS
     activation = 2 * (size + 4) + 8 + 12
-    energies = 8 * weighted + 8 + 4 + 4
-    return activation + energies + keep_phi * (8 * weighted + 4 + size)
+    energies = 8 + 4 + 8 * weighted + 8 + 4 + 4
+    return activation + energies + keeps * (4 + size) + BLOCKS
 
 
 def _layer(layer: nn.Module, tokens: int, hidden: int) -> int:

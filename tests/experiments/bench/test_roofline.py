@@ -21,9 +21,10 @@ from experiments.bench import roofline
 from experiments.bench.support.architectures import ARCHITECTURES
 from experiments.bench.support.cards import BANDWIDTH_SHARE, LAUNCH_SECONDS, WAIT_SECONDS, Card
 from experiments.bench.support.costs import LayerCost, RunCost, fit_flops, run_cost
-from experiments.bench.support.traffic import LayerTraffic
+from experiments.bench.support.traffic import LayerTraffic, Ways
 
 SAMPLES, LENGTH, SPARSITY = 8, 64, 0.4
+FLOPS_OF = ("qwen2_moe", "qwen3_moe", "deepseek", "deepseek_v2", "llama")
 
 
 def product_flops(_, left, right, **__):
@@ -62,13 +63,20 @@ def real_run(checkpoints, data_folder, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("phi", ["keep", "recompute"])
-@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "deepseek", "deepseek_v2", "llama"])
+@pytest.mark.parametrize(
+    ("family", "phi"),
+    [
+        *((family, phi) for family in FLOPS_OF for phi in ("keep", "recompute")),
+        ("qwen2_moe", "routed"),
+        ("deepseek", "routed"),
+    ],
+)
 def test_flops_are_those_of_a_real_run(family, phi, checkpoints, real_run, monkeypatch):
     # layers as small as these would run all experts at once: more FLOPs in less time
     monkeypatch.setattr(ragged, "LOOP_STEP", 0)
     measured, still_used = real_run(family, phi)
-    options = {"sparsity": SPARSITY, "keep_phi": phi == "keep", "dtype": torch.float32}
+    kept = {"keep": "all", "routed": "routed", "recompute": "none"}[phi]
+    options = {"sparsity": SPARSITY, "ways": Ways(kept), "dtype": torch.float32}
     config = AutoConfig.from_pretrained(checkpoints(family))
     exact = run_cost(config, SAMPLES * LENGTH, LENGTH, still_used=still_used, **options)
     assert exact.total("flops") == pytest.approx(measured, rel=0.01)
@@ -140,7 +148,7 @@ def test_time_is_that_of_what_binds():
 
 @pytest.mark.parametrize(
     ("card", "phi", "hidden"),
-    [("a100_40gb", "recompute", "device"), ("a100_80gb", "keep", "device"),
+    [("a100_40gb", "routed", "device"), ("a100_80gb", "keep", "device"),
      ("rtx_4090", "recompute", "ram")],
 )  # fmt: skip
 def test_a_card_decides_what_is_kept_on_it(card, phi, hidden):

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import camera
-from camera.calibration.experts.super_experts import OutlierObserver
 from camera.calibration.statistics import Statistics
 from camera.runtime.files import CheckpointFiles
 from camera.streaming.settings import MemoryChoices
 from experiments.bench.support.costs import run_cost
+from experiments.bench.support.traffic import Ways
 from tests.fake_device.counts import counting
 from tests.helpers.elementwise import ElementwiseBytes
 from tests.helpers.models import build_model, build_tokenizer
@@ -23,8 +23,10 @@ FAMILIES = {
     "qwen3_moe": dict(num_experts=12, head_dim=32),
     "deepseek": dict(n_routed_experts=12, n_shared_experts=2),
 }
+KEPT = {"keep": "all", "routed": "routed", "recompute": "none"}
 CASES = [
     ("qwen2_moe", "keep", "device"),
+    ("qwen2_moe", "routed", "device"),
     ("qwen2_moe", "recompute", "device"),
     ("qwen3_moe", "keep", "device"),
     ("qwen3_moe", "recompute", "ram"),
@@ -43,8 +45,8 @@ def run(request, fake, data_folder, tmp_path_factory):
     elementwise, batch = ElementwiseBytes(fake), SAMPLES * LENGTH // BATCHES
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("camera.pipeline.passes.dense.BATCH_TOKENS", batch)
-        # the look for super experts is not in the model
-        patch.setattr(OutlierObserver, "__call__", lambda self, call: self._inner(call))
+        # experts one by one, as where each has many rows
+        patch.setattr("camera.moe.grouped.products.FILLING_LAUNCHES", 1e9)
         with elementwise, counting(Path(camera.__file__).parent) as counts:
             result = camera.compress(
                 folder,
@@ -63,8 +65,7 @@ def run(request, fake, data_folder, tmp_path_factory):
         LENGTH,
         sparsity=SPARSITY,
         still_used=still_used(folder / "out", result.widths),
-        keep_phi=phi == "keep",
-        on_device=hidden == "device",
+        ways=Ways(KEPT[phi], hidden == "device", compiled=False),
         batch=batch,
     )
     return said, counts, elementwise.total
