@@ -37,14 +37,18 @@ def run_ffn(
     sink: Sink | None = None,
     batch: int = 0,
     routed: RoutedCall | None = None,
+    together: bool | None = None,
 ) -> None:
     """Call `observer`, and `sink` if given, for every expert that x reaches.
 
     Where routed experts are evaluated later, `routed` stands for them. Tokens where `mask_T` is
     False (padding) are routed as the model would, and reach the sink; the observer never sees them.
-    An accelerator computes the experts of a group together where there is no padding.
+    The experts of a group are computed `together`, by default on an accelerator, where there is no
+    padding.
     """
-    together = mask_T is None and computes_together(x_BLH.device)
+    if together is None:
+        together = computes_together(x_BLH.device)
+    together = together and mask_T is None
     if not ffn.is_moe:
         _stand_in(ffn.groups[0], observer, mask_T, sink, batch, together)(x_BLH)
         return

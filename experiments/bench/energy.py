@@ -1,6 +1,7 @@
 """Energies from routed tokens, against every expert on every token."""
 
 import argparse
+from functools import partial
 
 import torch
 
@@ -22,12 +23,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> dict:
-    """Seconds of both sides for each shape, their ratio, and the share of the machine's peak.
+    """Seconds of the sides for each shape, their ratios, and the share of the machine's peak.
 
     The shapes are those of DeepSeek-MoE-16B, Qwen2-57B-A14B and Qwen3-30B-A3B divided by --scale;
     the router is the model's own with random weights. `routed` runs the FFN with the observer of
     energies. `dense` computes all experts on all tokens and multiplies by a routing weight that is
-    mostly zero, as the paper's released code does. Both take turns, the best turn of each counts.
+    mostly zero, as the paper's released code does. `together` computes all experts at once, as an
+    accelerator does, `one_by_one` each alone. They take turns, the best turn of each counts.
     `goal` is E/k, the ratio of the operations. `of_peak` is the routed side's FLOP/s against a
     square matrix product of the same run. `same` compares the results.
     """
@@ -51,19 +53,19 @@ def _shape(shape: str, args: argparse.Namespace) -> dict:
     x_TH = torch.randn(args.tokens, hidden, device=args.device)
     found: dict[str, torch.Tensor] = {}
 
-    def routed() -> None:
+    def routed(name: str, together: bool | None) -> None:
         observer = EnergyObserver(ffn)
-        run_ffn(ffn, x_TH[None], observer)
+        run_ffn(ffn, x_TH[None], observer, together=together)
         seen = observer.result()
-        found["routed"] = torch.cat((seen.sum2_N, seen.max2_N.double()))
+        found[name] = torch.cat((seen.sum2_N, seen.max2_N.double()))
 
     def dense() -> None:
         found["dense"] = every_expert(ffn, x_TH)
 
     product, product_flops = matmul_peak(args.device)
-    took = take_turns(
-        {"routed": routed, "dense": dense, "peak": product}, args.repeats, args.device
-    )
+    ways = {"routed": None, "together": True, "one_by_one": False}
+    sides = {name: partial(routed, name, together) for name, together in ways.items()}
+    took = take_turns(sides | {"dense": dense, "peak": product}, args.repeats, args.device)
     flops = args.tokens * top_k * 2 * (2 * width * hidden)
     peak = product_flops / took["peak"]
     return {
@@ -75,7 +77,10 @@ def _shape(shape: str, args: argparse.Namespace) -> dict:
         "routed_gflops": round(flops / took["routed"] / 1e9, 1),
         "peak_gflops": round(peak / 1e9, 1),
         "of_peak": round(flops / took["routed"] / peak, 3),
-        "same": torch.allclose(found["routed"], found["dense"], rtol=1e-4, atol=1e-12),
+        "together_ratio": round(took["one_by_one"] / took["together"], 2),
+        "same": all(
+            torch.allclose(found[name], found["dense"], rtol=1e-4, atol=1e-12) for name in ways
+        ),
     }
 
 

@@ -70,6 +70,7 @@ def test_experts_of_one_width_are_those_of_the_cpu(compressed, device):
     ("case", "memory"),
     [
         ("camera_p", dict(phi="recompute")),
+        ("camera_p", dict(phi="routed")),
         ("camera_p", dict(hidden="disk")),
         ("camera_p", dict(experts="disk")),
         ("heapr", dict(hidden="disk")),

@@ -10,14 +10,16 @@ import torch
 from camera.runtime.device.accelerator import has_own_memory
 
 log = logging.getLogger("camera")
+LARGE = 2**24  # numbers; what has fewer is done before it would be compiled
 
 
 class Compiled:
     """A function of tensors, the first one's device deciding how it runs.
 
-    On an accelerator with a compiler, which its builds of torch bring, torch compiles it; on others
-    and on a CPU it runs operator by operator, equal up to the order of summation. So it does, with
-    a line in the log, where compiling fails: Triton asks for a C compiler too.
+    On an accelerator with a compiler, which its builds of torch bring, torch compiles it for large
+    tensors; for small ones, on others and on a CPU it runs operator by operator, equal up to the
+    order of summation. So it does, with a line in the log, where compiling fails: Triton asks for a
+    C compiler too.
     """
 
     def __init__(self, function: Callable[..., Any]):
@@ -25,6 +27,8 @@ class Compiled:
         self._ways: dict[str, Callable[..., Any]] = {}
 
     def __call__(self, tensor: torch.Tensor, *rest: Any) -> Any:
+        if tensor.numel() < LARGE:
+            return self._function(tensor, *rest)
         kind = tensor.device.type
         if kind not in self._ways:
             self._ways[kind] = self._way(tensor, *rest)

@@ -207,8 +207,7 @@ def test_aiming_at_the_dense_model_ends_closer_to_it(checkpoints, compress, toke
     assert distances[1] < distances[0]
 
 
-def test_what_can_t_keep_phi_is_refused(checkpoints, compress):
+@pytest.mark.parametrize("phi", ["recompute", "routed"])
+def test_what_can_t_keep_phi_is_refused(phi, checkpoints, compress):
     with pytest.raises(CameraError, match=r"memory.phi=keep"):
-        compress(
-            checkpoints("qwen3_moe"), compensate="layer", memory=MemoryChoices(phi="recompute")
-        )
+        compress(checkpoints("qwen2_moe"), compensate="layer", memory=MemoryChoices(phi=phi))

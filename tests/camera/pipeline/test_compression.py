@@ -37,8 +37,15 @@ def run(data_folder, calibration, tmp_path):
     return go
 
 
-@pytest.mark.parametrize("phi", ["keep", "recompute"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "phi"),
+    [
+        *((family, phi) for phi in ("keep", "recompute") for family in FAMILIES),
+        ("qwen2_moe", "routed"),
+        ("deepseek", "routed"),
+        ("llama", "routed"),
+    ],
+)
 def test_camera_p_equals_the_plain_path(
     family, phi, run, checkpoints, data_folder, calibration, tmp_path
 ):
@@ -327,7 +334,7 @@ def test_refusals_name_the_key_and_the_mend(run, checkpoints, tmp_path, monkeypa
     fails("method camera_p: .*betta", run, source, betta=1)
     fails("propagate=sideways is none of compressed, dense", run, source, propagate="sideways")
     fails("leaves the model as it is", run, source, "dense")
-    with pytest.raises(CameraError, match=r"memory\.phi=maybe is none of auto, keep, recompute"):
+    with pytest.raises(CameraError, match=r"memory\.phi=maybe is none of auto, keep, routed"):
         MemoryChoices(phi="maybe")
     fails("dtype=int4 is none of auto, float32", run, source, dtype="int4")
     fails("device=gpu is no device", run, source, device="gpu")

@@ -213,14 +213,27 @@ def test_the_largest_layer_counts_where_they_differ(decide):
 
 
 def test_phi_is_kept_where_it_is_small_and_serves(decide, monkeypatch):
-    assert decide().keep_phi and not decide(phi="recompute").keep_phi
+    assert decide().phi_kept == "all" and decide(phi="recompute").phi_kept == "none"
     quantised = camera.CameraQ(bits=2.9, group_size=16)
     assert not quantised.slices  # other columns than were seen
-    assert not decide(method=quantised, phi="keep").keep_phi
-    assert not decide(experts="disk", phi="keep").keep_phi
-    assert not decide(tokens=0).keep_phi
+    for nothing in (dict(method=quantised), dict(experts="disk"), dict(tokens=0)):
+        for phi in ("keep", "routed"):
+            assert decide(phi=phi, **nothing).phi_kept == "none"
     monkeypatch.setattr("camera.pipeline.memory.estimate.PHI_LIMIT", 1000)
-    assert not decide().keep_phi and decide(phi="keep").keep_phi
+    assert decide().phi_kept == "none" and decide(phi="keep").phi_kept == "all"
+
+
+def test_phi_of_routed_experts_alone_is_kept_where_all_of_it_has_no_room(decide, monkeypatch):
+    whole = decide()
+    assert whole.phi_routed == 4 * TOKENS * 3 * 24 < whole.phi
+    for limit, kept in ((whole.phi, "all"), (whole.phi - 1, "routed"), (whole.phi_routed, "routed"),
+                        (whole.phi_routed - 1, "none")):  # fmt: skip
+        monkeypatch.setattr("camera.pipeline.memory.estimate.PHI_LIMIT", limit)
+        found = decide()
+        assert found.phi_kept == kept
+        assert found.phi_held == {"all": found.phi, "routed": found.phi_routed, "none": 0}[kept]
+    monkeypatch.setattr("camera.pipeline.memory.estimate.PHI_LIMIT", 1000)
+    assert decide("llama").phi_kept == "none"  # no routed experts: nothing to keep of them
 
 
 def test_hidden_states_go_to_disk_where_little_is_free(decide, monkeypatch):

@@ -10,6 +10,12 @@ from camera.runtime.device import compiled
 from camera.runtime.device.compiled import Compiled, has_compiler
 
 
+@pytest.fixture(autouse=True)
+def large(monkeypatch):
+    """Every tensor is large enough."""
+    monkeypatch.setattr(compiled, "LARGE", 1)
+
+
 def doubled(tensor: torch.Tensor) -> torch.Tensor:
     return 2 * tensor
 
@@ -18,6 +24,18 @@ def test_a_cpu_runs_it_as_it_is_written(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
     assert torch.equal(Compiled(doubled)(torch.ones(3)), torch.full((3,), 2.0))
     assert not has_compiler(torch.device("cpu"))
+
+
+def test_small_tensors_are_not_worth_compiling(monkeypatch):
+    monkeypatch.setattr(compiled, "LARGE", 4)
+    monkeypatch.setattr(compiled, "has_compiler", lambda device: True)
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: made.append(f) or f)
+    run = Compiled(doubled)
+    run(torch.ones(3))
+    assert not made
+    run(torch.ones(4)), run(torch.ones(5))
+    assert made == [doubled]
 
 
 def test_the_fake_device_has_no_compiler(fake):
@@ -60,8 +78,7 @@ def test_no_memory_for_it_is_no_missing_compiler(monkeypatch):
         Compiled(doubled)(torch.ones(3))
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_phi_compiled_is_phi_operator_by_operator(weighted, monkeypatch):
+def test_phi_compiled_is_phi_operator_by_operator(monkeypatch):
     """By the front half of torch.compile, which any machine has; kernels are a card's own test."""
     compile = torch.compile
     monkeypatch.setattr(compiled, "has_compiler", lambda device: True)
@@ -70,10 +87,8 @@ def test_phi_compiled_is_phi_operator_by_operator(weighted, monkeypatch):
     draw = torch.Generator().manual_seed(0)
     for blocks, width in ((3, 24), (5, 24), (2, 40)):
         gate, up = torch.randn(blocks * BLOCK, 2 * width, generator=draw).chunk(2, 1)
-        a_R = torch.rand(len(gate), generator=draw) if weighted else None
-        found, expected = (
-            phi.phi_of(gate, up, a_R, F.silu, True),
-            phi._phi(gate, up, a_R, F.silu, 1),
-        )
+        a_R = torch.rand(len(gate), generator=draw)
+        found = phi.phi_of(gate, up, a_R, F.silu, True)
+        expected = phi._phi(gate, up, a_R, F.silu, True)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
