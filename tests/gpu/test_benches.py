@@ -3,9 +3,15 @@
 import argparse
 
 import pytest
+import torch
+from torch.nn import functional as F
 
+from camera.moe.grouped import phi
+from camera.runtime.device import compiled
+from camera.runtime.device.compiled import has_compiler
 from experiments.bench import energy, gptq
 from experiments.bench.support.layers import SHAPES
+from experiments.bench.support.timing import take_turns
 
 pytestmark = pytest.mark.gpu
 
@@ -23,7 +29,21 @@ def test_energies_of_routed_tokens_outrun_the_dense_way(shape, card, measured):
     title = "energies against every expert on every token, fp32, 8192 tokens"
     measured(title, shape, found["ratio"], "×", f"E / k = {found['goal']}")
     measured(title, f"{shape}: of the matmul peak", 100 * found["of_peak"], "%", "50")
+    measured("energies, experts together against one by one", shape, found["together_ratio"], "×")
     assert found["same"] and found["ratio"] > 1
+
+
+def test_phi_compiled_is_phi_operator_by_operator(card, measured, monkeypatch):
+    if not has_compiler(torch.device(card)):
+        pytest.skip(f"torch has no compiler for {card}")
+    monkeypatch.setattr(compiled, "LARGE", 1)
+    gate, up = torch.randn(65536, 2 * 768, device=card).chunk(2, 1)
+    asked = gate, up, torch.rand(len(gate), device=card), F.silu, True
+    for one, other in zip(phi.phi_of(*asked), phi._phi(*asked), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+    sides = {"compiled": lambda: phi.phi_of(*asked), "eager": lambda: phi._phi(*asked)}
+    took = take_turns(sides, 5, card)
+    measured("phi and its squares, compiled", "65536 x 768", took["eager"] / took["compiled"], "×")
 
 
 def test_experts_are_quantised_faster_together(card, measured):
