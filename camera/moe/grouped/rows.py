@@ -14,7 +14,6 @@ import torch
 from torch.nn import functional as F
 
 from camera.moe.grouped.slots import counts_of, sorted_slots
-from camera.runtime.device.staging import on_device
 
 BLOCK = 32  # rows that are summed up together: no block has rows of two experts
 
@@ -23,12 +22,14 @@ BLOCK = 32  # rows that are summed up together: no block has rows of two experts
 class GroupRows:
     """Where each expert's tokens stand; its rows are filled up to whole blocks with nobody's.
 
-    tokens: T. counts: tokens of each expert. token_R: the token of each row, T for nobody's.
-    row_TK: the row of each slot; None where every token is a row (an MLP), in their order.
+    tokens: T. counts: tokens of each expert; filled_E: rows of each, on the device. token_R: the
+    token of each row, T for nobody's. row_TK: the row of each slot; None where every token is a row
+    (an MLP), in their order.
     """
 
     tokens: int
     counts: list[int]
+    filled_E: torch.Tensor
     token_R: torch.Tensor
     row_TK: torch.Tensor | None
 
@@ -36,12 +37,6 @@ class GroupRows:
     def bounds(self) -> list[tuple[int, int]]:
         """First and last row of every expert, filled up."""
         return list(pairwise(accumulate((_filled(n) for n in self.counts), initial=0)))
-
-    @cached_property
-    def filled_E(self) -> torch.Tensor:
-        """How many rows every expert has, on the rows' device, in one copy."""
-        filled_E = torch.tensor([_filled(count) for count in self.counts])
-        return on_device(filled_E, self.token_R.device)
 
     def inputs(self, x_TH: torch.Tensor) -> torch.Tensor:
         """x_RH: each row's token; zeros where it is nobody's."""
@@ -95,15 +90,14 @@ def routed_rows(index_TK: torch.Tensor, experts: int) -> GroupRows:
     token_R = torch.full((rows,), tokens, device=index_TK.device)
     token_R.index_copy_(0, row_S, order_S // top_k)
     row_TK = torch.empty_like(row_S).index_copy_(0, order_S, row_S).view(tokens, top_k)
-    found = GroupRows(tokens, counts, token_R, row_TK)
-    found.__dict__["filled_E"] = filled_E  # it is there already
-    return found
+    return GroupRows(tokens, counts, filled_E, token_R, row_TK)
 
 
 def mlp_rows(tokens: int, device: torch.device) -> GroupRows:
     """Rows of an MLP, which sees every token."""
-    token_R = torch.arange(_filled(tokens), device=device).clamp_(max=tokens)
-    return GroupRows(tokens, [tokens], token_R, None)
+    rows = _filled(tokens)
+    token_R = torch.arange(rows, device=device).clamp_(max=tokens)
+    return GroupRows(tokens, [tokens], torch.full((1,), rows, device=device), token_R, None)
 
 
 def _filled(count: int) -> int:
