@@ -16,8 +16,8 @@ from camera.compensation.least_squares import (
 )
 from camera.compensation.settings import CompensationSettings
 from camera.moe.feed_forward import FeedForward
+from camera.moe.grouped.sinks import ExpertPhi, OutputSum
 from camera.moe.pool import KeptRows
-from camera.moe.sinks import ExpertPhi, OutputSum
 from camera.runtime import distributed
 from camera.runtime.buffers import trim_heap
 

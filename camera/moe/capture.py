@@ -20,9 +20,9 @@ from torch import nn
 from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert, RoutedExperts
 from camera.moe.grouped.call import GroupCall
 from camera.moe.grouped.rows import mlp_rows, routed_rows
+from camera.moe.grouped.sinks import Sink
 from camera.moe.grouped.slots import counts_of, sorted_slots
 from camera.moe.observer import ExpertCall, Observer
-from camera.moe.sinks import Sink
 
 RoutedCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """call(x_TH, index_TK, weight_TK) -> y_TH: what native routed experts are called with."""

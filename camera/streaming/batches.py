@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from camera.moe.sinks import ExpertPhi, GroupPhi
+from camera.moe.grouped.sinks import ExpertPhi, GroupPhi
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from camera.moe.capture import RoutedCall, run_expert
 from camera.moe.expert_module import ExpertModule
 from camera.moe.families.family import ExpertNames
 from camera.moe.feed_forward import RoutedExperts
+from camera.moe.grouped.sinks import OutputSum, Sink
 from camera.moe.grouped.slots import routed_slots
 from camera.moe.observer import Observer
-from camera.moe.sinks import OutputSum, Sink
 from camera.runtime.mapped import release_pages
 
 

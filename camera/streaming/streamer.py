@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from camera.moe.capture import ModuleStub, replaced_submodule, run_ffn, unwrap
+from camera.moe.grouped.sinks import OutputSum, PhiProjection, PhiRecord
 from camera.moe.observer import Observer
 from camera.moe.pool import KeptRows, rows_on
-from camera.moe.sinks import OutputSum, PhiProjection, PhiRecord
 from camera.runtime.buffers import trim_heap
 from camera.runtime.device.finite import FiniteCheck
 from camera.runtime.errors import CameraError

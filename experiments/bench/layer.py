@@ -8,8 +8,8 @@ from torch import nn
 
 from camera.calibration.scores.energy import EnergyObserver
 from camera.moe.capture import ModuleStub, replaced_submodule, run_ffn
+from camera.moe.grouped.sinks import OutputSum, PhiProjection, PhiRecord
 from camera.moe.pool import rows_of_mask
-from camera.moe.sinks import OutputSum, PhiProjection, PhiRecord
 from camera.pruning.ranking import keep_highest
 from camera.pruning.slicing import slice_layer
 from experiments.bench.energy import every_expert

@@ -16,7 +16,7 @@ from camera.moe.grouped import products
 from camera.moe.grouped.phi import phi_of
 from camera.moe.grouped.products import filled_products, grouped_products
 from camera.moe.grouped.rows import BLOCK, routed_rows
-from camera.moe.sinks import OutputSum, PhiProjection, PhiRecord
+from camera.moe.grouped.sinks import OutputSum, PhiProjection, PhiRecord
 from camera.pruning.slicing import slice_layer
 from tests.helpers.models import build_model
 
@@ -93,7 +93,7 @@ def test_a_pruned_layer_is_finished_from_any_phi_that_was_kept(
         return output.y_TH, ffn.module(x_BLH)
 
     if grouped:
-        for where in ("camera.moe.sinks", "camera.moe.grouped.products"):
+        for where in ("camera.moe.grouped.sinks", "camera.moe.grouped.products"):
             monkeypatch.setattr(f"{where}.has_grouped_products", lambda *_: True)
     (one, module), (other, _) = both(run)
     module = (module[0] if isinstance(module, tuple) else module).flatten(0, 1)

@@ -8,7 +8,7 @@ from camera.calibration.statistics import Statistics
 from camera.moe.capture import run_ffn
 from camera.moe.families import FAMILIES as DECLARED
 from camera.moe.feed_forward import FeedForward
-from camera.moe.sinks import OutputSum
+from camera.moe.grouped.sinks import OutputSum
 from camera.runtime.errors import CameraError
 from tests.helpers import oracles
 from tests.helpers.models import FAMILIES, MOE_FAMILIES, build_model
