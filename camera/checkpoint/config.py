@@ -161,9 +161,9 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """config.json as transformers reads it; CameraError, with the key, for an unknown model type
     and for values that no model can have."""
     path = folder / "config.json"
-    told = _told(path)
+    told = json_object(path)
     if (folder / GENERATION).exists():
-        _told(folder / GENERATION)
+        json_object(folder / GENERATION)
     config = read_config(folder, trust_remote_code)
     for key in _not_numbers(told):
         raise CameraError(f"{path} says {key}=NaN: give a number.")
@@ -198,7 +198,7 @@ def _require_own(compressed: CameraConfig, folder: Path) -> None:
     An index that says nothing, of an older folder or another program, is taken.
     """
     index = folder / INDEX
-    metadata = _told(index).get("metadata") if index.exists() else None
+    metadata = json_object(index).get("metadata") if index.exists() else None
     wanted = metadata.get(MODULES) if isinstance(metadata, dict) else None
     if wanted is not None and wanted != modules_key(compressed.modules):
         raise CameraError(
@@ -227,7 +227,7 @@ def look_at(config: Any) -> str:
     return f": look at {', '.join(odd)}" if odd else ""
 
 
-def _told(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     """What a JSON file says; CameraError unless it is an object."""
     try:
         told = json.loads(path.read_text())

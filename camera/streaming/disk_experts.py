@@ -6,12 +6,12 @@ expert.
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from camera.checkpoint.shards import Place
+from camera.checkpoint.places import AnyPlace
 from camera.moe.capture import OutputSum, RoutedCall, Sink, run_expert
 from camera.moe.expert_module import ExpertModule
 from camera.moe.families.family import ExpertNames
@@ -137,8 +137,8 @@ class _RecordedBatch:
 
 
 def single_expert_places(
-    places: dict[str, Place], expert: int, names: ExpertNames
-) -> dict[str, Place]:
+    places: dict[str, AnyPlace], expert: int, names: ExpertNames
+) -> dict[str, AnyPlace]:
     """Where one of a layer's experts lies, under the names of a layer that has only this one."""
     found = {}
     for key, place in places.items():
@@ -146,9 +146,7 @@ def single_expert_places(
         if number == expert:
             found[names.as_first(key)] = place
         elif number is None:
-            size = place.bytes // place.shape[0]
-            start = place.start + expert * size
-            found[key] = replace(place, start=start, bytes=size, shape=(1, *place.shape[1:]))
+            found[key] = place.rows(expert, 1)
     return found
 
 

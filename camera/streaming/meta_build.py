@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from camera.checkpoint.matching import HeaderMatch, empty_model, match_headers
-from camera.checkpoint.shards import ShardReader, read_places
+from camera.checkpoint.places import read_places
+from camera.checkpoint.shards import ShardReader
 from camera.moe.families import layer_of
 from camera.moe.families.family import Family
 from camera.runtime.errors import CameraError

@@ -16,7 +16,8 @@ from camera.checkpoint.loading import (
     resolve_dtype,
 )
 from camera.checkpoint.matching import convert, refuse_missing
-from camera.checkpoint.shards import ShardReader, read_places
+from camera.checkpoint.places import read_places
+from camera.checkpoint.quantized.opening import open_weights
 from camera.moe.budget import Budget, budget_of, require_counts
 from camera.moe.capture import replaced_submodule
 from camera.moe.families import family_of, layer_of
@@ -56,7 +57,7 @@ class MetaModel:
         self.text_config = self.config.get_text_config()
         choose_kernels(self.config)
         self.family = family_of(self.config.model_type)
-        self.reader = ShardReader(folder)
+        self.reader = open_weights(folder, self.config)
         if getattr(self.config, "quantization_config", None) is None:
             shapes = {key: place.shape for key, place in self.reader.places.items()}
             require_counts(self.text_config, self.family, shapes)
@@ -92,6 +93,11 @@ class MetaModel:
         self.prefetcher.drop()
         self.free(self.model)
         return MetaModel(self.folder, str(self.device), self._asked, self.trust_remote_code)
+
+    @property
+    def unpacking(self) -> int:
+        """Bytes that reading a tensor takes at most beside it, where the source is quantised."""
+        return self.reader.unpacking
 
     @property
     def layers(self) -> nn.ModuleList:

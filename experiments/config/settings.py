@@ -102,7 +102,8 @@ class Settings:
             return top
         config = resolve_model(self.model_path, weights=False) / "config.json"
         content = json.loads(config.read_text(encoding="utf-8"))
-        return None if content.get("quantization_config") else top
+        quantised = content.get("quantization_config") or {}
+        return None if quantised.get("quant_method") == "camera" else top
 
     def measures(self) -> EvaluationRequest:
         """The texts and tasks that are asked for, and how much of each."""

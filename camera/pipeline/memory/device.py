@@ -120,7 +120,7 @@ class DeviceMemory:
 
 def layers_bytes(model: MetaModel, method: Method, experts_on_disk: bool) -> int:
     """The layers that are held, of the largest; experts that stay on disk count once, and what is
-    pruned of the one that is written doesn't."""
+    pruned of the one that is written doesn't; and what reading one takes."""
     size, most = model.dtype.itemsize, 0
     pruned = getattr(method, "sparsity", None) or 0.0
     for index, layer in enumerate(model.layers):
@@ -128,7 +128,7 @@ def layers_bytes(model: MetaModel, method: Method, experts_on_disk: bool) -> int
         experts = group.module_size if group and experts_on_disk else 0
         held = (LAYERS_HELD - pruned) * parameters_of(layer)
         most = max(most, held + (1 - LAYERS_HELD) * experts)
-    return int(most * size)
+    return int(most * size) + model.unpacking
 
 
 def _most(passes: Sequence[Pass], shapes: list[LayerShape], kinds: set[PassKind]) -> int:

@@ -64,6 +64,7 @@ class MemoryEstimate:
     working: int  # what computing one batch takes
     method: int  # statistics and workspace of the method, beside the layer
     logits: int  # at a time, where a pass computes them
+    unpacking: int  # what reading a tensor takes beside it, where the source is quantised
     keep_phi: bool
     hidden_place: HiddenPlace
     experts_on_disk: bool
@@ -100,9 +101,9 @@ class MemoryEstimate:
         return max(in_layers, int(OUTSIDE_HELD * self.outside) + head)
 
     def layers(self, held: int) -> int:
-        """Bytes of so many layers; experts that stay on disk count once."""
+        """Bytes of so many layers and of reading one; experts that stay on disk count once."""
         experts = (1 - held) * self.experts if self.experts_on_disk else 0
-        return held * self.layer + experts
+        return held * self.layer + experts + self.unpacking
 
     @property
     def states(self) -> int:
@@ -204,6 +205,7 @@ class MemoryEstimate:
             working=working,
             method=max((_method_bytes(step, model, method, tokens) for step in passes), default=0),
             logits=logits,
+            unpacking=model.unpacking,
             keep_phi=keep_phi,
             hidden_place=hidden_place,
             experts_on_disk=on_disk,

@@ -19,6 +19,7 @@ class PaperModel:
 
     device = torch.device("cpu")
     compressed = None
+    unpacking = 0  # a quantised source takes as much as its largest matrix
 
     def __init__(self, config: Any, dtype: torch.dtype):
         with torch.device("meta"):

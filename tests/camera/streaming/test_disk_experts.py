@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 import camera
 from camera.calibration.statistics import Statistics
-from camera.checkpoint.shards import ShardReader, read_places
+from camera.checkpoint.places import read_places
+from camera.checkpoint.shards import ShardReader
 from camera.method import Applied
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
