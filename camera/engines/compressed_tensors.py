@@ -21,12 +21,12 @@ import torch
 
 from camera.checkpoint.config import save_config
 from camera.checkpoint.formats.narrow import PROJECTIONS
+from camera.checkpoint.formats.native import native_state
 from camera.checkpoint.formats.packed.base import PackedBuffers
 from camera.checkpoint.formats.packed.experts import PackedExperts
 from camera.checkpoint.formats.packed.linear import PackedLinear
 from camera.checkpoint.formats.packed.mlp import PackedMlp
 from camera.checkpoint.formats.packed.segments import QuantizedMatrix
-from camera.checkpoint.native import native_state
 from camera.checkpoint.shards import ShardWriter
 from camera.checkpoint.source import copy_companions
 from camera.engines.plain import PlainModel, Tensors

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from camera import MATHEMATICS
-from camera.checkpoint.sizes import bits, count
+from camera.checkpoint.formats.sizes import bits, count
 from camera.checkpoint.source import revision_of
 from camera.runtime.files import CheckpointFiles
 

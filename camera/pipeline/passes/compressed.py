@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from camera.calibration.statistics import LayerStatistics, Statistics
-from camera.checkpoint.native import native_modules, native_state
+from camera.checkpoint.formats.native import native_modules, native_state
 from camera.checkpoint.shards import ShardWriter
 from camera.compensation.experts import output_weights
 from camera.method import Pass, PassKind, Plan, Seen

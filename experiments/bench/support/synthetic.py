@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from camera.checkpoint.native import native_state
+from camera.checkpoint.formats.native import native_state
 from camera.checkpoint.shards import ShardWriter
 from camera.checkpoint.source import copy_companions
 from camera.runtime.errors import CameraError

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from baselines.experts.rerouting import Rerouter, gates
+from camera.checkpoint.formats.native import native_state
 from camera.checkpoint.formats.ragged import RaggedExperts
-from camera.checkpoint.native import native_state
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.moe.routing import router_constraints
