@@ -83,7 +83,12 @@ def _on_device(
     keep_phi = said.keep_phi if args.phi == "auto" else args.phi == "keep"
     on_device = not card.bytes or said.hidden_place == "device"
     cost = run_cost(
-        *sizes, sparsity=args.sparsity, keep_phi=keep_phi, on_device=on_device, dtype=dtype
+        *sizes,
+        sparsity=args.sparsity,
+        keep_phi=keep_phi,
+        on_device=on_device,
+        experts_on_disk=said.experts_on_disk,
+        dtype=dtype,
     )
     spent = cost.seconds(card, args.efficiency, args.disk * 1e9)
     rate, flops = args.efficiency * card.flops, cost.total("flops")
@@ -91,7 +96,9 @@ def _on_device(
         "parameters_b": round(cost.parameters / 1e9, 2),
         "phi": "keep" if keep_phi else "recompute",
         "hidden": said.hidden_place,
+        "experts": "disk" if said.experts_on_disk else "ram",
         "memory_gb": round(said.peak / 1e9, 1),
+        "host_memory_gb": round(said.host_peak / 1e9, 1),
         "tflops": {
             part: round(cost.total(part) / 1e12, 3)
             for part in ("flops", "attention", "router", "gate_up", "down")
@@ -136,20 +143,21 @@ def config_of(name: str) -> Any:
     if path.exists():
         path = path.parent if path.is_file() else path
         return AutoConfig.from_pretrained(path)
-    if not (CONF / "model" / f"{name}.yaml").exists():
+    if not (CONF / "model" / f"{name}.yaml").exists() and name not in ARCHITECTURES:
         known = ", ".join(sorted(file.stem for file in (CONF / "model").glob("*.yaml")))
         raise CameraError(f"--model {name} is neither a folder nor one of {known}.")
-    where = OmegaConf.load(CONF / "model" / f"{name}.yaml").path
-    if where == "embedded":
-        return AutoConfig.from_pretrained(EMBEDDED_MODEL)
-    try:
-        return AutoConfig.from_pretrained(where, local_files_only=True)
-    except (OSError, ValueError) as error:
-        if name not in ARCHITECTURES:
-            raise CameraError(
-                f"--model {name}: the config.json of {where} is not on this machine; give its "
-                "folder."
-            ) from error
+    if (CONF / "model" / f"{name}.yaml").exists():
+        where = OmegaConf.load(CONF / "model" / f"{name}.yaml").path
+        if where == "embedded":
+            return AutoConfig.from_pretrained(EMBEDDED_MODEL)
+        try:
+            return AutoConfig.from_pretrained(where, local_files_only=True)
+        except (OSError, ValueError) as error:
+            if name not in ARCHITECTURES:
+                raise CameraError(
+                    f"--model {name}: the config.json of {where} is not on this machine; give its "
+                    "folder."
+                ) from error
     known = dict(ARCHITECTURES[name])
     return AutoConfig.for_model(known.pop("model_type"), **known)
 

@@ -15,6 +15,7 @@ from camera.checkpoint.places import PackedPlace
 from camera.checkpoint.quantized.stored import StoredWeights
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+STEP = 2**22  # numbers that are in fp32 at a time
 BLOCK = (128, 128)  # where config.json doesn't say
 BESIDE = ("activation_scale", "input_scale")  # of activations, which stay as they are
 
@@ -45,7 +46,7 @@ def unpacked(stored: StoredWeights) -> dict[str, PackedPlace]:
             lambda parts, size=size: dequantized(**parts, block=size, dtype=stored.dtype),
             stored.dtype,
             place.shape,
-            workspace=4 * columns * (2 * min(size[0], rows) + prod(stack) * -(-rows // size[0])),
+            workspace=8 * max(STEP, size[0] * columns) + 4 * columns * prod(grid[:-1]),
             stacked=bool(stack) and scale.shape[:1] == place.shape[:1],
         )
     return found
@@ -63,11 +64,14 @@ def dequantized(
     grid = (-(-rows // block[0]), -(-columns // block[1]))
     scales = scales.float().expand(matrices) if scales.numel() == 1 else scales.float()
     codes_MRC, plain_MRC = codes.view(-1, rows, columns), plain.view(-1, rows, columns)
-    scales_MRC = scales.reshape(matrices, *grid).repeat_interleave(block[1], 2)[..., :columns]
+    scales_MGC = scales.reshape(matrices, *grid).repeat_interleave(block[1], 2)[..., :columns]
+    blocks = max(1, STEP // (block[0] * columns))
     for matrix in range(matrices):
-        for step in range(grid[0]):
-            part = slice(step * block[0], (step + 1) * block[0])
-            plain_MRC[matrix, part] = codes_MRC[matrix, part].float() * scales_MRC[matrix, step]
+        for first in range(0, grid[0], blocks):
+            part = slice(first * block[0], (first + blocks) * block[0])
+            codes_RC = codes_MRC[matrix, part].float()
+            scales_RC = scales_MGC[matrix, first : first + blocks].repeat_interleave(block[0], 0)
+            plain_MRC[matrix, part] = codes_RC.mul_(scales_RC[: len(codes_RC)])
     return plain
 
 

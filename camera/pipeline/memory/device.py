@@ -17,6 +17,7 @@ from camera.streaming.memory import (
     BATCH_TOKENS,
     HIDDEN_HELD,
     active_width,
+    attention_numbers,
     parameters_of,
 )
 from camera.streaming.skeleton import MetaModel
@@ -24,9 +25,9 @@ from camera.streaming.skeleton import MetaModel
 LAYERS_HELD = 3  # one computed, one read ahead, one compressed or being written
 OUTSIDE_HELD = 1.5  # embeddings and head, and the one of them that is converted
 DEVICE_SHARE = 0.9  # of the card's memory: the rest are its libraries and what lies between blocks
-# What computing takes, in tables of a batch's hidden states: attention with what it multiplies,
-# and a whole FFN, whose experts' inputs and outputs are K tables each.
-ATTENTION_TABLES, FFN_TABLES, SLOT_TABLES = 7, 3, 5
+# What a whole FFN takes, in tables of a batch's hidden states; its experts' inputs and outputs are
+# K tables each.
+FFN_TABLES, SLOT_TABLES = 3, 5
 SCORES = 4  # attention's scores in fp32, where no fused kernel has them by piece
 ACTIVATIONS = 4  # gate, up, their activation and their product, in fp32
 GRAPH_TABLES = 12  # of a layer's graph, of hidden states and of phi each
@@ -109,7 +110,7 @@ class DeviceMemory:
             outside=int(OUTSIDE_HELD * outside),
             hidden=int(waiting * hidden),
             phi=phi,
-            attention=(ATTENTION_TABLES * table + scores * batch) * bool(tokens),
+            attention=(attention_numbers(model) * size + scores) * batch * bool(tokens),
             observing=seen + max((_ffn_bytes(shape, batch) for shape in shapes), default=0),
             applying=seen + max((_applying(method, shape) for shape in shapes), default=0),
             finishing=finishing * table,

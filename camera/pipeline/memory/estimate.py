@@ -36,14 +36,15 @@ from camera.streaming.memory import (
     HIDDEN_HELD,
     HIDDEN_SHARE,
     active_width,
+    attention_numbers,
     parameters_of,
 )
 from camera.streaming.settings import MemoryChoices
 from camera.streaming.skeleton import MetaModel
 
 PHI_LIMIT = 8 * 2**30  # bytes of phi of one layer that `phi=auto` keeps
-# What computing a batch takes, in tables of its hidden states: its attention, or its experts' few
-# tokens each; and, per expert of a token, when a whole FFN runs on it.
+# What computing a batch takes at least, in tables of its hidden states: its experts' few tokens
+# each; and, per expert of a token, when a whole FFN runs on it.
 BATCH_TABLES = 8
 SLOT_TABLES = 4
 TOKEN_BYTES = 16  # of a calibration token: its id, and once more as it is hashed
@@ -163,7 +164,6 @@ class MemoryEstimate:
         kinds = {step.kind for step in passes}
         asks_head = bool(kinds & {PassKind.BACKWARD, PassKind.TRIAL})
         logits = 4 * min(HEAD_LOGITS, HEAD_TABLES * tokens * config.vocab_size) * asks_head
-        serves = method.slices and not on_disk and tokens > 0
         apart = card is not None or has_own_memory(model.device)
 
         def on_device(there: int, kept: int) -> DeviceMemory:
@@ -176,6 +176,9 @@ class MemoryEstimate:
         def fits(there: int, kept: int) -> bool:
             return on_device(there, kept).peak <= DEVICE_SHARE * total
 
+        if apart and memory.experts == "auto" and method.compensation is None and not fits(0, 0):
+            on_disk = max(experts) > 0 and not model.compressed
+        serves = method.slices and not on_disk and tokens > 0
         hidden_place = memory.hidden
         if memory.hidden == "auto":
             free = free_host_memory()
@@ -192,7 +195,10 @@ class MemoryEstimate:
             hidden_place = "ram"  # the device's memory is the system's
         top_k = model.family.top_k(config) if max(experts) else 1
         tables = BATCH_TABLES if keep_phi else BATCH_TABLES + SLOT_TABLES * top_k
-        working = min(tokens, BATCH_TOKENS) * config.hidden_size * size * tables
+        numbers = config.hidden_size + max(
+            attention_numbers(model), config.hidden_size * (tables - 1)
+        )
+        working = min(tokens, BATCH_TOKENS) * size * numbers
         if PassKind.BACKWARD in kinds:
             graph = GRAPH_TABLES * (config.hidden_size + width) * size
             working = max(working, int(min(tokens, BACKWARD_TOKENS) * graph))

@@ -3,17 +3,22 @@
 Shapes: T calibration tokens in samples of L, K experts per token, H hidden, W width of one expert.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
+from camera.checkpoint.quantized.fp8 import STEP
 from camera.moe.families import family_of
 from camera.moe.feed_forward import MlpExpert
 from camera.streaming.memory import BATCH_TOKENS
 from experiments.bench.support.cards import BANDWIDTH_SHARE, LAUNCH_SECONDS, WAIT_SECONDS, Card
 from experiments.bench.support.paper import PaperModel
 from experiments.bench.support.traffic import LayerTraffic, layer_traffic
+
+FP8 = 1 + 4 / 128**2  # bytes of a weight, with its share of a block's scale
+UNPACKED = 23  # bytes moved for a weight in FP8: to fp32, its scale, their product, rounded
+LAUNCHES_STEP = 5  # of unpacking so many weights as are in fp32 at a time
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,7 @@ def run_cost(
     still_used: float | None = None,
     keep_phi: bool = True,
     on_device: bool = True,
+    experts_on_disk: bool = False,
     batch: int = BATCH_TOKENS,
     dtype: torch.dtype = torch.bfloat16,
 ) -> RunCost:
@@ -121,14 +127,16 @@ def run_cost(
     `still_used` the kept share of the micro-experts that a token is routed to: 1 - sparsity (the
     default) if all experts are pruned alike; energy keeps more of experts that are used more.
 
-    `batch` tokens run at once; hidden states stay `on_device`, or cross to the host and back.
+    `batch` tokens run at once; hidden states stay `on_device`, or cross to the host and back. With
+    `experts_on_disk` routed experts are read twice, to observe and to prune. What is stored in FP8
+    is read as such, and unpacked on the device.
     """
     paper = PaperModel(config, dtype)
     used = 1 - sparsity if still_used is None else still_used
     costs = [
         _layer(
             paper, i, tokens, length, sparsity, used, keep_phi=keep_phi, on_device=on_device,
-            batch=batch,
+            experts_on_disk=experts_on_disk, batch=batch,
         )
         for i in range(len(paper.layers))
     ]  # fmt: skip
@@ -189,6 +197,7 @@ def _layer(
     *,
     keep_phi: bool,
     on_device: bool,
+    experts_on_disk: bool,
     batch: int,
 ) -> LayerCost:
     config, layer, ffn = paper.config, paper.layers[index], paper.feed_forward(index)
@@ -210,30 +219,42 @@ def _layer(
         down += int(2 * used * hidden * width * still_used)
     weights = sum(p.numel() for p in layer.parameters()) * size
     pooled = sum(p.numel() for group in ffn.groups for p in group.module.parameters())
+    twice = list(ffn.routed.module.parameters()) if experts_on_disk and ffn.routed else []
+    read = [*layer.parameters(), *twice]
+    packed = [p.numel() for p in read if p.dim() > 1] if _is_fp8(config) else []
+    traffic = layer_traffic(
+        layer,
+        ffn,
+        tokens,
+        -(-tokens // batch),
+        hidden=hidden,
+        top_k=ffn.family.top_k(config),
+        kept=1 - sparsity,
+        still_used=still_used,
+        keep_phi=keep_phi,
+        on_device=on_device,
+        size=size,
+        in_pool=in_pool,
+    )
     return LayerCost(
         attention=sum(2 * tokens * p.numel() for p in outside) + _scores(config, tokens, length),
         router=sum(2 * tokens * p.numel() for p in routers) * (1 + again),
         gate_up=gate_up,
         down=down,
         everywhere=everywhere,
-        bytes_read=weights,
+        bytes_read=sum(p.numel() for p in read) * size - int(sum(packed) * (size - FP8)),
         bytes_written=weights - int(sparsity * pooled * size),
         bytes_resume=tokens * hidden * size,
-        traffic=layer_traffic(
-            layer,
-            ffn,
-            tokens,
-            -(-tokens // batch),
-            hidden=hidden,
-            top_k=ffn.family.top_k(config),
-            kept=1 - sparsity,
-            still_used=still_used,
-            keep_phi=keep_phi,
-            on_device=on_device,
-            size=size,
-            in_pool=in_pool,
+        traffic=replace(
+            traffic,
+            elementwise=traffic.elementwise + UNPACKED * sum(packed),
+            launches=traffic.launches + LAUNCHES_STEP * sum(-(-n // STEP) for n in packed),
         ),
     )
+
+
+def _is_fp8(config: Any) -> bool:
+    return (getattr(config, "quantization_config", None) or {}).get("quant_method") == "fp8"
 
 
 def _scores(config: Any, tokens: int, length: int) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from camera.checkpoint.quantized.fp8 import STEP
 from camera.method import METHODS
 from camera.moe.budget import budget_of
 from camera.moe.families import family_of
@@ -19,11 +20,11 @@ class PaperModel:
 
     device = torch.device("cpu")
     compressed = None
-    unpacking = 0  # a quantised source takes as much as its largest matrix
 
     def __init__(self, config: Any, dtype: torch.dtype):
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self.unpacking = unpacking(self.model, config)
         self.config, self.dtype, self.family = config, dtype, family_of(config.model_type)
         self.text_config = config.get_text_config()
         self.layers: nn.ModuleList = self.model.base_model.layers
@@ -33,6 +34,14 @@ class PaperModel:
     def feed_forward(self, index: int) -> FeedForward:
         """The view of a layer that methods work on."""
         return FeedForward(self.layers[index], self.family, f"{self.root}.{index}")
+
+
+def unpacking(model: nn.Module, config: Any) -> int:
+    """Bytes that unpacking the largest matrix takes, where the source is in FP8."""
+    told = getattr(config, "quantization_config", None) or {}
+    if told.get("quant_method") != "fp8":
+        return 0
+    return 8 * STEP + max(p.numel() for p in model.parameters() if p.dim() == 2)
 
 
 def estimate(

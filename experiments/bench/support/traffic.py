@@ -21,6 +21,7 @@ LAUNCHES = {True: (17.5, 1.2, 67, 115), False: (17.4, 0.2, 88, 94)}  # by whethe
 WAITS_LAYER = 8
 NORM = 36  # bytes a number of bf16: to fp32, squared, averaged, divided, back, times its weight
 ROTARY = 28  # of queries and keys: turned, multiplied twice, added, put in order
+JOINED = 4  # of a query or a key: read and written
 LOADED = 61.5 / 3  # a routed weight: joined to its table, looked through twice, cut, its norm
 LOADED_ALONE = 25 / 3  # any other
 
@@ -110,4 +111,15 @@ def _layer(layer: nn.Module, tokens: int, hidden: int) -> int:
         if name.endswith(("q_proj", "k_proj")) and isinstance(module, nn.Linear)
     ]
     normed = any(name.endswith("q_norm") for name in parts)
-    return tokens * (2 * (NORM + 6) * hidden + (ROTARY + NORM * normed) * sum(turned))
+    moved = 2 * (NORM + 6) * hidden + (ROTARY + NORM * normed) * sum(turned)
+    return tokens * (moved + sum(_latent(module) for module in parts.values()))
+
+
+def _latent(module: nn.Module) -> int:
+    """Bytes a token of latent attention beside products: norms of the latent vectors, the turned
+    part of queries and of the one key, and queries and keys put together."""
+    if not hasattr(module, "kv_b_proj"):
+        return 0
+    latent = module.kv_lora_rank + (module.q_lora_rank or 0)
+    turned = (module.num_heads + 1) * module.qk_rope_head_dim
+    return NORM * latent + ROTARY * turned + 2 * JOINED * module.num_heads * module.qk_head_dim
