@@ -28,6 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--sparsity", type=float, default=0.2, help="share of the pool removed")
     parser.add_argument("--efficiency", type=float, default=0.4)
+    parser.add_argument("--host", type=float, default=256.0, help="GB of the system that are free")
     parser.add_argument("--disk", type=float, default=3.0, help="GB/s, read and written")
     parser.add_argument("--phi", default="auto", choices=("auto", "keep", "recompute"))
     parser.add_argument("--sweeps", type=int, default=3, help="of compensation, for each ridge")
@@ -79,7 +80,8 @@ def _on_device(
     tokens = args.samples * args.length
     dtype = torch.bfloat16 if card.bytes else torch.float32
     sizes = (config, tokens, args.length)
-    said = estimate(*sizes, args.sparsity, dtype, card.bytes or None)
+    host = int(args.host * 1e9)
+    said = estimate(*sizes, args.sparsity, dtype, card.bytes or None, host)
     keep_phi = said.keep_phi if args.phi == "auto" else args.phi == "keep"
     on_device = not card.bytes or said.hidden_place == "device"
     cost = run_cost(

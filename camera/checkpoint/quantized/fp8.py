@@ -46,7 +46,8 @@ def unpacked(stored: StoredWeights) -> dict[str, PackedPlace]:
             lambda parts, size=size: dequantized(**parts, block=size, dtype=stored.dtype),
             stored.dtype,
             place.shape,
-            workspace=8 * max(STEP, size[0] * columns) + 4 * columns * prod(grid[:-1]),
+            workspace=8 * min(rows * columns, max(STEP, size[0] * columns))
+            + 4 * columns * prod(grid[:-1]),
             stacked=bool(stack) and scale.shape[:1] == place.shape[:1],
         )
     return found

@@ -143,10 +143,12 @@ class MemoryEstimate:
         tokens: int,
         length: int = 0,
         card: int | None = None,
+        host: int | None = None,
     ) -> MemoryEstimate:
         """The estimate of these passes over so many calibration tokens, in samples of `length`.
 
-        `card` is the memory of another accelerator than the model's, in bytes. What changes
+        `card` is the memory of another accelerator than the model's, in bytes, `host` what is free
+        in another system. What changes
         rounding (phi, experts) is decided by sizes alone, never by what is free now.
         """
         size, config = model.dtype.itemsize, model.text_config
@@ -181,7 +183,7 @@ class MemoryEstimate:
         serves = method.slices and not on_disk and tokens > 0
         hidden_place = memory.hidden
         if memory.hidden == "auto":
-            free = free_host_memory()
+            free = free_host_memory() if host is None else host
             hidden_place = "disk" if HIDDEN_HELD * hidden > HIDDEN_SHARE * free else "ram"
             needed = phi * (serves and (memory.phi == "keep" or method.compensation is not None))
             if apart and not on_disk and fits(hidden, needed):

@@ -45,10 +45,17 @@ def unpacking(model: nn.Module, config: Any) -> int:
 
 
 def estimate(
-    config: Any, tokens: int, length: int, sparsity: float, dtype: torch.dtype, card: int | None
+    config: Any,
+    tokens: int,
+    length: int,
+    sparsity: float,
+    dtype: torch.dtype,
+    card: int | None,
+    host: int | None = None,
 ) -> MemoryEstimate:
-    """What Camera-P would say before it starts, on a card of so many bytes (None: on a CPU)."""
+    """What Camera-P would say before it starts, on a card of so many bytes (None: on a CPU), in a
+    system with so many free (None: as many as here)."""
     model = PaperModel(config, dtype)
     method = METHODS["camera_p"](sparsity=sparsity)
     passes = method.passes(model.budget, "compressed")
-    return MemoryEstimate.of(model, method, passes, MemoryChoices(), tokens, length, card)
+    return MemoryEstimate.of(model, method, passes, MemoryChoices(), tokens, length, card, host)

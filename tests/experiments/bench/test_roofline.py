@@ -21,6 +21,7 @@ from experiments.bench import roofline
 from experiments.bench.support.architectures import ARCHITECTURES
 from experiments.bench.support.cards import BANDWIDTH_SHARE, LAUNCH_SECONDS, WAIT_SECONDS, Card
 from experiments.bench.support.costs import LayerCost, RunCost, fit_flops, run_cost
+from experiments.bench.support.paper import estimate
 from experiments.bench.support.traffic import LayerTraffic
 
 SAMPLES, LENGTH, SPARSITY = 8, 64, 0.4
@@ -83,6 +84,7 @@ def test_flops_are_those_of_a_real_run(family, phi, checkpoints, real_run, monke
     [
         ("deepseek_moe_16b", 16.4),
         ("deepseek_v2_lite", 15.7),
+        ("deepseek_v3", 671.0),
         ("granite_3_1b_a400m", 1.33),
         ("mixtral_8x7b", 46.7),
         ("olmoe_1b_7b", 6.92),
@@ -96,7 +98,26 @@ def test_published_models_have_the_parameters_they_are_named_after(name, billion
     config = AutoConfig.for_model(known.pop("model_type"), **known)
     cost = run_cost(config, 4096, 2048, sparsity=0.2)
     assert cost.parameters / 1e9 == pytest.approx(billions, rel=0.01)
-    assert cost.total("bytes_read") + cost.bytes_rest == pytest.approx(2e9 * billions, rel=0.01)
+    each = 1e9 if "quantization_config" in known else 2e9
+    assert cost.total("bytes_read") + cost.bytes_rest == pytest.approx(each * billions, rel=0.01)
+
+
+def test_the_largest_model_fits_a_card_of_80_gb_with_its_experts_on_disk():
+    """DeepSeek-V3 of 671 billion parameters: latent attention by hand, and the memory's parts."""
+    config, tokens, length = roofline.config_of("deepseek_v3"), 4096, 2048
+    said = estimate(config, tokens, length, 0.2, torch.bfloat16, 80 * 10**9)
+    assert said.experts_on_disk and said.peak < 72e9
+    kept = 0.8 * 256 * 3 * 7168 * 2048 * 2
+    assert kept < said.device.layers < kept + 3e9
+    ram, disk = (
+        run_cost(config, tokens, length, sparsity=0.2, experts_on_disk=there)
+        for there in (False, True)
+    )
+    again = 58 * 256 * 3 * 7168 * 2048  # routed experts, once more, a byte each
+    assert disk.total("bytes_read") - ram.total("bytes_read") == pytest.approx(again, rel=0.001)
+    latent = 7168 * (1536 + 576) + 1536 * 128 * 192 + 512 * 128 * 256 + 128 * 128 * 7168
+    products = 2 * tokens * (latent + length * 128 * (192 + 128))
+    assert ram.layers[-1].attention == pytest.approx(products, rel=1e-6)
 
 
 def test_what_is_removed_is_not_written_nor_computed():
