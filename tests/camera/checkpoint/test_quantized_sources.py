@@ -94,7 +94,7 @@ def test_the_estimate_knows_what_unpacking_takes(pair):
     quantised, plain = (MetaModel(folder, "cpu") for folder in pair("fp8"))
     assert plain.unpacking == 0
     largest = max(t.numel() for t in tensors_of(pair("fp8")[0]).values() if t.element_size() == 1)
-    assert largest < quantised.unpacking < 8 * largest
+    assert largest < quantised.unpacking < 10 * largest
 
 
 @pytest.mark.parametrize("shape", [(40, 56), (3, 40, 56)])
