@@ -188,6 +188,32 @@ def test_asymmetric_groups_of_compressed_tensors(pair, tmp_path):
     assert torch.equal(found[f"{DOWN}.weight"], expected[0].bfloat16())
 
 
+@pytest.mark.parametrize(("form", "group"), [("nvfp4", 16), ("mxfp4", 32)])
+def test_four_bit_floats_of_compressed_tensors(form, group):
+    """By a table of the sixteen numbers; the scales are FP8 under a global one, or exponents."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    from camera.checkpoint.quantized import compressed_tensors
+
+    draw = torch.Generator().manual_seed(0)
+    packed = torch.randint(0, 256, (6, 32), generator=draw).to(torch.uint8)
+    exponents = torch.randint(120, 131, (6, 64 // group), generator=draw).to(torch.uint8)
+    parts, scale = {"weight_packed": packed, "weight_scale": exponents}, 2.0 ** (exponents - 127.0)
+    strategy = {"strategy": "group", "scale_dtype": "torch.uint8"}
+    if form == "nvfp4":
+        eighths = (torch.rand(6, 4, generator=draw) + 1).to(torch.float8_e4m3fn)
+        parts = parts | {"weight_scale": eighths, "weight_global_scale": torch.tensor([4.0])}
+        scale, strategy = eighths.float() / 4, {"strategy": "tensor_group"}
+    args = {"num_bits": 4, "type": "float", "symmetric": True, "group_size": group, **strategy}
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=args)
+    positive = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    table = torch.tensor(positive + [-number for number in positive])
+    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1).long()
+    expected = table[codes] * scale.repeat_interleave(group, 1)
+    format = f"{form}-pack-quantized"
+    found = compressed_tensors.dequantized(parts, scheme, format, (6, 64), torch.bfloat16)
+    assert torch.equal(found, expected.bfloat16())
+
+
 def without(end):
     def change(tensors):
         del tensors[DOWN + end]
