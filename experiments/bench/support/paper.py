@@ -24,10 +24,10 @@ class PaperModel:
     def __init__(self, config: Any, dtype: torch.dtype):
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        self.unpacking = unpacking(self.model, config)
         self.config, self.dtype, self.family = config, dtype, family_of(config.model_type)
         self.text_config = config.get_text_config()
         self.layers: nn.ModuleList = self.model.base_model.layers
+        self.unpacking = unpacking(self.layers, config)
         self.root = f"{self.model.base_model_prefix}.layers"
         self.budget = budget_of(self.model, self.layers, self.family, self.root)
 
@@ -36,12 +36,12 @@ class PaperModel:
         return FeedForward(self.layers[index], self.family, f"{self.root}.{index}")
 
 
-def unpacking(model: nn.Module, config: Any) -> int:
+def unpacking(layers: nn.Module, config: Any) -> int:
     """Bytes that unpacking the largest matrix takes, where the source is in FP8."""
     told = getattr(config, "quantization_config", None) or {}
     if told.get("quant_method") != "fp8":
         return 0
-    return 8 * STEP + max(p.numel() for p in model.parameters() if p.dim() == 2)
+    return 8 * STEP + max(p.numel() for p in layers.parameters() if p.dim() == 2)
 
 
 def estimate(
