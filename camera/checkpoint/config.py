@@ -6,6 +6,7 @@ module formats. `from_pretrained` builds these modules on meta and loads their t
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,27 @@ class CameraConfig(QuantizationConfigMixin):
         }
 
 
+def build_native(config: Any, **options: Any) -> nn.Module:
+    """The model of a config on meta, its blocks as this package calls them."""
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, **options)
+    _adapt(model)
+    return model
+
+
+def _adapt(model: nn.Module) -> None:
+    family = FAMILIES.get(model.config.model_type)
+    if family is not None and family.adapt is not None:
+        import_module(family.adapt).adapt(model)
+
+
 def build_forms(model: nn.Module, config: CameraConfig) -> None:
     """Replace modules of a freshly built model (on meta) by those of a compressed checkpoint.
 
     CameraError, with the module's path, for a spec that doesn't fit the model.
     """
+    _adapt(model)
+    family = family_of(model.config.model_type)
     for path, spec in config.modules.items():
         form = spec.get("form") if isinstance(spec, dict) else None
         if not isinstance(form, str) or form not in FORMATS:
@@ -102,6 +119,8 @@ def build_forms(model: nn.Module, config: CameraConfig) -> None:
                 "have: take the config.json that was written with these weights."
             ) from error
         try:
+            if family.is_ffn(path) and not hasattr(native, "act_fn"):
+                native.act_fn = family.activation(native)
             module = FORMATS[form].from_spec(native, spec)
         except Exception as error:  # a spec is data: what it leads to depends on what is wrong
             raise CameraError(

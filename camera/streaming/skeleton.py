@@ -20,7 +20,7 @@ from camera.checkpoint.shards import ShardReader, read_places
 from camera.moe.budget import Budget, budget_of, require_counts
 from camera.moe.capture import replaced_submodule
 from camera.moe.families import family_of, layer_of
-from camera.moe.feed_forward import ExpertGroup, FeedForward
+from camera.moe.feed_forward import FeedForward, RoutedExperts
 from camera.runtime.buffers import trim_heap
 from camera.runtime.device.finite import FiniteCheck, all_finite
 from camera.runtime.errors import CameraError
@@ -74,8 +74,8 @@ class MetaModel:
         self.dtype = compute_dtype(dtype, self.reader.main_dtype(), device)
         self.compressed = getattr(self.config, "quantization_config", None)
         self.base = self.model.base_model.get_submodule(self.family.tower)
-        decoder = [self.model.base_model_prefix, self.family.tower, "layers"]
-        self.root = ".".join(part for part in decoder if part)
+        layers = self.base.layers
+        self.root = next(name for name, part in self.model.named_modules() if part is layers)
         self._stored: dict[str, torch.dtype] = {}  # of the tensors that the files hold
         if asked:
             self.model.to(asked)
@@ -136,7 +136,7 @@ class MetaModel:
             self.device,
         )
 
-    def _leave_on_disk(self, index: int, experts: ExpertGroup) -> None:
+    def _leave_on_disk(self, index: int, experts: RoutedExperts) -> None:
         native, ffn = experts.module, self.feed_forward(index)
         places = {
             key: place
@@ -144,7 +144,7 @@ class MetaModel:
             if layer_of(key) == index and self.family.checkpoint_names.holds(key)
         }
 
-        def read(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        def read(expert: int) -> RoutedExperts:
             one = single_expert_module(native)
             with replaced_submodule(ffn.module, self.family.experts, one):
                 tensors = read_places(
@@ -152,9 +152,9 @@ class MetaModel:
                     self.device,
                 )
                 self._load(tensors, lambda name: name.startswith(f"{experts.path}."))
-            return one.gate_up_proj.data[0], one.down_proj.data[0]
+            return RoutedExperts(experts.path, one, self.family, experts.scale)
 
-        ffn.replace(experts, DiskExperts(native, experts.widths, read))
+        ffn.replace(experts, DiskExperts(experts, read))
 
     def load_rest(self, only: str = "") -> None:
         """Read what is outside the layers: embeddings, final norm, head (or those named `only`)."""

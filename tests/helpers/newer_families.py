@@ -81,6 +81,12 @@ NEWER: dict[str, dict[str, Any]] = {
     "flint": dict(_SHARED, mlp_only_layers=[0]),
     "glm4_moe": _GROUPED,
     "glm4_moe_lite": _LATENT,
+    "gpt_oss": dict(
+        _LOCAL,
+        head_dim=8,
+        swiglu_limit=0.5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
     "granitemoe_swa": _GRANITE,
     "granitemoehybrid": dict(
         _GRANITE,
@@ -110,6 +116,11 @@ NEWER: dict[str, dict[str, Any]] = {
     ),
     "kimi_linear": dict(_DELTA, linear_head_dim=8, linear_num_heads=4),
     "kolibri1": dict(_SHARED, num_local_experts=8),
+    "laguna": dict(
+        _SHARED,
+        moe_routed_scaling_factor=2.5,
+        mlp_layer_types=["dense", "sparse"],
+    ),
     "lfm2_moe": dict(
         num_key_value_heads=2,
         intermediate_size=64,
@@ -138,6 +149,7 @@ REPRESENTATIVES = {
     "a linear layer inside the router, one width for all": "hunyuan_v1_moe",
     "a norm after the block, a router that reads samples": "afmoe",
     "a scale of the block alone": "minimax",
+    "biased, transposed and interleaved experts, a clamped activation": "gpt_oss",
 }
 
 _VISION = dict(
@@ -163,5 +175,27 @@ NESTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             rope_parameters=dict(_MROPE, mrope_section=[1, 1, 0], partial_rotary_factor=0.5),
         ),
         _VISION,
+    ),
+    "llama4": (
+        dict(
+            num_key_value_heads=2,
+            head_dim=8,
+            intermediate_size=24,
+            intermediate_size_mlp=64,
+            num_local_experts=8,
+            num_experts_per_tok=1,
+            interleave_moe_layer_step=2,
+        ),
+        dict(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            vision_output_dim=16,
+            projector_input_dim=16,
+            projector_output_dim=16,
+            image_size=8,
+            patch_size=4,
+        ),
     ),
 }

@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from importlib.metadata import entry_points
 
+from camera.moe.families.activations import clamped, named, silu_of_the_code
 from camera.moe.families.family import (
     FUSED,
     ConfigKeys,
@@ -105,7 +106,7 @@ FAMILIES: dict[str, Family] = {
         ffn="feed_forward",
         final_norm="embedding_norm",
         mlp=("w1", "w3", "w2"),
-        mlp_act="silu",
+        activation=silu_of_the_code,
         attention_output="self_attn.out_proj",
         block_rows=("expert_bias",),
         added_to_scores="expert_bias",
@@ -142,10 +143,37 @@ FAMILIES: dict[str, Family] = {
             experts="num_local_experts", shared_width="shared_expert_intermediate_size"
         ),
     ),
+    "gpt_oss": Family(
+        router="router",
+        returns_routing=True,
+        activation=clamped("alpha", "limit"),
+        keys=_LOCAL,
+    ),
+    "laguna": Family(
+        shared="shared_experts",
+        routed_scale="routed_scaling_factor",
+        keys=ConfigKeys(shared_width="shared_expert_intermediate_size"),
+    ),
     # models of text and images: what isn't their decoder is copied as it is
     "qwen3_5_moe": replace(_QWEN_HYBRID, tower="language_model"),
     "qwen3_vl_moe": Family(tower="language_model", runs_on_meta=False),
     "glm4v_moe": replace(_DEEPSEEK, tower="language_model", runs_on_meta=False),
+    "llama4": Family(
+        tower="language_model.model",
+        ffn="feed_forward",
+        router="router",
+        shared="shared_expert",
+        returns_routing=True,
+        activation=named("act_fn", "activation_fn"),
+        adapt="camera.moe.families.llama4",
+        keys=ConfigKeys(
+            experts="num_local_experts",
+            width="intermediate_size",
+            shared_width="intermediate_size",
+            dense_width="intermediate_size_mlp",
+        ),
+        runs_on_meta=False,
+    ),
     "llama": Family(),
     "qwen3": Family(),
 }
