@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from baselines.factorization.layer_factors import Factoring, factored_layer
+from camera.checkpoint.formats.delta import DeltaExperts
 from camera.checkpoint.formats.ragged import ragged_of
 from camera.compensation.experts import compensate, output_weights
 from camera.compensation.settings import CompensationSettings
@@ -132,6 +134,23 @@ def test_back_in_the_native_layout_the_experts_compute_what_was_kept(ffn):
         for name, tensor in ragged.to_native(24).items():
             getattr(native, name).copy_(tensor)
         torch.testing.assert_close(native(x_TH, *routing), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_factors_of_full_rank_are_the_experts(ffn):
+    """The biases go the way of the micro-experts, which are put in another order."""
+    eye_EHH, eye_EWW = (torch.eye(n, dtype=torch.float64).expand(8, n, n) for n in (32, 24))
+    how = Factoring(rank=24, pp_ratio=0.5, merge="mean", damping=1e-8)
+    found = factored_layer(ffn.routed, eye_EHH, eye_EWW, None, torch.ones(8), how)
+    del found["error_P"]
+    base, group = found["down_proj"].shape[1], ffn.routed
+    delta = DeltaExperts(32, 24, 8, base, 24, group.act_fn, layout=group.layout)
+    delta.load_state_dict({name: t for name, t in found.items() if t.numel()})
+    x_TH, routing = drawn(40, 32), (torch.arange(40)[:, None] % 8, drawn(40, 1))
+    with torch.no_grad():
+        expected = group.module(x_TH, *routing)
+        torch.testing.assert_close(delta(x_TH, *routing), expected, rtol=1e-3, atol=1e-4)
+        plain = delta.dequantize()
+        torch.testing.assert_close(plain(x_TH, *routing), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("target", [True, False])
