@@ -17,9 +17,11 @@ from camera.checkpoint.loading import (
 )
 from camera.checkpoint.matching import convert, refuse_missing
 from camera.checkpoint.shards import ShardReader, read_places
+from camera.moe.block_check import refuse_other_sums
 from camera.moe.budget import Budget, budget_of, require_counts
 from camera.moe.capture import replaced_submodule
 from camera.moe.families import family_of, layer_of
+from camera.moe.families.family import Family
 from camera.moe.feed_forward import FeedForward, RoutedExperts
 from camera.runtime.buffers import trim_heap
 from camera.runtime.device.finite import FiniteCheck, all_finite
@@ -73,9 +75,10 @@ class MetaModel:
         self.stored_dtype = asked or self.reader.main_dtype()
         self.dtype = compute_dtype(dtype, self.reader.main_dtype(), device)
         self.compressed = getattr(self.config, "quantization_config", None)
-        self.base = self.model.base_model.get_submodule(self.family.tower)
+        self.base = decoder_of(self.model, self.family)
         layers = self.base.layers
         self.root = next(name for name, part in self.model.named_modules() if part is layers)
+        self._layer_of_key: dict[str, int | None] = {}
         self._stored: dict[str, torch.dtype] = {}  # of the tensors that the files hold
         if asked:
             self.model.to(asked)
@@ -83,9 +86,16 @@ class MetaModel:
             self._stored = {name: t.dtype for name, t in self.model.state_dict().items()}
             self._warn_of_another_dtype(told)
         self.budget: Budget = budget_of(self.model, self.layers, self.family, self.root)
+        self._refuse_other_sums()
         self.model.to(self.dtype)
         choose_experts(self.model)
         self._materialise_rotary()
+
+    def _refuse_other_sums(self) -> None:
+        views = map(self.feed_forward, range(len(self.layers)))
+        block = next((view for view in views if view.is_moe), None)
+        if block is not None and self.compressed is None:
+            refuse_other_sums(block, self.text_config.hidden_size)
 
     def reopened(self) -> "MetaModel":
         """The model as its files have it; this object holds no memory from then on."""
@@ -130,7 +140,7 @@ class MetaModel:
     def _read_layer(self, index: int, without_experts: bool) -> dict[str, torch.Tensor]:
         return self.reader.read(
             lambda key: (
-                layer_of(key) == index
+                self._layer_of(key) == index
                 and not (without_experts and self.family.checkpoint_names.holds(key))
             ),
             self.device,
@@ -141,7 +151,7 @@ class MetaModel:
         places = {
             key: place
             for key, place in self.reader.places.items()
-            if layer_of(key) == index and self.family.checkpoint_names.holds(key)
+            if self._layer_of(key) == index and self.family.checkpoint_names.holds(key)
         }
 
         def read(expert: int) -> RoutedExperts:
@@ -161,10 +171,24 @@ class MetaModel:
         tied = tied_names(self.model)
         self._load(
             self.reader.read(
-                lambda key: layer_of(key) is None and only in self._name_of(key), self.device
+                lambda key: self._layer_of(key) is None and only in self._name_of(key),
+                self.device,
             ),
-            lambda name: layer_of(name) is None and only in name and name not in tied,
+            lambda name: self._found_layer(name) is None and only in name and name not in tied,
         )
+
+    def _layer_of(self, key: str) -> int | None:
+        """The decoder layer of a tensor of the checkpoint; None for all outside, those of other
+        towers' layers too."""
+        if key not in self._layer_of_key:
+            self._layer_of_key[key] = self._found_layer(self._name_of(key))
+        return self._layer_of_key[key]
+
+    def _found_layer(self, name: str) -> int | None:
+        """The same of a tensor of the model, by its name there."""
+        before = f".{name}".partition(".layers.")[0]
+        # a model that was saved without its head lacks the first part of the names
+        return layer_of(name) if f".{self.root}".removesuffix(".layers").endswith(before) else None
 
     def _name_of(self, key: str) -> str:
         """The model's name of a checkpoint's tensor; of one of several that are put together."""
@@ -246,8 +270,8 @@ class MetaModel:
 
     def _blame(self, name: str) -> None:
         """CameraError for a tensor that isn't finite: the file's fault, or that of the dtype."""
-        layer = layer_of(name)
-        for key in [key for key in self.reader.places if layer_of(key) == layer]:
+        layer = self._found_layer(name)
+        for key in [key for key in self.reader.places if self._layer_of(key) == layer]:
             if not all_finite(self.reader.read(lambda other, key=key: other == key)[key]):
                 raise CameraError(f"tensor '{key}' in {self.folder} holds NaN or inf.")
         dtype = str(self.dtype).removeprefix("torch.")
@@ -269,6 +293,28 @@ class MetaModel:
                 self.folder,
                 *(str(dtype).removeprefix("torch.") for dtype in (told, self.stored_dtype)),
             )
+
+
+def decoder_of(model: nn.Module, family: Family) -> nn.Module:
+    """The module of a model's embedding, decoder layers and final norm; CameraError, naming what
+    there is, where a declaration doesn't fit."""
+    modules = dict(model.base_model.named_modules())
+    if family.tower not in modules:
+        towers = [name for name, part in modules.items() if hasattr(part, "layers")]
+        raise CameraError(
+            f"{type(model).__name__} has no '{family.tower}', but layers in {', '.join(towers)}: "
+            "declare where its decoder is in `tower` of its Family."
+        )
+    base = modules[family.tower]
+    for name in ("layers", "embed_tokens", family.final_norm):
+        if getattr(base, name, None) is None:
+            there = ", ".join(child for child, _ in base.named_children())
+            named = "`final_norm` of its Family" if name == family.final_norm else "no declaration"
+            raise CameraError(
+                f"the decoder {type(base).__name__} has no '{name}', but {there}: its own name can "
+                f"be given in {named}."
+            )
+    return base
 
 
 class _Once:

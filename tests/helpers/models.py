@@ -104,9 +104,9 @@ def build_model(family: str, seed: int = 0, dtype=torch.float32, **overrides):
     """A tiny random model whose router is decided enough to route unevenly."""
     torch.manual_seed(seed)
     if family in NESTED:
-        text, vision = NESTED[family]
+        text, towers = NESTED[family]
         text = {**COMMON, "num_hidden_layers": 2, "initializer_range": 0.1, **text, **overrides}
-        config = AutoConfig.for_model(family, text_config=text, vision_config=vision)
+        config = AutoConfig.for_model(family, text_config=text, **towers)
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
         _decide(model)
         return model

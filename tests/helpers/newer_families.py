@@ -55,6 +55,17 @@ NEWER: dict[str, dict[str, Any]] = {
     "afmoe": dict(**_MOE, num_experts=8, num_shared_experts=1, num_dense_layers=1),
     "axk2": _INDEXED,
     "bailing_hybrid": dict(_DELTA, q_lora_rank=16, linear_head_dim=8, linear_num_heads=4),
+    "cohere2_moe": dict(
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=24,
+        prefix_dense_intermediate_size=64,
+        num_experts=8,
+        num_experts_per_tok=3,
+        num_shared_experts=2,
+        shared_expert_combination_strategy="sum",
+        mlp_layer_types=["dense", "sparse"],
+    ),
     "deepseek_v32": _INDEXED,
     "dots1": _GROUPED,
     "ernie4_5_moe": dict(
@@ -162,19 +173,76 @@ _VISION = dict(
     num_position_embeddings=16,
 )
 _MROPE = {"rope_type": "default", "rope_theta": 1e4}
-# model type -> its text and vision configs
+_ONE_LAYER = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+_PATCHES = dict(_ONE_LAYER, image_size=8, patch_size=4)
+_SAM = dict(
+    hidden_size=16,
+    output_channels=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=32,
+    patch_size=8,
+    window_size=2,
+    global_attn_indexes=[0],
+    mlp_dim=16,
+    downsample_channels=[8, 16],
+)
+_OCR = dict(_MOE, n_routed_experts=8, n_shared_experts=1, mlp_layer_types=["dense", "sparse"])
+# model type -> its text config, and those of its other towers
 NESTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "qwen3_5_moe": (NEWER["qwen3_5_moe_text"], _VISION),
-    "qwen3_vl_moe": (
-        dict(**_MOE, num_experts=8, rope_parameters=dict(_MROPE, mrope_section=[2, 1, 1])),
-        dict(_VISION, deepstack_visual_indexes=[0]),
+    "aria": (
+        dict(
+            num_key_value_heads=2,
+            head_dim=8,
+            intermediate_size=24,
+            moe_num_experts=8,
+            moe_topk=3,
+            moe_num_shared_experts=2,
+        ),
+        dict(vision_config=dict(_PATCHES, model_type="idefics3_vision")),
+    ),
+    "deepseek_ocr2": (
+        _OCR,
+        dict(
+            vision_config=dict(
+                sam_config=_SAM, encoder_config=dict(_ONE_LAYER, num_key_value_heads=2)
+            )
+        ),
+    ),
+    "dots3_note": (
+        dict(
+            _INDEXED,
+            head_dim=16,
+            shared_experts_intermediate_size=24,
+            mlp_layer_types=["dense", "sparse"],
+            layer_types=["indexed_attention"] * 2,
+        ),
+        dict(
+            vision_config=dict(
+                _ONE_LAYER,
+                patch_size=4,
+                moe_intermediate_size=8,
+                mlp_layer_types=["dense"],
+                num_local_experts=2,
+                num_experts_per_tok=1,
+                adapter_in_dim=16,
+                adapter_out_dim=32,
+            ),
+            audio_config=dict(
+                _ONE_LAYER,
+                downsample_hidden_size=4,
+                feature_size=8,
+                adapter_input_size=16,
+                adapter_out_dim=32,
+            ),
+        ),
     ),
     "glm4v_moe": (
         dict(
             _GROUPED,
             rope_parameters=dict(_MROPE, mrope_section=[1, 1, 0], partial_rotary_factor=0.5),
         ),
-        _VISION,
+        dict(vision_config=_VISION),
     ),
     "llama4": (
         dict(
@@ -187,15 +255,30 @@ NESTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             interleave_moe_layer_step=2,
         ),
         dict(
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=64,
-            vision_output_dim=16,
-            projector_input_dim=16,
-            projector_output_dim=16,
-            image_size=8,
-            patch_size=4,
+            vision_config=dict(
+                _PATCHES,
+                intermediate_size=64,
+                vision_output_dim=16,
+                projector_input_dim=16,
+                projector_output_dim=16,
+            )
+        ),
+    ),
+    "mistral3": (
+        dict(_LATENT, model_type="mistral4"),
+        dict(vision_config=dict(_PATCHES, model_type="pixtral")),
+    ),
+    "qwen3_5_moe": (NEWER["qwen3_5_moe_text"], dict(vision_config=_VISION)),
+    "qwen3_vl_moe": (
+        dict(**_MOE, num_experts=8, rope_parameters=dict(_MROPE, mrope_section=[2, 1, 1])),
+        dict(vision_config=dict(_VISION, deepstack_visual_indexes=[0])),
+    ),
+    "unlimited_ocr": (
+        _OCR,
+        dict(
+            vision_config=dict(
+                sam_config=_SAM, encoder_config=dict(_ONE_LAYER, image_size=32, patch_size=8)
+            )
         ),
     ),
 }

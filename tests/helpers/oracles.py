@@ -52,7 +52,7 @@ def split(experts, both):
 
 
 def transposed(experts):
-    return type(experts).__name__ in ("GptOssExperts", "Llama4TextExperts")
+    return type(experts).__name__ in ("AriaExperts", "GptOssExperts", "Llama4TextExperts")
 
 
 def hidden_of(module, gate, up):

@@ -154,10 +154,43 @@ FAMILIES: dict[str, Family] = {
         routed_scale="routed_scaling_factor",
         keys=ConfigKeys(shared_width="shared_expert_intermediate_size"),
     ),
+    "cohere2_moe": Family(
+        shared="shared_experts",
+        attention_output=None,  # it reads what the FFN reads, whose output it can't correct
+        keys=ConfigKeys(
+            width="intermediate_size",
+            shared_width="intermediate_size",
+            shared_count="num_shared_experts",
+            dense_width="prefix_dense_intermediate_size",
+        ),
+    ),
     # models of text and images: what isn't their decoder is copied as it is
     "qwen3_5_moe": replace(_QWEN_HYBRID, tower="language_model"),
     "qwen3_vl_moe": Family(tower="language_model", runs_on_meta=False),
     "glm4v_moe": replace(_DEEPSEEK, tower="language_model", runs_on_meta=False),
+    "deepseek_ocr2": replace(_DEEPSEEK, tower="language_model", runs_on_meta=False),
+    "unlimited_ocr": replace(_DEEPSEEK, tower="language_model", runs_on_meta=False),
+    "dots3_note": replace(
+        _LATENT,
+        tower="language_model",
+        keys=replace(_DEEPSEEK.keys, shared_width="shared_experts_intermediate_size"),
+        runs_on_meta=False,
+    ),
+    # its decoder is that of mistral4, or a dense one
+    "mistral3": replace(_LATENT, tower="language_model", runs_on_meta=False),
+    "aria": Family(
+        tower="language_model",
+        router="router",
+        shared="shared_experts",
+        keys=ConfigKeys(
+            experts="moe_num_experts",
+            width="intermediate_size",
+            shared_width="intermediate_size",
+            shared_count="moe_num_shared_experts",
+            top_k="moe_topk",
+        ),
+        runs_on_meta=False,
+    ),
     "llama4": Family(
         tower="language_model.model",
         ffn="feed_forward",

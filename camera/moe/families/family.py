@@ -83,7 +83,9 @@ def attention_width(config: Any) -> int:
 
 
 def latent_attention_width(config: Any) -> int:
-    """`attention_width` of multi-head latent attention (DeepSeek-V2, V3)."""
+    """`attention_width` of multi-head latent attention (DeepSeek-V2, V3), where a model has it."""
+    if not hasattr(config, "qk_nope_head_dim"):
+        return attention_width(config)
     return config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
 
 
