@@ -10,9 +10,9 @@ import torch
 
 from camera.moe.families import family_of
 from camera.moe.feed_forward import MlpExpert
+from camera.pipeline.config_model import ConfigModel
 from camera.streaming.memory import BATCH_TOKENS
 from experiments.bench.support.cards import BANDWIDTH_SHARE, LAUNCH_SECONDS, WAIT_SECONDS, Card
-from experiments.bench.support.paper import PaperModel
 from experiments.bench.support.traffic import LayerTraffic, layer_traffic
 
 
@@ -123,7 +123,7 @@ def run_cost(
 
     `batch` tokens run at once; hidden states stay `on_device`, or cross to the host and back.
     """
-    paper = PaperModel(config, dtype)
+    paper = ConfigModel(config, dtype)
     used = 1 - sparsity if still_used is None else still_used
     costs = [
         _layer(
@@ -156,7 +156,7 @@ def fit_flops(
     sweep 2 N w H (1 - held_out) to read the residual, 2 w^2 H to solve, 2 N w H to change it.
     Source: the counts of the operations in camera/compensation/least_squares.py.
     """
-    paper = PaperModel(config, torch.float32)
+    paper = ConfigModel(config, torch.float32)
     hidden, seen, total = config.hidden_size, 1 - held_out, 0.0
 
     def fitted(used: int, width: int, kept: int, experts: int, sweeps: int) -> float:
@@ -180,7 +180,7 @@ def fit_flops(
 
 
 def _layer(
-    paper: PaperModel,
+    paper: ConfigModel,
     index: int,
     tokens: int,
     length: int,
