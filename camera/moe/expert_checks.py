@@ -54,12 +54,14 @@ def refuse_activation(path: str, module: nn.Module, act_fn: Activation) -> None:
         )
 
 
-_COMPARED: dict[tuple[type, type], bool] = {}  # a layer is looked at a thousand times
+_COMPARED: dict[tuple, bool] = {}  # a layer is looked at a thousand times
 
 
 def _computes(module: nn.Module, act_fn: Activation) -> bool:
-    """Whether both activations are equal on numbers of either sign, compared once for a class."""
-    key = type(module), type(act_fn)
+    """Whether both activations are equal on numbers of either sign, compared once for a class and
+    the numbers that its module holds: some layers of a model may have a clamp."""
+    numbers = [(k, v) for k, v in vars(module).items() if isinstance(v, int | float)]
+    key = type(module), type(act_fn), *numbers
     if key not in _COMPARED:
         places = torch.arange(64, device="cpu")
         both = (places * 29 % 64 - 32)[None] * (_REACH / 32)  # each number once, in no order

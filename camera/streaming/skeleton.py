@@ -33,6 +33,7 @@ from camera.streaming.disk_experts import (
     single_expert_places,
 )
 from camera.streaming.meta_build import build_on_meta, tied_names
+from camera.streaming.recorder import ArgumentRecorder
 
 log = logging.getLogger("camera")
 
@@ -110,6 +111,14 @@ class MetaModel:
     def feed_forward(self, index: int) -> FeedForward:
         """The view of a layer that methods work on."""
         return FeedForward(self.layers[index], self.family, f"{self.root}.{index}")
+
+    def recorder(self, layer: nn.Module, output: torch.Tensor | None = None) -> ArgumentRecorder:
+        """A stand-in for one of the model's layers that records its arguments."""
+        tokens_of = None
+        if self.family.hands_on is not None:
+            argument, most = self.family.hands_on
+            tokens_of = argument, getattr(self.text_config, most)
+        return ArgumentRecorder(layer, output, tokens_of)
 
     def load_layer(self, index: int, experts_on_disk: bool = False) -> nn.Module:
         """Read one decoder layer, and begin to read the next one; with `experts_on_disk` its native

@@ -32,7 +32,6 @@ from camera.runtime.mapped import release_pages
 from camera.streaming.batches import Arguments, FfnInput, FfnOutput, FfnPhi, LayerInput
 from camera.streaming.disk_experts import DiskExpertsPass
 from camera.streaming.hidden_states import HiddenPlace, HiddenStates
-from camera.streaming.recorder import ArgumentRecorder
 from camera.streaming.skeleton import MetaModel
 
 Stage = TypeVar("Stage", FfnInput, FfnPhi, FfnOutput)
@@ -71,7 +70,7 @@ class LayerStreamer:
         """
         model = self.model
         model.load_rest("embed_tokens")
-        recorders = nn.ModuleList(ArgumentRecorder(layer) for layer in model.layers)
+        recorders = nn.ModuleList(map(model.recorder, model.layers))
         found, same = [], {}
         with (
             replaced_submodule(model.base, "layers", recorders),

@@ -92,6 +92,12 @@ NEWER: dict[str, dict[str, Any]] = {
     "flint": dict(_SHARED, mlp_only_layers=[0]),
     "glm4_moe": _GROUPED,
     "glm4_moe_lite": _LATENT,
+    "glm_moe_dsa": dict(
+        _INDEXED,
+        num_hidden_layers=3,
+        mlp_layer_types=["dense", "sparse", "sparse"],
+        indexer_types=["full", "shared", "full"],
+    ),
     "gpt_oss": dict(
         _LOCAL,
         head_dim=8,

@@ -204,6 +204,14 @@ def test_layers_one_by_one_end_in_the_logits_of_the_whole_model(family, checkpoi
         torch.testing.assert_close(logits(skeleton, hidden_TH), expected)
 
 
+def test_samples_longer_than_what_a_layer_attends_to_are_refused(checkpoints):
+    """Layers are handed the tokens of the one before; all of them, while these are few."""
+    streamer = LayerStreamer(MetaModel(checkpoints("glm_moe_dsa")))
+    assert streamer.embed([{"input_ids": torch.ones(1, 64, dtype=torch.long)}])
+    with pytest.raises(CameraError, match=r"attends to 64 tokens.* which of 65: set calibration"):
+        streamer.embed([{"input_ids": torch.ones(1, 65, dtype=torch.long)}])
+
+
 def test_heads_for_several_tokens_are_left_out_with_a_line(checkpoints, tmp_path, caplog):
     """Qwen3-Next has experts in its own, below a name that looks like a layer's."""
     key = "mtp.layers.0.mlp.experts.0.up_proj.weight"

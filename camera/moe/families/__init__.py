@@ -71,6 +71,9 @@ FAMILIES: dict[str, Family] = {
     "mimo_v2_flash": Family(keys=ConfigKeys(experts="n_routed_experts")),
     "deepseek_v32": replace(_LATENT, runs_on_meta=False),
     "axk2": replace(_LATENT, runs_on_meta=False),
+    "glm_moe_dsa": replace(
+        _LATENT, hands_on=("prev_topk_indices", "index_topk"), runs_on_meta=False
+    ),
     "bailing_hybrid": _DELTA,
     "kimi_linear": _DELTA,
     "hunyuan_v1_moe": Family(

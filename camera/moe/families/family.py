@@ -107,7 +107,9 @@ class Family:
     elsewhere: keys of config.json that other programs read, in which transformers' own class
     differs or says nothing. register: module whose `register` teaches transformers a model type
     that it lacks. adapt: module whose `adapt` gives a freshly built model blocks that call their
-    experts as those of other families do. runs_on_meta: its code asks for no number of a tensor.
+    experts as those of other families do. hands_on: the argument by which a layer is handed the
+    tokens that the one before it attended to, and the key of config.json that says how many these
+    are at most; layers then return both. runs_on_meta: its code asks for no number of a tensor.
     tower: where the decoder is in a model of text and images.
     """
 
@@ -136,6 +138,7 @@ class Family:
     tower: str = ""
     register: str | None = None
     adapt: str | None = None
+    hands_on: tuple[str, str] | None = None
     runs_on_meta: bool = True
 
     def top_k(self, config: Any) -> int:
