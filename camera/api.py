@@ -14,9 +14,9 @@ from camera.runtime.values import renaming, seed_of
 
 if TYPE_CHECKING:
     from camera.calibration.settings import Calibration
+    from camera.description import Description
     from camera.evaluation.suite import EvaluationRequest
     from camera.pipeline.context import CompressionListener
-    from camera.pipeline.description import Description
     from camera.pipeline.result import CompressionResult
     from camera.streaming.settings import MemoryChoices
 
@@ -252,8 +252,8 @@ def description(
     """
     from camera.checkpoint.config import load_config
     from camera.checkpoint.source import resolve_model
+    from camera.description import described
     from camera.engines.serving import engines_for
-    from camera.pipeline.description import described
 
     folder = resolve_model(str(model), weights=False)
     config = load_config(folder, trust_remote_code)

@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from camera.calibration.hessians import HessianObserver, HessianSpec, HessianStatistics
-from camera.moe.activation import gated
 from camera.moe.capture import ExpertCall
+from camera.moe.experts.activation import gated
 from camera.moe.feed_forward import ExpertGroup, FeedForward
 from camera.moe.pool import LayerShape
 from camera.quantization.quantizers.gptq import GPTQ

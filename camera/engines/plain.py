@@ -18,7 +18,7 @@ from camera.checkpoint.config import CameraConfig, build_native
 from camera.checkpoint.formats.format import Format
 from camera.checkpoint.formats.narrow import PROJECTIONS, padded_mlp
 from camera.checkpoint.source import resolve_model
-from camera.moe.expert_layout import ExpertLayout
+from camera.moe.experts.layout import ExpertLayout
 from camera.moe.families import layer_of
 from camera.runtime.device.finite import all_finite
 from camera.runtime.errors import CameraError

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from camera.moe.activation import Activation, gated
-from camera.moe.expert_checks import refuse_activation, refuse_layout
-from camera.moe.expert_layout import ExpertLayout
-from camera.moe.expert_module import ExpertModule
+from camera.moe.experts.activation import Activation, gated
+from camera.moe.experts.checks import refuse_activation, refuse_layout
+from camera.moe.experts.layout import ExpertLayout
+from camera.moe.experts.module import ExpertModule
 from camera.moe.families.family import Family
 from camera.runtime.errors import CameraError
 

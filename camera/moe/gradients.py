@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from camera.moe.activation import gated
 from camera.moe.capture import ExpertCall, ModuleStub, replaced_submodule, unwrap
+from camera.moe.experts.activation import gated
 from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
 from camera.moe.routing import routed_slots
 

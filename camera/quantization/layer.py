@@ -24,7 +24,7 @@ from camera.compensation.least_squares import (
     fit_report,
 )
 from camera.compensation.settings import CompensationSettings
-from camera.moe.activation import gated
+from camera.moe.experts.activation import gated
 from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
 from camera.quantization.batch import QuantizationReport, quantize_batch
 from camera.quantization.layer_bits import ExpertBits, falling

@@ -13,7 +13,7 @@ from torch import nn
 
 from camera.checkpoint.shards import Place
 from camera.moe.capture import OutputSum, RoutedCall, Sink, run_expert
-from camera.moe.expert_module import ExpertModule
+from camera.moe.experts.module import ExpertModule
 from camera.moe.families.family import ExpertNames
 from camera.moe.feed_forward import RoutedExperts
 from camera.moe.observer import Observer

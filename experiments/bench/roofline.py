@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig
 
 from camera.compensation.settings import CompensationSettings
-from camera.pipeline.config_model import ConfigModel
+from camera.pipeline.memory.config_model import ConfigModel
 from camera.runtime.errors import CameraError
 from experiments.bench.support.architectures import ARCHITECTURES
 from experiments.bench.support.cards import CARDS, Card

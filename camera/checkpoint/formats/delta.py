@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from camera.checkpoint.formats.biases import ExpertBiases
 from camera.checkpoint.formats.format import Format, Spec
 from camera.checkpoint.formats.ragged import RaggedExperts, ragged_of
-from camera.moe.activation import Activation, gated
-from camera.moe.expert_layout import ExpertLayout
+from camera.moe.experts.activation import Activation, gated
+from camera.moe.experts.layout import ExpertLayout
 from camera.moe.families.family import Family
 
 

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from camera.checkpoint.formats.biases import ExpertBiases
 from camera.checkpoint.formats.format import Format, Spec
 from camera.checkpoint.formats.ragged_rows import RaggedRows
-from camera.moe.activation import Activation, ClampedGate, gated
-from camera.moe.expert_layout import ExpertLayout
-from camera.moe.expert_module import ExpertModule
+from camera.moe.experts.activation import Activation, ClampedGate, gated
+from camera.moe.experts.layout import ExpertLayout
+from camera.moe.experts.module import ExpertModule
 from camera.moe.families.family import Family
 from camera.moe.feed_forward import RoutedExperts
 from camera.moe.pool import rows_on

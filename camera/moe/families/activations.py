@@ -30,7 +30,7 @@ def clamped(alpha: str, limit: str) -> Callable[[Any], Any]:
     already, in `act_fn`."""
 
     def activation(module: Any) -> Any:
-        from camera.moe.activation import ClampedGate
+        from camera.moe.experts.activation import ClampedGate
 
         if hasattr(module, "act_fn"):
             return module.act_fn

@@ -10,7 +10,7 @@ import torch
 
 from camera.moe.families import family_of
 from camera.moe.feed_forward import MlpExpert
-from camera.pipeline.config_model import ConfigModel
+from camera.pipeline.memory.config_model import ConfigModel
 from camera.streaming.memory import BATCH_TOKENS
 from experiments.bench.support.cards import BANDWIDTH_SHARE, LAUNCH_SECONDS, WAIT_SECONDS, Card
 from experiments.bench.support.traffic import LayerTraffic, layer_traffic

@@ -16,8 +16,8 @@ from camera.checkpoint.formats.packed.layout import PackedLayout
 from camera.checkpoint.formats.packed.segments import QuantizedMatrix
 from camera.checkpoint.formats.packed.spec import segments_of
 from camera.checkpoint.formats.ragged import SLOW_HALF, RaggedExperts, ragged_of
-from camera.moe.activation import Activation, gated
-from camera.moe.expert_layout import ExpertLayout
+from camera.moe.experts.activation import Activation, gated
+from camera.moe.experts.layout import ExpertLayout
 from camera.moe.families.family import Family
 
 

@@ -15,7 +15,7 @@ from camera.checkpoint.formats.packed.layout import PackedLayout
 from camera.checkpoint.formats.packed.linear import PackedLinear
 from camera.checkpoint.formats.packed.segments import QuantizedMatrix
 from camera.checkpoint.formats.packed.spec import projections
-from camera.moe.activation import Activation, gated
+from camera.moe.experts.activation import Activation, gated
 from camera.moe.families.family import Family
 
 

@@ -9,7 +9,7 @@ import torch
 
 from camera.moe.budget import Budget
 from camera.moe.pool import LayerPool
-from camera.pipeline.config_model import ConfigModel
+from camera.pipeline.memory.config_model import ConfigModel
 from camera.runtime.progress import format_bytes
 
 SAMPLES, LENGTH = 128, 2048  # of the calibration that memory is estimated for

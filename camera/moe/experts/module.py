@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from camera.moe.activation import Activation
-from camera.moe.expert_layout import ExpertLayout
+from camera.moe.experts.activation import Activation
+from camera.moe.experts.layout import ExpertLayout
 
 
 class ExpertModule:

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from camera.moe.activation import Activation, gated
-from camera.moe.expert_layout import ExpertLayout
+from camera.moe.experts.activation import Activation, gated
+from camera.moe.experts.layout import ExpertLayout
 from camera.runtime.errors import CameraError
 
 _ODD = {  # what transformers says of an experts module: how it is told, and the plain value
