@@ -21,7 +21,6 @@ from camera.moe.block_check import refuse_other_sums
 from camera.moe.budget import Budget, budget_of, require_counts
 from camera.moe.capture import replaced_submodule
 from camera.moe.families import family_of, layer_of
-from camera.moe.families.family import Family
 from camera.moe.feed_forward import FeedForward, RoutedExperts
 from camera.runtime.buffers import trim_heap
 from camera.runtime.device.finite import FiniteCheck, all_finite
@@ -32,7 +31,7 @@ from camera.streaming.disk_experts import (
     single_expert_module,
     single_expert_places,
 )
-from camera.streaming.meta_build import build_on_meta, tied_names
+from camera.streaming.meta_build import build_on_meta, decoder_of, tied_names
 from camera.streaming.recorder import ArgumentRecorder
 
 log = logging.getLogger("camera")
@@ -302,28 +301,6 @@ class MetaModel:
                 self.folder,
                 *(str(dtype).removeprefix("torch.") for dtype in (told, self.stored_dtype)),
             )
-
-
-def decoder_of(model: nn.Module, family: Family) -> nn.Module:
-    """The module of a model's embedding, decoder layers and final norm; CameraError, naming what
-    there is, where a declaration doesn't fit."""
-    modules = dict(model.base_model.named_modules())
-    if family.tower not in modules:
-        towers = [name for name, part in modules.items() if hasattr(part, "layers")]
-        raise CameraError(
-            f"{type(model).__name__} has no '{family.tower}', but layers in {', '.join(towers)}: "
-            "declare where its decoder is in `tower` of its Family."
-        )
-    base = modules[family.tower]
-    for name in ("layers", "embed_tokens", family.final_norm):
-        if getattr(base, name, None) is None:
-            there = ", ".join(child for child, _ in base.named_children())
-            named = "`final_norm` of its Family" if name == family.final_norm else "no declaration"
-            raise CameraError(
-                f"the decoder {type(base).__name__} has no '{name}', but {there}: its own name can "
-                f"be given in {named}."
-            )
-    return base
 
 
 class _Once:

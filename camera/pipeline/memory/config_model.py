@@ -11,8 +11,8 @@ from camera.moe.budget import budget_of
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.pipeline.memory.estimate import MemoryEstimate
+from camera.streaming.meta_build import decoder_of
 from camera.streaming.settings import MemoryChoices
-from camera.streaming.skeleton import decoder_of
 
 
 class ConfigModel:
