@@ -21,7 +21,7 @@ from camera.pruning.whole_experts import remove_experts
 from camera.runtime.errors import CameraError
 from camera.streaming.lm_head import lm_head_loaded, logits
 from camera.streaming.skeleton import MetaModel
-from camera.streaming.streamer import LayerStreamer
+from camera.streaming.streamer import LayerStreamer, Placement
 from tests.helpers import oracles
 from tests.helpers.checkpoints import changed, config_of
 from tests.helpers.dropping import views
@@ -51,10 +51,15 @@ def compress(checkpoints, data_folder, tmp_path):
     return go
 
 
-@pytest.mark.parametrize("family", [*NEWER, *NESTED])
-def test_streamed_equals_the_whole_model(family, checkpoints):
+STREAMED = [(family, False) for family in (*NEWER, *NESTED)]
+STREAMED += [("gpt_oss", True), ("laguna", True), ("llama4", True)]
+
+
+@pytest.mark.parametrize(("family", "on_disk"), STREAMED)
+def test_streamed_equals_the_whole_model(family, on_disk, checkpoints):
     inputs, last = batch(), {}
-    streamer = LayerStreamer(MetaModel(checkpoints(family)))
+    placement = Placement(experts_on_disk=on_disk)
+    streamer = LayerStreamer(MetaModel(checkpoints(family)), placement)
     states = streamer.embed([inputs])
     for index in range(len(streamer.model.layers)):
         streamer.load_layer(index)
