@@ -27,7 +27,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from camera.checkpoint.formats.format import FORMATS
 from camera.checkpoint.source import INDEX
-from camera.moe.families import FAMILIES, family_of
+from camera.moe.families import FAMILIES, family_of, known_family
+from camera.moe.families.family import Family
 from camera.runtime.errors import CameraError
 from camera.runtime.files import content_key
 
@@ -92,7 +93,7 @@ def build_native(config: Any, **options: Any) -> nn.Module:
 
 
 def _adapt(model: nn.Module) -> None:
-    family = FAMILIES.get(model.config.model_type)
+    family = known_family(model.config.model_type)
     if family is not None and family.adapt is not None:
         import_module(family.adapt).adapt(model)
 
@@ -103,7 +104,8 @@ def build_forms(model: nn.Module, config: CameraConfig) -> None:
     CameraError, with the module's path, for a spec that doesn't fit the model.
     """
     _adapt(model)
-    family = family_of(model.config.model_type)
+    # what was compressed loads without the package that declared its family
+    family = known_family(model.config.model_type) or Family()
     for path, spec in config.modules.items():
         form = spec.get("form") if isinstance(spec, dict) else None
         if not isinstance(form, str) or form not in FORMATS:

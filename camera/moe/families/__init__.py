@@ -222,18 +222,24 @@ def register_family(model_type: str, family: Family) -> None:
     FAMILIES[model_type] = family
 
 
-def family_of(model_type: str) -> Family:
-    """The declaration of a model type; CameraError, naming the known ones, if there is none."""
+def known_family(model_type: str) -> Family | None:
+    """The declaration of a model type; None if there is none."""
     if model_type not in FAMILIES:
         for declaring in entry_points(group=ENTRY_POINTS, name=model_type):
             declaring.load()  # a module that calls `register_family`
-    if model_type not in FAMILIES:
+    return FAMILIES.get(model_type)
+
+
+def family_of(model_type: str) -> Family:
+    """The declaration of a model type; CameraError, naming the known ones, if there is none."""
+    found = known_family(model_type)
+    if found is None:
         raise CameraError(
             f"model type '{model_type}' is not supported: declare where its experts sit with "
             "camera.moe.families.register_family, or choose a model of "
             f"{', '.join(sorted(FAMILIES))}."
         )
-    return FAMILIES[model_type]
+    return found
 
 
 def layer_of(name: str) -> int | None:
