@@ -29,7 +29,7 @@ class HEAPr(MicroExpertPruning):
 
     rank_scope: RankScope = "global"
     score: Literal["product", "fisher"] = "product"
-    normalize: Literal["routed", "all"] = "routed"
+    normalize: Literal["routed", "all"] = "all"
 
     def check(self, budget: Budget) -> None:
         if self.score not in ("product", "fisher"):

@@ -26,7 +26,7 @@ METHODS = {
     "reap": DROP,
     "rtn": dict(bits=3.15),
 }
-MATHEMATICS = 1
+MATHEMATICS = 2
 COSTS = {
     "aimer": 0.2531,
     "camera_p": 0.1010,
