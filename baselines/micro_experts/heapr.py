@@ -21,7 +21,7 @@ class HEAPr(MicroExpertPruning):
     `score` product is the method's own, mean(h^2) * mean((dloss/dh)^2), and fisher the term that it
     factorises, mean((h * dloss/dh)^2). `normalize` all takes sums over the calibration set, routed
     means over an expert's own tokens. The reference is `normalize` routed, `sparsity_of` routed and
-    `rank_scope` global: it ranks no shared expert, beside which means would make rarely used experts
+    `rank_scope` global: it ranks no shared expert, beside which means make rarely used experts
     too dear. Source: HEAPr (ICLR 2026, arXiv 2509.22299); experts without a token are pruned first,
     as there.
     """
