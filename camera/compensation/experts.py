@@ -8,13 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from camera.compensation.least_squares import (
-    PIECE,
-    ExpertRegression,
-    FitReport,
-    coordinate_descent,
-    fit_report,
-)
+from camera.compensation.expert_regression import PIECE, ExpertRegression
+from camera.compensation.least_squares import AT_ONCE, FitReport, fit_report, refit, refit_alone
 from camera.compensation.settings import CompensationSettings
 from camera.moe.capture import ExpertPhi, OutputSum
 from camera.moe.feed_forward import FeedForward
@@ -47,10 +42,12 @@ def fit_bytes(
     Gram matrices and their factors, in fp32; hidden states and FFN inputs of the dense model, where
     it is aimed at; phi of the widest expert once more, where all tokens are its own, as it is put
     together and as it is cut."""
-    states = (4 + 2 * dense) * tokens * hidden
-    weights = 2 * hidden * sum(widths) + 2 * sum(w * w for w in widths)
-    widest = max(widths)
-    return 4 * (states + weights + PIECE * widest) + itemsize * tokens * widest
+    states, widest = (4 + 2 * dense) * tokens * hidden, max(widths)
+    together = widest if len(widths) == 1 else min(sum(widths), AT_ONCE)
+    squares = max(2 * sum(w * w for w in widths), 4 * together**2)
+    weights = 2 * hidden * (sum(widths) + 2 * together)
+    piece = PIECE * max(widest, together)
+    return 4 * (states + weights + squares + piece) + itemsize * tokens * widest
 
 
 @torch.no_grad()
@@ -106,7 +103,7 @@ def compensate(
         del phi_NF
         blocks[place] = block
         if how.scope == "expert":
-            fits.append(block.alone(gone_NH, fitted, how, place[0]))
+            fits.append(refit_alone(block, gone_NH, fitted, how, place[0]))
         elif tokens_N is None:
             residual_TH += gone_NH
         else:
@@ -114,7 +111,7 @@ def compensate(
     trim_heap()  # what was cut
     if how.scope == "layer":
         where = ", ".join(dict.fromkeys(path for path, _ in blocks))
-        fits.append(coordinate_descent(list(blocks.values()), residual_TH, fitted, how, where))
+        fits.append(refit(list(blocks.values()), residual_TH, fitted, how, where))
     output = OutputSum(first.new_zeros(1, tokens, len(first)))
     for group in ffn.groups:
         for expert in range(len(group.widths)):

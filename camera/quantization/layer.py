@@ -17,12 +17,8 @@ from camera.checkpoint.formats.packed.experts import PackedExperts
 from camera.checkpoint.formats.packed.mlp import PackedMlp
 from camera.checkpoint.formats.packed.segments import BitSegments, QuantizedMatrix
 from camera.checkpoint.formats.packed.spec import experts_spec, mlp_spec
-from camera.compensation.least_squares import (
-    ExpertRegression,
-    FitReport,
-    coordinate_descent,
-    fit_report,
-)
+from camera.compensation.expert_regression import ExpertRegression
+from camera.compensation.least_squares import FitReport, fit_report, refit
 from camera.compensation.settings import CompensationSettings
 from camera.moe.experts.activation import gated
 from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
@@ -300,5 +296,5 @@ class LayerQuantizer:
         block = ExpertRegression(None, h_NM, down_HM.T)
         fitted = len(x_NH) - round(len(x_NH) * self.compensation.held_out)
         where, how = self.group.path, self.compensation
-        self.fits.append(coordinate_descent([block], lost_NH, fitted, how, where))
+        self.fits.append(refit([block], lost_NH, fitted, how, where))
         return block.weight_WH.T.to(down_HM.dtype)
