@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from camera.checkpoint.config import CameraConfig
 from camera.engines.gguf.architectures import architecture_of
+from camera.moe.families import family_of
 from camera.runtime.errors import CameraError
 
 BITS = range(2, 9)  # that vLLM serves experts in
 SGLANG_BITS = {4, 8}
 AS_IT_IS = "as it is"
+GROUPED = 16  # bytes: rows of experts are a multiple of it, or the grouped product is refused
 NATIVE, PADDED = "camera export FROM TO", "every expert as wide as the widest"
 PACKED = "camera export FROM TO --format compressed-tensors"
 
@@ -29,7 +33,7 @@ def engines(config: Any) -> dict[str, str]:
         kind = "unpacked" if any(bits) else PADDED
         native = f"after `{NATIVE}` ({kind})"
     found = {
-        "transformers": "after `import camera`" if modules else AS_IT_IS,
+        "transformers": "after `import camera`" if modules else _transformers(config),
         "vLLM": native,
         "SGLang": native,
         "llama.cpp": _llama_cpp(config),
@@ -40,6 +44,14 @@ def engines(config: Any) -> dict[str, str]:
         if set(used) <= SGLANG_BITS:
             found["SGLang"] = f"after `{PACKED}`"
     return found
+
+
+def _transformers(config: Any) -> str:
+    text, keys = config.get_text_config(), family_of(config.model_type).keys
+    experts, width = getattr(text, keys.experts, None), getattr(text, keys.width, None)
+    if experts and width * (config.dtype or torch.float32).itemsize % GROUPED:
+        return f'with `experts_implementation="eager"` (experts are {width} wide)'
+    return AS_IT_IS
 
 
 def _llama_cpp(config: Any) -> str:

@@ -171,7 +171,8 @@ class MicroExpertPruning(Method):
             for routed, width in zip(pool.routed, kept[i].kept_widths, strict=True)
         }
         widths = dict(pairs)
-        return UniformWidths(widths.get(True, 0), widths.get(False, 0)).config(budget.model_type)
+        kept = UniformWidths(widths.get(True, 0), widths.get(False, 0))
+        return kept.config(budget.model_type)
 
     def passes(self, budget: Budget, propagate: Propagate) -> tuple[Pass, ...]:
         spec, refits = self.ranked_by().observer(), self.compensate != "none"

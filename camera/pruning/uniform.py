@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from camera.moe.pool import LayerPool
 
 TOLERANCE = 0.01  # how far the sparsity of whole multiples may be from the one asked for
+MULTIPLES = (128, 64, 32, 16, 8)  # that kernels like, the best first; below 8 some refuse
+SLACK = 0.05  # more score may be lost for such a multiple, as a share of the least
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,12 @@ class UniformWidths:
 
     routed: int
     shared: int
+
+    @property
+    def multiple(self) -> int:
+        """The largest of `MULTIPLES` that divides both; 1 where none does."""
+        fitting = (m for m in MULTIPLES if self.routed % m == 0 and self.shared % m == 0)
+        return next(fitting, 1)
 
     def of(self, routed: Sequence[bool]) -> list[int]:
         """Width of every expert of a pool."""
@@ -46,51 +54,42 @@ class UniformWidths:
 def uniform_widths(
     budget: Budget, sparsity: float, sparsity_of: SparsityOf, multiple: int, min_width: int
 ) -> UniformWidths:
-    """The widths, multiples of `multiple`, of which both kinds lose the asked share.
+    """The widths of which both kinds lose the asked share, within `TOLERANCE`.
 
-    CameraError, naming the sparsities on both sides, where none lies within `TOLERANCE` of it; and
-    for a model whose experts are of unequal widths already.
+    They are multiples of `multiple`, and of the largest of `MULTIPLES` that fits. CameraError,
+    naming the sparsities on both sides, where nothing fits; and for a model whose experts are of
+    unequal widths already.
     """
-    kinds, least = _Kinds.of(budget, sparsity_of), _least(multiple, min_width)
+    kinds = _Kinds.of(budget, sparsity_of)
     ratio = budget.pool_ratio(sparsity, sparsity_of, min_width, multiple)
-    first = kinds.routed or kinds.shared
-    below = max(least, int((first * (1 - ratio) + 1e-9) // multiple) * multiple)
-    beside = max(round(kinds.shared * (1 - ratio) / multiple) * multiple, least)
-    choices = []
-    for width in sorted({min(below, first), min(below + multiple, first)}):
-        widths = kinds.widths(width, beside)
-        choices.append((kinds.removed(widths) * sparsity / ratio, widths))
-    near, widths = min(choices, key=lambda choice: abs(choice[0] - sparsity))
-    if abs(near - sparsity) > TOLERANCE:
-        sides = " or ".join(f"{found:.4f} (width {w.routed or w.shared})" for found, w in choices)
-        raise CameraError(
-            f"sparsity={sparsity} of '{sparsity_of}' lies between the widths that are multiples of "
-            f"width_multiple={multiple}: use sparsity={sides}, or a smaller width_multiple."
-        )
-    return widths
+    for step in _steps(multiple):
+        pairs = [
+            (kinds.removed(w) * sparsity / ratio, w) for w in kinds.around(ratio, step, min_width)
+        ]
+        near, widths = min(pairs, key=lambda pair: abs(pair[0] - sparsity))
+        if abs(near - sparsity) <= TOLERANCE:
+            return widths
+    sides = " or ".join(f"{found:.4f} (width {w.routed or w.shared})" for found, w in pairs)
+    raise CameraError(
+        f"sparsity={sparsity} of '{sparsity_of}' lies between the widths that are multiples of "
+        f"width_multiple={multiple}: use sparsity={sides}, or a smaller width_multiple."
+    )
 
 
 def uniform_choices(
     budget: Budget, sparsity: float, sparsity_of: SparsityOf, multiple: int, min_width: int
 ) -> list[UniformWidths]:
-    """All widths of the two kinds, multiples of `multiple` or whole, of about the asked sparsity.
+    """All widths of the two kinds, multiples of `multiple`, of about the asked sparsity.
 
     To every routed width the shared one that comes next to it, if it is within `TOLERANCE`. Where
     one width decides (one kind of experts, or a family whose kinds are tied) there is one choice,
     that of `uniform_widths`, and CameraError as there.
     """
-    kinds, least = _Kinds.of(budget, sparsity_of), _least(multiple, min_width)
-    if not kinds.free:
-        return [uniform_widths(budget, sparsity, sparsity_of, multiple, min_width)]
+    kinds = _Kinds.of(budget, sparsity_of)
     ratio = budget.pool_ratio(sparsity, sparsity_of, min_width, multiple)
-    found = []
-    for routed in [*range(least, kinds.routed, multiple), kinds.routed]:
-        below = int(kinds.shared_beside(routed, ratio) // multiple) * multiple
-        near = [
-            kinds.widths(routed, max(width, least))
-            for width in (below, below + multiple, kinds.shared)
-        ]
-        found.append(min(near, key=lambda widths: abs(kinds.removed(widths) - ratio)))
+    found: list[UniformWidths] = []
+    for step in _steps(multiple) if kinds.free else ():
+        found += kinds.pairs(ratio, step, min_width)
     allowed = TOLERANCE * ratio / sparsity
     found = [widths for widths in found if abs(kinds.removed(widths) - ratio) <= allowed]
     return found or [uniform_widths(budget, sparsity, sparsity_of, multiple, min_width)]
@@ -103,12 +102,19 @@ def least_loss(
 ) -> UniformWidths:
     """The choice whose removed micro-experts have the least sum of scores, over these layers.
 
-    Negative scores, of experts that no token reached, count as 0.
+    For a better multiple the sum may be larger by the share `SLACK`. Negative scores, of experts
+    that no token reached, count as 0.
     """
     if len(choices) == 1:
         return choices[0]
-    lost = {True: _lost(scores, pools, True), False: _lost(scores, pools, False)}
-    return min(choices, key=lambda w: float(lost[True][w.routed] + lost[False][w.shared]))
+    routed_W, shared_W = (_lost(scores, pools, routed) for routed in (True, False))
+    losses = [float(routed_W[widths.routed] + shared_W[widths.shared]) for widths in choices]
+    near = [
+        (-widths.multiple, loss, index)
+        for index, (widths, loss) in enumerate(zip(choices, losses, strict=True))
+        if loss <= (1 + SLACK) * min(losses)
+    ]
+    return choices[min(near)[-1]]
 
 
 def keep_uniform(score_N: torch.Tensor, widths: Sequence[int], kept: Sequence[int]) -> torch.Tensor:
@@ -172,10 +178,26 @@ class _Kinds:
         gone = self.experts[True] * (self.routed - widths.routed)
         return (gone + self.experts[False] * (self.shared - widths.shared)) / self._whole
 
-    def shared_beside(self, routed: int, ratio: float) -> float:
-        """The shared width with which a routed one removes exactly this share."""
-        gone = ratio * self._whole - self.experts[True] * (self.routed - routed)
-        return self.shared - gone / self.experts[False]
+    def around(self, ratio: float, step: int, min_width: int) -> list[UniformWidths]:
+        """The two next to this share where both kinds lose it, multiples of `step` or whole."""
+        first, least = self.routed or self.shared, _least(step, min_width)
+        below = max(least, int((first * (1 - ratio) + 1e-9) // step) * step)
+        beside = max(round(self.shared * (1 - ratio) / step) * step, least)
+        two = sorted({min(below, first), min(below + step, first)})
+        return [self.widths(width, beside) for width in two]
+
+    def pairs(self, ratio: float, step: int, min_width: int) -> list[UniformWidths]:
+        """To every routed width the shared one next to this share, multiples of `step` or whole."""
+        least, found = _least(step, min_width), []
+        for routed in [*range(least, self.routed, step), self.routed]:
+            gone = ratio * self._whole - self.experts[True] * (self.routed - routed)
+            below = int((self.shared - gone / self.experts[False]) // step) * step
+            near = [
+                self.widths(routed, max(width, least))
+                for width in (below, below + step, self.shared)
+            ]
+            found.append(min(near, key=lambda widths: abs(self.removed(widths) - ratio)))
+        return found
 
     @property
     def _whole(self) -> int:
@@ -183,8 +205,13 @@ class _Kinds:
         return self.experts[True] * self.routed + shared
 
 
-def _least(multiple: int, min_width: int) -> int:
-    return max(multiple, -(-min_width // multiple) * multiple)
+def _least(step: int, min_width: int) -> int:
+    return max(step, -(-min_width // step) * step)
+
+
+def _steps(multiple: int) -> list[int]:
+    """Multiples to try, the best first, `multiple` itself last."""
+    return [m for m in MULTIPLES if m % multiple == 0 and m > multiple] + [multiple]
 
 
 def _lost(scores: Sequence[torch.Tensor], pools: Sequence[LayerPool], routed: bool) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """Which engines a checkpoint is said to fit, held against what the exports do."""
 
 import pytest
+import torch
 
 import camera
+from camera.engines.fit import engines
 from camera.runtime.errors import CameraError
 from tests.helpers.models import build_model, build_tokenizer
 
@@ -47,3 +49,20 @@ def test_what_is_said_to_be_needed_can_be_made(case, tmp_path):
     assert said.engines["transformers"].startswith("as" if case == "uniform" else "after")
     assert said.engines["llama.cpp"].startswith("no: ") == (case == "ragged")
     assert ("compressed-tensors" in said.engines["vLLM"]) == (case == "one_scheme")
+
+
+@pytest.mark.parametrize(
+    "width, told",
+    [(12, "as it is"), (13, 'with `experts_implementation="eager"` (experts are 13 wide)')],
+)
+def test_a_width_that_transformers_refuses_by_default_is_told(width, told):
+    model = build_model("qwen3_moe", moe_intermediate_size=width)
+    config = model.config
+    config.dtype = torch.float32
+    assert engines(config)["transformers"] == told
+    ids = torch.arange(20)[None]
+    if width == 13:
+        with pytest.raises(RuntimeError, match="16 bytes"):
+            model(ids)
+        model.set_experts_implementation("eager")
+    assert model(ids).logits.isfinite().all()

@@ -14,7 +14,13 @@ from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.moe.pool import LayerPool
 from camera.pruning.ranking import keep_highest
-from camera.pruning.uniform import UniformWidths, keep_uniform, least_loss, uniform_choices
+from camera.pruning.uniform import (
+    UniformWidths,
+    keep_uniform,
+    least_loss,
+    uniform_choices,
+    uniform_widths,
+)
 from camera.runtime.errors import CameraError
 from tests.helpers.models import FAMILIES
 
@@ -159,21 +165,37 @@ def test_the_kinds_keep_the_widths_that_lose_the_least(scale, multiple):
     assert scale != 0.01 or found.shared <= 12
 
 
-def test_a_shared_expert_that_matters_more_stays_wider_in_the_checkpoint(
+@pytest.mark.parametrize("dear", [False, True])
+def test_a_multiple_that_kernels_like_is_taken_where_it_costs_little(dear):
+    """`dear`: the shared expert would have to give what is worth a hundred times as much."""
+    budget = pools_of(layers=1, experts=4, width=64, shared=128)
+    score_N, pools = torch.ones(384), list(budget.layers.values())
+    if dear:
+        score_N[:128] = 100.0
+    found = least_loss(uniform_choices(budget, 0.375, "moe", 1, 0), [score_N], pools)
+    assert found == (UniformWidths(28, 128) if dear else UniformWidths(32, 112))
+
+
+def test_both_kinds_lose_the_share_in_the_best_multiple_that_comes_near_it():
+    budget = pools_of(layers=1, experts=8, width=1408, shared=2816)
+    asked = (budget, 0.4, "moe")
+    assert uniform_widths(*asked, 1, 0) == UniformWidths(832, 1664)  # of 64: 40.9 %
+    with pytest.raises(CameraError, match="width_multiple=256"):
+        uniform_widths(*asked, 256, 0)
+
+
+def test_a_shared_expert_that_every_token_needs_keeps_more_of_its_width(
     checkpoints, data_folder, calibration, tmp_path
 ):
-    found = {}
-    for scope in ("layer", "global"):
-        result = pruned(
-            checkpoints, data_folder, calibration, tmp_path / scope, "qwen2_moe",
-            method="camera_plus", normalize="all", rank_scope=scope,
-        )  # fmt: skip
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / scope)
-        assert abs(result.sparsity["moe"] - 0.5) <= 0.01
-        found[scope] = model.config.shared_expert_intermediate_size
-        layer = model.model.layers[0].mlp
-        assert layer.shared_expert.up_proj.out_features == found[scope]
-    assert found["global"] > found["layer"]
+    result = pruned(
+        checkpoints, data_folder, calibration, tmp_path / "out", "qwen2_moe",
+        method="heapr", normalize="all", rank_scope="global",
+    )  # fmt: skip
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    whole = json.loads((checkpoints("qwen2_moe") / "config.json").read_text())
+    keys = ("shared_expert_intermediate_size", "moe_intermediate_size")
+    shared, routed = (getattr(config, key) / whole[key] for key in keys)
+    assert abs(result.sparsity["moe"] - 0.5) <= 0.01 and shared > 0.6 > routed
 
 
 @pytest.mark.parametrize(
