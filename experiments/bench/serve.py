@@ -20,6 +20,7 @@ from experiments.bench.support import llama
 from experiments.bench.support.synthetic import write_model
 from experiments.bench.support.timing import clock
 from experiments.config.location import EMBEDDED, EMBEDDED_MODEL
+from experiments.tables.names.methods import display_name
 from experiments.tiny_moe.layout import ensure_world
 
 TEXTS = ("wikitext2", "c4")
@@ -80,12 +81,14 @@ def run(args: argparse.Namespace) -> dict:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     tasks = any(row.get("average") is not None for row in rows)
-    head = ["Model", "Method", "Shape", "MoE", "Checkpoint MB", "Native MB", "GGUF MB"]
-    head += ["Packed MB", "Wiki2", "C4", *(["Avg"] if tasks else []), "transformers", "llama.cpp"]
+    head = ["Model", "Method", "Shape", "Routed", "Shared", "MoE", "Checkpoint MB", "Native MB"]
+    head += ["GGUF MB", "Packed MB", "Wiki2", "C4", *(["Avg"] if tasks else [])]
+    head += ["transformers", "llama.cpp"]
     lines = [head, ["---"] * 3 + ["---:"] * (len(head) - 3)]
     for row in rows:
         size, speed = row["megabytes"], row["decode"]
-        cells = [row["model"], row["method"], row["shape"]]
+        cells = [row["model"], display_name(row["method"]), row["shape"]]
+        cells += [_range((row["widths"] or {}).get(kind)) for kind in ("routed", "shared")]
         cells.append(f"{100 * row['sparsity']:.1f}%" if row["sparsity"] else "–")
         names = ("checkpoint", "native", "gguf", "compressed-tensors")
         cells += [_cell(size.get(name), ".1f") for name in names]
@@ -250,6 +253,10 @@ def _widths(report: dict[str, Any]) -> dict[str, list[int]]:
         both = [*found.get(kind, []), *widths]
         found[kind] = [min(both), max(both)]
     return found
+
+
+def _range(ends: list[int] | None) -> str:
+    return "–" if ends is None else "–".join(map(str, sorted(set(ends))))
 
 
 def _bytes(path: Path) -> int:

@@ -69,7 +69,7 @@ def test_what_is_served_is_weighed_and_decoded_beside_the_dense_model(checkpoint
     assert all(found["ratio"] > 0 for found in small["decode"].values())
     assert ran(serve, *words)["rows"] == [dense, small]  # kept, not measured again
     *_, last = (tmp_path / "table.md").read_text().splitlines()
-    assert last.startswith("| qwen3_moe") and "| magnitude | uniform | 50.0% |" in last
+    assert last.startswith("| qwen3_moe") and "| Magnitude | uniform | 12 | – | 50.0% |" in last
 
 
 def test_codes_of_a_batch_are_those_of_expert_by_expert():
