@@ -164,15 +164,7 @@ class MicroExpertPruning(Method):
     def native_config(self, config: Any, budget: Budget, plan: Plan) -> dict[str, Any]:
         from camera.pruning.uniform import UniformWidths
 
-        kept: Mapping[int, Any] = plan.layers
-        pairs = {
-            (routed, width)
-            for i, pool in budget.layers.items()
-            for routed, width in zip(pool.routed, kept[i].kept_widths, strict=True)
-        }
-        widths = dict(pairs)
-        kept = UniformWidths(widths.get(True, 0), widths.get(False, 0))
-        return kept.config(budget.model_type)
+        return UniformWidths.left(budget, plan.layers).config(budget.model_type)
 
     def passes(self, budget: Budget, propagate: Propagate) -> tuple[Pass, ...]:
         spec, refits = self.ranked_by().observer(), self.compensate != "none"

@@ -5,9 +5,9 @@ Shapes: N micro-experts of a layer's pool, W one more than the width of an exper
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from camera.moe.families import family_of
 from camera.runtime.errors import CameraError
@@ -15,8 +15,10 @@ from camera.runtime.errors import CameraError
 if TYPE_CHECKING:
     import torch
 
+    from camera.method import LayerPlan
     from camera.moe.budget import Budget, SparsityOf
     from camera.moe.pool import LayerPool
+    from camera.pruning.plan import KeptMicroExperts
 
 TOLERANCE = 0.01  # how far the sparsity of whole multiples may be from the one asked for
 MULTIPLES = (128, 64, 32, 16, 8)  # that kernels like, the best first; below 8 some refuse
@@ -29,6 +31,15 @@ class UniformWidths:
 
     routed: int
     shared: int
+
+    @classmethod
+    def left(cls, budget: Budget, layers: Mapping[int, LayerPlan]) -> UniformWidths:
+        """The widths that finished plans of all layers leave."""
+        found = {True: 0, False: 0}
+        for index, plan in layers.items():
+            kept = cast("KeptMicroExperts", plan).kept_widths
+            found |= dict(zip(budget.layers[index].routed, kept, strict=True))
+        return cls(found[True], found[False])
 
     @property
     def multiple(self) -> int:
