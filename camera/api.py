@@ -220,8 +220,11 @@ def _check_plan(plan: Plan | None, method: Method, model: Any) -> None:
 
 
 def describe(model: str | Path, trust_remote_code: bool = False) -> CompressionResult:
-    """The counts of the original model, as `compress` reports them with nothing removed."""
+    """The counts of a model, as `compress` reports them with nothing removed, and which engines
+    serve it, as it is or after which export."""
+    from camera.checkpoint.config import CameraConfig
     from camera.checkpoint.source import resolve_model, revision_of
+    from camera.engines.fit import engines
     from camera.pipeline.result import CompressionResult, versions
     from camera.streaming.skeleton import MetaModel
 
@@ -238,7 +241,8 @@ def describe(model: str | Path, trust_remote_code: bool = False) -> CompressionR
         seconds={"calibrate": 0.0, "compress": 0.0},
         versions=versions(),
         revision=revision_of(folder),
-        native=True,
+        native=not isinstance(meta.compressed, CameraConfig),
+        engines=engines(meta.config),
     )
 
 
