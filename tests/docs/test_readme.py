@@ -10,7 +10,7 @@ import pytest
 
 import camera
 from camera.__main__ import main as camera_main
-from experiments.command import SUBCOMMANDS
+from experiments.commands.subcommands import SUBCOMMANDS
 from experiments.config.location import CONF
 from tests.helpers.runs.composing import choices, command, config_of
 
