@@ -26,8 +26,9 @@ GB = 1e9
 
 def start_of(stored: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a tracker's `start`, from what settings.json holds."""
-    settings, method = stored["settings"], stored["method"]
-    ratio, preset = ratio_of(settings["method"]), stored.get("preset")
+    settings, origin = stored["settings"], stored.get("origin") or {}
+    method, preset = origin.get("method", stored["method"]), stored.get("preset")
+    ratio = ratio_of(settings["method"] | origin)
     return {
         "name": "-".join([method, *(part.removesuffix("%").replace(" ", "") for part in ratio)]),
         "group": group_of(stored.get("sweep"), preset),
