@@ -137,18 +137,17 @@ def test_a_narrow_terminal_cuts_no_cell(page, capsys, monkeypatch):
     print_page(page)
     printed = capsys.readouterr().out
     assert "…" not in printed
-    for text in ("Camera-P", "41.0 ± 1.4", "Minutes", "failed: 50% & more_of"):
+    for text in ("Camera-P", "41.0", "Minutes", "failed: 50% & more_of"):
         assert text in printed
 
 
 def test_a_screen_too_narrow_for_the_errors_shows_the_scores_without(page, capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
     page = replace(page, tables=page.tables[:1], notes=[])
     widths = {}
     for columns in (300, None):
         monkeypatch.setenv("COLUMNS", str(columns or widths[300] - 1))
         print_page(page)
-        printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        printed = capsys.readouterr().out
         widths[columns] = max(map(len, printed.splitlines()))
         assert ("± 1.4" in printed) == (columns == 300) and "(continued)" not in printed
     assert widths[None] < widths[300]
@@ -165,10 +164,9 @@ def test_a_table_wider_than_the_terminal_is_folded_and_loses_nothing(
             name = f"{method}{len(search)}"
             add(tmp_path, name, method, 0.4 * (number > 0) or None, tasks=tasks, search=search)
     page = paper_page(read_runs(OutputFolder(tmp_path).runs()), errors="se")
-    monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", str(columns))
     print_page(page)
-    printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= columns
     for number in range(9):
         assert f"{30 + number}.0 ± 4." in printed
