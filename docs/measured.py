@@ -2,9 +2,10 @@
 
     make run ARGS="experiment=all" && python docs/measured.py outputs README.md
 
-A table between <!-- measured: STUDY COLUMN ... --> and <!-- /measured --> is made anew in each page
-that is named, of the columns of `experiments.tables.rows.read_runs`; the figures in docs/figures
-are, as far as the folder has runs that they show.
+A table between <!-- measured: STUDY METHODS COLUMN ... --> and <!-- /measured --> is made anew in
+each page that is named: of these methods (`all`, or names between commas) with their usual
+settings, the columns of `experiments.tables.rows.read_runs`. So are the figures in docs/figures, as
+far as the folder has runs that they show.
 """
 
 import re
@@ -26,9 +27,7 @@ from experiments.tables.pages import Page, Row, Table
 from experiments.tables.rows import less_is_better, runs_below, score_columns
 
 FIGURES = Path(__file__).parent / "figures"
-BLOCK = re.compile(
-    r"(<!-- measured: (\S+) (.+?) -->\n).*?(<!-- /measured -->)", re.DOTALL | re.MULTILINE
-)
+BLOCK = re.compile(r"(<!-- measured: (\S+) (\S+) (.+?) -->\n).*?(<!-- /measured -->)", re.DOTALL)
 OVER_RUNS = {  # the name of a figure on the pages: the study and the name that it is drawn under
     "c4-sparsity": "main-c4-sparsity",
     "average-sparsity": "main-average-sparsity",
@@ -42,11 +41,18 @@ OF_A_RUN = ("energies", "energy_shares", "expert_energies", "widths")  # of Came
 
 def filled(page: str, runs: pd.DataFrame) -> str:
     """The page with its tables of these runs; SystemExit where a study isn't among them."""
-    return BLOCK.sub(lambda found: found[1] + table(runs, found[2], found[3]) + found[4], page)
+
+    def made(block: re.Match) -> str:
+        head, study, methods, columns, end = block.groups()
+        return head + table(runs, study, methods, columns) + end
+
+    return BLOCK.sub(made, page)
 
 
-def table(runs: pd.DataFrame, study: str, columns: str) -> str:
+def table(runs: pd.DataFrame, study: str, methods: str, columns: str) -> str:
     """A study's rows in Markdown, and what an average's standard error is."""
+    shown = runs["method"].isin(methods.split(",")) & (runs["settings"] == "")
+    runs = runs if methods == "all" else runs[shown]
     blocks = comparable_runs(over_seeds(runs[runs["status"] == "done"]))
     block = next((block for block in blocks if block.study == study), None)
     if block is None:

@@ -30,7 +30,7 @@ from camera.moe.families import FAMILIES, family_of
 from camera.runtime.errors import CameraError
 from camera.runtime.files import content_key
 
-# Programs that don't know the format say this name and no more: it is that of the package to install.
+# Programs that don't know the format print this name: that of the package to install.
 NAME = "camera-moe"
 NAMES = (NAME, "camera")  # the second in checkpoints of before
 FORMAT = 2

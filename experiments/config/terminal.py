@@ -19,14 +19,18 @@ def width() -> int | None:
 
 
 class FoldedFormatter(logging.Formatter):
-    """Messages in lines as wide as the terminal, broken between words; whole in a file."""
+    """Messages as `folded` has them."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text, columns = super().format(record), width()
-        if columns is None:
-            return text
-        lines = (line.expandtabs(2) for line in text.split("\n"))
-        return "\n".join(_folded(line, columns) for line in lines)
+        return folded(super().format(record))
+
+
+def folded(text: str) -> str:
+    """The text in lines as wide as the terminal, broken between words; as it is in a file."""
+    columns = width()
+    if columns is None:
+        return text
+    return "\n".join(_folded(line.expandtabs(2), columns) for line in text.split("\n"))
 
 
 def _folded(line: str, columns: int) -> str:

@@ -165,7 +165,12 @@ def score_tables(metrics: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     )
     tasks = pd.DataFrame(_task_row(named(task), found) for task, found in metrics["tasks"].items())
     written = pd.DataFrame(
-        {"task": named(f"{WRITTEN}{task}"), "metric": name, "score": 100 * found["value"], "standard error": error}
+        {
+            "task": named(f"{WRITTEN}{task}"),
+            "metric": name,
+            "score": 100 * found["value"],
+            "standard error": error,
+        }
         for task, part in (metrics.get("generative") or {}).items()
         for name, found in part["metrics"].items()
         for error in [None if found["stderr"] is None else 100 * found["stderr"]]

@@ -78,9 +78,10 @@ def test_what_a_command_prints_is_put_below_it():
 def test_a_table_of_a_page_is_made_of_the_runs_of_a_folder(tmp_path):
     add(tmp_path, "dense", "dense")
     add(tmp_path, "p", "camera_p", 0.4, tasks={"boolq": 40.0, "arc_easy": 50.0})
+    add(tmp_path, "n", "naee", 0.4)
     runs = read_runs(OutputFolder(tmp_path).runs())
     filled = runpy.run_path(str(DOCS / "measured.py"))["filled"]
-    page = "<!-- measured: STUDY ratio method average size_mb -->\nold\n<!-- /measured -->\nrest\n"
+    page = "<!-- measured: STUDY dense,camera_p ratio method average size_mb -->\nold\n<!-- /measured -->\nrest\n"
     lines = filled(page.replace("STUDY", "main"), runs).splitlines()
     assert lines[1:3] == ["| Ratio | Method | Avg↑ | MB |", "| --- | --- | ---: | ---: |"]
     assert lines[3:5] == ["| – | Dense | 37.5 | 1.5 |", "| 40% | Camera-P | 45.0 | 1.5 |"]

@@ -152,9 +152,7 @@ def test_absences_are_named(tmp_path):
         check_corpus(tmp_path, "pile", "train")
     with pytest.raises(CameraError, match=r"calibration.source=c4: no split 'test'"):
         check_corpus(tmp_path, "c4", "test", key="calibration.source")
-    with pytest.raises(
-        CameraError, match=r"data=.*c4/train.jsonl.gz is missing.*camera mirror"
-    ):
+    with pytest.raises(CameraError, match=r"data=.*c4/train.jsonl.gz is missing.*camera mirror"):
         check_corpus(tmp_path, "c4", "train")
     with pytest.raises(CameraError, match=r"no such folder.*data=hub"):
         data_folder(tmp_path / "nowhere")

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from experiments.records.files import lock_of
 from experiments.commands.status import main, state, sweeps_of
+from experiments.records.files import lock_of
 from experiments.sweeps.durations import Durations, format_duration
 from experiments.sweeps.jobs import SweepJob, write_plan
 

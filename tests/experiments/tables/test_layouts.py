@@ -1,6 +1,5 @@
 """A page on the terminal, in Markdown, in LaTeX and in HTML."""
 
-import re
 import shutil
 import subprocess
 from dataclasses import replace
