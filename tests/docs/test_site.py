@@ -81,7 +81,8 @@ def test_a_table_of_a_page_is_made_of_the_runs_of_a_folder(tmp_path):
     add(tmp_path, "n", "naee", 0.4)
     runs = read_runs(OutputFolder(tmp_path).runs())
     filled = runpy.run_path(str(DOCS / "measured.py"))["filled"]
-    page = "<!-- measured: STUDY dense,camera_p ratio method average size_mb -->\nold\n<!-- /measured -->\nrest\n"
+    block = "<!-- measured: STUDY dense,camera_p ratio method average size_mb -->"
+    page = f"{block}\nold\n<!-- /measured -->\nrest\n"
     lines = filled(page.replace("STUDY", "main"), runs).splitlines()
     assert lines[1:3] == ["| Ratio | Method | Avg↑ | MB |", "| --- | --- | ---: | ---: |"]
     assert lines[3:5] == ["| – | Dense | 37.5 | 1.5 |", "| 40% | Camera-P | 45.0 | 1.5 |"]

@@ -18,7 +18,7 @@ from tests.helpers.runs.composing import choices, command
         ("calibration=c4,wikitxt2", "calibration=wikitxt2 is no choice; did you mean wikitext2"),
         (
             "method=dense method.alpha=0.3",
-            "method=dense has no settings of its own: leave method.a",
+            "method=dense has no settings of its own",
         ),
         ("method=camera_p,heapr method.alhpa=0", "did you mean method.alpha"),
         ("method=camera_p method.search=auto", "method.search is no setting; "),
