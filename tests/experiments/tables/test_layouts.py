@@ -1,22 +1,27 @@
 """A page on the terminal, in Markdown, in LaTeX and in HTML."""
 
+import ast
 import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from camera.evaluation.tasks.names import NINE_TASKS
 from experiments.records.files import OutputFolder
+from experiments.tables import layouts
+from experiments.tables.layouts.cells import Cell, Column
 from experiments.tables.layouts.html import to_html
 from experiments.tables.layouts.latex import to_latex
 from experiments.tables.layouts.markdown import to_markdown
 from experiments.tables.layouts.terminal import print_page
-from experiments.tables.pages import paper_page
+from experiments.tables.pages import Page, Row, Table, paper_page
 from experiments.tables.rows import read_runs
 from tests.helpers.runs.run_folders import add
 
+TABLES = Path(layouts.__file__).parents[1]
 ODD = r"50% & more_of {this} $\x$ #1 ~ ^ <b> | α ≠ é 語"
 
 
@@ -70,6 +75,17 @@ def test_latex_is_escaped_and_has_rules(page):
     assert text.count(r"\caption{") == len(page.tables)
     assert r"Wiki2$\downarrow$" in text and r"BoolQ$\uparrow$" in text
     assert tables == text.count(r"\end{tabular}") == len(page.tables)
+
+
+def test_latex_has_every_letter_that_tables_are_made_of():
+    shown = [*TABLES.glob("names/*.py"), *TABLES.glob("layouts/c*.py")]
+    assert len(shown) > 5
+    for file in shown:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+        words = " ".join(text for text in texts if isinstance(text, str)).replace("?", "")
+        table = Table(words, [Column("method")], [[Row([Cell("x")])]])
+        assert "?" not in to_latex(Page([table], [])), file
 
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs pdflatex")
