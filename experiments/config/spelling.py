@@ -18,6 +18,7 @@ SIMPLE = re.compile(r"[\w.-]+(,[\w.-]+)*")
 HYDRA = ("hydra.", "hydra/", "+", "~", "-")  # its own, and what it is asked to add or delete
 ELSEWHERE = ("hydra.searchpath", "--config-dir", "-cd", "--config-path", "-cp")
 ABSENT = ("null", "none", "")
+TARGET = "_target_"  # Hydra's: a class of one's own in place of the one of the YAML
 
 
 def check_spelling(arguments: Sequence[str]) -> None:
@@ -55,7 +56,7 @@ def _of_chosen(group: str, arguments: Sequence[str]) -> set[str] | None:
     names = chosen[-1].split(",") if chosen else []
     if not names or not {*names} <= {*known}:
         return None
-    return set.union(*(_names(known[name]) for name in names)) - {"_target_"}
+    return set.union(*(_names(known[name]) for name in names)) - {TARGET}
 
 
 def _check_choices(group: str, value: str) -> None:
@@ -80,7 +81,7 @@ def _keys() -> dict[str, set[str]]:
     found = {"": {"experiment", *hints}}
     found |= {name: _names(hint) for name, hint in hints.items() if is_dataclass(hint)}
     for group, classes in group_types().items():
-        found[group] = set.union(*map(_names, classes.values())) - {"_target_"}
+        found[group] = set.union(*map(_names, classes.values())) - {TARGET}
     return found
 
 
