@@ -42,6 +42,8 @@ def check_spelling(arguments: Sequence[str]) -> None:
             raise CameraError(_unknown(f"{key} is no setting", key, _keys()[""]))
         if known is None or name in known or renaming(group, name):
             continue
+        if name == TARGET and group in group_types():
+            continue
         if not known:
             chosen = next(a for a in arguments if a.startswith(f"{group}="))
             raise CameraError(f"{chosen} has no settings of its own: leave {key} out.")
