@@ -1,4 +1,7 @@
-"""D2-MoE: a layer's routed experts as one merged base and low-rank deltas."""
+"""D2-MoE: a layer's routed experts as one merged base and low-rank deltas.
+
+https://arxiv.org/abs/2502.17298
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checkpoint format: a quantization_config with quant_method `camera`, registered on import.
+"""The checkpoint format: a quantization_config with quant_method NAME, registered on import.
 
 A compressed checkpoint is a transformers folder whose config.json maps module paths to specs of
 module formats. `from_pretrained` builds these modules on meta and loads their tensors.
@@ -32,6 +32,9 @@ from camera.moe.families.family import Family
 from camera.runtime.errors import CameraError
 from camera.runtime.files import content_key
 
+# Programs that don't know the format print this name: that of the package to install.
+NAME = "camera-moe"
+NAMES = (NAME, "camera")  # the second in checkpoints of before
 FORMAT = 2
 GENERATION = "generation_config.json"
 MODULES = "camera_modules"  # key of the index's metadata: which specs the weights were written by
@@ -40,7 +43,8 @@ COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads
 COUNTS += ("num_key_value_heads",)
 
 
-@register_quantization_config("camera")
+@register_quantization_config(NAMES[1])
+@register_quantization_config(NAME)
 class CameraConfig(QuantizationConfigMixin):
     """The modules of a compressed checkpoint, and the method that made it.
 
@@ -55,7 +59,7 @@ class CameraConfig(QuantizationConfigMixin):
         format: int = FORMAT,
         **_: Any,
     ):
-        self.quant_method = "camera"
+        self.quant_method = NAME
         self.format = format
         self.modules = {} if modules is None else modules
         self.made_by = {} if made_by is None else made_by
@@ -133,7 +137,8 @@ def build_forms(model: nn.Module, config: CameraConfig) -> None:
         model.set_submodule(path, module)
 
 
-@register_quantizer("camera")
+@register_quantizer(NAMES[1])
+@register_quantizer(NAME)
 class CameraQuantizer(HfQuantizer):
     """Loads and saves compressed checkpoints in transformers."""
 
@@ -196,7 +201,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
             )
     _refuse_values(config, path)
     stored = getattr(config, "quantization_config", None)
-    if isinstance(stored, dict) and stored.get("quant_method") == "camera":
+    if isinstance(stored, dict) and stored.get("quant_method") in NAMES:
         config.quantization_config = compressed = CameraConfig.from_dict(stored)
         _require_own(compressed, folder)
     return config
