@@ -12,8 +12,11 @@ from transformers import AutoConfig
 import camera
 from camera.calibration.statistics import Statistics
 from camera.checkpoint.formats import ragged
-from camera.compensation.least_squares import ExpertRegression, coordinate_descent
+from camera.compensation import least_squares
+from camera.compensation.expert_regression import ExpertRegression
+from camera.compensation.least_squares import refit
 from camera.compensation.settings import CompensationSettings
+from camera.pipeline.memory.config_model import ConfigModel
 from camera.runtime.errors import CameraError
 from camera.runtime.files import CheckpointFiles
 from camera.streaming.settings import MemoryChoices
@@ -21,7 +24,6 @@ from experiments.bench import roofline
 from experiments.bench.support.architectures import ARCHITECTURES
 from experiments.bench.support.cards import BANDWIDTH_SHARE, LAUNCH_SECONDS, WAIT_SECONDS, Card
 from experiments.bench.support.costs import LayerCost, RunCost, fit_flops, run_cost
-from experiments.bench.support.paper import estimate
 from experiments.bench.support.traffic import LayerTraffic
 
 SAMPLES, LENGTH, SPARSITY = 8, 64, 0.4
@@ -105,7 +107,8 @@ def test_published_models_have_the_parameters_they_are_named_after(name, billion
 def test_the_largest_model_fits_a_card_of_80_gb_with_its_experts_on_disk():
     """DeepSeek-V3 of 671 billion parameters: latent attention by hand, and the memory's parts."""
     config, tokens, length = roofline.config_of("deepseek_v3"), 4096, 2048
-    said = estimate(config, tokens, length, 0.2, torch.bfloat16, 80 * 10**9)
+    model = ConfigModel(config, torch.bfloat16)
+    said = model.memory(tokens, length, 0.2, 80 * 10**9, 256 * 10**9)
     assert said.experts_on_disk and said.peak < 72e9
     kept = 0.8 * 256 * 3 * 7168 * 2048 * 2
     assert kept < said.device.layers < kept + 3e9
@@ -172,7 +175,9 @@ def test_a_card_decides_what_is_kept_on_it(card, phi, hidden):
     assert spent["gigabytes"]["to_device"] == pytest.approx(crossed, abs=0.1)
 
 
-def test_flops_of_a_refit_are_those_counted(checkpoints):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_flops_of_a_refit_are_those_counted(at_once, checkpoints, monkeypatch):
+    monkeypatch.setattr(least_squares, "AT_ONCE", 4096 if at_once else 0)
     config = AutoConfig.from_pretrained(checkpoints("qwen3_moe"))
     layers, experts, top_k = (
         config.num_hidden_layers,
@@ -196,10 +201,11 @@ def test_flops_of_a_refit_are_those_counted(checkpoints):
         residual_TH[block.tokens_N] += block.phi_NW @ block.old_WH
     how = CompensationSettings(ridges=(100.0,), sweeps=sweeps, held_out=held_out)
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
-        found = coordinate_descent(blocks, residual_TH, round(tokens * (1 - held_out)), how)
+        found = refit(blocks, residual_TH, round(tokens * (1 - held_out)), how)
     assert (found.ridge, found.sweeps) == (100.0, sweeps)
     # the counter sees no solving, nor what was before the fit
-    solving = experts * (2 * kept**3 / 3 + 2 * sweeps * 2 * kept**2 * hidden)
+    blocks, size = (1, experts * kept) if at_once else (experts, kept)
+    solving = blocks * (2 * size**3 / 3 + 2 * sweeps * 2 * size**2 * hidden)
     lost = 2 * tokens * top_k * (width - kept) * hidden
     unseen = solving + lost
     options = {"ridges": 1, "sweeps": sweeps, "held_out": held_out}
@@ -216,7 +222,7 @@ def test_refitting_attention_is_one_fit_of_all_its_heads(checkpoints):
     block = ExpertRegression(None, torch.randn(tokens, heads), torch.randn(heads, hidden))
     residual_TH = block.phi_NW @ block.old_WH
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
-        found = coordinate_descent(
+        found = refit(
             [block], residual_TH, fitted, CompensationSettings(ridges=[100.0], held_out=0.25)
         )
     assert found.ridge == 100.0
