@@ -274,3 +274,35 @@ def test_it_is_told_what_a_source_is_stored_as(pair, caplog):
     with caplog.at_level(logging.INFO, "camera"):
         MetaModel(pair("fp8")[0], "cpu")
     assert "is stored as fp8" in caplog.text and "unpacked to bfloat16" in caplog.text
+
+
+def test_gpt_oss_is_compressed_from_its_mxfp4_experts(checkpoints, data_folder, tmp_path):
+    """From one expert at a time, and from what `mxfp4.dequantized` makes of all of them."""
+    sizes = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=32)
+    source, draw = checkpoints("gpt_oss", **sizes), torch.Generator().manual_seed(0)
+    stored, plain = {}, {}
+    for key, tensor in tensors_of(source).items():
+        if not key.endswith(("gate_up_proj", "down_proj")):
+            stored[key] = plain[key] = tensor.bfloat16()
+            continue
+        experts, columns, rows = tensor.shape
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=draw)
+        scales = torch.randint(121, 125, (experts, rows, columns // 32), generator=draw)
+        parts = {f"{key}_blocks": blocks.to(torch.uint8), f"{key}_scales": scales.to(torch.uint8)}
+        plain[key] = mxfp4.dequantized(*parts.values(), torch.bfloat16)
+        stored |= parts
+    outs = []
+    for name, tensors, told in (
+        ("mxfp4", stored, {"quant_method": "mxfp4"}),
+        ("bf16", plain, None),
+    ):
+        keys = {"dtype": "bfloat16", "quantization_config": told}
+        folder = changed(source, tmp_path / name, lambda _, found=tensors: found, **keys)
+        outs.append(tmp_path / f"{name}-out")
+        camera.compress(
+            folder, "camera_p", outs[-1], sparsity=0.25, data=str(data_folder), device="cpu",
+            calibration=Calibration("wikitext2", 2, 32), progress=False,
+            memory=MemoryChoices(experts="disk"),
+        )  # fmt: skip
+    assert config_of(outs[0]) == config_of(outs[1])
+    assert shards_of(outs[0]) == shards_of(outs[1])
