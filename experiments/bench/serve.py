@@ -25,12 +25,11 @@ from experiments.tiny_moe.layout import ensure_world
 
 TEXTS = ("wikitext2", "c4")
 UNIFORM = {"expert_widths": "uniform"}
-PLUS = {"rank_scope": "global", "normalize": "all", "target": "layer"}
 ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dense": ("dense", "as it is", {}),
     "ragged": ("camera_p", "ragged", {}),
     "uniform": ("camera_p", "uniform", UNIFORM),
-    "plus": ("camera_plus", "uniform", UNIFORM | PLUS),
+    "plus": ("camera_plus", "uniform", UNIFORM),
     "magnitude": ("magnitude", "uniform", UNIFORM),
     "packed": ("layerwise_bits", "packed", {"sym": True}),
 }
