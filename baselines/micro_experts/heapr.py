@@ -1,4 +1,7 @@
-"""HEAPr: pruning by a second-order estimate of the loss increase, ranked over all layers."""
+"""HEAPr: pruning by a second-order estimate of the loss increase, ranked over all layers.
+
+https://arxiv.org/abs/2509.22299
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ Shapes: T calibration tokens, H hidden, N tokens of one expert, W its kept width
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from camera.compensation.expert_regression import PIECE, ExpertRegression
 from camera.compensation.least_squares import AT_ONCE, FitReport, fit_report, refit, refit_alone
@@ -68,15 +69,20 @@ def compensate(
     the sum. Both, fp32, are used up.
     """
     tokens = sum(count for count, _ in phi)
+    first = next(iter(before.values()))
+    biases_TH = _of_biases(ffn, phi, tokens)
     seen = _by_expert(phi)
     trim_heap()  # the batches' pieces
-    first = next(iter(before.values()))
     scale_T1 = None
     if stream_TH is not None:
+        if biases_TH is not None:
+            stream_TH.add_(biases_TH, alpha=ffn.residual_scale)
         scale_T1 = inverse_norms(_after(stream_TH, seen, before, ffn.residual_scale))
     if target_TH is None:
         residual_TH = torch.zeros(tokens, len(first), device=first.device)
     else:
+        if biases_TH is not None:
+            target_TH -= biases_TH
         residual_TH = target_TH if scale_T1 is None else target_TH.mul_(scale_T1)
     blocks: dict[tuple[str, int], ExpertRegression] = {}
     fits: list[FitReport] = []
@@ -112,8 +118,33 @@ def compensate(
             block = blocks[group.path, expert]
             group.down(expert).copy_(block.weight_WH.T)
             if len(block.phi_NW):
-                output(group, expert, block.tokens_N, block.phi_NW)
+                output.add(block.tokens_N, F.linear(block.phi_NW, group.down(expert)))
+    if biases_TH is not None:
+        output.y_TH += biases_TH
     return output.y_TH, fit_report(fits)
+
+
+def _of_biases(
+    ffn: FeedForward, phi: list[tuple[int, list[ExpertPhi]]], tokens: int
+) -> torch.Tensor | None:
+    """What the experts' biases add to the layer's output, [T, H]; None where none has one."""
+    groups = {group.path: group for group in ffn.groups}
+    biases = [group.down_bias(0) for group in ffn.groups]
+    if all(bias_H is None for bias_H in biases):
+        return None
+    hidden, device = len(ffn.groups[0].down(0)), ffn.groups[0].down(0).device
+    found_TH = torch.zeros(tokens, hidden, device=device)
+    start = 0
+    for count, calls in phi:
+        for call in calls:
+            bias_H = groups[call.path].down_bias(call.expert)
+            if bias_H is None:
+                continue
+            rows = slice(None) if call.tokens_N is None else call.tokens_N
+            weight = 1.0 if call.a_N is None else call.a_N[:, None]
+            found_TH[start : start + count][rows] += weight * bias_H
+        start += count
+    return found_TH
 
 
 def inverse_norms(h_TH: torch.Tensor) -> torch.Tensor:

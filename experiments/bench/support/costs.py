@@ -11,9 +11,9 @@ import torch
 from camera.compensation.least_squares import at_once
 from camera.moe.families import family_of
 from camera.moe.feed_forward import MlpExpert
+from camera.pipeline.memory.config_model import ConfigModel
 from camera.streaming.memory import BATCH_TOKENS
 from experiments.bench.support.cards import BANDWIDTH_SHARE, LAUNCH_SECONDS, WAIT_SECONDS, Card
-from experiments.bench.support.paper import PaperModel
 from experiments.bench.support.traffic import LayerTraffic, layer_traffic
 
 
@@ -124,7 +124,7 @@ def run_cost(
 
     `batch` tokens run at once; hidden states stay `on_device`, or cross to the host and back.
     """
-    paper = PaperModel(config, dtype)
+    paper = ConfigModel(config, dtype)
     used = 1 - sparsity if still_used is None else still_used
     costs = [
         _layer(
@@ -160,7 +160,7 @@ def fit_flops(
     Either way 2 N (W - w) H for the output that was removed.
     Source: the counts of the operations in camera/compensation.
     """
-    paper = PaperModel(config, torch.float32)
+    paper = ConfigModel(config, torch.float32)
     hidden, seen, total = config.hidden_size, 1 - held_out, 0.0
 
     def solved(used: int, kept: int) -> float:
@@ -195,7 +195,7 @@ def fit_flops(
 
 
 def _layer(
-    paper: PaperModel,
+    paper: ConfigModel,
     index: int,
     tokens: int,
     length: int,
