@@ -132,7 +132,7 @@ class ExpertPruning(Method):
         remove_experts(ffn, plan.keep_E.nonzero().flatten().tolist())
         return Applied(report={"dropped": plan.removed, **plan.report})
 
-    def native_config(self, config: Any, budget: Budget) -> dict[str, Any]:
+    def native_config(self, config: Any, budget: Budget, plan: Plan) -> dict[str, Any]:
         from camera.pruning.whole_experts import smaller_config
 
         experts = self.routing(budget).experts

@@ -6,6 +6,7 @@ module formats. `from_pretrained` builds these modules on meta and loads their t
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from camera.checkpoint.formats.format import FORMATS
 from camera.checkpoint.source import INDEX
-from camera.moe.families import FAMILIES, family_of
+from camera.moe.families import FAMILIES, family_of, known_family
+from camera.moe.families.family import Family
 from camera.runtime.errors import CameraError
 from camera.runtime.files import content_key
 
@@ -86,11 +88,28 @@ class CameraConfig(QuantizationConfigMixin):
         }
 
 
+def build_native(config: Any, **options: Any) -> nn.Module:
+    """The model of a config on meta, its blocks as this package calls them."""
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, **options)
+    _adapt(model)
+    return model
+
+
+def _adapt(model: nn.Module) -> None:
+    family = known_family(model.config.model_type)
+    if family is not None and family.adapt is not None:
+        import_module(family.adapt).adapt(model)
+
+
 def build_forms(model: nn.Module, config: CameraConfig) -> None:
     """Replace modules of a freshly built model (on meta) by those of a compressed checkpoint.
 
     CameraError, with the module's path, for a spec that doesn't fit the model.
     """
+    _adapt(model)
+    # what was compressed loads without the package that declared its family
+    family = known_family(model.config.model_type) or Family()
     for path, spec in config.modules.items():
         form = spec.get("form") if isinstance(spec, dict) else None
         if not isinstance(form, str) or form not in FORMATS:
@@ -106,6 +125,8 @@ def build_forms(model: nn.Module, config: CameraConfig) -> None:
                 "have: take the config.json that was written with these weights."
             ) from error
         try:
+            if family.is_ffn(path) and not hasattr(native, "act_fn"):
+                native.act_fn = family.activation(native)
             module = FORMATS[form].from_spec(native, spec)
         except Exception as error:  # a spec is data: what it leads to depends on what is wrong
             raise CameraError(

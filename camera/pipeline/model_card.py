@@ -42,6 +42,10 @@ tags:
 | made by | {made_by} |
 
 {loading}
+| engine | serves this checkpoint |
+|---|---|
+{engines}
+
 `camera.json` holds every number of the run that made this model.
 """
 
@@ -64,7 +68,6 @@ from transformers import {loader}
 model = {loader}.from_pretrained("path/to/this/folder")
 ```
 
-`python -m camera export FROM TO` writes a native checkpoint, for programs that know only these.
 """
 
 
@@ -105,6 +108,7 @@ def model_card(result: CompressionResult, loader: str = "AutoModelForCausalLM") 
         before=result.bytes["dense"] / 1e6,
         after=result.bytes["compressed"] / 1e6,
         calibration=_cell(calibration),
+        engines="\n".join(f"| {name} | {_cell(how)} |" for name, how in result.engines.items()),
         loading=(NATIVE if result.native else OWN_FORMAT).format(loader=loader),
         made_by=", ".join(f"{name} {number}" for name, number in result.versions.items()),
         **{key: _percent(sparsity[key]) for key in ("moe", "model", "routed")},

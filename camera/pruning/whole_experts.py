@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from camera.moe.expert_module import ExpertModule
+from camera.moe.experts.module import ExpertModule
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.moe.routing import (

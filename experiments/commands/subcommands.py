@@ -137,7 +137,7 @@ SUBCOMMANDS = {
     "tables": Subcommand("tables of an output folder", _module("experiments.tables.writing")),
     "figures": Subcommand("its figures", _module("experiments.figures.__main__")),
     "report": Subcommand("all of it on one HTML page", _module("experiments.report.__main__")),
-    "describe": Subcommand("parameters and bytes of a model, as JSON", _library("describe")),
+    "describe": Subcommand("parts of a model, and what methods leave", _library("describe")),
     "export": Subcommand(
         "what other programs read: native, GGUF, compressed-tensors", _library("export")
     ),

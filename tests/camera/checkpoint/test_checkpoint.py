@@ -240,9 +240,9 @@ def test_export_from_the_command_line(compressed, tmp_path, capsys, caplog):
 def test_a_model_is_described_from_the_command_line(checkpoints, capsys):
     from camera.__main__ import main
 
-    assert main(["describe", str(checkpoints("mixtral"))]) == 0
+    assert main(["describe", str(checkpoints("mixtral")), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["method"] == "dense" and said["bytes"]["dense"] == said["bytes"]["compressed"] > 0
+    assert said["model_type"] == "mixtral" and sum(said["parts"].values()) == said["parameters"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
