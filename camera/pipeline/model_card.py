@@ -63,6 +63,19 @@ model = {loader}.from_pretrained("path/to/this/folder")
 `python -m camera export FROM TO` writes a native checkpoint, for programs that know only these.
 """
 
+CONSTANTS = """Constants stand in the place of some experts, and only `camera-moe` loads it:
+
+```python
+import camera  # registers the formats
+from transformers import {loader}
+
+model = {loader}.from_pretrained("path/to/this/folder")
+```
+
+`python -m camera export FROM TO --format approximate-experts` writes it for vLLM (0.33 or later).
+No native checkpoint can hold it.
+"""
+
 
 def base_name(model: str | Path) -> str:
     """What a card calls the model it was made from: its hub id, or its folder's name.
@@ -100,10 +113,16 @@ def model_card(result: CompressionResult, loader: str = "AutoModelForCausalLM") 
         before=result.bytes["dense"] / 1e6,
         after=result.bytes["compressed"] / 1e6,
         calibration=_cell(calibration),
-        loading=(NATIVE if result.native else OWN_FORMAT).format(loader=loader),
+        loading=_loading(result).format(loader=loader),
         made_by=", ".join(f"{name} {number}" for name, number in result.versions.items()),
         **{key: _percent(sparsity[key]) for key in ("moe", "model", "routed")},
     )
+
+
+def _loading(result: CompressionResult) -> str:
+    if result.native:
+        return NATIVE
+    return CONSTANTS if "replaced_by" in result.settings else OWN_FORMAT
 
 
 def _used(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:

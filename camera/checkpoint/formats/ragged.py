@@ -267,10 +267,22 @@ def ragged_of(
     like = experts.down(0)
     widths = experts.widths if rows is None else [len(kept) for kept in rows]
     plain = RaggedExperts(like.shape[0], widths, experts.act_fn, like.device, like.dtype)
+    fill(plain, experts, rows)
+    return plain
+
+
+def fill(
+    plain: RaggedExperts,
+    experts: ExpertModule | RoutedExperts,
+    rows: Sequence[torch.Tensor] | None = None,
+) -> None:
+    """Copy the weights of other experts into tables of their widths; `rows`: of these alone."""
     plain.requires_grad_(False)
     if rows is not None:
-        (rows,) = rows_on({"": list(rows)}, like.device).values()
-    for e in range(len(widths)):
+        (rows,) = rows_on({"": list(rows)}, plain.down_proj.device).values()
+    for e, width in enumerate(plain.widths):
+        if not width:
+            continue
         whole = experts.gate_up(e)
         if rows is None:
             plain.gate_up(e).copy_(whole)
@@ -281,7 +293,6 @@ def ragged_of(
             torch.index_select(half, 0, rows[e], out=part)
         # written row by row: a copy into the transposed view would take several times as long
         plain.down(e).t().copy_(experts.down(e).index_select(1, rows[e]).t())
-    return plain
 
 
 def _wide(x_TH: torch.Tensor) -> torch.Tensor:
