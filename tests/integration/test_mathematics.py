@@ -40,7 +40,7 @@ COSTS = {
     "heapr": 0.1046,
     "magnitude": 0.1922,
     "mc": 0.1453,
-    "mone": 0.0,
+    "mone": 0.1386,
     "naee": 0.2412,
     "random": 0.2656,
     "reap": 0.2568,

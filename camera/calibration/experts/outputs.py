@@ -101,8 +101,9 @@ class OutputSumsObserver(LayerObserver):
         f_NH = group.project(expert, call.h_NW.to(x_NH.dtype)).float()
         exact = self._output_EH.dtype
         self._gate_E[expert] += a_N.sum(dtype=exact)
-        self._output_EH[expert] += f_NH.sum(0, dtype=exact)
-        self._square_EH[expert] += f_NH.square().sum(0, dtype=exact)
+        exact_NH = f_NH.to(exact)  # squares of means are taken from those of outputs
+        self._output_EH[expert] += exact_NH.sum(0)
+        self._square_EH[expert] += exact_NH.square_().sum(0)
         if self._joint:
             _, weight_NK, index_NK = routed(self._ffn, x_NH)
             a_NE = gates(weight_NK, index_NK, len(group.widths))

@@ -55,46 +55,48 @@ def test_sums_over_pairs_use_the_weights_that_the_model_applies(family):
         torch.testing.assert_close(found.joint_EEH, joint_EEH, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{}, dict(rank_scope="global"), dict(replaced_by="fitted")])
+@pytest.fixture
+def compressed(checkpoints, data_folder, tmp_path):
+    """compressed(method, settings): a model of two layers, what was done to it, and where."""
+
+    def go(method, settings, source=None, out="out"):
+        source = source or checkpoints("qwen2_moe", num_hidden_layers=2)
+        text = camera.Calibration(source="wikitext2", samples=4, length=32)
+        options = dict(calibration=text, data=str(data_folder), device="cpu", progress=False)
+        return source, camera.compress(source, method, tmp_path / out, **settings, **options)
+
+    return go
+
+
+@pytest.mark.parametrize("settings", [{}, dict(rank_scope="global", replaced_by="fitted")])
 @torch.no_grad()
-def test_a_checkpoint_computes_what_the_plan_says(
-    settings, checkpoints, data_folder, calibration, tmp_path
-):
-    source, out = checkpoints("qwen2_moe"), tmp_path / "out"
-    options = dict(calibration=calibration, data=str(data_folder), device="cpu", progress=False)
-    done = camera.compress(source, "mone", out, **HALF, **settings, **options)
-    assert not done.native
-    plan = Plan.load(out)
-    dropped = {i: layer.removed for i, layer in plan.layers.items()}
-    whole = AutoModelForCausalLM.from_pretrained(source)
-    constants = {i: (dropped[i], layer.constants_RH) for i, layer in plan.layers.items()}
+def test_a_checkpoint_computes_what_the_plan_says(settings, compressed, tmp_path):
+    (source, done), out = compressed("mone", HALF | settings), tmp_path / "out"
+    layers = Plan.load(out).layers
+    constants = {i: (layer.removed, layer.constants_RH) for i, layer in layers.items()}
+    whole = replace_by_constants(AutoModelForCausalLM.from_pretrained(source), constants)
     loaded = AutoModelForCausalLM.from_pretrained(out)
-    want = replace_by_constants(whole, constants)(IDS).logits
-    torch.testing.assert_close(loaded(IDS).logits, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loaded(IDS).logits, whole(IDS).logits, rtol=1e-4, atol=1e-4)
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(again(IDS).logits, loaded(IDS).logits)
-    budget, counts = MetaModel(source).budget, [len(gone) for gone in dropped.values()]
-    held = sum(counts) * (budget.dense.routed // 24 - budget.hidden)  # of 3 layers of 8 experts
-    assert done.sparsity["routed"] == pytest.approx(held / budget.dense.routed)
-    assert sum(counts) == 12 and (settings.get("rank_scope") or set(counts) == {4})
+    budget, counts = MetaModel(source).budget, [len(gone) for gone, _ in constants.values()]
+    freed = sum(counts) * (budget.dense.routed // 16 - budget.hidden)  # of 2 layers of 8 experts
+    assert done.sparsity["routed"] == pytest.approx(freed / budget.dense.routed)
+    assert sum(counts) == 8 and (settings or counts == [4, 4])
+    assert not done.native and "approximate-experts" in (out / "README.md").read_text()
     assert camera.describe(out).bytes["compressed"] == done.bytes["compressed"]
-    assert "approximate-experts" in (out / "README.md").read_text()
 
 
-def test_global_ranking_takes_the_lowest_of_all_layers_and_leaves_each_one(
-    checkpoints, data_folder, calibration, tmp_path
-):
-    options = dict(calibration=calibration, data=str(data_folder), device="cpu", progress=False)
-    settings = dict(rank_scope="global", replaced_by="mean", sparsity=0.85, sparsity_of="routed")
-    camera.compress(checkpoints("qwen2_moe"), "frequency", tmp_path / "out", **settings, **options)
+def test_global_ranking_takes_the_lowest_of_all_layers_and_leaves_each_one(compressed, tmp_path):
+    settings = dict(rank_scope="global", replaced_by="mean", sparsity=0.8, sparsity_of="routed")
+    compressed("aimer", settings)
     layers = Plan.load(tmp_path / "out").layers.values()
-    scores = torch.tensor([layer.report["score"] for layer in layers])
-    keep = torch.stack([layer.keep_E for layer in layers])
-    assert keep.any(1).all() and len(set(keep.sum(1).tolist())) > 1
-    best = torch.zeros_like(keep).scatter(1, scores.argmax(1, keepdim=True), True)
-    others = scores[keep & ~best]
-    assert not len(others) or scores[~keep].max() <= others.min()
+    score_LE = torch.tensor([layer.report["score"] for layer in layers])
+    keep_LE = torch.stack([layer.keep_E for layer in layers])
+    best_LE = torch.zeros_like(keep_LE).scatter(1, score_LE.argmax(1, keepdim=True), True)
+    assert (keep_LE | ~best_LE).all() and (~keep_LE).sum() == 12
+    assert score_LE[~keep_LE].max() <= score_LE[keep_LE & ~best_LE].min()
 
 
 @pytest.mark.parametrize(
@@ -114,13 +116,9 @@ def test_what_can_not_be_is_refused_before_a_weight_is_read(method, settings, to
         camera.api.as_method(method, HALF | settings).check(budget)
 
 
-def test_what_holds_constants_is_not_compressed_further(
-    checkpoints, data_folder, calibration, tmp_path
-):
-    options = dict(calibration=calibration, data=str(data_folder), device="cpu", progress=False)
-    source = checkpoints("qwen2_moe", num_hidden_layers=1)
-    camera.compress(source, "aimer", tmp_path / "one", **HALF, replaced_by="mean", **options)
+def test_what_holds_constants_is_not_compressed_further(compressed, tmp_path):
+    compressed("naee", HALF | dict(replaced_by="mean"))
     for method, settings in (("random", dict(sparsity=0.3)), ("rtn", dict(bits=5.15))):
         with pytest.raises(CameraError, match=r"replaced by constants, .* start from the original"):
-            camera.compress(tmp_path / "one", method, tmp_path / "two", **settings, **options)
-    assert not (tmp_path / "two").exists()
+            compressed(method, settings, tmp_path / "out", "further")
+    assert not (tmp_path / "further").exists()
