@@ -18,6 +18,7 @@ SIMPLE = re.compile(r"[\w.-]+(,[\w.-]+)*")
 HYDRA = ("hydra.", "hydra/", "+", "~", "-")  # its own, and what it is asked to add or delete
 ELSEWHERE = ("hydra.searchpath", "--config-dir", "-cd", "--config-path", "-cp")
 ABSENT = ("null", "none", "")
+TARGET = "_target_"  # Hydra's: a class of one's own in place of the one of the YAML
 
 
 def check_spelling(arguments: Sequence[str]) -> None:
@@ -39,6 +40,8 @@ def check_spelling(arguments: Sequence[str]) -> None:
         if known is None and "." not in group:
             raise CameraError(_unknown(f"{key} is no setting", key, _keys()[""]))
         if known is None or name in known or renaming(group, name):
+            continue
+        if name == TARGET and group in group_types():
             continue
         prefix = f"{group}." if group else ""
         raise CameraError(_unknown(f"{key} is no setting", key, [prefix + k for k in known]))
@@ -66,7 +69,7 @@ def _keys() -> dict[str, set[str]]:
     found = {"": {"experiment", *hints}}
     found |= {name: _names(hint) for name, hint in hints.items() if is_dataclass(hint)}
     for group, classes in group_types().items():
-        found[group] = set.union(*map(_names, classes)) - {"_target_"}
+        found[group] = set.union(*map(_names, classes)) - {TARGET}
     return found
 
 

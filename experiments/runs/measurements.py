@@ -61,19 +61,19 @@ def _load(settings: Settings, folders: Folders) -> tuple[Any, Any]:
     if not sys.stderr.isatty():
         disable_progress_bar()
     with checkpoint(settings, folders) as path:
-        _require_fit(str(path), settings)
+        _require_fit(str(path), settings, "measuring a whole model")
         model = load_model(path, settings.device, settings.dtype, remote)
         if settings.evaluation["dequantize"] and not settings.evaluation["speed"]["batch_sizes"]:
             camera.dequantize(model)
         return model, load_tokenizer(path, remote)
 
 
-def _require_fit(model: str, settings: Settings) -> None:
+def _require_fit(model: str, settings: Settings, what: str) -> None:
     require_fit(
         resolve_model(model),
         settings.device,
         settings.dtype,
-        "measuring a whole model",
+        what,
         "set evaluation.speed.batch_sizes=[] and evaluation.generative.tasks=[], for which a model "
         "can't be read layer by layer, and evaluation.stream=auto, or take a machine with "
         "more memory",
@@ -181,7 +181,7 @@ def measurements(
 
 def _speed(settings: Settings, model: Any, tokenizer: Any) -> dict[str, Any]:
     """The compressed model against the original, taking turns in this process."""
-    _require_fit(settings.model_path, settings)
+    _require_fit(settings.model_path, settings, "measuring speed beside the original model")
     dense = load_model(
         settings.model_path, settings.device, settings.dtype, settings.trust_remote_code
     )

@@ -32,6 +32,7 @@ def test_every_choice_is_one(group):
 def test_what_is_hydra_s_or_elsewhere_is_left_to_hydra():
     check_spelling(["hydra.job.name=x", "hydra/launcher=slurm", "+more=1", "~tracker", "-m"])
     check_spelling(["method.method=renamed", "evaluation.unpack=true", "experiment=null"][1:])
+    check_spelling(["method=camera_p", "method._target_=my_camera.equal_widths.EqualWidths"])
     check_spelling(["method=own", "--config-dir=conf"])
     check_spelling(["method=own", "hydra.searchpath=[file://conf]"])
 
