@@ -1,5 +1,7 @@
 """AIMER: removes the experts whose weights are of the most even magnitude, without calibration.
 
+https://arxiv.org/abs/2603.18492
+
 Shapes: E routed experts.
 """
 

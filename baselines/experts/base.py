@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from camera.calibration.observers import ObserverSpec
 from camera.calibration.statistics import LayerStatistics
-from camera.method import Applied, LayerPlan, Method, Pass, PassKind, Propagate
+from camera.method import Applied, LayerPlan, Method, Pass, PassKind, Plan, Propagate
 from camera.moe.budget import Sparsity, SparsityOf
 from camera.runtime.errors import CameraError
 
@@ -203,7 +203,7 @@ class ExpertPruning(Method):
             modules = replace_experts(ffn, plan.keep_E.tolist(), plan.constants_RH)
         return Applied(modules, report={"dropped": plan.removed, **plan.report})
 
-    def native_config(self, config: Any, budget: Budget) -> dict[str, Any]:
+    def native_config(self, config: Any, budget: Budget, plan: Plan) -> dict[str, Any]:
         from camera.pruning.whole_experts import smaller_config
 
         experts = self.routing(budget).experts

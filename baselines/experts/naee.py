@@ -1,5 +1,7 @@
 """NAEE: removes the subset of experts that changes the layer's output least.
 
+https://arxiv.org/abs/2402.14800
+
 Shapes: T tokens of the sample, H hidden, E routed experts, N tokens of one expert.
 """
 

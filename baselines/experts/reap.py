@@ -1,5 +1,7 @@
 """REAP: removes the experts of lowest router-weighted activation.
 
+https://arxiv.org/abs/2510.13999
+
 Shapes: E routed experts.
 """
 

@@ -1,4 +1,4 @@
-"""The checkpoint format: a quantization_config with quant_method `camera`, registered on import.
+"""The checkpoint format: a quantization_config with quant_method NAME, registered on import.
 
 A compressed checkpoint is a transformers folder whose config.json maps module paths to specs of
 module formats. `from_pretrained` builds these modules on meta and loads their tensors.
@@ -6,6 +6,7 @@ module formats. `from_pretrained` builds these modules on meta and loads their t
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from camera.checkpoint.formats.format import FORMATS
 from camera.checkpoint.source import INDEX
-from camera.moe.families import FAMILIES, family_of
+from camera.moe.families import FAMILIES, family_of, known_family
+from camera.moe.families.family import Family
 from camera.runtime.errors import CameraError
 from camera.runtime.files import content_key
 
+# Programs that don't know the format print this name: that of the package to install.
+NAME = "camera-moe"
+NAMES = (NAME, "camera")  # the second in checkpoints of before
 FORMAT = 2
 GENERATION = "generation_config.json"
 MODULES = "camera_modules"  # key of the index's metadata: which specs the weights were written by
@@ -38,7 +43,8 @@ COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads
 COUNTS += ("num_key_value_heads",)
 
 
-@register_quantization_config("camera")
+@register_quantization_config(NAMES[1])
+@register_quantization_config(NAME)
 class CameraConfig(QuantizationConfigMixin):
     """The modules of a compressed checkpoint, and the method that made it.
 
@@ -53,7 +59,7 @@ class CameraConfig(QuantizationConfigMixin):
         format: int = FORMAT,
         **_: Any,
     ):
-        self.quant_method = "camera"
+        self.quant_method = NAME
         self.format = format
         self.modules = {} if modules is None else modules
         self.made_by = {} if made_by is None else made_by
@@ -82,11 +88,28 @@ class CameraConfig(QuantizationConfigMixin):
         }
 
 
+def build_native(config: Any, **options: Any) -> nn.Module:
+    """The model of a config on meta, its blocks as this package calls them."""
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, **options)
+    _adapt(model)
+    return model
+
+
+def _adapt(model: nn.Module) -> None:
+    family = known_family(model.config.model_type)
+    if family is not None and family.adapt is not None:
+        import_module(family.adapt).adapt(model)
+
+
 def build_forms(model: nn.Module, config: CameraConfig) -> None:
     """Replace modules of a freshly built model (on meta) by those of a compressed checkpoint.
 
     CameraError, with the module's path, for a spec that doesn't fit the model.
     """
+    _adapt(model)
+    # what was compressed loads without the package that declared its family
+    family = known_family(model.config.model_type) or Family()
     for path, spec in config.modules.items():
         form = spec.get("form") if isinstance(spec, dict) else None
         if not isinstance(form, str) or form not in FORMATS:
@@ -102,6 +125,8 @@ def build_forms(model: nn.Module, config: CameraConfig) -> None:
                 "have: take the config.json that was written with these weights."
             ) from error
         try:
+            if family.is_ffn(path) and not hasattr(native, "act_fn"):
+                native.act_fn = family.activation(native)
             module = FORMATS[form].from_spec(native, spec)
         except Exception as error:  # a spec is data: what it leads to depends on what is wrong
             raise CameraError(
@@ -112,7 +137,8 @@ def build_forms(model: nn.Module, config: CameraConfig) -> None:
         model.set_submodule(path, module)
 
 
-@register_quantizer("camera")
+@register_quantizer(NAMES[1])
+@register_quantizer(NAME)
 class CameraQuantizer(HfQuantizer):
     """Loads and saves compressed checkpoints in transformers."""
 
@@ -175,7 +201,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
             )
     _refuse_values(config, path)
     stored = getattr(config, "quantization_config", None)
-    if isinstance(stored, dict) and stored.get("quant_method") == "camera":
+    if isinstance(stored, dict) and stored.get("quant_method") in NAMES:
         config.quantization_config = compressed = CameraConfig.from_dict(stored)
         _require_own(compressed, folder)
     return config

@@ -22,8 +22,8 @@ from transformers.utils import logging as transformers_logging
 from camera.checkpoint.config import (
     CameraConfig,
     CameraQuantizer,
-    auto_class,
     build_forms,
+    build_native,
     look_at,
     reason_of,
 )
@@ -78,8 +78,9 @@ def empty_model(
 
 def _built(config: Any, folder: Path, **options: Any) -> nn.Module:
     try:
-        with torch.device("meta"):
-            return auto_class(config).from_config(config, **options)
+        return build_native(config, **options)
+    except CameraError:
+        raise
     except Exception as error:  # what a wrong size leads to depends on the model's code
         raise CameraError(
             f"no model can be built of {folder / 'config.json'}: {reason_of(error)}"

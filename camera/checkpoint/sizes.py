@@ -21,7 +21,13 @@ def count(
     plain = {name: size for name, size in sizes.items() if owner_of(name, weights) is None}
     found = count_tensors(plain, parts)
     model, moe, routed = found.model, found.moe, found.routed
+    biases = dict.fromkeys(weights, 0)  # which are stored as they were
+    for name, (numbers, _) in sizes.items():
+        path = owner_of(name, weights)
+        if path is not None and name.endswith("bias"):
+            biases[path] += numbers
     for path, number in weights.items():
+        number += biases[path]
         model += number
         if path in parts:
             moe += number

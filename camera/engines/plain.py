@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from camera.checkpoint.config import CameraConfig, auto_class
+from camera.checkpoint.config import CameraConfig, build_native
 from camera.checkpoint.formats.format import FORMATS, Format
 from camera.checkpoint.formats.narrow import PROJECTIONS, padded_mlp
 from camera.checkpoint.source import resolve_model
+from camera.moe.experts.layout import ExpertLayout
 from camera.moe.families import layer_of
 from camera.runtime.device.finite import all_finite
 from camera.runtime.errors import CameraError
@@ -63,10 +64,9 @@ class PlainModel:
             del self.config.quantization_config
             for key, width in self._uniform_widths(width_multiple).items():
                 setattr(self.config.get_text_config(), key, width)
-        with torch.device("meta"):
-            self.model = auto_class(self.config).from_config(
-                self.config, dtype=self.dtype, trust_remote_code=trust_remote_code
-            )
+        self.model = build_native(
+            self.config, dtype=self.dtype, trust_remote_code=trust_remote_code
+        )
         self.tied = tied_names(self.model)
         self.shapes = {
             name: tuple(tensor.shape)
@@ -171,5 +171,5 @@ class PlainModel:
 def _native_width(native: nn.Module) -> int | None:
     """Width of native experts or of a native MLP; None for any other module."""
     if hasattr(native, "gate_up_proj"):
-        return native.down_proj.shape[-1]
+        return ExpertLayout.of(native).width(native)
     return native.up_proj.out_features if hasattr(native, "up_proj") else None

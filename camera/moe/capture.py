@@ -23,8 +23,9 @@ from camera.moe.observer import Observer
 from camera.moe.pool import KeptRows
 from camera.moe.routing import counts_of, sorted_slots
 
-Sink = Callable[[ExpertGroup, int, torch.Tensor | None, torch.Tensor], None]
-"""sink(group, expert, tokens_N, phi_NW): phi in the model's precision; None for all tokens."""
+Sink = Callable[[ExpertGroup, int, torch.Tensor | None, torch.Tensor, torch.Tensor | None], None]
+"""sink(group, expert, tokens_N, phi_NW, a_N): phi in the model's precision, and the routing weights
+that it contains (None for 1); no tokens_N for all tokens."""
 
 RoutedCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """call(x_TH, index_TK, weight_TK) -> y_TH: what native routed experts are called with."""
@@ -59,9 +60,18 @@ class OutputSum:
         self.y_TH = torch.zeros_like(x_BLH).flatten(0, -2)
 
     def __call__(
-        self, group: ExpertGroup, expert: int, tokens_N: torch.Tensor | None, phi_NW: torch.Tensor
+        self,
+        group: ExpertGroup,
+        expert: int,
+        tokens_N: torch.Tensor | None,
+        phi_NW: torch.Tensor,
+        a_N: torch.Tensor | None = None,
     ) -> None:
-        out = group.project(expert, phi_NW).to(self.y_TH.device)
+        self.add(tokens_N, group.project(expert, phi_NW, a_N))
+
+    def add(self, tokens_N: torch.Tensor | None, out: torch.Tensor) -> None:
+        """Add the output of one expert on its tokens (None: all)."""
+        out = out.to(self.y_TH.device)
         if tokens_N is None:
             self.y_TH += out
         else:
@@ -71,12 +81,14 @@ class OutputSum:
 
 @dataclass
 class ExpertPhi:
-    """phi of one expert on the tokens of one batch (None: all of them)."""
+    """phi of one expert on the tokens of one batch (None: all of them), and its routing weights
+    (None: 1)."""
 
     path: str
     expert: int
     tokens_N: torch.Tensor | None
     phi_NW: torch.Tensor
+    a_N: torch.Tensor | None = None
 
 
 class PhiRecord:
@@ -86,9 +98,14 @@ class PhiRecord:
         self.calls: list[ExpertPhi] = []
 
     def __call__(
-        self, group: ExpertGroup, expert: int, tokens_N: torch.Tensor | None, phi_NW: torch.Tensor
+        self,
+        group: ExpertGroup,
+        expert: int,
+        tokens_N: torch.Tensor | None,
+        phi_NW: torch.Tensor,
+        a_N: torch.Tensor | None = None,
     ) -> None:
-        self.calls.append(ExpertPhi(group.path, expert, tokens_N, phi_NW))
+        self.calls.append(ExpertPhi(group.path, expert, tokens_N, phi_NW, a_N))
 
 
 def project_phi(
@@ -99,7 +116,7 @@ def project_phi(
     for call in calls:
         rows = kept[call.path][call.expert]
         phi_NW = call.phi_NW.index_select(1, rows)
-        output(groups[call.path], call.expert, call.tokens_N, phi_NW)
+        output(groups[call.path], call.expert, call.tokens_N, phi_NW, call.a_N)
     return output.y_TH
 
 
@@ -144,9 +161,9 @@ def run_expert(
     shown_N: torch.Tensor | None,
 ) -> None:
     """Compute one routed expert on its tokens of a batch; `shown_N` is False for padding."""
-    a_N, h_NW = a_N.float(), group.activations(expert, x_NH)
+    a_N, h_NW = a_N.float() * group.scale, group.activations(expert, x_NH)
     if sink is not None:
-        sink(group, expert, tokens_N, (h_NW * a_N[:, None]).to(x_NH.dtype))
+        sink(group, expert, tokens_N, (h_NW * a_N[:, None]).to(x_NH.dtype), a_N)
     if observer is None:
         return
     if shown_N is not None:
@@ -204,10 +221,10 @@ def _mlp(
         tokens_N = mask_T.nonzero().squeeze(1)
     if sink is None and mask_T is not None:
         x_NH = x_NH[mask_T]
-    h_NW, a_N = group.activations(0, x_NH), group.scale(x_NH)
+    h_NW, a_N = group.activations(0, x_NH), group.weight(x_NH)
     if sink is not None:
         phi_NW = h_NW if a_N is None else h_NW * a_N[:, None]
-        sink(group, 0, None, phi_NW.to(x.dtype))
+        sink(group, 0, None, phi_NW.to(x.dtype), a_N)
         if mask_T is not None:
             x_NH, h_NW = x_NH[mask_T], h_NW[mask_T]
             a_N = None if a_N is None else a_N[mask_T]

@@ -51,7 +51,9 @@ class MicroExpertPruning(Method):
     ranks all layers together, by scores of the dense model, measured sets each layer's count by
     trial pruning (`camera.calibration.trials`). `expert_widths` ragged lets every expert keep as
     many as rank; uniform gives all routed experts of the model one width, and the shared ones one,
-    so that the checkpoint is native: serving engines take it. `width_multiple` rounds each expert's
+    so that the checkpoint is native: serving engines take it. With rank_scope layer both kinds then
+    lose the same share; with global those widths are taken that lose the least score over all
+    layers. `width_multiple` rounds each expert's
     kept width for kernels, `min_width` keeps every expert at least that wide, `layer_floor` every
     layer's pool. `spare_super_experts` keeps those whole that were found
     (`camera.calibration.experts.super_experts`). `compensate` and what follows
@@ -138,27 +140,31 @@ class MicroExpertPruning(Method):
             )
 
     def _refuse_with_uniform(self) -> None:
-        for key, only in (("rank_scope", "layer"), ("layer_floor", 0.0)):
-            if getattr(self, key) != only:
+        for key, wrong, right in (
+            ("rank_scope", self.rank_scope == "measured", "global or layer"),
+            ("layer_floor", self.layer_floor, "0.0"),
+        ):
+            if wrong:
                 raise CameraError(
                     f"expert_widths=uniform ranks within each expert, which {key}="
-                    f"{getattr(self, key)} contradicts: set {key}={only}."
+                    f"{getattr(self, key)} contradicts: set {key}={right}."
                 )
 
     @property
     def native(self) -> bool:
         return self.expert_widths == "uniform"
 
-    def uniform(self, budget: Budget) -> UniformWidths:
-        """The one width of all routed experts and that of the shared ones."""
-        from camera.pruning.uniform import uniform_widths
+    def uniform(self, budget: Budget) -> list[UniformWidths]:
+        """The widths that all routed experts and all shared ones may have."""
+        from camera.pruning.uniform import uniform_choices, uniform_widths
 
-        return uniform_widths(
-            budget, self.sparsity, self.sparsity_of, self.width_multiple, self.min_width
-        )
+        asked = (budget, self.sparsity, self.sparsity_of, self.width_multiple, self.min_width)
+        return [uniform_widths(*asked)] if self.rank_scope == "layer" else uniform_choices(*asked)
 
-    def native_config(self, config: Any, budget: Budget) -> dict[str, Any]:
-        return self.uniform(budget).config(budget.model_type)
+    def native_config(self, config: Any, budget: Budget, plan: Plan) -> dict[str, Any]:
+        from camera.pruning.uniform import UniformWidths
+
+        return UniformWidths.left(budget, plan.layers).config(budget.model_type)
 
     def passes(self, budget: Budget, propagate: Propagate) -> tuple[Pass, ...]:
         spec, refits = self.ranked_by().observer(), self.compensate != "none"
@@ -251,7 +257,7 @@ class MicroExpertPruning(Method):
         import torch
 
         from camera.pruning.ranking import below_floor, keep_highest
-        from camera.pruning.uniform import keep_uniform
+        from camera.pruning.uniform import keep_uniform, least_loss
 
         score = self.ranked_by()
         pools = [budget.layers[i] for i in layers]
@@ -263,7 +269,7 @@ class MicroExpertPruning(Method):
         widths = [width for pool in pools for width in pool.widths]
         if self.native:
             self._warn_of_cut(layers, budget)
-            kept = self.uniform(budget)
+            kept = least_loss(self.uniform(budget), scores, pools)
             return {
                 i: keep_uniform(score_N, pool.widths, kept.of(pool.routed))
                 for i, score_N, pool in zip(layers, scores, pools, strict=True)

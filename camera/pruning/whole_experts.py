@@ -13,7 +13,7 @@ from torch import nn
 
 from camera.checkpoint.formats.approximate import ApproximateExperts
 from camera.checkpoint.formats.ragged import ragged_of
-from camera.moe.expert_module import ExpertModule
+from camera.moe.experts.module import ExpertModule
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.moe.routing import (

@@ -47,6 +47,28 @@ def build_on_meta(
     return model, conversions
 
 
+def decoder_of(model: nn.Module, family: Family) -> nn.Module:
+    """The module of a model's embedding, decoder layers and final norm; CameraError, naming what
+    there is, where a declaration doesn't fit."""
+    modules = dict(model.base_model.named_modules())
+    if family.tower not in modules:
+        towers = [name for name, part in modules.items() if hasattr(part, "layers")]
+        raise CameraError(
+            f"{type(model).__name__} has no '{family.tower}', but layers in {', '.join(towers)}: "
+            "declare where its decoder is in `tower` of its Family."
+        )
+    base = modules[family.tower]
+    for name in ("layers", "embed_tokens", family.final_norm):
+        if getattr(base, name, None) is None:
+            there = ", ".join(child for child, _ in base.named_children())
+            named = "`final_norm` of its Family" if name == family.final_norm else "no declaration"
+            raise CameraError(
+                f"the decoder {type(base).__name__} has no '{name}', but {there}: its own name can "
+                f"be given in {named}."
+            )
+    return base
+
+
 def tied_names(model: nn.Module) -> dict[str, str]:
     """{name of a parameter that shares another one's memory: name of that one}."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})

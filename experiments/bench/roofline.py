@@ -9,11 +9,11 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig
 
 from camera.compensation.settings import CompensationSettings
+from camera.pipeline.memory.config_model import ConfigModel
 from camera.runtime.errors import CameraError
 from experiments.bench.support.architectures import ARCHITECTURES
 from experiments.bench.support.cards import CARDS, Card
 from experiments.bench.support.costs import RunCost, fit_flops, run_cost
-from experiments.bench.support.paper import estimate
 from experiments.bench.support.timing import matmul_peak, take_turns
 from experiments.config.location import CONF, EMBEDDED_MODEL
 
@@ -79,7 +79,8 @@ def _on_device(
     tokens = args.samples * args.length
     dtype = torch.bfloat16 if card.bytes else torch.float32
     sizes = (config, tokens, args.length)
-    said = estimate(*sizes, args.sparsity, dtype, card.bytes or None)
+    model = ConfigModel(config, dtype)
+    said = model.memory(*sizes[1:], args.sparsity, card.bytes or None)
     keep_phi = said.keep_phi if args.phi == "auto" else args.phi == "keep"
     on_device = not card.bytes or said.hidden_place == "device"
     cost = run_cost(

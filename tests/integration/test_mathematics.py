@@ -27,17 +27,17 @@ METHODS = {
     "reap": DROP,
     "rtn": dict(bits=3.15),
 }
-MATHEMATICS = 1
+MATHEMATICS = 2
 COSTS = {
     "aimer": 0.2531,
     "camera_p": 0.1010,
-    "camera_plus": 0.1042,
+    "camera_plus": 0.1026,
     "camera_q": 0.2373,
     "camera_q_dagger": 0.2947,
     "d2_moe": 0.1744,
     "frequency": 0.2412,
     "gptq": 0.3177,
-    "heapr": 0.1046,
+    "heapr": 0.0986,
     "magnitude": 0.1922,
     "mc": 0.1453,
     "mone": 0.1386,

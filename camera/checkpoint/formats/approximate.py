@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from camera.checkpoint.formats.ragged import RaggedExperts, fill
+from camera.moe.experts.activation import Activation
+from camera.moe.experts.layout import ExpertLayout
 from camera.moe.feed_forward import RoutedExperts
 
 
@@ -27,11 +29,12 @@ class ApproximateExperts(RaggedExperts):
         self,
         hidden: int,
         widths: list[int],
-        act_fn: nn.Module,
+        act_fn: Activation,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        layout: ExpertLayout = ExpertLayout(),  # noqa: B008 (frozen)
     ):
-        super().__init__(hidden, widths, act_fn, device, dtype)
+        super().__init__(hidden, widths, act_fn, device, dtype, layout)
         self.replaced = [expert for expert, width in enumerate(widths) if not width]
         constants_RH = torch.empty(len(self.replaced), hidden, device=device, dtype=dtype)
         self.approx_value = nn.Parameter(constants_RH)
@@ -48,8 +51,12 @@ class ApproximateExperts(RaggedExperts):
             for width, stays in zip(group.widths, keep, strict=True)
         ]
         widths = [len(kept) for kept in rows]
-        module = cls(like.shape[0], widths, group.act_fn, like.device, like.dtype)
+        shape = like.shape[0], widths, group.act_fn
+        module = cls(*shape, like.device, like.dtype, group.layout)
         fill(module, group, rows)
+        if module.layout.biased:
+            for expert in module.replaced:  # its bias is in the constant
+                module.down_bias(expert).zero_()
         module.approx_value.copy_(constants_RH)
         return module
 

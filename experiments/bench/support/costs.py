@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from camera.compensation.least_squares import at_once
 from camera.moe.families import family_of
 from camera.moe.feed_forward import MlpExpert
+from camera.pipeline.memory.config_model import ConfigModel
 from camera.streaming.memory import BATCH_TOKENS
 from experiments.bench.support.cards import BANDWIDTH_SHARE, LAUNCH_SECONDS, WAIT_SECONDS, Card
-from experiments.bench.support.paper import PaperModel
 from experiments.bench.support.traffic import LayerTraffic, layer_traffic
 
 
@@ -123,7 +124,7 @@ def run_cost(
 
     `batch` tokens run at once; hidden states stay `on_device`, or cross to the host and back.
     """
-    paper = PaperModel(config, dtype)
+    paper = ConfigModel(config, dtype)
     used = 1 - sparsity if still_used is None else still_used
     costs = [
         _layer(
@@ -147,40 +148,54 @@ def fit_flops(
     held_out: float,
     attention: bool = False,
 ) -> int:
-    """fp32 FLOPs of the refit of every layer: each of `ridges` and the last fit take `sweeps` over
-    its experts, all experts pruned alike; with `attention` also its output weights (target=dense),
-    which one sweep solves.
+    """fp32 FLOPs of the refit of every layer, all experts pruned alike; with `attention` also its
+    output weights (target=dense).
 
-    Of an expert with N tokens and w kept micro-experts of W: 2 N (W - w) H for the removed output,
-    2 N w^2 for its Gram matrix, of the tokens fitted to and of all; for each ridge w^3 / 3, and a
-    sweep 2 N w H (1 - held_out) to read the residual, 2 w^2 H to solve, 2 N w H to change it.
-    Source: the counts of the operations in camera/compensation/least_squares.py.
+    Where K micro-experts in all are solved at once: 2 T K (K + H) for the sums over T tokens; for
+    each ridge and the last fit K^3 / 3 and 2 K^2 H to solve, for each ridge 2 K^2 H to judge;
+    2 N w H to change the residual of N tokens. Else each of `ridges` and the last fit take `sweeps`
+    over the experts. Of an expert with N tokens and w kept micro-experts: 2 N w^2 for its Gram
+    matrix, of the tokens fitted to and of all; for each ridge w^3 / 3, and a sweep
+    2 N w H (1 - held_out) to read the residual, 2 w^2 H to solve, 2 N w H to change it.
+    Either way 2 N (W - w) H for the output that was removed.
+    Source: the counts of the operations in camera/compensation.
     """
-    paper = PaperModel(config, torch.float32)
+    paper = ConfigModel(config, torch.float32)
     hidden, seen, total = config.hidden_size, 1 - held_out, 0.0
 
-    def fitted(used: int, width: int, kept: int, experts: int, sweeps: int) -> float:
+    def solved(used: int, kept: int) -> float:
+        """At once: of `kept` in all, of which each of `used` tokens of experts moves its own."""
+        tried = (ridges + 1) * (kept**3 / 3 + 2 * kept**2 * hidden) + ridges * 2 * kept**2 * hidden
+        return 2 * tokens * kept * (kept + hidden) + 2 * used * hidden + tried
+
+    def descended(used: int, kept: int, experts: int) -> float:
         solve = 2 * experts * kept**2 * hidden
         tried = ridges * (2 * used * kept * hidden * (1 + seen) + solve)
         last = 4 * used * kept * hidden + solve
-        grams = 2 * used * (width - kept) * hidden + 2 * used * kept**2 * (1 + seen)
+        grams = 2 * used * kept**2 * (1 + seen)
         return grams + sweeps * (tried + last) + (ridges + 1) * experts * kept**3 / 3
 
     for i, layer in enumerate(paper.layers):
         ffn = paper.feed_forward(i)
+        found = []  # tokens, width, kept width and number of each group's experts
         for group in ffn.groups if i in paper.budget.layers else ():
             used = tokens if isinstance(group, MlpExpert) else tokens * ffn.family.top_k(config)
             width = max(group.widths)
-            kept = width - int(sparsity * width)
-            total += fitted(used, width, kept, len(group.widths), sweeps)
+            found.append((used, width, width - int(sparsity * width), len(group.widths)))
+        total += sum(2 * used * (width - kept) * hidden for used, width, kept, _ in found)
+        widths = [kept for _, _, kept, experts in found for _ in range(experts)]
+        if widths and at_once(widths):
+            total += solved(sum(used * kept for used, _, kept, _ in found), sum(widths))
+        else:
+            total += sum(descended(used, kept, experts) for used, _, kept, experts in found)
         if attention:
             heads = layer.get_submodule(ffn.family.attention_output).in_features
-            total += fitted(tokens, heads, heads, 1, 1)
+            total += solved(tokens * heads, heads)
     return int(total)
 
 
 def _layer(
-    paper: PaperModel,
+    paper: ConfigModel,
     index: int,
     tokens: int,
     length: int,

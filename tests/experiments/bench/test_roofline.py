@@ -12,7 +12,9 @@ from transformers import AutoConfig
 import camera
 from camera.calibration.statistics import Statistics
 from camera.checkpoint.formats import ragged
-from camera.compensation.least_squares import ExpertRegression, coordinate_descent
+from camera.compensation import least_squares
+from camera.compensation.expert_regression import ExpertRegression
+from camera.compensation.least_squares import refit
 from camera.compensation.settings import CompensationSettings
 from camera.runtime.errors import CameraError
 from camera.runtime.files import CheckpointFiles
@@ -151,7 +153,9 @@ def test_a_card_decides_what_is_kept_on_it(card, phi, hidden):
     assert spent["gigabytes"]["to_device"] == pytest.approx(crossed, abs=0.1)
 
 
-def test_flops_of_a_refit_are_those_counted(checkpoints):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_flops_of_a_refit_are_those_counted(at_once, checkpoints, monkeypatch):
+    monkeypatch.setattr(least_squares, "AT_ONCE", 4096 if at_once else 0)
     config = AutoConfig.from_pretrained(checkpoints("qwen3_moe"))
     layers, experts, top_k = (
         config.num_hidden_layers,
@@ -175,10 +179,11 @@ def test_flops_of_a_refit_are_those_counted(checkpoints):
         residual_TH[block.tokens_N] += block.phi_NW @ block.old_WH
     how = CompensationSettings(ridges=(100.0,), sweeps=sweeps, held_out=held_out)
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
-        found = coordinate_descent(blocks, residual_TH, round(tokens * (1 - held_out)), how)
+        found = refit(blocks, residual_TH, round(tokens * (1 - held_out)), how)
     assert (found.ridge, found.sweeps) == (100.0, sweeps)
     # the counter sees no solving, nor what was before the fit
-    solving = experts * (2 * kept**3 / 3 + 2 * sweeps * 2 * kept**2 * hidden)
+    blocks, size = (1, experts * kept) if at_once else (experts, kept)
+    solving = blocks * (2 * size**3 / 3 + 2 * sweeps * 2 * size**2 * hidden)
     lost = 2 * tokens * top_k * (width - kept) * hidden
     unseen = solving + lost
     options = {"ridges": 1, "sweeps": sweeps, "held_out": held_out}
@@ -195,7 +200,7 @@ def test_refitting_attention_is_one_fit_of_all_its_heads(checkpoints):
     block = ExpertRegression(None, torch.randn(tokens, heads), torch.randn(heads, hidden))
     residual_TH = block.phi_NW @ block.old_WH
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
-        found = coordinate_descent(
+        found = refit(
             [block], residual_TH, fitted, CompensationSettings(ridges=[100.0], held_out=0.25)
         )
     assert found.ridge == 100.0

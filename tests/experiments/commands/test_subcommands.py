@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import command
-from experiments.command import SUBCOMMANDS, Subcommand, main
+from experiments.commands import subcommands
+from experiments.commands.subcommands import SUBCOMMANDS, Subcommand, main
 from tests.helpers.runs.run_folders import add
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_installed_script_is_this_command():
@@ -81,7 +81,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     def missing(program, arguments):
         raise ModuleNotFoundError("No module named 'pandas'", name="pandas")
 
-    monkeypatch.setitem(command.SUBCOMMANDS, "tables", Subcommand("", missing))
+    monkeypatch.setitem(subcommands.SUBCOMMANDS, "tables", Subcommand("", missing))
     assert main(["tables"]) == 1
     assert "pip install 'camera-moe[experiments]'" in capsys.readouterr().err
 
@@ -90,14 +90,14 @@ def test_a_fault_of_a_subcommand_is_not_hidden(monkeypatch):
     def broken(program, arguments):
         raise ModuleNotFoundError("No module named 'nothing'", name="nothing")
 
-    monkeypatch.setitem(command.SUBCOMMANDS, "tables", Subcommand("", broken))
+    monkeypatch.setitem(subcommands.SUBCOMMANDS, "tables", Subcommand("", broken))
     with pytest.raises(ModuleNotFoundError):
         main(["tables"])
 
 
 def test_help_loads_nothing_heavy():
     code = (
-        "import sys; from experiments.command import main; main([]); "
+        "import sys; from experiments.commands.subcommands import main; main([]); "
         "print(sorted({'torch', 'transformers', 'hydra', 'pandas'} & set(sys.modules)))"
     )
     done = subprocess.run(
@@ -137,7 +137,7 @@ def user_seconds(code, *arguments):
 def test_what_computes_nothing_answers_at_once(tmp_path):
     add(tmp_path, "a", "camera_p", 0.2)
     unit = min(user_seconds("import hydra") for _ in range(2))
-    code = "import sys; from experiments.command import main; sys.exit(main())"
+    code = "import sys; from experiments.commands.subcommands import main; sys.exit(main())"
     for name, arguments in QUICK.items():
         asked = [tmp_path if text == "OUTPUT" else text for text in arguments]
         # torch and transformers alone would take ten times as long as Hydra, and more

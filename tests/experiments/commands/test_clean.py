@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.clean import CHECKPOINTS, LEFTOVERS, STATISTICS, items_of, main
+from experiments.commands.clean import CHECKPOINTS, LEFTOVERS, STATISTICS, items_of, main
 from experiments.records.files import OutputFolder, lock_of
 from tests.helpers.runs.run_folders import add
 

@@ -11,7 +11,7 @@ import pytest
 from camera.calibration.corpora import CORPORA, read_jsonl
 from camera.evaluation.tasks.definitions import hub_address
 from camera.evaluation.tasks.names import NINE_TASKS
-from experiments import mirror
+from experiments.commands import mirror
 from experiments.config.location import CONF
 from experiments.tables.names.datasets import data_name
 from experiments.tiny_moe.held_out import held_out_rows

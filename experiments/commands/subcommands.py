@@ -96,6 +96,10 @@ def _module(name: str) -> Callable[[str, list[str]], int | None]:
     return call
 
 
+def _command(name: str) -> Callable[[str, list[str]], int | None]:
+    return _module(f"experiments.commands.{name}")
+
+
 def _library(name: str) -> Callable[[str, list[str]], int | None]:
     def call(program: str, arguments: list[str]) -> int | None:
         return import_module("camera.__main__").main([name, *arguments], program="camera")
@@ -104,7 +108,7 @@ def _library(name: str) -> Callable[[str, list[str]], int | None]:
 
 
 def _completion(program: str, arguments: list[str]) -> int | None:
-    return import_module("experiments.completion").main(arguments, list(SUBCOMMANDS))
+    return import_module("experiments.commands.completion").main(arguments, list(SUBCOMMANDS))
 
 
 def _lm_eval(program: str, arguments: list[str]) -> int | None:
@@ -129,22 +133,20 @@ SUBCOMMANDS = {
     "run": Subcommand("one run: camera run method=camera_p sparsity=0.2", _hydra()),
     "sweep": Subcommand("several runs and their table: sparsity=0.2,0.4,0.6", _hydra("-m")),
     "evaluate": Subcommand("perplexity and tasks of a model: camera evaluate FOLDER", _evaluate),
-    "status": Subcommand("how far runs and sweeps are, what failed", _module("experiments.status")),
+    "status": Subcommand("how far runs and sweeps are, what failed", _command("status")),
     "tables": Subcommand("tables of an output folder", _module("experiments.tables.writing")),
     "figures": Subcommand("its figures", _module("experiments.figures.__main__")),
     "report": Subcommand("all of it on one HTML page", _module("experiments.report.__main__")),
-    "describe": Subcommand("parameters and bytes of a model, as JSON", _library("describe")),
+    "describe": Subcommand("parts of a model, and what methods leave", _library("describe")),
     "export": Subcommand(
         "what other programs read: native, GGUF, compressed-tensors", _library("export")
     ),
     "imatrix": Subcommand("an importance matrix for llama-quantize", _library("imatrix")),
     "tensor-types": Subcommand("types by layer for llama-quantize", _library("tensor-types")),
     "lm-eval": Subcommand("lm-eval, on compressed checkpoints too", _lm_eval),
-    "clean": Subcommand(
-        "what lies in an output folder, and freeing it", _module("experiments.clean")
-    ),
-    "mirror": Subcommand("data for machines without network", _module("experiments.mirror")),
-    "wandb": Subcommand("finished runs to W&B", _module("experiments.upload")),
+    "clean": Subcommand("what lies in an output folder, and freeing it", _command("clean")),
+    "mirror": Subcommand("data for machines without network", _command("mirror")),
+    "wandb": Subcommand("finished runs to W&B", _command("upload")),
     "bench": Subcommand("benchmarks of the library", _module("experiments.bench.__main__")),
     "completion": Subcommand("TAB for bash or zsh", _completion),
 }

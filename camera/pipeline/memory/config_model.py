@@ -1,44 +1,42 @@
-"""A model known by its config alone, and what a run of it would decide on a card."""
+"""A model known by its config alone, and what a run of it would decide."""
 
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
+from camera.checkpoint.config import build_native
 from camera.method import METHODS
 from camera.moe.budget import budget_of
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.pipeline.memory.estimate import MemoryEstimate
+from camera.streaming.meta_build import decoder_of
 from camera.streaming.settings import MemoryChoices
 
 
-class PaperModel:
+class ConfigModel:
     """A model without memory and without files, with what the estimate of memory asks of one."""
 
     device = torch.device("cpu")
     compressed = None
 
     def __init__(self, config: Any, dtype: torch.dtype):
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.config, self.dtype, self.family = config, dtype, family_of(config.model_type)
+        self.model = build_native(config, dtype=dtype)
         self.text_config = config.get_text_config()
-        self.layers: nn.ModuleList = self.model.base_model.layers
-        self.root = f"{self.model.base_model_prefix}.layers"
+        self.base = decoder_of(self.model, self.family)
+        self.layers: nn.ModuleList = self.base.layers
+        modules = self.model.named_modules()
+        self.root = next(name for name, part in modules if part is self.layers)
         self.budget = budget_of(self.model, self.layers, self.family, self.root)
 
     def feed_forward(self, index: int) -> FeedForward:
         """The view of a layer that methods work on."""
         return FeedForward(self.layers[index], self.family, f"{self.root}.{index}")
 
-
-def estimate(
-    config: Any, tokens: int, length: int, sparsity: float, dtype: torch.dtype, card: int | None
-) -> MemoryEstimate:
-    """What Camera-P would say before it starts, on a card of so many bytes (None: on a CPU)."""
-    model = PaperModel(config, dtype)
-    method = METHODS["camera_p"](sparsity=sparsity)
-    passes = method.passes(model.budget, "compressed")
-    return MemoryEstimate.of(model, method, passes, MemoryChoices(), tokens, length, card)
+    def memory(self, tokens: int, length: int, sparsity: float, card: int | None) -> MemoryEstimate:
+        """What Camera-P would say before it starts, on a card of so many bytes (None: a CPU)."""
+        method = METHODS["camera_p"](sparsity=sparsity)
+        passes = method.passes(self.budget, "compressed")
+        return MemoryEstimate.of(self, method, passes, MemoryChoices(), tokens, length, card)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments import upload
-from experiments.command import main
+from experiments.commands.subcommands import main
 from experiments.runs import wandb_files
 from tests.helpers.runs.composing import command, tiny
 from tests.helpers.runs.offline_wandb import read_back

@@ -1,4 +1,4 @@
-"""`python -m experiments.status`: what is done, running, failed, to go, and how long it takes."""
+"""`camera status`: what is done, running, failed, to go, and how long it takes."""
 
 import json
 import os
@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from experiments.commands.status import main, state, sweeps_of
 from experiments.records.files import lock_of
-from experiments.status import main, state, sweeps_of
 from experiments.sweeps.durations import Durations, format_duration
 from experiments.sweeps.jobs import SweepJob, write_plan
 

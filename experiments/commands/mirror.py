@@ -19,9 +19,7 @@ from camera.calibration.corpora import CORPORA, hub_errors
 from camera.evaluation.tasks.definitions import hub_address
 from camera.evaluation.tasks.names import NINE_TASKS
 from camera.runtime.errors import CameraError
-from camera.runtime.files import digest_of, known_digest, write_json
-
-MARKER = "mirror.json"  # the digests of the files that came from the hub, by their place
+from experiments.records.mirrored import mark
 
 
 def mirror(
@@ -60,31 +58,9 @@ def mirror(
         rows = download(address, limit)
         count = _write_lines(path, rows) if path.suffix == ".txt" else _write_jsonl(path, rows)
         report(f"written  {path} ({count} rows of {address['path']})")
-        _mark(folder, path)
+        mark(folder, path)
         written.append(path)
     return written
-
-
-def is_mirror(folder: Path) -> bool:
-    """Whether all texts and tasks of a folder are as `mirror` wrote them: the public data sets."""
-    known = _marked(folder)
-    places = [folder / file for corpus in CORPORA.values() for file in corpus.files.values()]
-    places += sorted(folder.glob("tasks/*"))
-    found = {str(path.relative_to(folder)): path for path in places if path.is_file()}
-    return bool(found) and all(known.get(n) == known_digest(p) for n, p in found.items())
-
-
-def _mark(folder: Path, path: Path) -> None:
-    known = _marked(folder)
-    write_json(folder / MARKER, known | {str(path.relative_to(folder)): digest_of(path)})
-
-
-def _marked(folder: Path) -> dict[str, str]:
-    file = folder / MARKER
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except ValueError:
-        return {}
 
 
 def download(address: Mapping[str, Any], limit: int | None) -> Iterable[Mapping[str, Any]]:

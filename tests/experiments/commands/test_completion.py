@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from experiments import completion
-from experiments.command import SUBCOMMANDS
+from experiments.commands.subcommands import SUBCOMMANDS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def answers(line):
@@ -43,7 +43,7 @@ def test_files_are_left_to_the_shell(line):
 def test_the_script_completes_in_bash(capsys):
     assert completion.main(["bash"], [*SUBCOMMANDS]) == 0
     script = capsys.readouterr().out
-    called = "import sys; from experiments.command import main; sys.exit(main())"
+    called = "import sys; from experiments.commands.subcommands import main; sys.exit(main())"
     asked = f"""{script}
 camera() {{ "{sys.executable}" -c '{called}' "$@"; }}
 COMP_LINE="camera run experiment=mai"; COMP_POINT=${{#COMP_LINE}}; _camera
