@@ -16,7 +16,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m camer
     command = commands.add_parser("export", help="write what other programs read")
     command.add_argument("checkpoint", help="folder of a compressed checkpoint")
     command.add_argument("out", help="folder, or file ending in .gguf, to write; must not exist")
-    command.add_argument("--format", help="native, gguf (default for OUT.gguf), compressed-tensors")
+    formats = "native, gguf (default for OUT.gguf), compressed-tensors, approximate-experts"
+    command.add_argument("--format", help=formats)
     command.add_argument(
         "--width-multiple", type=int, default=8, help="experts are padded to a multiple (8)"
     )

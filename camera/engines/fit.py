@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from camera.checkpoint.config import CameraConfig
+from camera.checkpoint.formats.format import FORMATS
 from camera.engines.gguf.architectures import architecture_of
 from camera.moe.families import family_of
 from camera.runtime.errors import CameraError
@@ -17,6 +18,7 @@ SGLANG_BITS = {4, 8}
 AS_IT_IS = "as it is"
 GROUPED = 16  # bytes: rows of experts are a multiple of it, or the grouped product is refused
 NATIVE, PADDED = "camera export FROM TO", "every expert as wide as the widest"
+CONSTANTS = "camera export FROM TO --format approximate-experts"
 PACKED = "camera export FROM TO --format compressed-tensors"
 
 
@@ -38,6 +40,9 @@ def engines(config: Any) -> dict[str, str]:
         "SGLang": native,
         "llama.cpp": _llama_cpp(config),
     }
+    if any(FORMATS[spec["form"]].holds_constants for spec in modules.values()):
+        no = "no: constants stand in the place of experts"
+        return found | {"vLLM": f"after `{CONSTANTS}`", "SGLang": no, "llama.cpp": no}
     used = [number for numbers in bits for number in numbers]
     if all(len(numbers) <= 1 for numbers in bits) and used and set(used) <= set(BITS):
         found["vLLM"] = f"after `{PACKED}`"

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from camera.checkpoint.config import CameraConfig, build_native
-from camera.checkpoint.formats.format import Format
+from camera.checkpoint.formats.format import FORMATS, Format
 from camera.checkpoint.formats.narrow import PROJECTIONS, padded_mlp
 from camera.checkpoint.source import resolve_model
 from camera.moe.experts.layout import ExpertLayout
@@ -36,6 +36,7 @@ class PlainModel:
     the widest expert's, rounded up to a multiple of `width_multiple`. One layer is in memory at a
     time. Names are those of the model in memory; dtypes are those of the checkpoint. taken: is
     shown every compressed module by its path and says whether its tensors are written otherwise.
+    constants: whether it does so with constants in the place of experts, which are refused else.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class PlainModel:
         width_multiple: int = 1,
         trust_remote_code: bool = False,
         taken: Callable[[str, nn.Module], bool] = lambda path, module: False,
+        constants: bool = False,
     ):
         if width_multiple < 1:
             raise CameraError(f"width_multiple={width_multiple} must be at least 1.")
@@ -53,6 +55,8 @@ class PlainModel:
         stored = self.source.compressed
         self.modules = stored.modules if isinstance(stored, CameraConfig) else {}
         self.compressed = isinstance(stored, CameraConfig)
+        if not constants:
+            self._refuse_constants()
         self.family, self.dtype = self.source.family, self.source.stored_dtype
         self.widths = self._stored_widths()
         self.config: PretrainedConfig = copy.deepcopy(self.source.config)
@@ -99,6 +103,14 @@ class PlainModel:
         unpacked = self._unpack(None)
         rest = self.source.take_out(self.source.model) | unpacked
         return {name: tensor for name, tensor in rest.items() if name not in self.tied}
+
+    def _refuse_constants(self) -> None:
+        for path, spec in self.modules.items():
+            if FORMATS[spec["form"]].holds_constants:
+                raise CameraError(
+                    f"experts at {path} are replaced by constants, which no native model and no "
+                    "GGUF can hold: export with --format approximate-experts, for vLLM."
+                )
 
     def _stored_widths(self) -> list[tuple[str, int]]:
         """(key of config.json, width of the widest expert) of every module of experts."""

@@ -298,10 +298,22 @@ def ragged_of(
     widths = experts.widths if rows is None else [len(kept) for kept in rows]
     shape = like.shape[0], widths, experts.act_fn
     plain = RaggedExperts(*shape, like.device, like.dtype, experts.layout)
+    fill(plain, experts, rows)
+    return plain
+
+
+def fill(
+    plain: RaggedExperts,
+    experts: ExpertModule | RoutedExperts,
+    rows: Sequence[torch.Tensor] | None = None,
+) -> None:
+    """Copy the weights of other experts into tables of their widths; `rows`: of these alone."""
     plain.requires_grad_(False)
     if rows is not None:
-        (rows,) = rows_on({"": list(rows)}, like.device).values()
-    for e in range(len(widths)):
+        (rows,) = rows_on({"": list(rows)}, plain.down_proj.device).values()
+    for e, width in enumerate(plain.widths):
+        if not width and not plain.layout.biased:
+            continue
         whole, bias_2W = experts.gate_up(e), experts.gate_up_bias(e)
         if bias_2W is not None:
             kept = bias_2W if rows is None else bias_2W.view(2, -1)[:, rows[e]].flatten()
@@ -316,7 +328,6 @@ def ragged_of(
             torch.index_select(half, 0, rows[e], out=part)
         # written row by row: a copy into the transposed view would take several times as long
         plain.down(e).t().copy_(experts.down(e).index_select(1, rows[e]).t())
-    return plain
 
 
 def _wide(x_TH: torch.Tensor) -> torch.Tensor:

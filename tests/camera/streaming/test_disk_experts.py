@@ -127,8 +127,9 @@ def test_quantisers_read_experts_from_disk_too(method, propagate, cut, source):
     assert same > 0.9 * sum(mine[name].numel() for name in first)
 
 
-def test_whole_experts_on_disk_are_removed_too(cut):
-    options = dict(method="reap", sparsity=0.25)
+@pytest.mark.parametrize("settings", [{}, dict(replaced_by="fitted")], ids=str)
+def test_whole_experts_on_disk_are_removed_too(settings, cut):
+    options = dict(method="reap", sparsity=0.25, **settings)
     on_disk = cut("qwen2_moe", "as published", "disk", **options)
     assert_same(on_disk, cut("qwen2_moe", "as published", "ram", **options))
 
