@@ -61,8 +61,20 @@ class ExpertPruning(Method):
         return True
 
     def check(self, budget: Budget) -> None:
-        self.require_choice("replaced_by", ReplacedBy)
+        self.require_constants(budget)
         self.removed(budget)
+
+    def require_constants(self, budget: Budget) -> None:
+        """CameraError where `replaced_by` is no choice, or constants can't be weighted."""
+        from camera.moe.families import family_of
+
+        self.require_choice("replaced_by", ReplacedBy)
+        if not self.native and family_of(budget.model_type).weighs_inputs:
+            raise CameraError(
+                f"replaced_by={self.replaced_by} puts a constant times its routing weight in the "
+                f"place of an expert, and a {budget.model_type} model scales what experts read by "
+                "that weight: set method.replaced_by=none."
+            )
 
     def require_choice(self, key: str, choices: Any) -> None:
         """CameraError for a setting that is none of its choices."""

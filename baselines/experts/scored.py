@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from baselines.experts.base import ExpertPruning, ReplacedBy
+from baselines.experts.base import ExpertPruning
 from baselines.experts.use import UseSpec
 from camera.calibration.observers import ObserverSpec
 from camera.calibration.statistics import LayerStatistics
@@ -41,7 +41,7 @@ class ScoredExperts(ExpertPruning):
         if self.rank_scope == "layer":
             super().check(budget)
             return
-        self.require_choice("replaced_by", ReplacedBy)
+        self.require_constants(budget)
         if self.native:
             raise CameraError(
                 "rank_scope=global keeps more experts in one layer than in another, and a native "

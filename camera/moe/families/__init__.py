@@ -199,6 +199,7 @@ FAMILIES: dict[str, Family] = {
         ffn="feed_forward",
         router="router",
         shared="shared_expert",
+        weighs_inputs=True,
         returns_routing=True,
         activation=named("act_fn", "activation_fn"),
         adapt="camera.moe.families.llama4",

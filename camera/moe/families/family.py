@@ -96,6 +96,7 @@ class Family:
     A layer without `experts` is a dense FFN, of the three linear layers `mlp`. activation: that of
     a module of experts, or of a dense FFN. shared_gate: its sigmoid scales the shared expert.
     routed_scale: attribute of `ffn` by which it multiplies the sum of its routed experts.
+    weighs_inputs: an expert's routing weight scales what it reads, not what it puts out.
     returns_routing: `ffn` returns what its router said beside its output. What a layer computes
     beside `ffn` from the same input is left as it is. residual_scale: attribute of the layer that
     scales the outputs of both its parts.
@@ -124,6 +125,7 @@ class Family:
     mlp: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     activation: Callable[[Any], Any] = own_activation
     routed_scale: str | None = None
+    weighs_inputs: bool = False
     returns_routing: bool = False
     attention_output: str | None = "self_attn.o_proj"
     keys: ConfigKeys = ConfigKeys()

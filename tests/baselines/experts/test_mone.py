@@ -1,5 +1,7 @@
 """MoNE: which experts are stable and little used, and the means that stand in their place."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -122,3 +124,12 @@ def test_what_holds_constants_is_not_compressed_further(compressed, tmp_path):
         with pytest.raises(CameraError, match=r"replaced by constants, .* start from the original"):
             compressed(method, settings, tmp_path / "out", "further")
     assert not (tmp_path / "further").exists()
+
+
+@pytest.mark.parametrize("rank_scope", ["layer", "global"])
+def test_constants_are_refused_where_a_routing_weight_scales_what_experts_read(
+    checkpoints, rank_scope
+):
+    budget = replace(MetaModel(checkpoints("qwen2_moe"), "cpu").budget, model_type="llama4")
+    with pytest.raises(CameraError, match=r"llama4 model scales what .* method.replaced_by=none"):
+        MoNE(**HALF, rank_scope=rank_scope).check(budget)
