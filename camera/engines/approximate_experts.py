@@ -14,7 +14,7 @@ import torch
 
 from camera.checkpoint.config import save_config
 from camera.checkpoint.formats.approximate import ApproximateExperts
-from camera.checkpoint.native import native_state
+from camera.checkpoint.formats.native import native_state
 from camera.checkpoint.shards import ShardWriter
 from camera.checkpoint.source import copy_companions
 from camera.engines.expert_names import expert_names

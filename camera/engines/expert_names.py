@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from camera.checkpoint.native import native_state
+from camera.checkpoint.formats.native import native_state
 from camera.engines.plain import PlainModel
 from camera.runtime.errors import CameraError
 
