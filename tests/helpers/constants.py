@@ -36,6 +36,6 @@ def outputs_of(experts, x_TH):
 
 def weights_of(routing, experts):
     """a_te of every expert, 0 where it isn't chosen, fp64 [T, E]."""
-    _, index_TK, weight_TK = routing
+    index_TK, weight_TK = routing
     a_TE = torch.zeros(len(index_TK), experts, dtype=torch.float64)
     return a_TE.scatter_(1, index_TK, weight_TK.double().detach())

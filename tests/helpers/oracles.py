@@ -28,20 +28,24 @@ def shared_of(ffn):
 
 
 def capture(model, index, ids, mask=None):
-    """FFN input x_TH of one layer and the routing (index_TK, weight_TK) its experts were handed."""
+    """FFN input x_TH of one layer and the routing (index_TK, weight_TK) its experts were handed.
+
+    Llama 4 hands its experts their scaled tokens alone: they take the place of the routing.
+    """
     seen, ffn = {}, ffn_of(layers_of(model)[index])
     hooks = [ffn.register_forward_pre_hook(lambda _, a: seen.update(x=a[0].flatten(0, 1)))]
     if hasattr(ffn, "experts"):
         hooks.append(
             ffn.experts.register_forward_pre_hook(
-                lambda _, a, k: seen.update(routing=(a + tuple(k.values()))), with_kwargs=True
+                lambda _, a, k: seen.update(handed=(a + tuple(k.values()))), with_kwargs=True
             )
         )
     with torch.no_grad():
         model(ids, attention_mask=mask)
     for hook in hooks:
         hook.remove()
-    return seen["x"], seen.get("routing")
+    handed = seen.get("handed")
+    return seen["x"], handed[1:3] if handed and len(handed) > 1 else handed
 
 
 def split(experts, both):
@@ -81,7 +85,7 @@ def dense_phi(ffn, x_TH, routing):
         if len(routing) == 1:  # Llama 4: each expert's tokens, scaled by their weights
             inputs, gates_TE = routing[0].double().view(experts, *x_TH.shape), gates_TE + 1
         else:
-            gates_TE.scatter_(1, routing[1], routing[2].double())
+            gates_TE.scatter_(1, routing[0], routing[1].double())
         if type(ffn).__name__ in ("LagunaSparseMoeBlock", "MiniMaxM3VLSparseMoeBlock"):
             gates_TE *= ffn.routed_scaling_factor
         for e in range(experts):
