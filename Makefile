@@ -7,24 +7,33 @@
 # make cluster-test  a sweep each on SLURM, Ray, joblib and torchrun, some 10 minutes; SLURM needs
 #             apt-get install slurm-wlm munge, and is left out without
 # make docs   the documentation as a site: site/index.html, or with search python -m http.server -d site
-# All set .venv up at their first call. ARGS adds to each: make run ARGS="sparsity=0.3"
+# make clean  remove .venv, outputs and site
+# All but help and clean set .venv up at their first call. ARGS adds to each, with settings of
+# main.py or options of pytest: make run ARGS="sparsity=0.3", make test ARGS="tests/camera -x"
 
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+TESTED := $(VENV)/.tested
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+# what is large among what pip fetches: else nothing is said for minutes
+SAY := sed -un 's/^ *Downloading \(.* MB)\).*/  \1/p'
 
-.PHONY: run test test-cpus test-device test-gpu cluster-test docs clean
+.PHONY: help run test test-cpus test-device test-gpu cluster-test docs clean
+
+help:
+	@sed -n '/^$$/q; s/^# //p' Makefile
 
 run: $(READY)
 	$(VENV)/bin/python main.py experiment=main $(ARGS)
 
-test: $(READY)
+test: $(TESTED)
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 NUMERICAL := tests/baselines $(addprefix tests/camera/,calibration/scores compensation pruning \
 	quantization pipeline/test_processes.py streaming/test_disk_experts.py)
 
-test-cpus: $(READY)
+test-cpus: $(TESTED)
 	for level in default avx2; do \
 		ATEN_CPU_CAPABILITY=$$level $(VENV)/bin/python -m pytest $(NUMERICAL) $(ARGS) || exit 1; \
 	done
@@ -33,20 +42,19 @@ ON_DEVICE := $(addprefix tests/,camera/pipeline/test_resume.py camera/pipeline/t
 	camera/pipeline/test_processes.py camera/pipeline/passes camera/evaluation camera/streaming \
 	camera/checkpoint camera/runtime experiments/runs/test_runs.py experiments/bench)
 
-test-device: $(READY)
+test-device: $(TESTED)
 	$(VENV)/bin/python -m pytest --accelerator=cuda $(ON_DEVICE) $(ARGS)
 	$(VENV)/bin/python -m pytest --accelerator=camdev:2 tests/device $(ARGS)
 
-test-gpu: $(READY)
+test-gpu: $(TESTED)
 	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
 
-cluster-test: $(READY)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-e '.[all,ray,test]'
+cluster-test: $(TESTED)
+	$(PIP) --quiet -e '.[all,ray,test]'
 	$(VENV)/bin/python -m pytest -m cluster -n 0 -s -ra tests/cluster $(ARGS)
 
 docs: $(READY)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(PIP) --quiet -e '.[docs]'
 	$(VENV)/bin/python -m experiments.config.reference docs/settings.md
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet --strict $(ARGS)
 
@@ -54,8 +62,16 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo "$(PYTHON) can't make a virtual environment: install its venv package (Debian: python3-venv)"; exit 1; }
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,test]'
-	@touch $@
+	@rm -f $@
+	@echo "Setting up $(VENV), about two minutes and 3 GB:"
+	@{ $(PIP) -e '.[all]' && touch $@; } | $(SAY)
+	@test -e $@
+
+$(TESTED): $(READY)
+	@rm -f $@
+	@echo "Adding the tools of the tests to $(VENV):"
+	@{ $(PIP) -e '.[all,test]' && touch $@; } | $(SAY)
+	@test -e $@
 
 clean:
 	rm -rf $(VENV) outputs site

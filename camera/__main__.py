@@ -5,7 +5,6 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from camera.runtime.errors import CameraError
 
@@ -17,7 +16,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m camer
     command = commands.add_parser("export", help="write what other programs read")
     command.add_argument("checkpoint", help="folder of a compressed checkpoint")
     command.add_argument("out", help="folder, or file ending in .gguf, to write; must not exist")
-    command.add_argument("--format", help="native, gguf (default for OUT.gguf), compressed-tensors")
+    formats = "native, gguf (default for OUT.gguf), compressed-tensors, approximate-experts"
+    command.add_argument("--format", help=formats)
     command.add_argument(
         "--width-multiple", type=int, default=8, help="experts are padded to a multiple (8)"
     )
@@ -26,8 +26,10 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m camer
     command.add_argument("--pre", help="llama.cpp's name of how the tokenizer splits text")
     command.add_argument("--trust-remote-code", action="store_true", help="run its Python code")
     command.set_defaults(carry_out=_export)
-    command = commands.add_parser("describe", help="parameters and bytes of a model, as JSON")
-    command.add_argument("model", help="folder of a checkpoint, or its id on the hub")
+    command = commands.add_parser("describe", help="parts of a model, and what methods leave")
+    command.add_argument("model", help="folder with a config.json, or an id on the hub")
+    command.add_argument("--sparsity", type=float, default=0.4, help="of its experts (0.4)")
+    command.add_argument("--json", action="store_true", help="as JSON")
     command.add_argument("--trust-remote-code", action="store_true", help="run its Python code")
     command.set_defaults(carry_out=_describe)
     command = commands.add_parser("imatrix", help="importance matrix for llama-quantize")
@@ -96,9 +98,10 @@ def _tensor_types(asked: argparse.Namespace) -> None:
 
 
 def _describe(asked: argparse.Namespace) -> None:
-    from camera.api import describe
+    from camera.api import description
 
-    print(json.dumps(asdict(describe(asked.model, asked.trust_remote_code)), indent=2))
+    found = description(asked.model, asked.sparsity, asked.trust_remote_code)
+    print(json.dumps(found.to_dict(), indent=2) if asked.json else found)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from camera.runtime.values import renaming, seed_of
 
 if TYPE_CHECKING:
     from camera.calibration.settings import Calibration
+    from camera.description import Description
     from camera.evaluation.suite import EvaluationRequest
     from camera.pipeline.context import CompressionListener
     from camera.pipeline.result import CompressionResult
@@ -219,8 +220,11 @@ def _check_plan(plan: Plan | None, method: Method, model: Any) -> None:
 
 
 def describe(model: str | Path, trust_remote_code: bool = False) -> CompressionResult:
-    """The counts of the original model, as `compress` reports them with nothing removed."""
+    """The counts of a model, as `compress` reports them with nothing removed, and which engines
+    serve it, as it is or after which export."""
+    from camera.checkpoint.config import CameraConfig
     from camera.checkpoint.source import resolve_model, revision_of
+    from camera.engines.fit import engines
     from camera.pipeline.result import CompressionResult, versions
     from camera.streaming.skeleton import MetaModel
 
@@ -237,8 +241,27 @@ def describe(model: str | Path, trust_remote_code: bool = False) -> CompressionR
         seconds={"calibrate": 0.0, "compress": 0.0},
         versions=versions(),
         revision=revision_of(folder),
-        native=True,
+        native=not isinstance(meta.compressed, CameraConfig),
+        engines=engines(meta.config),
     )
+
+
+def description(
+    model: str | Path, sparsity: float = 0.4, trust_remote_code: bool = False
+) -> Description:
+    """What a model is made of, what methods would leave of it, the memory that compressing it
+    takes and the engines that could serve it: by its config alone, without weights.
+
+    CameraError for a model that isn't supported and for a sparsity that it can't be pruned to.
+    """
+    from camera.checkpoint.config import load_config
+    from camera.checkpoint.source import resolve_model
+    from camera.description import described
+    from camera.engines.serving import engines_for
+
+    folder = resolve_model(str(model), weights=False)
+    config = load_config(folder, trust_remote_code)
+    return described(config, str(model), sparsity, engines_for(config))
 
 
 def as_method(method: Method | str, settings: dict[str, Any]) -> Method:

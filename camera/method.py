@@ -270,6 +270,6 @@ class Method(ABC):
         """Bytes of workspace that planning and applying take beside the layer, at most."""
         return 0
 
-    def native_config(self, config: Any, budget: Budget) -> dict[str, Any]:
-        """The keys of config.json that a native checkpoint changes."""
+    def native_config(self, config: Any, budget: Budget, plan: Plan) -> dict[str, Any]:
+        """The keys of config.json that a native checkpoint of a finished plan changes."""
         return {}

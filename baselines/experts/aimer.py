@@ -1,5 +1,7 @@
 """AIMER: removes the experts whose weights are of the most even magnitude, without calibration.
 
+https://arxiv.org/abs/2603.18492
+
 Shapes: E routed experts.
 """
 
@@ -8,23 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from baselines.experts.base import ScoredExperts
+from baselines.experts.scored import ScoredExperts
 from camera.calibration.observers import LayerObserver, ObserverSpec
 from camera.calibration.statistics import LayerStatistics
-from camera.method import Pass, PassKind, Propagate
 from camera.moe.pool import PoolIndex
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from camera.moe.budget import Budget
     from camera.moe.feed_forward import FeedForward
 
 
 @dataclass(frozen=True)
 class Aimer(ScoredExperts):
-    """Removes the experts of highest (sum |w| / n) / sqrt(sum w^2 / n), no text read.
+    """Removes the experts of highest (sum |w| / n) / sqrt(sum w^2 / n), by no text.
 
     The sums are over the n entries of gate, up and down together, in fp32: 1 for weights of one
     magnitude, 0.80 for Gaussian ones, less where few large weights carry the expert. Scaling an
@@ -32,10 +32,10 @@ class Aimer(ScoredExperts):
     """
 
     name: ClassVar[str] = "aimer"
-    reads_text: ClassVar[bool] = False
 
-    def passes(self, budget: Budget, propagate: Propagate) -> tuple[Pass, ...]:
-        return (Pass(PassKind.COMPRESSED, self.observer(), tokens=False),)
+    @property
+    def reads_text(self) -> bool:
+        return not self.native  # constants are means over text
 
     def observer(self) -> MagnitudeSpec:
         return MagnitudeSpec()

@@ -1,68 +1,95 @@
-"""Methods that remove whole routed experts, the same number in every layer, and their statistics.
+"""Methods that remove whole routed experts, and what they put in the place of these.
 
-Their result is a plain checkpoint of the model's own type with fewer experts. Shapes: E routed
-experts of a layer, N tokens of one expert, H hidden, W width of one expert.
+Without constants the result is a plain checkpoint of the model's own type with fewer experts in
+every layer. Shapes: E routed experts of a layer, R removed, H hidden.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from math import ceil, floor
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from camera.calibration.observers import LayerObserver, ObserverSpec
+from camera.calibration.observers import ObserverSpec
 from camera.calibration.statistics import LayerStatistics
 from camera.method import Applied, LayerPlan, Method, Pass, PassKind, Plan, Propagate
 from camera.moe.budget import Sparsity, SparsityOf
-from camera.moe.pool import PoolIndex, sum_dtype
 from camera.runtime.errors import CameraError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from camera.moe.budget import Budget
-    from camera.moe.capture import ExpertCall
     from camera.moe.feed_forward import FeedForward
     from camera.moe.routing import RouterConstraints
-    from camera.pruning.plan import KeptExperts
+    from camera.pruning.plan import KeptExperts, ReplacedExperts
+
+ReplacedBy = Literal["none", "mean", "fitted"]
 
 
 @dataclass(frozen=True)
 class ExpertPruning(Method):
-    """Removes r whole routed experts of every layer, with their rows of the router.
+    """Removes r whole routed experts of every layer.
 
-    r is the largest number (for a group-limited router: multiple of its groups) that doesn't
-    exceed `sparsity` of `sparsity_of`: experts are whole, so what is realised is at most that, and
-    less by less than one expert (of each group) per layer. Of `moe` and `routed` it is experts
-    that count, of `model` their router rows too. Shared experts stay, and with
-    `spare_super_experts` those that were found (`camera.calibration.experts.super_experts`).
+    r is the largest number that doesn't exceed `sparsity` of `sparsity_of`: experts are whole, so
+    what is realised is at most that, and less by less than one expert (of each group) per layer.
+    Shared experts stay, and with `spare_super_experts` those that were found
+    (`camera.calibration.experts.super_experts`).
+
+    `replaced_by` none removes the router rows of the experts too (of `model` they count), so that
+    tokens choose others; r is then a multiple of a group-limited router's groups. mean and fitted
+    leave the router as it is: a token that chooses a removed expert gets a constant, times its
+    routing weight. mean is the expert's mean output (MoNE); fitted is the least-squares fit of
+    `camera.compensation.constants`, of all removed experts of a layer together.
     """
-
-    plan_kind: ClassVar[str] = "experts"
-    native: ClassVar[bool] = True
-    reads_text: ClassVar[bool] = True
 
     sparsity: float
     sparsity_of: SparsityOf = "moe"
     spare_super_experts: bool = True
+    replaced_by: ReplacedBy = "none"
+
+    @property
+    def native(self) -> bool:
+        return self.replaced_by == "none"
+
+    @property
+    def plan_kind(self) -> str:
+        return "experts" if self.native else "replaced_experts"
+
+    @property
+    def reads_text(self) -> bool:
+        return True
 
     def check(self, budget: Budget) -> None:
+        self.require_constants(budget)
         self.removed(budget)
+
+    def require_constants(self, budget: Budget) -> None:
+        """CameraError where `replaced_by` is no choice, or constants can't be weighted."""
+        from camera.moe.families import family_of
+
+        self.require_choice("replaced_by", ReplacedBy)
+        if not self.native and family_of(budget.model_type).weighs_inputs:
+            raise CameraError(
+                f"replaced_by={self.replaced_by} puts a constant times its routing weight in the "
+                f"place of an expert, and a {budget.model_type} model scales what experts read by "
+                "that weight: set method.replaced_by=none."
+            )
+
+    def require_choice(self, key: str, choices: Any) -> None:
+        """CameraError for a setting that is none of its choices."""
+        value, known = getattr(self, key), get_args(choices)
+        if value not in known:
+            raise CameraError(f"{key}={value} is none of {', '.join(known)}.")
 
     def removed(self, budget: Budget) -> int:
         """r of every layer; CameraError, naming the nearest possible sparsity, if there is none."""
-        whole = Sparsity(self.sparsity, self.sparsity_of).whole(budget)
         routing = self.routing(budget)
-        layers = len(budget.layers)
-        one = budget.dense.routed // routing.experts + layers * routing.row * (
-            self.sparsity_of == "model"
-        )
-        step = one * routing.groups / whole  # the share that the fewest experts possible make up
-        steps, most = floor(self.sparsity / step + 1e-9), routing.most // routing.groups
+        step, most = self.steps(routing)
+        share = step * len(budget.layers) * self.share_of_one(budget)
+        steps, most = floor(self.sparsity / share + 1e-9), most // step
         if 1 <= steps <= most:
-            return steps * routing.groups
+            return steps * step
         if not most:
             raise CameraError(
                 f"method {self.name}: a layer of this {budget.model_type} model has "
@@ -70,13 +97,29 @@ class ExpertPruning(Method):
                 "can spare."
             )
         end, number = ("smallest", 1) if steps < 1 else ("largest", most)
-        groups = f" from {routing.groups} groups of equal size" if routing.groups > 1 else ""
+        groups = f" from {step} groups of equal size" if step > 1 else ""
         raise CameraError(
             f"sparsity={self.sparsity} of '{self.sparsity_of}' can't be met by removing whole "
             f"experts: the {end} possible for method {self.name} is "
-            f"{ceil(number * step * 1e4) / 1e4} ({number * routing.groups} of {routing.experts} "
+            f"{ceil(number * share * 1e4) / 1e4} ({number * step} of {routing.experts} "
             f"experts per layer; the router chooses {routing.top_k}{groups})."
         )
+
+    def steps(self, routing: RouterConstraints) -> tuple[int, int]:
+        """What the number of removed experts of a layer is a multiple of, and the largest one."""
+        if self.native:
+            return routing.groups, routing.most
+        return 1, routing.experts - 1
+
+    def share_of_one(self, budget: Budget) -> float:
+        """The share of `sparsity_of` that goes with one expert of one layer."""
+        routing, layers = self.routing(budget), len(budget.layers)
+        one = budget.dense.routed / (routing.experts * layers)
+        if not self.native:
+            one -= budget.hidden  # its constant stays
+        elif self.sparsity_of == "model":
+            one += routing.row
+        return one / Sparsity(self.sparsity, self.sparsity_of).whole(budget)
 
     def spared(self, index: int, budget: Budget) -> list[int]:
         """The super experts of a layer that are to stay, by their number among the routed ones."""
@@ -116,121 +159,64 @@ class ExpertPruning(Method):
 
     def passes(self, budget: Budget, propagate: Propagate) -> tuple[Pass, ...]:
         spec = self.observer()
+        if not self.native:
+            return (Pass(PassKind.COMPRESSED, self.with_outputs(spec), feed=propagate),)
+        if spec.reads == "weights":
+            return (Pass(PassKind.COMPRESSED, spec, tokens=False),)
         if propagate == "dense":
             return (Pass(PassKind.DENSE, spec), Pass(PassKind.COMPRESSED, tokens=False))
         return (Pass(PassKind.COMPRESSED, spec),)
 
     def observer(self) -> ObserverSpec:
-        """What the method looks at in every layer."""
+        """What ranks the experts of a layer."""
         raise NotImplementedError
 
+    def outputs(self) -> ObserverSpec:
+        """What constants are made from."""
+        from camera.calibration.experts.outputs import OutputSumsSpec
+
+        return OutputSumsSpec(joint=self.replaced_by == "fitted")
+
+    def with_outputs(self, ranking: ObserverSpec) -> ObserverSpec:
+        """What ranks the experts of a layer, and beside it what constants are made from."""
+        from camera.calibration.experts.outputs import RankedOutputsSpec
+
+        return RankedOutputsSpec(ranking, self.outputs())
+
+    def decided(
+        self, keep_E: Tensor, seen: LayerStatistics, report: dict[str, Any]
+    ) -> KeptExperts | ReplacedExperts:
+        """The plan of a layer of which these experts stay."""
+        from camera.pruning.plan import KeptExperts, ReplacedExperts
+
+        if self.native:
+            return KeptExperts(keep_E, report)
+        from camera.calibration.experts.outputs import RankedOutputs
+        from camera.compensation.constants import fitted_constants
+
+        outputs = seen.outputs if isinstance(seen, RankedOutputs) else seen
+        removed = (~keep_E).nonzero().flatten().tolist()
+        if self.replaced_by == "fitted":
+            sums = (outputs.mean_EH, outputs.gram_EE, outputs.joint_EEH)
+            constants_RH = fitted_constants(removed, *sums)
+        else:
+            constants_RH = outputs.mean_EH[removed]
+        return ReplacedExperts(keep_E, constants_RH.float(), report)
+
     def apply(
-        self, index: int, ffn: FeedForward, plan: KeptExperts, seen: LayerStatistics | None
+        self, index: int, ffn: FeedForward, plan: LayerPlan, seen: LayerStatistics | None
     ) -> Applied:
-        from camera.pruning.whole_experts import remove_experts
+        from camera.pruning.whole_experts import remove_experts, replace_experts
 
-        remove_experts(ffn, plan.keep_E.nonzero().flatten().tolist())
-        return Applied(report={"dropped": plan.removed, **plan.report})
+        modules = {}
+        if self.native:
+            remove_experts(ffn, plan.keep_E.nonzero().flatten().tolist())
+        else:
+            modules = replace_experts(ffn, plan.keep_E.tolist(), plan.constants_RH)
+        return Applied(modules, report={"dropped": plan.removed, **plan.report})
 
-    def native_config(self, config: Any, budget: Budget) -> dict[str, Any]:
+    def native_config(self, config: Any, budget: Budget, plan: Plan) -> dict[str, Any]:
         from camera.pruning.whole_experts import smaller_config
 
         experts = self.routing(budget).experts
         return smaller_config(config, experts - self.removed(budget))
-
-
-@dataclass
-class ExpertUse(LayerStatistics):
-    """How a layer's routed experts were used by the tokens routed to them.
-
-    gate_E = sum of g_e(x), norm_E = sum of ||f_e(x)||_2, gated_norm_E = sum of their product (all
-    fp64), f_e the expert's output before its routing weight g_e; tokens_E counts, over the whole
-    pool (shared expert first).
-    """
-
-    kind: ClassVar[str] = "expert_use"
-    reduced: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("tokens_E", "gate_E", "norm_E", "gated_norm_E"), "sum"
-    )
-    tokens_E: torch.Tensor
-    gate_E: torch.Tensor
-    norm_E: torch.Tensor
-    gated_norm_E: torch.Tensor
-
-    def routed_tokens(self) -> Tensor:
-        """tokens_E of the routed experts alone."""
-        return self.tokens_E[-len(self.gate_E) :]
-
-
-@dataclass(frozen=True)
-class UseSpec(ObserverSpec):
-    """Use of experts; `softmax` takes g from all logits instead of the model's weights."""
-
-    statistics: ClassVar[type[ExpertUse]] = ExpertUse
-
-    softmax: bool = False
-
-    def build(self, index: int, ffn: FeedForward) -> UseObserver:
-        return UseObserver(ffn, self.softmax)
-
-
-class UseObserver(LayerObserver):
-    """Gathers `ExpertUse`."""
-
-    def __init__(self, ffn: FeedForward, softmax: bool = False):
-        import torch
-
-        self.ffn, self.softmax, self._index = ffn, softmax, PoolIndex(ffn)
-        self._tokens = [0] * self._index.experts
-        device = next(ffn.module.parameters()).device
-        experts = len(ffn.routed.widths)
-        self._sums_3E = torch.zeros(3, experts, dtype=sum_dtype(device), device=device)
-
-    def __call__(self, call: ExpertCall) -> None:
-        import torch
-
-        group, x_NH, a_N = call.group, call.x_NH, call.a_N
-        self._tokens[self._index.expert(group.path, call.expert)] += len(x_NH)
-        if not group.routed:
-            return
-        if self.softmax:
-            from camera.moe.routing import routed
-
-            logits_NE = routed(self.ffn, x_NH)[0]
-            a_N = logits_NE.float().softmax(-1)[:, call.expert]
-        norm_N = group.project(call.expert, call.h_NW.to(x_NH.dtype)).float().norm(dim=-1)
-        found = torch.stack((a_N.float(), norm_N, a_N.float() * norm_N))
-        self._sums_3E[:, call.expert] += found.to(self._sums_3E.dtype).sum(1)
-
-    def result(self) -> ExpertUse:
-        """The statistics gathered so far, on the CPU."""
-        import torch
-
-        tokens_E = torch.tensor(self._tokens)
-        return ExpertUse(self._index.groups, tokens_E, *self._sums_3E.cpu().double())
-
-
-@dataclass(frozen=True)
-class ScoredExperts(ExpertPruning):
-    """Removes the lowest-scored experts of every layer; of equals the first goes."""
-
-    def expert_scores(self, seen: ExpertUse) -> Tensor:
-        """The score [E] of a layer's routed experts."""
-        raise NotImplementedError
-
-    def observer(self) -> UseSpec:
-        return UseSpec()
-
-    def plan_layer(
-        self, index: int, ffn: FeedForward, seen: ExpertUse, budget: Budget, plan: Plan
-    ) -> LayerPlan:
-        import torch
-
-        from baselines.experts.subset_search import keep_best
-        from camera.pruning.plan import KeptExperts
-
-        score_E, groups = self.expert_scores(seen), self.routing(budget).groups
-        ranked_E = score_E.index_fill(0, torch.tensor(self.spared(index, budget)).long(), math.inf)
-        keep_E = keep_best(ranked_E, self.removed(budget), groups)
-        self.require_spared(index, keep_E, budget)
-        return KeptExperts(keep_E, {"score": score_E.tolist()})

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from baselines.experts.base import ExpertUse, ScoredExperts
+from baselines.experts.scored import ScoredExperts
+from baselines.experts.use import ExpertUse
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,5 +1,7 @@
 """NAEE: removes the subset of experts that changes the layer's output least.
 
+https://arxiv.org/abs/2402.14800
+
 Shapes: T tokens of the sample, H hidden, E routed experts, N tokens of one expert.
 """
 
@@ -19,8 +21,9 @@ if TYPE_CHECKING:
     import torch
 
     from camera.moe.budget import Budget
-    from camera.moe.capture import ExpertCall
     from camera.moe.feed_forward import ExpertGroup, FeedForward
+    from camera.moe.observer import ExpertCall
+    from camera.moe.routing import RouterConstraints
 
 CHUNK_BYTES = 2**28  # of the outputs of all experts that are held at once
 
@@ -64,6 +67,7 @@ class NAEE(ExpertPruning):
                 f"max_subsets={self.max_subsets} and norm_tokens={self.norm_tokens} must be at "
                 f"least 1, sample_tokens={self.sample_tokens} at least 0 (all)."
             )
+        super().check(budget)
         count, routing = self.removed(budget), self.routing(budget)
         resolve(self.search, routing.experts, count, routing.groups, self.max_subsets)
 
@@ -72,19 +76,22 @@ class NAEE(ExpertPruning):
 
     def passes(self, budget: Budget, propagate: Propagate) -> tuple[Pass, ...]:
         # a layer's Grams are too large to keep for all layers
-        return (Pass(PassKind.COMPRESSED, self.observer(), feed=propagate),)
+        spec = self.observer() if self.native else self.with_outputs(self.observer())
+        return (Pass(PassKind.COMPRESSED, spec, feed=propagate),)
+
+    def steps(self, routing: RouterConstraints) -> tuple[int, int]:
+        return routing.groups, routing.most  # J asks the router to do without, constants or not
 
     def plan_layer(
-        self, index: int, ffn: FeedForward, seen: ExpertOutputs, budget: Budget, plan: Plan
+        self, index: int, ffn: FeedForward, seen: LayerStatistics, budget: Budget, plan: Plan
     ) -> LayerPlan:
         import torch
 
         from baselines.experts.rerouting import Rerouter
         from baselines.experts.subset_search import OutputError, search
-        from camera.pruning.plan import KeptExperts
 
-        routing = self.routing(budget)
-        error = OutputError(seen.gram_TEE, Rerouter(ffn, seen.x_TH), self.norm_tokens)
+        routing, sample = self.routing(budget), getattr(seen, "ranking", seen)
+        error = OutputError(sample.gram_TEE, Rerouter(ffn, sample.x_TH), self.norm_tokens)
         spared = self.spared(index, budget)
 
         def sparing(keep_CE: torch.Tensor) -> torch.Tensor:
@@ -108,9 +115,9 @@ class NAEE(ExpertPruning):
             "evaluations": found.evaluations,
             "error": found.error,
             "relative_error": found.error / max(error.of_nothing(), 1e-30),
-            "tokens": len(seen.x_TH),
+            "tokens": len(sample.x_TH),
         }
-        return KeptExperts(keep_E, report)
+        return self.decided(keep_E, seen, report)
 
 
 @dataclass

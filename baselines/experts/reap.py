@@ -1,15 +1,17 @@
 """REAP: removes the experts of lowest router-weighted activation.
 
+https://arxiv.org/abs/2510.13999
+
 Shapes: E routed experts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from baselines.experts.base import ExpertUse, ScoredExperts, UseSpec
-from camera.runtime.errors import CameraError
+from baselines.experts.scored import ScoredExperts
+from baselines.experts.use import ExpertUse, UseSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,10 +45,8 @@ class Reap(ScoredExperts):
     routing_weights: RoutingWeights = "model"
 
     def check(self, budget: Budget) -> None:
-        for key, options in (("score", ReapScore), ("routing_weights", RoutingWeights)):
-            value, choices = getattr(self, key), get_args(options)
-            if value not in choices:
-                raise CameraError(f"{key}={value} is none of {', '.join(choices)}.")
+        self.require_choice("score", ReapScore)
+        self.require_choice("routing_weights", RoutingWeights)
         super().check(budget)
 
     def observer(self) -> UseSpec:

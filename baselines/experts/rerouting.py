@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from camera.moe.feed_forward import FeedForward
-from camera.moe.routing import routed, router_of
+from camera.moe.routing import gates, routed, router_of
 from camera.runtime.errors import CameraError
 
 
@@ -88,12 +88,6 @@ class _Added:
             self._arguments[self._name] = added
         elif added is not None:
             setattr(self._module, self._name, added)
-
-
-def gates(weight_NK: torch.Tensor, index_NK: torch.Tensor, experts: int) -> torch.Tensor:
-    """Routing as a matrix [N, E] in fp32: an expert's weight, 0 where it was not chosen."""
-    gates_NE = weight_NK.new_zeros((len(weight_NK), experts), dtype=torch.float32)
-    return gates_NE.scatter_(1, index_NK, weight_NK.float())
 
 
 class _GivenLogits(TorchFunctionMode):

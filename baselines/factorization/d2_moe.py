@@ -1,4 +1,7 @@
-"""D2-MoE: a layer's routed experts as one merged base and low-rank deltas."""
+"""D2-MoE: a layer's routed experts as one merged base and low-rank deltas.
+
+https://arxiv.org/abs/2502.17298
+"""
 
 from __future__ import annotations
 
@@ -158,7 +161,7 @@ class D2Moe(Method):
         hidden, width = down.shape
         base_width, rank = factors["down_proj"].shape[1], factors["down_left"].shape[2]
         sizes = hidden, width, len(group.widths), base_width, rank
-        module = DeltaExperts(*sizes, group.act_fn, "meta", down.dtype)
+        module = DeltaExperts(*sizes, group.act_fn, "meta", down.dtype, group.layout)
         tensors = {n: t.to(down.device, down.dtype) for n, t in factors.items()}
         module.load_state_dict(tensors, assign=True)
         ffn.replace(group, module.requires_grad_(False))

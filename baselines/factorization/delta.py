@@ -14,9 +14,9 @@ import torch
 from baselines.factorization.layer_factors import Factoring, factored_layer
 from camera.calibration.observers import LayerObserver, ObserverSpec
 from camera.calibration.statistics import LayerStatistics
-from camera.moe.capture import ExpertCall
 from camera.moe.feed_forward import FeedForward
 from camera.moe.gradients import GradientCall
+from camera.moe.observer import ExpertCall
 from camera.moe.pool import LayerShape, PoolIndex, sum_dtype
 
 
@@ -37,12 +37,15 @@ class DeltaStatistics(LayerStatistics):
     down_proj: torch.Tensor
     down_left: torch.Tensor
     down_right: torch.Tensor
+    gate_up_proj_bias: torch.Tensor  # both empty where experts have none
+    down_proj_bias: torch.Tensor
     error_P: torch.Tensor
     tokens_E: torch.Tensor
 
     def factors(self) -> dict[str, torch.Tensor]:
         """The tensors of `DeltaExperts` by name."""
-        return {k: v for k, v in self.tensors().items() if k not in ("error_P", "tokens_E")}
+        tensors = {k: v for k, v in self.tensors().items() if k not in ("error_P", "tokens_E")}
+        return {k: v for k, v in tensors.items() if v.numel() or not k.endswith("_bias")}
 
 
 @dataclass

@@ -71,8 +71,20 @@ def factored_layer(
         "down_proj": down.base,
         "down_left": down.left_EMR,
         "down_right": down.right_ERN,
+        **_biases(group, order_I),
         "error_P": torch.tensor(errors, dtype=torch.float64),
     }
+
+
+def _biases(group: RoutedExperts, order_I: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Biases of the experts, those of gate and up in the order of their rows; empty: none."""
+    both, downs = torch.empty(0), torch.empty(0)
+    if group.layout.biased:
+        experts = range(len(group.widths))
+        both = torch.stack([group.gate_up_bias(e).view(2, -1) for e in experts])
+        both = both[..., order_I.to(both.device)].flatten().cpu()
+        downs = torch.stack([group.down_bias(e) for e in experts]).cpu()
+    return {"gate_up_proj_bias": both, "down_proj_bias": downs}
 
 
 @dataclass

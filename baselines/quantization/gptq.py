@@ -1,4 +1,7 @@
-"""GPTQ: the same bits for every weight of every expert."""
+"""GPTQ: the same bits for every weight of every expert.
+
+https://arxiv.org/abs/2210.17323
+"""
 
 from __future__ import annotations
 

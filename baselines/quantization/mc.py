@@ -1,5 +1,7 @@
 """Mixture Compressor: whole experts get 1, 2 or 3 bits by an integer program, then GPTQ.
 
+https://arxiv.org/abs/2410.06270
+
 Shapes: E routed experts, B bit widths (1, 2, 3).
 """
 

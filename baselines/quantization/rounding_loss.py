@@ -12,8 +12,9 @@ import torch
 from torch.nn import functional as F
 
 from camera.calibration.hessians import HessianObserver, HessianSpec, HessianStatistics
-from camera.moe.capture import ExpertCall
+from camera.moe.experts.activation import gated
 from camera.moe.feed_forward import ExpertGroup, FeedForward
+from camera.moe.observer import ExpertCall
 from camera.moe.pool import LayerShape
 from camera.quantization.quantizers.gptq import GPTQ
 
@@ -81,9 +82,11 @@ class RoundingLossObserver(HessianObserver):
         self._weight_E[expert] += float(a_N.double().sum())
         x_NH, h_NW = call.x_NH.float(), call.h_NW.float()
         y_NH = F.linear(h_NW, group.down(expert).float())
+        bias_2W = group.gate_up_bias(expert)
+        bias_2W = None if bias_2W is None else bias_2W.float()
         for place, (gate_up, down) in enumerate(self._rounded[expert]):
-            gate_NW, up_NW = F.linear(x_NH, gate_up.float()).chunk(2, 1)
-            rounded_NH = F.linear(group.act_fn(gate_NW) * up_NW, down.float())
+            h_NW = gated(group.act_fn, *F.linear(x_NH, gate_up.float(), bias_2W).chunk(2, 1))
+            rounded_NH = F.linear(h_NW, down.float())
             loss2 = float(((y_NH - rounded_NH) * a_N[:, None]).double().square().sum())
             self._loss2_EB[expert, place] += loss2
             self._loss_EB[expert, place] += loss2**0.5

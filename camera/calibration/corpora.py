@@ -5,7 +5,7 @@
     wikitext2/{train,validation,test}.txt      c4/{train,validation}.jsonl.gz
     tasks/<lm-eval task>.jsonl.gz
 
-`python -m experiments.mirror DIR` writes such a folder. A corpus is an entry of `CORPORA`; any
+`camera mirror DIR` writes such a folder. A corpus is an entry of `CORPORA`; any
 local text or jsonl file is one too, named by its path.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 from camera.runtime.errors import CameraError
 
 HUB = "hub"
-MIRROR = "`python -m experiments.mirror DIR`"
+MIRROR = "`camera mirror DIR`"
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".md")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 

@@ -1,4 +1,4 @@
-"""The checkpoint format: a quantization_config with quant_method `camera`, registered on import.
+"""The checkpoint format: a quantization_config with quant_method NAME, registered on import.
 
 A compressed checkpoint is a transformers folder whose config.json maps module paths to specs of
 module formats. `from_pretrained` builds these modules on meta and loads their tensors.
@@ -6,6 +6,7 @@ module formats. `from_pretrained` builds these modules on meta and loads their t
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from camera.checkpoint.formats.format import FORMATS
 from camera.checkpoint.source import INDEX
-from camera.moe.families import FAMILIES, family_of
+from camera.moe.families import FAMILIES, family_of, known_family
+from camera.moe.families.family import Family
 from camera.runtime.errors import CameraError
 from camera.runtime.files import content_key
 
+# Programs that don't know the format print this name: that of the package to install.
+NAME = "camera-moe"
+NAMES = (NAME, "camera")  # the second in checkpoints of before
 FORMAT = 2
 GENERATION = "generation_config.json"
 MODULES = "camera_modules"  # key of the index's metadata: which specs the weights were written by
@@ -38,7 +43,8 @@ COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads
 COUNTS += ("num_key_value_heads",)
 
 
-@register_quantization_config("camera")
+@register_quantization_config(NAMES[1])
+@register_quantization_config(NAME)
 class CameraConfig(QuantizationConfigMixin):
     """The modules of a compressed checkpoint, and the method that made it.
 
@@ -53,7 +59,7 @@ class CameraConfig(QuantizationConfigMixin):
         format: int = FORMAT,
         **_: Any,
     ):
-        self.quant_method = "camera"
+        self.quant_method = NAME
         self.format = format
         self.modules = {} if modules is None else modules
         self.made_by = {} if made_by is None else made_by
@@ -82,11 +88,28 @@ class CameraConfig(QuantizationConfigMixin):
         }
 
 
+def build_native(config: Any, **options: Any) -> nn.Module:
+    """The model of a config on meta, its blocks as this package calls them."""
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, **options)
+    _adapt(model)
+    return model
+
+
+def _adapt(model: nn.Module) -> None:
+    family = known_family(model.config.model_type)
+    if family is not None and family.adapt is not None:
+        import_module(family.adapt).adapt(model)
+
+
 def build_forms(model: nn.Module, config: CameraConfig) -> None:
     """Replace modules of a freshly built model (on meta) by those of a compressed checkpoint.
 
     CameraError, with the module's path, for a spec that doesn't fit the model.
     """
+    _adapt(model)
+    # what was compressed loads without the package that declared its family
+    family = known_family(model.config.model_type) or Family()
     for path, spec in config.modules.items():
         form = spec.get("form") if isinstance(spec, dict) else None
         if not isinstance(form, str) or form not in FORMATS:
@@ -102,6 +125,8 @@ def build_forms(model: nn.Module, config: CameraConfig) -> None:
                 "have: take the config.json that was written with these weights."
             ) from error
         try:
+            if family.is_ffn(path) and not hasattr(native, "act_fn"):
+                native.act_fn = family.activation(native)
             module = FORMATS[form].from_spec(native, spec)
         except Exception as error:  # a spec is data: what it leads to depends on what is wrong
             raise CameraError(
@@ -112,7 +137,8 @@ def build_forms(model: nn.Module, config: CameraConfig) -> None:
         model.set_submodule(path, module)
 
 
-@register_quantizer("camera")
+@register_quantizer(NAMES[1])
+@register_quantizer(NAME)
 class CameraQuantizer(HfQuantizer):
     """Loads and saves compressed checkpoints in transformers."""
 
@@ -161,9 +187,9 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """config.json as transformers reads it; CameraError, with the key, for an unknown model type
     and for values that no model can have."""
     path = folder / "config.json"
-    told = _told(path)
+    told = json_object(path)
     if (folder / GENERATION).exists():
-        _told(folder / GENERATION)
+        json_object(folder / GENERATION)
     config = read_config(folder, trust_remote_code)
     for key in _not_numbers(told):
         raise CameraError(f"{path} says {key}=NaN: give a number.")
@@ -175,7 +201,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
             )
     _refuse_values(config, path)
     stored = getattr(config, "quantization_config", None)
-    if isinstance(stored, dict) and stored.get("quant_method") == "camera":
+    if isinstance(stored, dict) and stored.get("quant_method") in NAMES:
         config.quantization_config = compressed = CameraConfig.from_dict(stored)
         _require_own(compressed, folder)
     return config
@@ -198,7 +224,7 @@ def _require_own(compressed: CameraConfig, folder: Path) -> None:
     An index that says nothing, of an older folder or another program, is taken.
     """
     index = folder / INDEX
-    metadata = _told(index).get("metadata") if index.exists() else None
+    metadata = json_object(index).get("metadata") if index.exists() else None
     wanted = metadata.get(MODULES) if isinstance(metadata, dict) else None
     if wanted is not None and wanted != modules_key(compressed.modules):
         raise CameraError(
@@ -227,7 +253,7 @@ def look_at(config: Any) -> str:
     return f": look at {', '.join(odd)}" if odd else ""
 
 
-def _told(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     """What a JSON file says; CameraError unless it is an object."""
     try:
         told = json.loads(path.read_text())

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from camera.checkpoint.config import CameraConfig, auto_class
+from camera.checkpoint.config import CameraConfig, build_native
 from camera.checkpoint.formats.format import Format, Spec
 from camera.checkpoint.formats.narrow import PROJECTIONS, narrow_spec
 
@@ -21,8 +21,7 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
         return model
     plain_config = type(model.config).from_dict(model.config.to_dict())
     del plain_config.quantization_config
-    with torch.device("meta"):
-        native = auto_class(plain_config).from_config(plain_config)
+    native = build_native(plain_config)
     for path in list(stored.modules):
         module = model.get_submodule(path)
         if not isinstance(module, Format):  # a narrower native module

@@ -8,14 +8,24 @@ import torch
 from torch import nn
 from transformers import (
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from camera.checkpoint.config import CameraConfig, auto_class, load_config, read_config, reason_of
-from camera.checkpoint.matching import require_runnable, require_whole
-from camera.checkpoint.shards import Place, ShardReader, read_places
+from camera.checkpoint.config import (
+    GENERATION,
+    CameraConfig,
+    auto_class,
+    load_config,
+    read_config,
+    reason_of,
+)
+from camera.checkpoint.matching import empty_model, require_runnable, require_whole
+from camera.checkpoint.places import AnyPlace, PackedPlace, Place, read_places
+from camera.checkpoint.quantized.opening import open_weights
+from camera.checkpoint.shards import ShardReader
 from camera.checkpoint.source import refuse_adapter, refuse_no_model
 from camera.runtime import distributed
 from camera.runtime.device.accelerator import all_cards, resolve_device
@@ -68,22 +78,28 @@ def load_model(
     placement = "auto" if all_cards(device) > 1 else {"": place}
     on_cpu = torch.device(place).type == "cpu"
     precision = resolve_dtype(dtype) or (torch.float32 if on_cpu else "auto")
-    folder = _local(path)
+    folder, weights = _local(path), None
     if isinstance(folder, Path) and not options.get("subfolder"):
         if not (folder / "config.json").exists():
             raise CameraError(f"{folder} is no model: it has no config.json.")
-        ShardReader(folder)  # sentences of our own tell more than transformers'
         config = load_config(folder, trust_remote_code)
+        reader = open_weights(folder, config)  # sentences of our own tell more than transformers'
         require_runnable(config, folder, trust_remote_code)
         if isinstance(getattr(config, "quantization_config", None), CameraConfig):
-            require_whole(config, folder, trust_remote_code)
-    hub = {key: value for key, value in options.items() if key in OF_THE_HUB}
-    config = read_config(folder, trust_remote_code, **hub)
+            require_whole(config, reader, trust_remote_code)
+        weights = _unpacking(reader)
+    if weights is None:
+        hub = {key: value for key, value in options.items() if key in OF_THE_HUB}
+        config = read_config(folder, trust_remote_code, **hub)
     choose_kernels(config)
+    built_by = auto_class(config)
+    if weights is not None:  # which Auto classes don't take
+        built_by = type(empty_model(config, folder, trust_remote_code=trust_remote_code)[0])
     try:
-        model, info = auto_class(config).from_pretrained(
-            str(folder),
+        model, info = built_by.from_pretrained(
+            None if weights else str(folder),
             config=config,
+            **(weights or {}),
             dtype=precision,
             device_map=options.pop("device_map", placement),
             trust_remote_code=trust_remote_code,
@@ -96,7 +112,8 @@ def load_model(
         raise
     except Exception as error:  # what a wrong size leads to depends on the model's code
         if isinstance(folder, Path):  # a tensor: which one?
-            require_whole(load_config(folder, trust_remote_code), folder, trust_remote_code)
+            config = load_config(folder, trust_remote_code)
+            require_whole(config, open_weights(folder, config), trust_remote_code)
         raise CameraError(f"model {path} can't be loaded: {reason_of(error)}.") from error
     for name, found, asked in sorted(info["mismatched_keys"]):
         raise CameraError(
@@ -118,24 +135,49 @@ def load_model(
     return model.eval()
 
 
+def _unpacking(reader: ShardReader) -> dict[str, Any] | None:
+    """What `from_pretrained` takes in the place of a folder whose tensors are to be unpacked, each
+    when it is its turn; None for a folder of plain ones."""
+    if not any(isinstance(place, PackedPlace) for place in reader.places.values()):
+        return None
+    found: dict[str, Any] = {"state_dict": {k: _Unread(p) for k, p in reader.places.items()}}
+    if (reader.folder / GENERATION).exists():
+        found["generation_config"] = GenerationConfig.from_pretrained(reader.folder)
+    return found
+
+
+class _Unread:
+    """A tensor that is read when it is looked at."""
+
+    def __init__(self, place: AnyPlace):
+        self._place = place
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return read_places({"": self._place})[""]
+
+
 def require_finite(reader: ShardReader) -> None:
     """CameraError that names a tensor with NaN or inf, which a run would else meet hours later.
 
     A large file is read for it once, not once a run; several processes share the files.
     """
-    files: dict[Path, dict[str, Place]] = {}
+    files: dict[Path, list[tuple[str, Place]]] = {}
     for key, place in reader.places.items():
-        files.setdefault(place.file, {})[key] = place
+        for part in place.stored:
+            files.setdefault(part.file, []).append((key, part))
     for file in sorted(files)[distributed.rank() :: distributed.world()]:
         remembered(
             reader.folder / file, "finite", lambda file=file: _refuse_infinite(reader, files[file])
         )
 
 
-def _refuse_infinite(reader: ShardReader, places: dict[str, Place]) -> bool:
-    for key, place in places.items():
+def _refuse_infinite(reader: ShardReader, places: list[tuple[str, Place]]) -> bool:
+    for key, place in places:
         for piece in _pieces(place):
-            if not all_finite(read_places({key: piece})[key]):
+            numbers = read_places({key: piece})[key]
+            if numbers.is_floating_point() and numbers.element_size() == 1:
+                numbers = numbers.float()  # of FP8 the least and the largest can't be asked for
+            if not all_finite(numbers):
                 raise CameraError(f"tensor '{key}' in {reader.folder} holds NaN or inf.")
     return True
 

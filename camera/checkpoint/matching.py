@@ -22,13 +22,14 @@ from transformers.utils import logging as transformers_logging
 from camera.checkpoint.config import (
     CameraConfig,
     CameraQuantizer,
-    auto_class,
     build_forms,
+    build_native,
     look_at,
     reason_of,
 )
 from camera.checkpoint.formats.format import Format
-from camera.checkpoint.shards import Place, ShardReader
+from camera.checkpoint.places import AnyPlace
+from camera.checkpoint.shards import ShardReader
 from camera.moe.budget import owner_of
 from camera.moe.families import RUN_ON_META
 from camera.runtime.errors import CameraError
@@ -59,27 +60,23 @@ def empty_model(
     config: Any, folder: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> tuple[nn.Module, list]:
     """The model of a config on meta, compressed modules in place, and transformers' rules for its
-    keys; CameraError for a config that no model can be built of, and for weights that another tool
-    quantised."""
+    keys; CameraError for a config that no model can be built of."""
     require_runnable(config, folder, trust_remote_code)
     model = _built(config, folder, dtype=dtype, trust_remote_code=trust_remote_code)
     model.eval().requires_grad_(False)
     conversions = get_model_conversion_mapping(model)
     compressed = getattr(config, "quantization_config", None)
-    if compressed is None:
-        return model, conversions
     if not isinstance(compressed, CameraConfig):
-        raise CameraError(
-            f"{folder} is already quantised ({compressed}): start from its unquantised weights."
-        )
+        return model, conversions
     build_forms(model, compressed)
     return model, CameraQuantizer(compressed).update_weight_conversions(conversions, model)
 
 
 def _built(config: Any, folder: Path, **options: Any) -> nn.Module:
     try:
-        with torch.device("meta"):
-            return auto_class(config).from_config(config, **options)
+        return build_native(config, **options)
+    except CameraError:
+        raise
     except Exception as error:  # what a wrong size leads to depends on the model's code
         raise CameraError(
             f"no model can be built of {folder / 'config.json'}: {reason_of(error)}"
@@ -149,7 +146,7 @@ class HeaderMatch:
             )
 
 
-def match_headers(model: nn.Module, places: dict[str, Place], conversions: list) -> HeaderMatch:
+def match_headers(model: nn.Module, places: dict[str, AnyPlace], conversions: list) -> HeaderMatch:
     """Load headers into a model on meta, whose tensors then have the dtypes that are stored."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     dtype = next(model.parameters()).dtype
@@ -179,10 +176,11 @@ def match_headers(model: nn.Module, places: dict[str, Place], conversions: list)
     )
 
 
-def require_whole(config: Any, folder: Path, trust_remote_code: bool = False) -> None:
+def require_whole(config: Any, reader: ShardReader, trust_remote_code: bool = False) -> None:
     """CameraError unless the headers of a folder are those of the model of a config."""
+    folder = reader.folder
     model, conversions = empty_model(config, folder, trust_remote_code=trust_remote_code)
-    match = match_headers(model, ShardReader(folder).places, conversions)
+    match = match_headers(model, reader.places, conversions)
     missing = match.missing - set(getattr(model, "all_tied_weights_keys", None) or {})
     replace(match, missing=missing).require(folder)
 
@@ -199,7 +197,7 @@ def refuse_missing(folder: Path, missing: set[str]) -> None:
 class _Header:
     """Stands for a tensor that isn't read; `asked` is the dtype it is to be loaded in."""
 
-    def __init__(self, place: Place):
+    def __init__(self, place: AnyPlace):
         self.place = place
         self.asked: torch.dtype | None = None
 

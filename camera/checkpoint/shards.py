@@ -4,17 +4,22 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from camera.checkpoint.places import (
+    CPU,
+    DTYPES,
+    AnyPlace,
+    PackedPlace,
+    Place,
+    places_of,
+    read_places,
+)
 from camera.checkpoint.source import INDEX, SINGLE, weight_map
-from camera.runtime.buffers import allocate
 from camera.runtime.device.accelerator import has_own_memory
 from camera.runtime.device.staging import Staging
 from camera.runtime.errors import CameraError
@@ -22,36 +27,6 @@ from camera.runtime.files import digest_of, replace_durably
 from camera.runtime.mapped import release_pages
 
 log = logging.getLogger("camera")
-CPU = torch.device("cpu")
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Location of a tensor: raw bytes at an offset of a safetensors file."""
-
-    file: Path
-    start: int
-    bytes: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def rows(self, first: int, count: int) -> "Place":
-        """The part of a table from row `first` on, of at most `count` rows."""
-        size, count = self.bytes // self.shape[0], min(count, self.shape[0] - first)
-        shape, start = (count, *self.shape[1:]), self.start + first * size
-        return replace(self, start=start, bytes=count * size, shape=shape)
 
 
 class ShardReader:
@@ -63,7 +38,7 @@ class ShardReader:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.left_out: dict[str, Place] = {}
+        self.left_out: dict[str, AnyPlace] = {}
         index, single = folder / INDEX, folder / SINGLE
         if index.exists() and single.exists() and SINGLE not in weight_map(index).values():
             raise CameraError(
@@ -86,7 +61,8 @@ class ShardReader:
                 f"{folder} holds no {SINGLE} and no {INDEX}: give model.path a folder with "
                 "safetensors weights."
             )
-        self.places = _places(single) if names is None else self._indexed(names)
+        found = places_of(single) if names is None else self._indexed(names)
+        self.places: dict[str, AnyPlace] = dict(found)
         self._files = {place.file for place in self.places.values()}
 
     def _indexed(self, names: dict[str, str]) -> dict[str, Place]:
@@ -98,7 +74,7 @@ class ShardReader:
                     f"shard {name} is listed in {INDEX} but missing from {self.folder}: "
                     "download the model again."
                 )
-            headers[name] = _places(path)
+            headers[name] = places_of(path)
         lost = next((key for key, name in names.items() if key not in headers[name]), None)
         if lost is not None:
             raise CameraError(
@@ -141,26 +117,16 @@ class ShardReader:
         return numbers.most_common(1)[0][0]
 
     @property
+    def unpacking(self) -> int:
+        """Bytes that reading a tensor takes at most beside the tensor itself."""
+        packed = [place for place in self.places.values() if isinstance(place, PackedPlace)]
+        return max((p.workspace + sum(part.bytes for part in p.stored) for p in packed), default=0)
+
+    @property
     def bytes(self) -> int:
         """Size of the weight files on disk, less the tensors that were left out."""
-        unused = sum(place.bytes for place in self.left_out.values())
+        unused = sum(part.bytes for place in self.left_out.values() for part in place.stored)
         return sum(path.stat().st_size for path in self._files) - unused
-
-
-def read_places(places: dict[str, Place], device: torch.device = CPU) -> dict[str, torch.Tensor]:
-    """Tensors at these places, read in the order of the files.
-
-    Copies to a device with memory of its own run on the current stream, and aren't waited for.
-    """
-    found: dict[str, torch.Tensor] = {}
-    staging = Staging(device) if places and has_own_memory(device) else None
-    with ExitStack() as stack:
-        files: dict[Path, BinaryIO] = {}
-        for key, place in sorted(places.items(), key=lambda item: (item[1].file, item[1].start)):
-            if place.file not in files:
-                files[place.file] = stack.enter_context(place.file.open("rb", buffering=0))
-            found[key] = _read(files[place.file], place, staging)
-    return found
 
 
 def _are_equal(one: Place, other: Place) -> bool:
@@ -169,52 +135,6 @@ def _are_equal(one: Place, other: Place) -> bool:
         return False
     found = read_places({"one": one, "other": other})
     return torch.equal(*(tensor.view(-1).view(torch.uint8) for tensor in found.values()))
-
-
-def _places(path: Path) -> dict[str, Place]:
-    """Places of a file's tensors; safetensors checks that the file is complete."""
-    try:
-        with safe_open(path, "pt"):
-            pass
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, OSError) as error:
-        raise CameraError(
-            f"shard {path} is truncated or corrupt ({error}): download it again."
-        ) from error
-    places = {}
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        if entry["dtype"] not in DTYPES:
-            raise CameraError(
-                f"tensor '{key}' in {path} has the type {entry['dtype']}, which this "
-                f"package doesn't read ({', '.join(DTYPES)})."
-            )
-        start, end = entry["data_offsets"]
-        shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
-        places[key] = Place(path, 8 + length + start, end - start, dtype, shape)
-    return places
-
-
-def _read(file: BinaryIO, place: Place, staging: Staging | None = None) -> torch.Tensor:
-    file.seek(place.start)
-
-    def fill(view: memoryview) -> None:
-        done = 0
-        while done < len(view):  # one read gives 2 GB at most
-            got = file.readinto(view[done:])
-            if not got:
-                raise CameraError(f"shard {place.file} ends early: download it again.")
-            done += got
-
-    if staging is not None:
-        raw = staging.upload(place.bytes, fill)
-    else:
-        raw = allocate(place.bytes)
-        fill(memoryview(raw.numpy()))
-    return raw.view(place.dtype).view(place.shape)
 
 
 class ShardWriter:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from camera.compensation.expert_regression import ExpertRegression
 from camera.compensation.experts import inverse_norms
-from camera.compensation.least_squares import ExpertRegression, coordinate_descent, fit_report
+from camera.compensation.least_squares import fit_report, refit
 from camera.compensation.settings import CompensationSettings
 
 
@@ -34,6 +35,6 @@ def refit_attention(
     scale_T1 = inverse_norms(aim_TH) if how.token_weights == "relative" else None
     missing_TH = missing_TH.float() if scale_T1 is None else missing_TH.float() * scale_T1
     block = ExpertRegression(None, heads_TA, output.weight.T, scale_T1)
-    found = coordinate_descent([block], missing_TH, fitted, how, "attention")
+    found = refit([block], missing_TH, fitted, how, "attention")
     output.weight.copy_(block.weight_WH.T)
     return fit_report([found])

@@ -6,14 +6,10 @@ Shapes: T calibration tokens, H hidden, N tokens of one expert, W its kept width
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
-from camera.compensation.least_squares import (
-    PIECE,
-    ExpertRegression,
-    FitReport,
-    coordinate_descent,
-    fit_report,
-)
+from camera.compensation.expert_regression import PIECE, ExpertRegression
+from camera.compensation.least_squares import AT_ONCE, FitReport, fit_report, refit, refit_alone
 from camera.compensation.settings import CompensationSettings
 from camera.moe.feed_forward import FeedForward
 from camera.moe.grouped.sinks import ExpertPhi, OutputSum
@@ -46,10 +42,12 @@ def fit_bytes(
     Gram matrices and their factors, in fp32; hidden states and FFN inputs of the dense model, where
     it is aimed at; phi of the widest expert once more, where all tokens are its own, as it is put
     together and as it is cut."""
-    states = (4 + 2 * dense) * tokens * hidden
-    weights = 2 * hidden * sum(widths) + 2 * sum(w * w for w in widths)
-    widest = max(widths)
-    return 4 * (states + weights + PIECE * widest) + itemsize * tokens * widest
+    states, widest = (4 + 2 * dense) * tokens * hidden, max(widths)
+    together = widest if len(widths) == 1 else min(sum(widths), AT_ONCE)
+    squares = max(2 * sum(w * w for w in widths), 4 * together**2)
+    weights = 2 * hidden * (sum(widths) + 2 * together)
+    piece = PIECE * max(widest, together)
+    return 4 * (states + weights + squares + piece) + itemsize * tokens * widest
 
 
 @torch.no_grad()
@@ -71,15 +69,20 @@ def compensate(
     the sum. Both, fp32, are used up.
     """
     tokens = sum(count for count, _ in phi)
+    first = next(iter(before.values()))
+    biases_TH = _of_biases(ffn, phi, tokens)
     seen = _by_expert(phi)
     trim_heap()  # the batches' pieces
-    first = next(iter(before.values()))
     scale_T1 = None
     if stream_TH is not None:
+        if biases_TH is not None:
+            stream_TH.add_(biases_TH, alpha=ffn.residual_scale)
         scale_T1 = inverse_norms(_after(stream_TH, seen, before, ffn.residual_scale))
     if target_TH is None:
         residual_TH = torch.zeros(tokens, len(first), device=first.device)
     else:
+        if biases_TH is not None:
+            target_TH -= biases_TH
         residual_TH = target_TH if scale_T1 is None else target_TH.mul_(scale_T1)
     blocks: dict[tuple[str, int], ExpertRegression] = {}
     fits: list[FitReport] = []
@@ -100,7 +103,7 @@ def compensate(
         del phi_NF
         blocks[place] = block
         if how.scope == "expert":
-            fits.append(block.alone(gone_NH, fitted, how, place[0]))
+            fits.append(refit_alone(block, gone_NH, fitted, how, place[0]))
         elif tokens_N is None:
             residual_TH += gone_NH
         else:
@@ -108,15 +111,40 @@ def compensate(
     trim_heap()  # what was cut
     if how.scope == "layer":
         where = ", ".join(dict.fromkeys(path for path, _ in blocks))
-        fits.append(coordinate_descent(list(blocks.values()), residual_TH, fitted, how, where))
+        fits.append(refit(list(blocks.values()), residual_TH, fitted, how, where))
     output = OutputSum(first.new_zeros(1, tokens, len(first)))
     for group in ffn.groups:
         for expert in range(len(group.widths)):
             block = blocks[group.path, expert]
             group.down(expert).copy_(block.weight_WH.T)
             if len(block.phi_NW):
-                output(group, expert, block.tokens_N, block.phi_NW)
+                output.add(block.tokens_N, F.linear(block.phi_NW, group.down(expert)))
+    if biases_TH is not None:
+        output.y_TH += biases_TH
     return output.y_TH, fit_report(fits)
+
+
+def _of_biases(
+    ffn: FeedForward, phi: list[tuple[int, list[ExpertPhi]]], tokens: int
+) -> torch.Tensor | None:
+    """What the experts' biases add to the layer's output, [T, H]; None where none has one."""
+    groups = {group.path: group for group in ffn.groups}
+    biases = [group.down_bias(0) for group in ffn.groups]
+    if all(bias_H is None for bias_H in biases):
+        return None
+    hidden, device = len(ffn.groups[0].down(0)), ffn.groups[0].down(0).device
+    found_TH = torch.zeros(tokens, hidden, device=device)
+    start = 0
+    for count, calls in phi:
+        for call in calls:
+            bias_H = groups[call.path].down_bias(call.expert)
+            if bias_H is None:
+                continue
+            rows = slice(None) if call.tokens_N is None else call.tokens_N
+            weight = 1.0 if call.a_N is None else call.a_N[:, None]
+            found_TH[start : start + count][rows] += weight * bias_H
+        start += count
+    return found_TH
 
 
 def inverse_norms(h_TH: torch.Tensor) -> torch.Tensor:

@@ -8,27 +8,30 @@ mean of sum_t c_t phi_ti^2 |w_i|^2 over them. c_t is 1 / |h_t|^2, h_t the hidden
 layer: what comes next normalises it, and a few tokens whose states are many times as large as all
 others would else be the only ones that count. A relative change of weights costs the same whatever
 the scale of a micro-expert, and however little the calibration text uses it: what other texts need
-of it stays. Solved by block coordinate descent over experts on the residual, so that no matrix is
-wider than one expert: each step is the exact minimum over one expert's w_i, the others held.
+of it stays. One expert, or a layer of at most `AT_ONCE` micro-experts, is solved at once
+(`camera.compensation.normal_equations`). A wider layer is solved by block coordinate descent over
+experts on the residual, so that no matrix is wider than one expert: each step is the exact minimum
+over one expert's w_i, the others held.
 
 Shapes: T calibration tokens (of them the first `fitted` fit, the others are held out), H hidden,
-N tokens of one expert, P a few of them, W its kept width.
+N tokens of one expert, W its kept width, K micro-experts of all experts together.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
 import torch
 
+from camera.compensation.expert_regression import ExpertRegression
+from camera.compensation.normal_equations import NormalEquations
 from camera.compensation.settings import CompensationSettings
 from camera.runtime import distributed
 from camera.runtime.errors import CameraError
 
 ENOUGH = 1e-3  # a sweep, or a smaller ridge, that improves by less than this share is the last
-TINY = 1e-6
-PIECE = 4096  # tokens whose phi stands in fp32 at a time
+AT_ONCE = 4096  # micro-experts: four matrices of so many rows and columns are 256 MiB
 
 
 @dataclass(frozen=True)
@@ -45,121 +48,12 @@ class FitReport:
     sweeps: int
 
 
-class ExpertRegression:
-    """One expert of the descent: `phi_NW` on its tokens (None for all), `weight_WH` to fit.
-
-    `scale_N1` is the root of what each token counts, as it is in the residual.
-    """
-
-    def __init__(
-        self,
-        tokens_N: torch.Tensor | None,
-        phi_NW: torch.Tensor,
-        weight_WH: torch.Tensor,
-        scale_N1: torch.Tensor | None = None,
-    ):
-        self.tokens_N, self.phi_NW, self.scale_N1 = tokens_N, phi_NW, scale_N1
-        self.old_WH = weight_WH.float()
-        self.weight_WH = self.old_WH.clone()
-
-    def output(self) -> torch.Tensor:
-        """What it put out with its old weights, each token as much as it counts, fp32 [N, H]."""
-        y_NH = self.old_WH.new_zeros(len(self.phi_NW), self.old_WH.shape[1])
-        for rows, phi_PW in self._pieces():
-            y_NH[rows].addmm_(phi_PW, self.old_WH)
-        return y_NH
-
-    def fit_to(self, fitted: int) -> None:
-        """Count only tokens before `fitted` of the layer in what follows."""
-        self._fitted = fitted
-        if self.tokens_N is not None:
-            self._fitted = int(torch.searchsorted(self.tokens_N, fitted))
-        width = len(self.old_WH)
-        gram_WW = self.old_WH.new_zeros(width, width)
-        for _, phi_PW in self._pieces(self._fitted):
-            gram_WW.addmm_(phi_PW.T, phi_PW)
-        self._gram_WW = distributed.all_sum(gram_WW)
-
-    @property
-    def energy_W(self) -> torch.Tensor:
-        """|phi_i|^2 |w_i|^2 of every micro-expert, over the tokens fitted to."""
-        return self._gram_WW.diagonal() * self.old_WH.square().sum(1)
-
-    @property
-    def penalty(self) -> float:
-        """What the change of the weights counts."""
-        if self._held:
-            return 0.0
-        return (self._ridge_W1 * (self.weight_WH - self.old_WH).square()).sum().item()
-
-    def factorise(self, ridge: float) -> None:
-        """Prepare steps; w_i is held back by ridge * |w_i - w_i^old|^2 / |w_i^old|^2."""
-        norm2_W = self.old_WH.square().sum(1)
-        floor = TINY * norm2_W.mean()  # a micro-expert that did nothing is held by a finite force
-        self._ridge_W1 = (ridge / norm2_W.clamp(min=floor))[:, None]
-        # an expert that puts nothing out is held by an infinite one: it stays as it is
-        self._held = not self._ridge_W1.isfinite().all()
-        if self._held:
-            return
-        left_WW = self._gram_WW + torch.diag(self._ridge_W1[:, 0])
-        # scaled to a diagonal of ones: norms differ by many powers of ten
-        self._scale_W1 = left_WW.diagonal().sqrt()[:, None]
-        self._factor_WW = torch.linalg.cholesky(left_WW / self._scale_W1 / self._scale_W1.T)
-
-    def reset(self, residual_TH: torch.Tensor) -> None:
-        """Go back to the old weights."""
-        self._change(residual_TH, self._residual(residual_TH), self.old_WH - self.weight_WH)
-        self.weight_WH = self.old_WH.clone()  # to the bit
-
-    def step(self, residual_TH: torch.Tensor) -> None:
-        """Move to the minimum over this expert's weights, the others held."""
-        if self._held:
-            return
-        residual_NH = self._residual(residual_TH)
-        pull_WH = torch.zeros_like(self.old_WH)
-        for rows, phi_PW in self._pieces(self._fitted):
-            pull_WH.addmm_(phi_PW.T, residual_NH[rows])
-        pull_WH = distributed.all_sum(pull_WH)
-        pull_WH -= self._ridge_W1 * (self.weight_WH - self.old_WH)
-        change_WH = torch.cholesky_solve(pull_WH / self._scale_W1, self._factor_WW)
-        change_WH /= self._scale_W1
-        self._change(residual_TH, residual_NH, change_WH)
-
-    def alone(
-        self, residual_NH: torch.Tensor, fitted: int, how: CompensationSettings, where: str
-    ) -> FitReport:
-        """Fit this expert by itself, to a residual of its own tokens."""
-        if self.tokens_N is not None:
-            fitted = int(torch.searchsorted(self.tokens_N, fitted))
-        own = ExpertRegression(None, self.phi_NW, self.old_WH, self.scale_N1)
-        found = coordinate_descent([own], residual_NH, fitted, how, where)
-        self.weight_WH = own.weight_WH
-        return found
-
-    def _pieces(self, first: int | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
-        """phi of the first tokens, each as much as it counts, fp32, a few at a time."""
-        phi_NW = self.phi_NW[:first]
-        for start in range(0, len(phi_NW), PIECE):
-            rows = slice(start, min(start + PIECE, len(phi_NW)))
-            phi_PW = phi_NW[rows].float()
-            yield rows, phi_PW if self.scale_N1 is None else phi_PW * self.scale_N1[rows]
-
-    def _residual(self, residual_TH: torch.Tensor) -> torch.Tensor:
-        if self.tokens_N is None:
-            return residual_TH
-        return residual_TH.index_select(0, self.tokens_N)
-
-    def _change(
-        self, residual_TH: torch.Tensor, residual_NH: torch.Tensor, change_WH: torch.Tensor
-    ) -> None:
-        self.weight_WH += change_WH
-        for rows, phi_PW in self._pieces():
-            residual_NH[rows].addmm_(phi_PW, change_WH, alpha=-1)
-        if self.tokens_N is not None:  # a token is an expert's once, and index_add_ is slow
-            residual_TH.index_copy_(0, self.tokens_N, residual_NH)
+def at_once(widths: Sequence[int]) -> bool:
+    """Whether experts of these widths are solved by one matrix over all."""
+    return len(widths) == 1 or sum(widths) <= AT_ONCE
 
 
-def coordinate_descent(
+def refit(
     blocks: list[ExpertRegression],
     residual_TH: torch.Tensor,
     fitted: int,
@@ -177,15 +71,69 @@ def coordinate_descent(
     left = FitReport(removed + removed_out, removed + removed_out, removed_out, removed_out, 0.0, 0)
     if not blocks or not removed:
         return left
-    judge = 1 if removed_out else 0  # without held-out tokens the fitted ones decide
-    best, chosen = (removed, removed_out)[judge], 0.0
-    for block in blocks:
-        block.fit_to(fitted)
-    if not isfinite(removed + removed_out + _mean_energy(blocks)):
+    if at_once([len(block.old_WH) for block in blocks]):
+        return _solve(blocks, residual_TH, fitted, how, where, left)
+    return _descend_all(blocks, residual_TH, fitted, how, where, left)
+
+
+def _solve(
+    blocks: list[ExpertRegression],
+    residual_TH: torch.Tensor,
+    fitted: int,
+    how: CompensationSettings,
+    where: str,
+    left: FitReport,
+) -> FitReport:
+    """`refit` of all blocks at once, by their normal equations."""
+    blocks = [block for block in blocks if block.can_move]
+    if not blocks:
+        return left
+    sums = NormalEquations.of(blocks, residual_TH, range(fitted))
+    out = NormalEquations.of(blocks, residual_TH, range(fitted, len(residual_TH)))
+    norm2_K = torch.cat([block.norm2_W for block in blocks])
+    energy = (sums.gram_KK.diagonal().double() * norm2_K.double()).mean().item()
+    _refuse_overflow(left.removed + energy, where)
+    judge = out if left.removed_out else sums  # without held-out tokens the fitted ones decide
+    best, chosen = judge.missing, 0.0
+    for ridge in how.ridges if energy else ():
+        reached = judge.left(sums.solve(ridge, norm2_K))
+        if reached >= best * (1 - ENOUGH):
+            break
+        best, chosen = reached, ridge
+    if not chosen:
+        return left
+    sums.add(out)
+    change_KH = sums.solve(chosen, norm2_K)
+    widths = [len(block.old_WH) for block in blocks]
+    for block, change_WH in zip(blocks, change_KH.split(widths), strict=True):
+        block.move(residual_TH, change_WH)
+    missing, out_now = _errors(residual_TH, fitted)
+    best = best if left.removed_out else 0.0
+    return replace(left, residual=missing + out_now, residual_out=best, ridge=chosen, sweeps=1)
+
+
+def _refuse_overflow(squares: float, where: str) -> None:
+    if not isfinite(squares):
         raise CameraError(
             f"the refit of {where} overflows: its activations or output weights are too large to "
             "be squared; check the weights, or set compensate=none."
         )
+
+
+def _descend_all(
+    blocks: list[ExpertRegression],
+    residual_TH: torch.Tensor,
+    fitted: int,
+    how: CompensationSettings,
+    where: str,
+    left: FitReport,
+) -> FitReport:
+    """`refit` by coordinate descent over the blocks."""
+    judge = 1 if left.removed_out else 0  # without held-out tokens the fitted ones decide
+    best, chosen = (left.removed, left.removed_out)[judge], 0.0
+    for block in blocks:
+        block.fit_to(fitted)
+    _refuse_overflow(left.removed + _mean_energy(blocks), where)
     for ridge in how.ridges:
         reached, _ = _descend(blocks, residual_TH, fitted, ridge, how.sweeps, judge)
         if reached >= best * (1 - ENOUGH):
@@ -200,6 +148,22 @@ def coordinate_descent(
             block.fit_to(len(residual_TH))
     missing, sweeps = _descend(blocks, residual_TH, len(residual_TH), chosen, how.sweeps, 0)
     return replace(left, residual=missing, residual_out=best * judge, ridge=chosen, sweeps=sweeps)
+
+
+def refit_alone(
+    block: ExpertRegression,
+    residual_NH: torch.Tensor,
+    fitted: int,
+    how: CompensationSettings,
+    where: str,
+) -> FitReport:
+    """Fit one expert by itself, to a residual of its own tokens."""
+    if block.tokens_N is not None:
+        fitted = int(torch.searchsorted(block.tokens_N, fitted))
+    own = ExpertRegression(None, block.phi_NW, block.old_WH, block.scale_N1)
+    found = refit([own], residual_NH, fitted, how, where)
+    block.weight_WH = own.weight_WH
+    return found
 
 
 def fit_report(fits: list[FitReport]) -> dict[str, Any]:
@@ -233,13 +197,12 @@ def _descend(
         error = _errors(residual_TH, fitted)[judge]
         return error, error if judge else error + sum(block.penalty for block in blocks)
 
-    (error, reached), sweeps = measured(), 0
-    enough = len(blocks) == 1  # one step is exact
-    while sweeps == 0 or (sweeps < most and not enough):
+    (error, reached), sweeps, enough = measured(), 0, False
+    while sweeps < most and not enough:
         for block in blocks:
             block.step(residual_TH)
         before, (error, reached) = reached, measured()
-        sweeps, enough = sweeps + 1, enough or reached >= before * (1 - ENOUGH)
+        sweeps, enough = sweeps + 1, reached >= before * (1 - ENOUGH)
     return error, sweeps
 
 

@@ -21,14 +21,15 @@ import torch
 
 from camera.checkpoint.config import save_config
 from camera.checkpoint.formats.narrow import PROJECTIONS
+from camera.checkpoint.formats.native import native_state
 from camera.checkpoint.formats.packed.base import PackedBuffers
 from camera.checkpoint.formats.packed.experts import PackedExperts
 from camera.checkpoint.formats.packed.linear import PackedLinear
 from camera.checkpoint.formats.packed.mlp import PackedMlp
 from camera.checkpoint.formats.packed.segments import QuantizedMatrix
-from camera.checkpoint.native import native_state
 from camera.checkpoint.shards import ShardWriter
 from camera.checkpoint.source import copy_companions
+from camera.engines.expert_names import expert_names
 from camera.engines.plain import PlainModel, Tensors
 from camera.runtime.errors import CameraError
 from camera.runtime.files import published
@@ -76,7 +77,7 @@ def export_compressed_tensors(checkpoint: str | Path, out: Path, trust_remote_co
     plain = PlainModel(checkpoint, 1, trust_remote_code, packer)
     if not plain.compressed:
         raise CameraError(f"{plain.folder} is not a compressed checkpoint: nothing to export.")
-    packer.names, packer.dtype = expert_names(plain), plain.dtype
+    packer.names, packer.dtype = expert_names(plain, "compressed-tensors"), plain.dtype
     _require_one_width(plain)
     layers = len(plain.source.layers)
     with published(out) as partial:
@@ -103,36 +104,6 @@ def import_packing() -> Any:
             "'camera-moe[compressed-tensors]'."
         ) from error
     return helpers.pack_to_int32
-
-
-def expert_names(plain: PlainModel) -> dict[str, dict[int, tuple[str, str, str]]]:
-    """{path of experts: {expert: names of its gate, up and down}} in checkpoints of the family.
-
-    CameraError for a family whose checkpoints hold all experts in one tensor.
-    """
-    found: dict[str, dict[int, tuple[str, str, str]]] = {}
-    for path in plain.modules:
-        name = f"{path}.down_proj"
-        if not plain.family.is_routed(path):
-            continue
-        experts = plain.shapes[name][0]
-        marks_E = 3.0 * torch.arange(experts)[:, None, None]
-        marked = {
-            f"{path}.gate_up_proj": torch.cat((marks_E, marks_E + 1), 1),
-            name: marks_E + 2,
-        }
-        names: dict[int, str] = {}
-        for key, mark in native_state(plain.model, marked).items():
-            if mark.numel() != 1:
-                raise CameraError(
-                    f"checkpoints of {plain.config.model_type} hold all experts of a layer in one "
-                    f"tensor ('{key}'), for which compressed-tensors has no packed form."
-                )
-            names[int(mark)] = key.removesuffix(".weight")
-        found[path] = {
-            e: (names[3 * e], names[3 * e + 1], names[3 * e + 2]) for e in range(experts)
-        }
-    return found
 
 
 def _require_one_width(plain: PlainModel) -> None:

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Literal, get_args
 
+from camera.engines.approximate_experts import export_approximate_experts
 from camera.engines.compressed_tensors import export_compressed_tensors
 from camera.engines.gguf.file import export_gguf
 from camera.engines.native import export_native
@@ -16,7 +17,7 @@ from camera.runtime.files import CheckpointFiles, refuse_existing
 
 log = logging.getLogger("camera")
 SMALLER = 0.98  # of the original: an export above that isn't worth it
-ExportFormat = Literal["native", "gguf", "compressed-tensors"]
+ExportFormat = Literal["native", "gguf", "compressed-tensors", "approximate-experts"]
 
 
 def export(
@@ -35,7 +36,8 @@ def export(
 
     format: native, a folder of the base model's own type for transformers, vLLM and SGLang; gguf, a
     file for llama.cpp (the default where `out` ends in .gguf); compressed-tensors, a quantised
-    folder for vLLM. Experts are zero-padded to
+    folder for vLLM; approximate-experts, a folder for vLLM of a checkpoint in which constants stand
+    in the place of experts, which no other format holds. Experts are zero-padded to
     the widest one's width, rounded up to a multiple of `width_multiple`; the log says what that
     weighs before it is written. type, template, pre: of `camera.engines.gguf.file.export_gguf`,
     which also writes models that aren't compressed. Raises CameraError for what can't be exported.
@@ -49,6 +51,9 @@ def export(
         raise CameraError("type, template and pre belong to format=gguf.")
     if format == "compressed-tensors":
         export_compressed_tensors(checkpoint, out, trust_remote_code)
+        return out
+    if format == "approximate-experts":
+        export_approximate_experts(checkpoint, out, trust_remote_code)
         return out
     plain = PlainModel(checkpoint, width_multiple, trust_remote_code)
     if format == "gguf":

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from camera.checkpoint.config import save_config
+from camera.checkpoint.formats.native import native_state
 from camera.checkpoint.matching import require_whole
-from camera.checkpoint.native import native_state
-from camera.checkpoint.shards import ShardWriter
+from camera.checkpoint.shards import ShardReader, ShardWriter
 from camera.checkpoint.source import copy_companions
 from camera.engines.plain import PlainModel
 from camera.runtime.errors import CameraError
@@ -34,4 +34,4 @@ def export_native(plain: PlainModel, out: Path) -> None:
         plain.config.dtype = plain.dtype
         save_config(plain.config, partial)
         copy_companions(plain.folder, partial)
-        require_whole(plain.config, partial)
+        require_whole(plain.config, ShardReader(partial))

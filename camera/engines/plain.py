@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from camera.checkpoint.config import CameraConfig, auto_class
-from camera.checkpoint.formats.format import Format
+from camera.checkpoint.config import CameraConfig, build_native
+from camera.checkpoint.formats.format import FORMATS, Format
 from camera.checkpoint.formats.narrow import PROJECTIONS, padded_mlp
 from camera.checkpoint.source import resolve_model
+from camera.moe.experts.layout import ExpertLayout
 from camera.moe.families import layer_of
 from camera.runtime.device.finite import all_finite
 from camera.runtime.errors import CameraError
@@ -35,6 +36,7 @@ class PlainModel:
     the widest expert's, rounded up to a multiple of `width_multiple`. One layer is in memory at a
     time. Names are those of the model in memory; dtypes are those of the checkpoint. taken: is
     shown every compressed module by its path and says whether its tensors are written otherwise.
+    constants: whether it does so with constants in the place of experts, which are refused else.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class PlainModel:
         width_multiple: int = 1,
         trust_remote_code: bool = False,
         taken: Callable[[str, nn.Module], bool] = lambda path, module: False,
+        constants: bool = False,
     ):
         if width_multiple < 1:
             raise CameraError(f"width_multiple={width_multiple} must be at least 1.")
@@ -52,6 +55,8 @@ class PlainModel:
         stored = self.source.compressed
         self.modules = stored.modules if isinstance(stored, CameraConfig) else {}
         self.compressed = isinstance(stored, CameraConfig)
+        if not constants:
+            self._refuse_constants()
         self.family, self.dtype = self.source.family, self.source.stored_dtype
         self.widths = self._stored_widths()
         self.config: PretrainedConfig = copy.deepcopy(self.source.config)
@@ -59,10 +64,9 @@ class PlainModel:
             del self.config.quantization_config
             for key, width in self._uniform_widths(width_multiple).items():
                 setattr(self.config.get_text_config(), key, width)
-        with torch.device("meta"):
-            self.model = auto_class(self.config).from_config(
-                self.config, dtype=self.dtype, trust_remote_code=trust_remote_code
-            )
+        self.model = build_native(
+            self.config, dtype=self.dtype, trust_remote_code=trust_remote_code
+        )
         self.tied = tied_names(self.model)
         self.shapes = {
             name: tuple(tensor.shape)
@@ -99,6 +103,14 @@ class PlainModel:
         unpacked = self._unpack(None)
         rest = self.source.take_out(self.source.model) | unpacked
         return {name: tensor for name, tensor in rest.items() if name not in self.tied}
+
+    def _refuse_constants(self) -> None:
+        for path, spec in self.modules.items():
+            if FORMATS[spec["form"]].holds_constants:
+                raise CameraError(
+                    f"experts at {path} are replaced by constants, which no native model and no "
+                    "GGUF can hold: export with --format approximate-experts, for vLLM."
+                )
 
     def _stored_widths(self) -> list[tuple[str, int]]:
         """(key of config.json, width of the widest expert) of every module of experts."""
@@ -159,5 +171,5 @@ class PlainModel:
 def _native_width(native: nn.Module) -> int | None:
     """Width of native experts or of a native MLP; None for any other module."""
     if hasattr(native, "gate_up_proj"):
-        return native.down_proj.shape[-1]
+        return ExpertLayout.of(native).width(native)
     return native.up_proj.out_features if hasattr(native, "up_proj") else None

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from camera.checkpoint.loading import resolve_dtype
-from camera.checkpoint.shards import ShardReader
+from camera.checkpoint.quantized.opening import weights_of
 from camera.runtime.device import accelerator
 from camera.runtime.device.accelerator import all_cards, resolve_device
 from camera.runtime.errors import CameraError
@@ -56,7 +56,7 @@ def weight_bytes(folder: Path, device: str = "auto", dtype: str = "auto") -> int
         place.bytes // place.dtype.itemsize * asked.itemsize
         if asked and place.dtype.is_floating_point
         else place.bytes
-        for place in ShardReader(folder).places.values()
+        for place in weights_of(folder).places.values()
     )
 
 

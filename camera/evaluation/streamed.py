@@ -22,7 +22,6 @@ from camera.runtime.mapped import MappedTable
 from camera.runtime.progress import each_layer
 from camera.streaming.lm_head import HEAD_TABLES, lm_head_loaded, tokens_per_chunk
 from camera.streaming.memory import BATCH_TOKENS, HIDDEN_SHARE
-from camera.streaming.recorder import ArgumentRecorder
 from camera.streaming.skeleton import MetaModel
 
 Request = tuple[list[int], list[int]]
@@ -124,7 +123,7 @@ class StreamedEvaluation:
         started, meta = perf_counter(), self.model
         self._under_way, self._asked = self._asked, []
         self._batches = list(self._plan())
-        self._recorders = nn.ModuleList(ArgumentRecorder(layer) for layer in meta.layers)
+        self._recorders = nn.ModuleList(map(meta.recorder, meta.layers))
         size = 0
         for batch in self._batches:
             batch.first, size = size, size + batch.ids_BL.numel()
@@ -228,7 +227,7 @@ class StreamedEvaluation:
             inputs["position_ids"] = rows.position_BL.to(device)
         with (
             replaced_submodule(base, "layers", self._recorders),
-            replaced_submodule(base, "norm", nn.Identity()),
+            replaced_submodule(base, self.model.family.final_norm, nn.Identity()),
         ):
             base(**inputs, use_cache=False)
         call = self._recorders[index].call
@@ -239,7 +238,7 @@ class StreamedEvaluation:
     def _logits(self, hidden_CH: Tensor) -> Tensor:
         """The model's own way from its last layer's output to logits_CV."""
         model, base = self.model.model, self.model.base
-        last = nn.ModuleList([ArgumentRecorder(self.model.layers[0], hidden_CH[:, None])])
+        last = nn.ModuleList([self.model.recorder(self.model.layers[0], hidden_CH[:, None])])
         options = {"use_cache": False}
         if hasattr(model.config, "output_router_logits"):
             options["output_router_logits"] = False  # there is no router to ask

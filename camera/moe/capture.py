@@ -98,11 +98,11 @@ def _together(
     x_RH = x.reshape(-1, x.shape[-1])
     if index_TK is None:
         rows = mlp_rows(len(x_RH), x.device)
-        a_R = group.scale(x_RH)
+        a_R = group.weight(x_RH)
         a_R = None if a_R is None else rows.filled(a_R[:, None])[:, 0]
     else:
         rows = routed_rows(index_TK, len(group.widths))
-        x_RH, a_R = rows.inputs(x_RH), rows.weights(weight_TK)
+        x_RH, a_R = rows.inputs(x_RH), rows.weights(weight_TK) * group.scale
     gates, ups = group.gates_and_ups(x_RH, rows)
     call = GroupCall(group, batch, rows, x_RH, gates, ups, a_R, keeps_phi=sink is not None)
     if sink is not None:
@@ -124,9 +124,9 @@ def run_expert(
     shown_N: torch.Tensor | None,
 ) -> None:
     """Compute one routed expert on its tokens of a batch; `shown_N` is False for padding."""
-    a_N, h_NW = a_N.float(), group.activations(expert, x_NH)
+    a_N, h_NW = a_N.float() * group.scale, group.activations(expert, x_NH)
     if sink is not None:
-        sink(group, expert, tokens_N, (h_NW * a_N[:, None]).to(x_NH.dtype))
+        sink(group, expert, tokens_N, (h_NW * a_N[:, None]).to(x_NH.dtype), a_N)
     if observer is None:
         return
     if shown_N is not None:
@@ -184,10 +184,10 @@ def _mlp(
         tokens_N = mask_T.nonzero().squeeze(1)
     if sink is None and mask_T is not None:
         x_NH = x_NH[mask_T]
-    h_NW, a_N = group.activations(0, x_NH), group.scale(x_NH)
+    h_NW, a_N = group.activations(0, x_NH), group.weight(x_NH)
     if sink is not None:
         phi_NW = h_NW if a_N is None else h_NW * a_N[:, None]
-        sink(group, 0, None, phi_NW.to(x.dtype))
+        sink(group, 0, None, phi_NW.to(x.dtype), a_N)
         if mask_T is not None:
             x_NH, h_NW = x_NH[mask_T], h_NW[mask_T]
             a_N = None if a_N is None else a_N[mask_T]

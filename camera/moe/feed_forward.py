@@ -7,33 +7,42 @@ A layer's pool is its shared expert (if any) and then its routed experts; a dens
 one expert.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from camera.moe.expert_module import ExpertModule
+from camera.moe.experts.activation import Activation, ClampedGate, gated
+from camera.moe.experts.checks import refuse_activation, refuse_layout
+from camera.moe.experts.layout import ExpertLayout
+from camera.moe.experts.module import ExpertModule
 from camera.moe.families.family import Family
 from camera.moe.grouped.products import grouped_products
 from camera.moe.grouped.rows import GroupRows
 from camera.runtime.errors import CameraError
 
-USUAL_GATE = "transformers.integrations.moe"  # where act(gate) * up stands for all that say nothing
-
 
 class ExpertGroup:
-    """Experts of one module: the routed ones of a layer, or a single MLP."""
+    """Experts of one module: the routed ones of a layer, or a single MLP.
+
+    act_fn: the activation of each. scale: what the layer multiplies their sum by.
+    """
 
     routed: bool
     widths: list[int]
+    scale: float = 1.0
 
-    def __init__(self, path: str, module: nn.Module):
-        self.path, self.module = path, module
+    def __init__(self, path: str, module: nn.Module, act_fn: Activation):
+        self.path, self.module, self.act_fn = path, module, act_fn
+
+    def preactivations(self, expert: int, x_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """gate x and up x, both [N, W] in fp32: the products in the weights' own precision."""
+        raise NotImplementedError
 
     def activations(self, expert: int, x_NH: torch.Tensor) -> torch.Tensor:
-        """h_NW = act(gate x) * (up x) in fp32: the matrix product in the weights' own precision."""
-        raise NotImplementedError
+        """h_NW = act(gate x) * (up x) in fp32."""
+        return gated(self.act_fn, *self.preactivations(expert, x_NH))
 
     def gate_up(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights of one expert, gate [W, H] and up [W, H]."""
@@ -43,13 +52,18 @@ class ExpertGroup:
         """Output weights of one expert, [H, W]: column i is micro-expert i's basis vector."""
         raise NotImplementedError
 
-    def project(self, expert: int, phi_NW: torch.Tensor) -> torch.Tensor:
-        """phi_NW @ w_down, [N, H]: the contribution of these activations to the layer's output."""
-        return F.linear(phi_NW, self.down(expert))
+    def gate_up_bias(self, expert: int) -> torch.Tensor | None:
+        """Biases of gate and up of one expert, [2W]: gate first; None where there are none."""
+        raise NotImplementedError
+
+    def down_bias(self, expert: int) -> torch.Tensor | None:
+        """What one expert adds to its output, [H]; None where it has no bias."""
+        raise NotImplementedError
 
     @property
     def goes_together(self) -> bool:
-        """Whether its experts can be computed together: of one width, and gated as usual."""
+        """Whether its experts can be computed together: as their module stores them by default, and
+        gated by act(gate) * up."""
         raise NotImplementedError
 
     def gates_and_ups(self, x_RH: torch.Tensor, rows: GroupRows) -> tuple[torch.Tensor, ...]:
@@ -60,9 +74,17 @@ class ExpertGroup:
         """phi_RW @ w_down of each row's expert, [R, H]."""
         raise NotImplementedError
 
-    @property
-    def act_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        return self.module.act_fn
+    def project(
+        self, expert: int, phi_NW: torch.Tensor, a_N: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """phi_NW @ w_down, [N, H]: the contribution of these activations to the layer's output.
+
+        An expert's bias is among it, times the routing weights a_N that phi contains (None: 1).
+        """
+        out_NH, bias_H = F.linear(phi_NW, self.down(expert)), self.down_bias(expert)
+        if bias_H is None:
+            return out_NH
+        return out_NH + (bias_H if a_N is None else a_N[:, None].to(out_NH.dtype) * bias_H)
 
     @property
     def module_size(self) -> int:
@@ -75,35 +97,55 @@ class RoutedExperts(ExpertGroup):
 
     routed = True
 
-    def __init__(self, path: str, module: nn.Module):
-        super().__init__(path, module)
+    def __init__(
+        self,
+        path: str,
+        module: nn.Module,
+        family: Family = Family(),  # noqa: B008 (frozen)
+        scale: float = 1.0,
+    ):
+        self.scale = scale
         if isinstance(module, ExpertModule):
-            self.widths = module.widths
+            super().__init__(path, module, module.act_fn)
+            self.layout, self.widths = module.layout, module.widths
             return
-        _refuse_layout(path, module)
-        experts, _, width = module.down_proj.shape
-        self.widths = [width] * experts
+        refuse_layout(path, module)
+        super().__init__(path, module, family.activation(module))
+        refuse_activation(path, module, self.act_fn)
+        self.layout = ExpertLayout.of(module)
+        self.widths = [self.layout.width(module)] * len(module.down_proj)
 
     def gate_up(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._fused(expert).chunk(2)
+        return self._halves(self._fused(expert))
 
     def down(self, expert: int) -> torch.Tensor:
         if isinstance(self.module, ExpertModule):
             return self.module.down(expert)
-        return self.module.down_proj[expert]
+        return self.layout.down(self.module, expert)
 
-    def activations(self, expert: int, x_NH: torch.Tensor) -> torch.Tensor:
-        gate_up = F.linear(x_NH, self._fused(expert)).float()
+    def gate_up_bias(self, expert: int) -> torch.Tensor | None:
+        bias_2W = self._fused_bias(expert)
+        return None if bias_2W is None else torch.cat(self._halves(bias_2W))
+
+    def down_bias(self, expert: int) -> torch.Tensor | None:
         if isinstance(self.module, ExpertModule):
-            gate, up = gate_up.chunk(2, dim=-1)
-            return self.module.act_fn(gate) * up
-        return self.module._apply_gate(gate_up)
+            return self.module.down_bias(expert)
+        return self.module.down_proj_bias[expert] if self.layout.biased else None
+
+    def preactivations(self, expert: int, x_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        both = F.linear(x_NH, self._fused(expert), self._fused_bias(expert))
+        return self._halves(both.float(), -1)
+
+    def _halves(self, both: torch.Tensor, dim: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(self.module, ExpertModule):
+            return both.chunk(2, dim)
+        return self.layout.halves(both, dim)
 
     @property
     def goes_together(self) -> bool:
-        own = getattr(type(self.module), "_apply_gate", None)
-        usual = getattr(own, "__module__", "") == USUAL_GATE
-        return usual and not isinstance(self.module, ExpertModule)
+        if isinstance(self.module, ExpertModule) or isinstance(self.act_fn, ClampedGate):
+            return False
+        return self.layout == ExpertLayout()
 
     def gates_and_ups(self, x_RH: torch.Tensor, rows: GroupRows) -> tuple[torch.Tensor, ...]:
         gate_up_EHW = self.module.gate_up_proj.transpose(1, 2)
@@ -115,7 +157,12 @@ class RoutedExperts(ExpertGroup):
     def _fused(self, expert: int) -> torch.Tensor:
         if isinstance(self.module, ExpertModule):
             return self.module.gate_up(expert)
-        return self.module.gate_up_proj[expert]
+        return self.layout.fused(self.module, expert)
+
+    def _fused_bias(self, expert: int) -> torch.Tensor | None:
+        if isinstance(self.module, ExpertModule):
+            return self.module.gate_up_bias(expert)
+        return self.module.gate_up_proj_bias[expert] if self.layout.biased else None
 
 
 class MlpExpert(ExpertGroup):
@@ -130,21 +177,16 @@ class MlpExpert(ExpertGroup):
         gate: nn.Module | None = None,
         family: Family = Family(),  # noqa: B008 (frozen)
     ):
-        super().__init__(path, module)
-        self.gate, self._names, self._act = gate, family.mlp, family.mlp_act
-        names = self._names
-        if not all(hasattr(module, name) for name in names):
+        self.gate, self._names = gate, family.mlp
+        if not all(hasattr(module, name) for name in self._names):
             there = ", ".join(name for name, _ in module.named_children()) or "no modules"
             raise CameraError(
                 f"'{path}' ({type(module).__name__}) has {there} instead of the linear layers "
-                f"{', '.join(names)}: declare its own in `mlp` of its Family, or, if routed "
+                f"{', '.join(self._names)}: declare its own in `mlp` of its Family, or, if routed "
                 "experts are in there, their module in `experts`."
             )
+        super().__init__(path, module, family.activation(module))
         self.widths = [self.linear_layers[1].out_features]
-
-    @property
-    def act_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        return getattr(F, self._act) if self._act else self.module.act_fn
 
     @property
     def linear_layers(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
@@ -163,17 +205,26 @@ class MlpExpert(ExpertGroup):
             return self.module.down(expert)
         return self.linear_layers[2].weight
 
-    def activations(self, expert: int, x_NH: torch.Tensor) -> torch.Tensor:
-        gate, up, _ = self.linear_layers
-        return self.act_fn(gate(x_NH).float()) * up(x_NH).float()
+    def gate_up_bias(self, expert: int) -> torch.Tensor | None:
+        biases = [linear.bias for linear in self.linear_layers[:2]]
+        return None if any(bias is None for bias in biases) else torch.cat(biases)
 
-    def project(self, expert: int, phi_NW: torch.Tensor) -> torch.Tensor:
+    def down_bias(self, expert: int) -> torch.Tensor | None:
+        return self.linear_layers[2].bias
+
+    def preactivations(self, expert: int, x_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up, _ = self.linear_layers
+        return gate(x_NH).float(), up(x_NH).float()
+
+    def project(
+        self, expert: int, phi_NW: torch.Tensor, a_N: torch.Tensor | None = None
+    ) -> torch.Tensor:
         # no family has both a gated shared expert and a bias, so the bias's weight is 1
         return self.linear_layers[2](phi_NW)
 
     @property
     def goes_together(self) -> bool:
-        return True
+        return not isinstance(self.act_fn, ClampedGate)
 
     def gates_and_ups(self, x_RH: torch.Tensor, rows: GroupRows) -> tuple[torch.Tensor, ...]:
         gate, up, _ = self.linear_layers
@@ -187,7 +238,7 @@ class MlpExpert(ExpertGroup):
         gate = 1 if self.gate is None else torch.sigmoid(self.gate(x_NH))
         return self.module(x_NH) * gate
 
-    def scale(self, x_NH: torch.Tensor) -> torch.Tensor | None:
+    def weight(self, x_NH: torch.Tensor) -> torch.Tensor | None:
         """Routing weight a_N of a gated shared expert; None for 1."""
         return None if self.gate is None else torch.sigmoid(self.gate(x_NH)).float().squeeze(-1)
 
@@ -214,9 +265,11 @@ class FeedForward:
             if family.shared_gate:
                 gate = _part(self.module, family.shared_gate, "shared_gate", root)
             shared = getattr(self.module, family.shared)
-            self.groups.append(MlpExpert(f"{root}.{family.shared}", shared, gate))
+            place = f"{root}.{family.shared}"
+            self.groups.append(MlpExpert(place, shared, gate, family))
         experts = getattr(self.module, family.experts)
-        self.groups.append(RoutedExperts(f"{root}.{family.experts}", experts))
+        scale = getattr(self.module, family.routed_scale) if family.routed_scale else 1.0
+        self.groups.append(RoutedExperts(f"{root}.{family.experts}", experts, family, scale))
 
     def replace(self, group: ExpertGroup, module: nn.Module) -> None:
         """Replace the module of a group; the groups of this object are then out of date."""
@@ -237,6 +290,10 @@ class FeedForward:
         """Width of every expert of the pool, in pool order."""
         return [width for group in self.groups for width in group.widths]
 
+    def returned(self, out_BLH: torch.Tensor) -> Any:
+        """What the layer takes from its FFN where this is the FFN's output."""
+        return (out_BLH, None) if self.family.returns_routing and self.is_moe else out_BLH
+
     def added(self, out_BLH: torch.Tensor) -> torch.Tensor:
         """What the layer adds to its residual where this is the output of the FFN."""
         if self.family.output_norm:
@@ -253,31 +310,3 @@ def _part(module: nn.Module, name: str, what: str, path: str) -> nn.Module:
             f"name in `{what}` of its Family."
         )
     return getattr(module, name)
-
-
-_ODD = {  # what transformers says of an experts module: how it is told, and the plain value
-    "has_gate": ("one matrix without a gate", True),
-    "is_concatenated": ("gate and up interleaved", True),
-    "is_transposed": ("transposed matrices", False),
-    "has_bias": ("biases", False),
-    "has_post_expert_norm": ("a norm after each expert", False),
-}
-
-
-def _refuse_layout(path: str, module: nn.Module) -> None:
-    """CameraError, saying what was found, unless experts are stored as [E, 2I, H], [E, H, I]."""
-    held = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
-    odd = [told for name, (told, plain) in _ODD.items() if getattr(module, name, plain) != plain]
-    gate_up, down = held.pop("gate_up_proj", ()), held.pop("down_proj", ())
-    fused = len(gate_up) == len(down) == 3 and gate_up[0] == down[0] and not held
-    if fused and gate_up[1:] != (2 * down[2], down[1]):
-        odd.append("other shapes")
-    if not hasattr(module, "has_gate"):
-        odd.append("code of its own")
-    if odd or not fused:
-        shapes = ", ".join(f"{n} {list(p.shape)}" for n, p in module.named_parameters())
-        raise CameraError(
-            f"experts at '{path}' ({type(module).__name__}: {shapes or 'no parameters'}"
-            f"{'; ' if odd else ''}{', '.join(odd)}) are not gate_up_proj [E, 2I, H] and down_proj "
-            "[E, H, I], gate first, without more: no declaration can give this layout."
-        )

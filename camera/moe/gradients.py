@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from camera.moe.capture import ExpertCall, ModuleStub, replaced_submodule, unwrap
+from camera.moe.capture import ModuleStub, replaced_submodule, unwrap
+from camera.moe.experts.activation import gated
 from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
 from camera.moe.grouped.slots import routed_slots
+from camera.moe.observer import ExpertCall
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,11 @@ class GradientCall(ExpertCall):
     @cached_property
     def _dgate_dup(self) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
-            if isinstance(self.group, MlpExpert):
-                gate, up, _ = self.group.linear_layers
-                gate_NW, up_NW = gate(self.x_NH), up(self.x_NH)
-            else:
-                gate_NW, up_NW = (F.linear(self.x_NH, w) for w in self.group.gate_up(self.expert))
+            products = self.group.preactivations(self.expert, self.x_NH)
         with torch.enable_grad():
-            gate_NW = gate_NW.float().requires_grad_()
-            act_NW = self.group.act_fn(gate_NW)
-            (dgate_NW,) = torch.autograd.grad(act_NW, gate_NW, self.dh_NW * up_NW.float())
-        return dgate_NW, self.dh_NW * act_NW.detach()
+            gate_NW, up_NW = (part.detach().requires_grad_() for part in products)
+            h_NW = gated(self.group.act_fn, gate_NW, up_NW)
+            return torch.autograd.grad(h_NW, (gate_NW, up_NW), self.dh_NW)
 
     def preactivations(self) -> tuple[torch.Tensor, torch.Tensor]:
         """dloss/d(gate x) and dloss/d(up x), both [N, W] in fp32, with h = act(gate x) * (up x)."""
@@ -174,16 +170,18 @@ class _RoutedStub:
             experts,
             token_S.split(sizes),
             x_SH.split(sizes),
-            weight_S1[:, 0].float().split(sizes),
+            (weight_S1[:, 0].float() * group.scale).split(sizes),
             strict=True,
         )
         outputs = []
         for expert, tokens_N, x_NH, a_N in parts:
             h_NW = group.activations(expert, x_NH)
-            outputs.append(group.project(expert, (h_NW * a_N[:, None]).to(x_TH.dtype)))
+            phi_NW = (h_NW * a_N[:, None]).to(x_TH.dtype)
+            outputs.append(group.project(expert, phi_NW, a_N))
             self.calls.append(_Call(group, expert, tokens_N, x_NH, h_NW, a_N))
         self.output = _Summed.apply(torch.cat(outputs), token_S, row_TK)
-        return self.output
+        # what the block multiplies the sum by is in the weights already
+        return self.output if group.scale == 1 else self.output / group.scale
 
 
 class _Gathered(torch.autograd.Function):
@@ -235,7 +233,7 @@ class _MlpStub:
         group, x_TH = self.group, x.reshape(-1, x.shape[-1])
         h_TW, tokens_T = group.activations(0, x_TH), torch.arange(len(x_TH), device=x.device)
         with torch.no_grad():
-            a_T = group.scale(x_TH)
+            a_T = group.weight(x_TH)
         self.calls.append(_Call(group, 0, tokens_T, x_TH, h_TW, a_T))
         self.output = group.project(0, h_TW.to(x.dtype)).view_as(x)
         return self.output

@@ -1,6 +1,6 @@
 """Constraints of a layer's router on its experts.
 
-Shapes: E routed experts, K experts per token, T tokens.
+Shapes: E routed experts, K experts per token, T tokens, N of them.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from camera.moe.expert_module import ExpertModule
+from camera.moe.experts.module import ExpertModule
 from camera.moe.feed_forward import FeedForward, RoutedExperts
 from camera.runtime.errors import CameraError
 
@@ -81,6 +81,12 @@ def routed(ffn: FeedForward, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     """(logits_TE, weight_TK, index_TK) of the layer's own router, called as the layer calls it."""
     added = [getattr(ffn.module, name, None) for name in ffn.family.block_rows]
     return router_of(ffn)(ffn.family.router_input(x_TH), *added)
+
+
+def gates(weight_NK: torch.Tensor, index_NK: torch.Tensor, experts: int) -> torch.Tensor:
+    """Routing as a matrix [N, E] in fp32: an expert's weight, 0 where it was not chosen."""
+    gates_NE = weight_NK.new_zeros((len(weight_NK), experts), dtype=torch.float32)
+    return gates_NE.scatter_(1, index_NK, weight_NK.float())
 
 
 def router_of(ffn: FeedForward) -> nn.Module:

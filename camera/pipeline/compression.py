@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from camera.checkpoint.formats.format import FORMATS
 from camera.checkpoint.loading import require_finite
 from camera.checkpoint.shards import ShardWriter
 from camera.checkpoint.source import fingerprint
@@ -91,6 +92,7 @@ def _run(
     samples, length = (0, 0) if request.tokens is None else request.tokens.ids_NL.shape
     estimate = foresee(request, model, memory, samples, length)
     log.info("%s: this takes %s", request.out.name, estimate)
+    require_plain_outputs(model)
     require_writable_config(model)
     require_finite(model.reader)
     spill = request.out.parent if estimate.hidden_on_disk else None
@@ -146,6 +148,16 @@ def declared_passes(request: CompressionRequest, budget: Budget) -> tuple[Pass, 
     if request.plan is not None:
         return request.method.passes_of_plan(budget, request.propagate)
     return request.method.passes(budget, request.propagate)
+
+
+def require_plain_outputs(model: MetaModel) -> None:
+    """CameraError for a checkpoint whose layers put out constants beside what experts compute."""
+    for path, spec in getattr(model.compressed, "modules", {}).items():
+        if FORMATS[spec["form"]].holds_constants:
+            raise CameraError(
+                f"experts at {path} are replaced by constants, and what holds them can't be "
+                "compressed further: start from the original."
+            )
 
 
 def require_writable_config(model: MetaModel) -> None:

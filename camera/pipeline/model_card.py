@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from camera.compensation.settings import CompensationSettings
+from camera.method import METHODS
 
 if TYPE_CHECKING:
     from camera.pipeline.result import CompressionResult
 
+ADDRESS = re.compile(r"https://arxiv\.org/abs/[\d.]+")
 TEMPLATE = """---
 base_model: {header}
 library_name: transformers
@@ -28,7 +32,7 @@ tags:
 |---|---|
 | base model | {base} |
 | method | {method} |
-| settings | {settings} |
+{paper}| settings | {settings} |
 | asked | {asked} |
 | realised sparsity of the MoE pool | {moe} |
 | realised sparsity of the whole model | {model} |
@@ -38,6 +42,10 @@ tags:
 | made by | {made_by} |
 
 {loading}
+| engine | serves this checkpoint |
+|---|---|
+{engines}
+
 `camera.json` holds every number of the run that made this model.
 """
 
@@ -60,7 +68,6 @@ from transformers import {loader}
 model = {loader}.from_pretrained("path/to/this/folder")
 ```
 
-`python -m camera export FROM TO` writes a native checkpoint, for programs that know only these.
 """
 
 
@@ -95,15 +102,24 @@ def model_card(result: CompressionResult, loader: str = "AutoModelForCausalLM") 
         base=_cell(result.model),
         name=result.model.rstrip("/").rpartition("/")[2],
         method=result.method,
+        paper=_paper(result.method),
         settings=_cell(", ".join(f"{key}={value}" for key, value in _used(result.settings))),
         asked=f"{sparsity['asked']} of {sparsity['of']}",
         before=result.bytes["dense"] / 1e6,
         after=result.bytes["compressed"] / 1e6,
         calibration=_cell(calibration),
+        engines="\n".join(f"| {name} | {_cell(how)} |" for name, how in result.engines.items()),
         loading=(NATIVE if result.native else OWN_FORMAT).format(loader=loader),
         made_by=", ".join(f"{name} {number}" for name, number in result.versions.items()),
         **{key: _percent(sparsity[key]) for key in ("moe", "model", "routed")},
     )
+
+
+def _paper(method: str) -> str:
+    """The row of the address that the method's module names, if it names one."""
+    module = inspect.getmodule(METHODS[method]) if method in METHODS else None
+    found = ADDRESS.search((module.__doc__ or "") if module else "")
+    return f"| paper | {found[0]} |\n" if found else ""
 
 
 def _used(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:

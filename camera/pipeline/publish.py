@@ -38,7 +38,7 @@ def publish(
         write_json(partial / CheckpointFiles.EVALUATION, listener.results(context.memory.bytes))
     with context.state.timed("compress"):
         _write_rest(context, done, writer)
-        _write_config(context)
+        _write_config(context, done.plan)
         copy_companions(context.streamer.model.folder, partial)
         _plan(context, done.plan).save(partial / CheckpointFiles.PLAN)
         if done.statistics is not None and done.statistics.travels:
@@ -78,11 +78,11 @@ def _modules(context: PassContext) -> dict[str, Any]:
     return {**({} if before is None else before.modules), **context.state.modules}
 
 
-def _write_config(context: PassContext) -> None:
+def _write_config(context: PassContext, plan: Plan) -> None:
     model, method = context.streamer.model, context.method
     config = model.config
     if method.native:
-        for key, value in method.native_config(config, context.budget).items():
+        for key, value in method.native_config(config, context.budget, plan).items():
             setattr(model.text_config, key, value)
     else:
         made_by: dict[str, Any] = {"method": method.name, **method.settings()}

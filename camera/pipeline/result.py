@@ -8,8 +8,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from camera import MATHEMATICS
-from camera.checkpoint.sizes import bits, count
+from camera.checkpoint.formats.sizes import bits, count
 from camera.checkpoint.source import revision_of
+from camera.engines.fit import engines
 from camera.runtime.files import CheckpointFiles
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class CompressionResult:
     revision: str | None = None  # commit of a model of the hub
     checkpoint: str | None = None
     native: bool = False  # loads in transformers without this package
+    engines: dict[str, str] = field(default_factory=dict)  # what each needs to serve it
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -101,6 +103,7 @@ def report(
         revision=revision_of(context.streamer.model.folder),
         checkpoint=str(request.out),
         native=method.native,
+        engines=engines(context.streamer.model.config),
     )
 
 

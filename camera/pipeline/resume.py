@@ -59,7 +59,6 @@ class PassProgress:
             return False
         self.state, self.files = found["state"], found["files"]
         self.seconds_before = found.get("seconds", 0.0)
-        log.info("%s: going on at layer %d.", self.folder.parent.name, self.done)
         return True
 
     @property

@@ -1,4 +1,7 @@
-"""Camera-P: prunes micro-experts of lowest decoding-time energy."""
+"""Camera-P: prunes micro-experts of lowest decoding-time energy.
+
+https://arxiv.org/abs/2508.02322
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Camera-Plus: layer budgets from trial pruning, then a least-squares refit."""
+"""Camera-Plus: one ranking of all layers by what the loss loses, then a least-squares refit."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from camera.compensation.settings import Scope, Target
+from camera.compensation.settings import Scope
 from camera.method import RankScope
 from camera.pruning.micro_experts import MicroExpertPruning
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CameraPlus(MicroExpertPruning):
-    """Trial pruning sets each layer's count, a score ranks within the layer, a refit compensates.
+    """A score of the loss ranks all layers together, and a refit compensates for what goes.
 
     `score` is a name of `camera.calibration.scores` (energy, hidden_share, projection, fisher,
     product, residual), `alpha` of energy and hidden_share, `normalize` of fisher and product.
@@ -26,10 +26,9 @@ class CameraPlus(MicroExpertPruning):
 
     score: str = "fisher"
     alpha: float = 0.0
-    normalize: Literal["routed", "all"] = "routed"
-    rank_scope: RankScope = "measured"
+    normalize: Literal["routed", "all"] = "all"
+    rank_scope: RankScope = "global"
     compensate: Literal["none", Scope] = "layer"
-    target: Target = "dense"
 
     def ranked_by(self) -> Score:
         from camera.calibration.scores.base import score_of

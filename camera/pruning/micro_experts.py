@@ -5,7 +5,6 @@ Shapes: N micro-experts of a layer's pool (shared expert first, then routed expe
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from camera.pruning.plan import KeptMicroExperts
     from camera.pruning.uniform import UniformWidths
 
-log = logging.getLogger("camera")
 ExpertWidths = Literal["ragged", "uniform"]
 
 
@@ -51,7 +49,9 @@ class MicroExpertPruning(Method):
     ranks all layers together, by scores of the dense model, measured sets each layer's count by
     trial pruning (`camera.calibration.trials`). `expert_widths` ragged lets every expert keep as
     many as rank; uniform gives all routed experts of the model one width, and the shared ones one,
-    so that the checkpoint is native: serving engines take it. `width_multiple` rounds each expert's
+    so that the checkpoint is native: serving engines take it. With rank_scope layer both kinds then
+    lose the same share; with global those widths are taken that lose the least score over all
+    layers. `width_multiple` rounds each expert's
     kept width for kernels, `min_width` keeps every expert at least that wide, `layer_floor` every
     layer's pool. `spare_super_experts` keeps those whole that were found
     (`camera.calibration.experts.super_experts`). `compensate` and what follows
@@ -138,27 +138,31 @@ class MicroExpertPruning(Method):
             )
 
     def _refuse_with_uniform(self) -> None:
-        for key, only in (("rank_scope", "layer"), ("layer_floor", 0.0)):
-            if getattr(self, key) != only:
+        for key, wrong, right in (
+            ("rank_scope", self.rank_scope == "measured", "global or layer"),
+            ("layer_floor", self.layer_floor, "0.0"),
+        ):
+            if wrong:
                 raise CameraError(
                     f"expert_widths=uniform ranks within each expert, which {key}="
-                    f"{getattr(self, key)} contradicts: set {key}={only}."
+                    f"{getattr(self, key)} contradicts: set {key}={right}."
                 )
 
     @property
     def native(self) -> bool:
         return self.expert_widths == "uniform"
 
-    def uniform(self, budget: Budget) -> UniformWidths:
-        """The one width of all routed experts and that of the shared ones."""
-        from camera.pruning.uniform import uniform_widths
+    def uniform(self, budget: Budget) -> list[UniformWidths]:
+        """The widths that all routed experts and all shared ones may have."""
+        from camera.pruning.uniform import uniform_choices, uniform_widths
 
-        return uniform_widths(
-            budget, self.sparsity, self.sparsity_of, self.width_multiple, self.min_width
-        )
+        asked = (budget, self.sparsity, self.sparsity_of, self.width_multiple, self.min_width)
+        return [uniform_widths(*asked)] if self.rank_scope == "layer" else uniform_choices(*asked)
 
-    def native_config(self, config: Any, budget: Budget) -> dict[str, Any]:
-        return self.uniform(budget).config(budget.model_type)
+    def native_config(self, config: Any, budget: Budget, plan: Plan) -> dict[str, Any]:
+        from camera.pruning.uniform import UniformWidths
+
+        return UniformWidths.left(budget, plan.layers).config(budget.model_type)
 
     def passes(self, budget: Budget, propagate: Propagate) -> tuple[Pass, ...]:
         spec, refits = self.ranked_by().observer(), self.compensate != "none"
@@ -250,81 +254,61 @@ class MicroExpertPruning(Method):
         """
         import torch
 
-        from camera.pruning.ranking import below_floor, keep_highest
-        from camera.pruning.uniform import keep_uniform
+        from camera.pruning.candidates import (
+            removable,
+            require_enough,
+            warn_of_cut_super_experts,
+        )
+        from camera.pruning.ranking import keep_highest
+        from camera.pruning.uniform import keep_uniform, least_loss
 
         score = self.ranked_by()
-        pools = [budget.layers[i] for i in layers]
-        sizes = [pool.micro_experts for pool in pools]
+        pools = {i: budget.layers[i] for i in layers}
+        sizes = [pool.micro_experts for pool in pools.values()]
         scores = [
             score.of_layer(i, statistics.get(i), size)
             for i, size in zip(layers, sizes, strict=True)
         ]
-        widths = [width for pool in pools for width in pool.widths]
         if self.native:
-            self._warn_of_cut(layers, budget)
-            kept = self.uniform(budget)
+            if self.spare_super_experts:
+                warn_of_cut_super_experts(layers, budget)
+            kept = least_loss(self.uniform(budget), scores, list(pools.values()))
             return {
                 i: keep_uniform(score_N, pool.widths, kept.of(pool.routed))
-                for i, score_N, pool in zip(layers, scores, pools, strict=True)
+                for score_N, (i, pool) in zip(scores, pools.items(), strict=True)
             }
-        candidates_N = None
-        if self.sparsity_of == "routed":
-            routed = torch.tensor([routed for pool in pools for routed in pool.routed])
-            candidates_N = torch.repeat_interleave(routed, torch.tensor(widths))
-        if self.layer_floor:
-            free_N = torch.cat([below_floor(score_N, self.layer_floor) for score_N in scores])
-            candidates_N = free_N if candidates_N is None else candidates_N & free_N
+        removable_N = removable(
+            pools,
+            scores,
+            routed_only=self.sparsity_of == "routed",
+            layer_floor=self.layer_floor,
+            spare_super_experts=self.spare_super_experts,
+        )
         if remove is None:
             remove = to_remove(self._prunable(budget, layers), self._ratio(budget))
-        spared = {i: pool.super_experts for i, pool in zip(layers, pools, strict=True)}
-        if self.spare_super_experts and any(spared.values()):
-            free_E = [
-                e not in spared[i] for i in layers for e in range(len(budget.layers[i].widths))
-            ]
-            free_N = torch.repeat_interleave(torch.tensor(free_E), torch.tensor(widths))
-            candidates_N = free_N if candidates_N is None else candidates_N & free_N
-            self._require_rest(candidates_N, widths, remove, spared)
+        widths = [width for pool in pools.values() for width in pool.widths]
+        if self.spare_super_experts and any(pool.super_experts for pool in pools.values()):
+            least = [self._least_width(width) for width in widths]
+            require_enough(removable_N, pools, remove, least, self.sparsity)
         keep_N = keep_highest(
             torch.cat(scores),
             widths,
             remove,
             width_multiple=self.width_multiple,
             min_width=self.min_width,
-            candidates_N=candidates_N,
+            candidates_N=removable_N,
         )
         return dict(zip(layers, keep_N.split(sizes), strict=True))
+
+    def _least_width(self, width: int) -> int:
+        """What an expert of this width keeps in any case."""
+        return -(-min(self.min_width, width) // self.width_multiple) * self.width_multiple
 
     def _free(self, budget: Budget, index: int) -> int:
         """Micro-experts of a layer outside its super experts, where those are spared."""
         pool, spare = budget.layers[index], self.spare_super_experts and not self.native
         spared = pool.super_experts if spare else []
         return sum(width for e, width in enumerate(pool.widths) if e not in spared)
-
-    def _warn_of_cut(self, layers: list[int], budget: Budget) -> None:
-        for index in layers:
-            if self.spare_super_experts and budget.layers[index].super_experts:
-                log.warning(
-                    "layer %d: expert_widths=uniform cuts super expert %s like all others",
-                    index,
-                    ", ".join(map(str, budget.layers[index].super_experts)),
-                )
-
-    def _require_rest(
-        self, candidates_N: Tensor, widths: list[int], remove: int, spared: dict[int, list[int]]
-    ) -> None:
-        """CameraError where so many can't go without a super expert's."""
-        multiple = self.width_multiple
-        protected = [min(w, -(-min(self.min_width, w) // multiple) * multiple) for w in widths]
-        parts = zip(candidates_N.split(widths), protected, strict=True)
-        rest = sum(max(int(part.sum()) - stay, 0) for part, stay in parts)
-        if remove > rest:
-            told = ", ".join(f"{e} of layer {i}" for i, some in spared.items() for e in some)
-            raise CameraError(
-                f"sparsity={self.sparsity} removes {remove} micro-experts, and only {rest} are "
-                f"left beside the super experts (expert {told}): use a smaller sparsity, or "
-                "method.spare_super_experts=false."
-            )
 
     def _prunable(self, budget: Budget, layers: list[int]) -> int:
         """Micro-experts of these layers that `sparsity` counts."""

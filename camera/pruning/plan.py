@@ -1,6 +1,6 @@
 """Pruning plans: which micro-experts, or which experts, stay in a layer.
 
-Shapes: N micro-experts of a layer's pool, E routed experts.
+Shapes: N micro-experts of a layer's pool, E routed experts, R of them replaced, H hidden.
 """
 
 from __future__ import annotations
@@ -74,7 +74,48 @@ class KeptExperts(LayerPlan):
     @property
     def removed(self) -> list[int]:
         """The experts that don't stay."""
-        return (~self.keep_E).nonzero().flatten().tolist()
+        return _removed(self.keep_E)
+
+
+@dataclass(frozen=True)
+class ReplacedExperts(LayerPlan):
+    """keep_E: bool, of the routed experts; constants_RH: what those that don't stay put out, in
+    their order; `report` says how they were chosen."""
+
+    kind: ClassVar[str] = "replaced_experts"
+
+    keep_E: Tensor
+    constants_RH: Tensor
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"keep_E": self.keep_E, "constants_RH": self.constants_RH}
+
+    def facts(self) -> dict[str, Any]:
+        return {"report": self.report}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> ReplacedExperts:
+        return cls(tensors["keep_E"], tensors["constants_RH"], facts["report"])
+
+    def misfit(self, pool: LayerPool, hidden: int) -> str | None:
+        if wrong := _misfit(self.keep_E, "keep_E", sum(pool.routed)):
+            return wrong
+        if not self.keep_E.any():
+            return "keeps no expert"
+        table, shape = self.constants_RH, (len(self.removed), hidden)
+        if table.shape != shape or not table.is_floating_point() or not table.isfinite().all():
+            return f"has constants_RH {list(table.shape)} instead of finite numbers {list(shape)}"
+        return None
+
+    @property
+    def removed(self) -> list[int]:
+        """The experts that don't stay."""
+        return _removed(self.keep_E)
+
+
+def _removed(keep_E: Tensor) -> list[int]:
+    return (~keep_E).nonzero().flatten().tolist()
 
 
 def _misfit(keep: Tensor, name: str, count: int) -> str | None:

@@ -1,7 +1,8 @@
-"""Removal of routed experts from a layer.
+"""Removal of routed experts from a layer, and constants in the place of some.
 
-The result is a native layer with a smaller router, which runs without this package.
-Shapes: E routed experts, K experts per token, T tokens, H hidden, I width of one expert.
+Without constants the result is a native layer with a smaller router, which runs without this
+package. With constants the router stays as it is.
+Shapes: E routed experts, K experts per token, T tokens, H hidden, I width of one expert, R removed.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from camera.moe.expert_module import ExpertModule
+from camera.checkpoint.formats.approximate import ApproximateExperts
+from camera.checkpoint.formats.ragged import ragged_of
+from camera.moe.experts.module import ExpertModule
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.moe.routing import (
@@ -57,6 +60,22 @@ def remove_experts(ffn: FeedForward, keep: Sequence[int]) -> None:
         if hasattr(module, "num_experts"):
             module.num_experts = len(stay)
     group.widths = [group.widths[expert] for expert in stay]
+
+
+def replace_experts(
+    ffn: FeedForward, keep: Sequence[bool], constants_RH: torch.Tensor
+) -> dict[str, dict[str, Any]]:
+    """Put a constant in the place of each routed expert that isn't kept; the spec by module path.
+
+    A layer of which all are kept has no constants and stays the same function.
+    """
+    group = routed_experts(ffn)
+    if all(keep):
+        module = ragged_of(group, [torch.arange(width) for width in group.widths])
+    else:
+        module = ApproximateExperts.of(group, keep, constants_RH)
+    ffn.replace(group, module)
+    return {group.path: module.spec()}
 
 
 def smaller_config(config: Any, experts: int) -> dict[str, int]:

@@ -1,5 +1,7 @@
 """Camera-Q: bits by micro-expert energy, the same in all three matrices.
 
+https://arxiv.org/abs/2508.02322
+
 Shapes: N micro-experts of a layer's pool (shared expert first, then routed experts), E experts of
 the pool, H hidden, W width of one expert.
 """

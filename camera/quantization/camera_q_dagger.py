@@ -1,5 +1,7 @@
 """Camera-Q-dagger, Camera-Q's ablation: the bits of an expert's three matrices don't match.
 
+https://arxiv.org/abs/2508.02322
+
 Shapes: N micro-experts of a layer's pool, E experts of the pool, H hidden, W width of one expert.
 """
 

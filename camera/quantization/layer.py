@@ -17,13 +17,10 @@ from camera.checkpoint.formats.packed.experts import PackedExperts
 from camera.checkpoint.formats.packed.mlp import PackedMlp
 from camera.checkpoint.formats.packed.segments import BitSegments, QuantizedMatrix
 from camera.checkpoint.formats.packed.spec import experts_spec, mlp_spec
-from camera.compensation.least_squares import (
-    ExpertRegression,
-    FitReport,
-    coordinate_descent,
-    fit_report,
-)
+from camera.compensation.expert_regression import ExpertRegression
+from camera.compensation.least_squares import FitReport, fit_report, refit
 from camera.compensation.settings import CompensationSettings
+from camera.moe.experts.activation import gated
 from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
 from camera.quantization.batch import QuantizationReport, quantize_batch
 from camera.quantization.layer_bits import ExpertBits, falling
@@ -116,22 +113,25 @@ class _Expert:
         self, x_NH: torch.Tensor, gate_MH: torch.Tensor, up_MH: torch.Tensor
     ) -> torch.Tensor:
         """h_NM of these weights, fp32."""
-        biases = self.biases() if isinstance(self.group, MlpExpert) else {}
-        bias = [biases.get(name) for name in PROJECTIONS[:2]]
-        gate_NM, up_NM = (
-            F.linear(x_NH, w, None if b is None else b.float())
-            for w, b in zip((gate_MH, up_MH), bias, strict=True)
-        )
-        return self.group.act_fn(gate_NM) * up_NM
+        products = [F.linear(x_NH, weight) for weight in (gate_MH, up_MH)]
+        bias_2M = self.gate_up_bias()
+        if bias_2M is not None:
+            products = [p + b for p, b in zip(products, bias_2M.float().view(2, -1), strict=True)]
+        return gated(self.group.act_fn, *products)
+
+    def gate_up_bias(self) -> torch.Tensor | None:
+        """Biases of gate and up, [2M]; None where there are none."""
+        bias_2W = self.group.gate_up_bias(self.number)
+        if bias_2W is None:
+            return None
+        return bias_2W.view(2, -1)[:, self.order_M.to(bias_2W.device)].flatten()
 
     def biases(self) -> dict[str, torch.Tensor | None]:
-        """Biases of an MLP's linear layers."""
-        linears = {name: getattr(self.group.module, name) for name in PROJECTIONS}
-        found = {name: getattr(linear, "bias", None) for name, linear in linears.items()}
-        for name in PROJECTIONS[:2]:
-            if found[name] is not None:
-                found[name] = found[name][self.order_M.to(found[name].device)]
-        return found
+        """Biases of the three projections."""
+        both = self.gate_up_bias()
+        gate, up = (None, None) if both is None else both.chunk(2)
+        found = gate, up, self.group.down_bias(self.number)
+        return dict(zip(PROJECTIONS, found, strict=True))
 
 
 def _empty(
@@ -150,7 +150,11 @@ def _empty(
         spec = mlp_spec(old.shape[0], widths[0], *cuts)
         return PackedMlp(spec, group.act_fn, experts[0].biases(), old.device, old.dtype)
     spec = experts_spec(old.shape[0], widths, *cuts)
-    return PackedExperts(spec, group.act_fn, old.device, old.dtype)
+    module = PackedExperts(spec, group.act_fn, old.device, old.dtype, group.layout)
+    for expert in experts if group.layout.biased else []:
+        module.gate_up_bias(expert.number).copy_(expert.gate_up_bias())
+        module.down_bias(expert.number).copy_(group.down_bias(expert.number))
+    return module
 
 
 class LayerQuantizer:
@@ -306,5 +310,5 @@ class LayerQuantizer:
         block = ExpertRegression(None, h_NM, down_HM.T)
         fitted = len(x_NH) - round(len(x_NH) * self.compensation.held_out)
         where, how = self.group.path, self.compensation
-        self.fits.append(coordinate_descent([block], lost_NH, fitted, how, where))
+        self.fits.append(refit([block], lost_NH, fitted, how, where))
         return block.weight_WH.T.to(down_HM.dtype)

@@ -44,6 +44,8 @@ def each_layer(start: int, count: int, title: str, memory: PeakMemory, show: boo
     def held() -> str:
         return f"{memory.now() / 1e9:.2f} GB"
 
+    if show and 0 < start < count:
+        log.info("Going on at %s.", _place(title, count, "layers", start))
     with progress_bar(title, count, "layers", done=start, show=show, note=held) as advance:
         for index in range(start, count):
             yield index

@@ -6,14 +6,14 @@ expert.
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from camera.checkpoint.shards import Place
+from camera.checkpoint.places import AnyPlace
 from camera.moe.capture import RoutedCall, run_expert
-from camera.moe.expert_module import ExpertModule
+from camera.moe.experts.module import ExpertModule
 from camera.moe.families.family import ExpertNames
 from camera.moe.feed_forward import RoutedExperts
 from camera.moe.grouped.sinks import OutputSum, Sink
@@ -25,27 +25,36 @@ from camera.runtime.mapped import release_pages
 class DiskExperts(nn.Module, ExpertModule):
     """Stands in for a layer's native experts, which are read from disk; the last one is kept.
 
-    `read(expert)` gives gate_up [2W, H] and down [H, W] of one expert.
+    `read(expert)` gives one expert: a native module of its own.
     """
 
     holds_native = True
 
     def __init__(
         self,
-        native: nn.Module,
-        widths: list[int],
-        read: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
+        experts: RoutedExperts,
+        read: Callable[[int], RoutedExperts],
     ):
         super().__init__()
-        self._native = [native]  # in a list, so that it is no part of the model
-        self.widths, self.act_fn, self._read = widths, native.act_fn, read
-        self._last: tuple[int, torch.Tensor, torch.Tensor] | None = None
+        self._native = [experts.module]  # in a list, so that it is no part of the model
+        self.widths, self.act_fn, self.layout = experts.widths, experts.act_fn, experts.layout
+        self._read = read
+        self._last: tuple[int, RoutedExperts] | None = None
 
     def gate_up(self, expert: int) -> torch.Tensor:
-        return self._load(expert)[1]
+        one = self._load(expert)
+        if one.layout.interleaved:
+            return torch.cat(one.gate_up(0))
+        return one.layout.fused(one.module, 0)
 
     def down(self, expert: int) -> torch.Tensor:
-        return self._load(expert)[2]
+        return self._load(expert).down(0)
+
+    def gate_up_bias(self, expert: int) -> torch.Tensor | None:
+        return self._load(expert).gate_up_bias(0)
+
+    def down_bias(self, expert: int) -> torch.Tensor | None:
+        return self._load(expert).down_bias(0)
 
     @property
     def native(self) -> nn.Module:
@@ -55,21 +64,19 @@ class DiskExperts(nn.Module, ExpertModule):
     def materialize(self, experts: Sequence[int]) -> nn.Module:
         """The native module with these experts alone, in memory."""
         native = self.native
-        shapes = {"gate_up_proj": native.gate_up_proj.shape, "down_proj": native.down_proj.shape}
-        like = self.down(experts[0])
-        for name, (_, *shape) in shapes.items():
-            table = like.new_empty(len(experts), *shape)
+        for name, one in list(self._load(experts[0]).module.named_parameters()):
+            table = one.new_empty(len(experts), *one.shape[1:])
             setattr(native, name, nn.Parameter(table, requires_grad=False))
         for place, expert in enumerate(experts):
-            native.gate_up_proj[place] = self.gate_up(expert)
-            native.down_proj[place] = self.down(expert)
+            for name, one in self._load(expert).module.named_parameters():
+                getattr(native, name)[place] = one[0]
         return native
 
-    def _load(self, expert: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+    def _load(self, expert: int) -> RoutedExperts:
         if self._last is None or self._last[0] != expert:
             self._last = None  # before the next one is read
-            self._last = expert, *self._read(expert)
-        return self._last
+            self._last = expert, self._read(expert)
+        return self._last[1]
 
 
 class DiskExpertsPass:
@@ -138,8 +145,8 @@ class _RecordedBatch:
 
 
 def single_expert_places(
-    places: dict[str, Place], expert: int, names: ExpertNames
-) -> dict[str, Place]:
+    places: dict[str, AnyPlace], expert: int, names: ExpertNames
+) -> dict[str, AnyPlace]:
     """Where one of a layer's experts lies, under the names of a layer that has only this one."""
     found = {}
     for key, place in places.items():
@@ -147,9 +154,7 @@ def single_expert_places(
         if number == expert:
             found[names.as_first(key)] = place
         elif number is None:
-            size = place.bytes // place.shape[0]
-            start = place.start + expert * size
-            found[key] = replace(place, start=start, bytes=size, shape=(1, *place.shape[1:]))
+            found[key] = place.rows(expert, 1)
     return found
 
 

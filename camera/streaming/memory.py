@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from camera.moe.families.family import latent_attention_width
 from camera.streaming.skeleton import MetaModel
 
 HIDDEN_SHARE = 0.3  # of the memory that is free: more than that of hidden states goes to disk
@@ -13,6 +14,18 @@ BACKWARD_TOKENS = 4096  # that go back through a layer together
 def parameters_of(module: nn.Module) -> int:
     """Numbers that a module holds."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def attention_numbers(skeleton: MetaModel) -> int:
+    """Numbers of a token that attention holds at a time.
+
+    Three of its layer, and of each head query, key, value and output; where these are made of
+    latent ones, most of them once more.
+    """
+    config, family = skeleton.text_config, skeleton.family
+    copies = 3 if family.attention_width is latent_attention_width else 2
+    heads = config.num_attention_heads * family.attention_width(config)
+    return 3 * config.hidden_size + copies * heads
 
 
 def active_width(skeleton: MetaModel, *, of_routed: bool = False) -> float:

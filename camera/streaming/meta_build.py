@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from camera.checkpoint.matching import HeaderMatch, empty_model, match_headers
-from camera.checkpoint.shards import ShardReader, read_places
+from camera.checkpoint.places import read_places
+from camera.checkpoint.shards import ShardReader
 from camera.moe.families import layer_of
 from camera.moe.families.family import Family
 from camera.runtime.errors import CameraError
@@ -45,6 +46,28 @@ def build_on_meta(
         missing.discard(name)
     replace(match, missing=missing).require(reader.folder)
     return model, conversions
+
+
+def decoder_of(model: nn.Module, family: Family) -> nn.Module:
+    """The module of a model's embedding, decoder layers and final norm; CameraError, naming what
+    there is, where a declaration doesn't fit."""
+    modules = dict(model.base_model.named_modules())
+    if family.tower not in modules:
+        towers = [name for name, part in modules.items() if hasattr(part, "layers")]
+        raise CameraError(
+            f"{type(model).__name__} has no '{family.tower}', but layers in {', '.join(towers)}: "
+            "declare where its decoder is in `tower` of its Family."
+        )
+    base = modules[family.tower]
+    for name in ("layers", "embed_tokens", family.final_norm):
+        if getattr(base, name, None) is None:
+            there = ", ".join(child for child, _ in base.named_children())
+            named = "`final_norm` of its Family" if name == family.final_norm else "no declaration"
+            raise CameraError(
+                f"the decoder {type(base).__name__} has no '{name}', but {there}: its own name can "
+                f"be given in {named}."
+            )
+    return base
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

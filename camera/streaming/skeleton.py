@@ -16,11 +16,13 @@ from camera.checkpoint.loading import (
     resolve_dtype,
 )
 from camera.checkpoint.matching import convert, refuse_missing
-from camera.checkpoint.shards import ShardReader, read_places
+from camera.checkpoint.places import read_places
+from camera.checkpoint.quantized.opening import open_weights
+from camera.moe.block_check import refuse_other_sums
 from camera.moe.budget import Budget, budget_of, require_counts
 from camera.moe.capture import replaced_submodule
 from camera.moe.families import family_of, layer_of
-from camera.moe.feed_forward import ExpertGroup, FeedForward
+from camera.moe.feed_forward import FeedForward, RoutedExperts
 from camera.runtime.buffers import trim_heap
 from camera.runtime.device.finite import FiniteCheck, all_finite
 from camera.runtime.errors import CameraError
@@ -30,7 +32,8 @@ from camera.streaming.disk_experts import (
     single_expert_module,
     single_expert_places,
 )
-from camera.streaming.meta_build import build_on_meta, tied_names
+from camera.streaming.meta_build import build_on_meta, decoder_of, tied_names
+from camera.streaming.recorder import ArgumentRecorder
 
 log = logging.getLogger("camera")
 
@@ -56,7 +59,7 @@ class MetaModel:
         self.text_config = self.config.get_text_config()
         choose_kernels(self.config)
         self.family = family_of(self.config.model_type)
-        self.reader = ShardReader(folder)
+        self.reader = open_weights(folder, self.config)
         if getattr(self.config, "quantization_config", None) is None:
             shapes = {key: place.shape for key, place in self.reader.places.items()}
             require_counts(self.text_config, self.family, shapes)
@@ -73,9 +76,10 @@ class MetaModel:
         self.stored_dtype = asked or self.reader.main_dtype()
         self.dtype = compute_dtype(dtype, self.reader.main_dtype(), device)
         self.compressed = getattr(self.config, "quantization_config", None)
-        self.base = self.model.base_model.get_submodule(self.family.tower)
-        decoder = [self.model.base_model_prefix, self.family.tower, "layers"]
-        self.root = ".".join(part for part in decoder if part)
+        self.base = decoder_of(self.model, self.family)
+        layers = self.base.layers
+        self.root = next(name for name, part in self.model.named_modules() if part is layers)
+        self._layer_of_key: dict[str, int | None] = {}
         self._stored: dict[str, torch.dtype] = {}  # of the tensors that the files hold
         if asked:
             self.model.to(asked)
@@ -83,9 +87,16 @@ class MetaModel:
             self._stored = {name: t.dtype for name, t in self.model.state_dict().items()}
             self._warn_of_another_dtype(told)
         self.budget: Budget = budget_of(self.model, self.layers, self.family, self.root)
+        self._refuse_other_sums()
         self.model.to(self.dtype)
         choose_experts(self.model)
         self._materialise_rotary()
+
+    def _refuse_other_sums(self) -> None:
+        views = map(self.feed_forward, range(len(self.layers)))
+        block = next((view for view in views if view.is_moe), None)
+        if block is not None and self.compressed is None:
+            refuse_other_sums(block, self.text_config.hidden_size)
 
     def reopened(self) -> "MetaModel":
         """The model as its files have it; this object holds no memory from then on."""
@@ -94,12 +105,25 @@ class MetaModel:
         return MetaModel(self.folder, str(self.device), self._asked, self.trust_remote_code)
 
     @property
+    def unpacking(self) -> int:
+        """Bytes that reading a tensor takes at most beside it, where the source is quantised."""
+        return self.reader.unpacking
+
+    @property
     def layers(self) -> nn.ModuleList:
         return self.base.layers
 
     def feed_forward(self, index: int) -> FeedForward:
         """The view of a layer that methods work on."""
         return FeedForward(self.layers[index], self.family, f"{self.root}.{index}")
+
+    def recorder(self, layer: nn.Module, output: torch.Tensor | None = None) -> ArgumentRecorder:
+        """A stand-in for one of the model's layers that records its arguments."""
+        tokens_of = None
+        if self.family.hands_on is not None:
+            argument, most = self.family.hands_on
+            tokens_of = argument, getattr(self.text_config, most)
+        return ArgumentRecorder(layer, output, tokens_of)
 
     def load_layer(self, index: int, experts_on_disk: bool = False) -> nn.Module:
         """Read one decoder layer, and begin to read the next one; with `experts_on_disk` its native
@@ -130,21 +154,21 @@ class MetaModel:
     def _read_layer(self, index: int, without_experts: bool) -> dict[str, torch.Tensor]:
         return self.reader.read(
             lambda key: (
-                layer_of(key) == index
+                self._layer_of(key) == index
                 and not (without_experts and self.family.checkpoint_names.holds(key))
             ),
             self.device,
         )
 
-    def _leave_on_disk(self, index: int, experts: ExpertGroup) -> None:
+    def _leave_on_disk(self, index: int, experts: RoutedExperts) -> None:
         native, ffn = experts.module, self.feed_forward(index)
         places = {
             key: place
             for key, place in self.reader.places.items()
-            if layer_of(key) == index and self.family.checkpoint_names.holds(key)
+            if self._layer_of(key) == index and self.family.checkpoint_names.holds(key)
         }
 
-        def read(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        def read(expert: int) -> RoutedExperts:
             one = single_expert_module(native)
             with replaced_submodule(ffn.module, self.family.experts, one):
                 tensors = read_places(
@@ -152,19 +176,33 @@ class MetaModel:
                     self.device,
                 )
                 self._load(tensors, lambda name: name.startswith(f"{experts.path}."))
-            return one.gate_up_proj.data[0], one.down_proj.data[0]
+            return RoutedExperts(experts.path, one, self.family, experts.scale)
 
-        ffn.replace(experts, DiskExperts(native, experts.widths, read))
+        ffn.replace(experts, DiskExperts(experts, read))
 
     def load_rest(self, only: str = "") -> None:
         """Read what is outside the layers: embeddings, final norm, head (or those named `only`)."""
         tied = tied_names(self.model)
         self._load(
             self.reader.read(
-                lambda key: layer_of(key) is None and only in self._name_of(key), self.device
+                lambda key: self._layer_of(key) is None and only in self._name_of(key),
+                self.device,
             ),
-            lambda name: layer_of(name) is None and only in name and name not in tied,
+            lambda name: self._found_layer(name) is None and only in name and name not in tied,
         )
+
+    def _layer_of(self, key: str) -> int | None:
+        """The decoder layer of a tensor of the checkpoint; None for all outside, those of other
+        towers' layers too."""
+        if key not in self._layer_of_key:
+            self._layer_of_key[key] = self._found_layer(self._name_of(key))
+        return self._layer_of_key[key]
+
+    def _found_layer(self, name: str) -> int | None:
+        """The same of a tensor of the model, by its name there."""
+        before = f".{name}".partition(".layers.")[0]
+        # a model that was saved without its head lacks the first part of the names
+        return layer_of(name) if f".{self.root}".removesuffix(".layers").endswith(before) else None
 
     def _name_of(self, key: str) -> str:
         """The model's name of a checkpoint's tensor; of one of several that are put together."""
@@ -246,8 +284,8 @@ class MetaModel:
 
     def _blame(self, name: str) -> None:
         """CameraError for a tensor that isn't finite: the file's fault, or that of the dtype."""
-        layer = layer_of(name)
-        for key in [key for key in self.reader.places if layer_of(key) == layer]:
+        layer = self._found_layer(name)
+        for key in [key for key in self.reader.places if self._layer_of(key) == layer]:
             if not all_finite(self.reader.read(lambda other, key=key: other == key)[key]):
                 raise CameraError(f"tensor '{key}' in {self.folder} holds NaN or inf.")
         dtype = str(self.dtype).removeprefix("torch.")

@@ -25,7 +25,6 @@ from camera.runtime.mapped import release_pages
 from camera.streaming.batches import Arguments, FfnInput, FfnOutput, FfnPhi, LayerInput
 from camera.streaming.disk_experts import DiskExpertsPass
 from camera.streaming.hidden_states import HiddenPlace, HiddenStates
-from camera.streaming.recorder import ArgumentRecorder
 from camera.streaming.skeleton import MetaModel
 
 Stage = TypeVar("Stage", FfnInput, FfnPhi, FfnOutput)
@@ -64,7 +63,7 @@ class LayerStreamer:
         """
         model = self.model
         model.load_rest("embed_tokens")
-        recorders = nn.ModuleList(ArgumentRecorder(layer) for layer in model.layers)
+        recorders = nn.ModuleList(map(model.recorder, model.layers))
         found, same = [], {}
         with (
             replaced_submodule(model.base, "layers", recorders),
@@ -89,15 +88,16 @@ class LayerStreamer:
     def attend(self, index: int, batches: list[LayerInput]) -> list[FfnInput]:
         """Run a loaded layer up to its FFN: the FFN's inputs and the residuals."""
         layer, found = self.model.layers[index], []
+        ffn = self.model.feed_forward(index)
         coming = self.hidden.fetched(batches, lambda batch: [batch.hidden_BLH], use_up=True)
         for batch, (hidden_BLH,) in coming:
             inputs: list[torch.Tensor] = []
 
-            def record(x_BLH: torch.Tensor, inputs: list = inputs) -> torch.Tensor:
+            def record(x_BLH: torch.Tensor, inputs: list = inputs) -> Any:
                 inputs.append(x_BLH)
-                return torch.zeros_like(x_BLH)
+                return ffn.returned(torch.zeros_like(x_BLH))
 
-            with replaced_submodule(layer, self.model.family.ffn, ModuleStub(record)):
+            with replaced_submodule(layer, ffn.family.ffn, ModuleStub(record)):
                 residual = unwrap(layer(hidden_BLH, **batch.arguments.kwargs[index]))
             kept = self.hidden.keep(residual), self.hidden.keep(inputs[0])
             found.append(FfnInput(batch.arguments, *kept))
@@ -160,7 +160,7 @@ class LayerStreamer:
         module = self.model.feed_forward(index).module
 
         def run(batch: FfnInput, x_BLH: torch.Tensor, residual_BLH: torch.Tensor) -> torch.Tensor:
-            return module(x_BLH).flatten(0, -2)
+            return unwrap(module(x_BLH)).reshape(-1, x_BLH.shape[-1])
 
         return self._finished(index, batches, lambda at: at, run)
 

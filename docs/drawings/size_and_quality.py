@@ -58,7 +58,7 @@ def panel(axes: Axes, rows: Rows, methods: tuple[str, ...], x: str) -> str:
     for method in methods:
         colour, marker = LOOKS[method]
         found = sorted(points(rows, method, x))
-        if x == "MoE":
+        if x == "Experts removed":
             found = [(0.0, dense), *found] if len(found) > 1 else found
         told.append(f"{method} " + ", ".join(f"{at:g}: {value:g}" for at, value in found))
         axes.plot(*zip(*found, strict=True), f"{marker}-", color=colour, label=method, lw=1.8)
@@ -73,14 +73,14 @@ def draw(folder: Path = FIGURES, page: Path = RESULTS) -> Path:
     """Pruning on the left, quantisation on the right."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 3.8), layout="constrained")
     pruned = ("Camera-Plus", "Camera-P", "HEAPr", "Random")
-    first = panel(left, table("smollm2", page), pruned, "MoE")
+    first = panel(left, table("smollm2", page), pruned, "Experts removed")
     left.set(
         title="SmolLM2-135M, pruned",
         xlabel="removed from the feed-forward layers, %",
         ylim=(9, 4e3),
     )
     coded = table("smollm2-quantisation", page)
-    second = panel(right, coded, ("Camera-Q", "GPTQ", "RTN"), "Stored")
+    second = panel(right, coded, ("Camera-Q", "GPTQ", "RTN"), "Stored bits")
     right.set(
         title="SmolLM2-135M, quantised",
         xlabel="stored bits per weight, scales included",

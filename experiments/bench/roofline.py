@@ -9,11 +9,11 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig
 
 from camera.compensation.settings import CompensationSettings
+from camera.pipeline.memory.config_model import ConfigModel
 from camera.runtime.errors import CameraError
 from experiments.bench.support.architectures import ARCHITECTURES
 from experiments.bench.support.cards import CARDS, Card
 from experiments.bench.support.costs import RunCost, fit_flops, run_cost
-from experiments.bench.support.paper import estimate
 from experiments.bench.support.timing import matmul_peak, take_turns
 from experiments.bench.support.traffic import Ways
 from experiments.config.location import CONF, EMBEDDED_MODEL
@@ -29,6 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--sparsity", type=float, default=0.2, help="share of the pool removed")
     parser.add_argument("--efficiency", type=float, default=0.4)
+    parser.add_argument("--host", type=float, default=256.0, help="GB of the system that are free")
     parser.add_argument("--disk", type=float, default=3.0, help="GB/s, read and written")
     parser.add_argument("--phi", default="auto", choices=("auto", "keep", "routed", "recompute"))
     parser.add_argument("--eager", action="store_true", help="as without a compiler for kernels")
@@ -81,11 +82,13 @@ def _on_device(
     tokens = args.samples * args.length
     dtype = torch.bfloat16 if card.bytes else torch.float32
     sizes = (config, tokens, args.length)
-    said = estimate(*sizes, args.sparsity, dtype, card.bytes or None)
+    model, host = ConfigModel(config, dtype), int(args.host * 1e9)
+    said = model.memory(*sizes[1:], args.sparsity, card.bytes or None, host)
     asked = {"auto": said.phi_kept, "keep": "all", "routed": "routed", "recompute": "none"}
     ways = Ways(
         phi=asked[args.phi],
         on_device=not card.bytes or said.hidden_place == "device",
+        experts_on_disk=said.experts_on_disk,
         compiled=bool(card.bytes) and not args.eager,
         grouped=card.grouped,
     )
@@ -96,7 +99,9 @@ def _on_device(
         "parameters_b": round(cost.parameters / 1e9, 2),
         "phi": {"all": "keep", "routed": "routed", "none": "recompute"}[ways.phi],
         "hidden": said.hidden_place,
+        "experts": "disk" if said.experts_on_disk else "ram",
         "memory_gb": round(said.peak / 1e9, 1),
+        "host_memory_gb": round(said.host_peak / 1e9, 1),
         "tflops": {
             part: round(cost.total(part) / 1e12, 3)
             for part in ("flops", "attention", "router", "gate_up", "down")
@@ -141,20 +146,21 @@ def config_of(name: str) -> Any:
     if path.exists():
         path = path.parent if path.is_file() else path
         return AutoConfig.from_pretrained(path)
-    if not (CONF / "model" / f"{name}.yaml").exists():
+    if not (CONF / "model" / f"{name}.yaml").exists() and name not in ARCHITECTURES:
         known = ", ".join(sorted(file.stem for file in (CONF / "model").glob("*.yaml")))
         raise CameraError(f"--model {name} is neither a folder nor one of {known}.")
-    where = OmegaConf.load(CONF / "model" / f"{name}.yaml").path
-    if where == "embedded":
-        return AutoConfig.from_pretrained(EMBEDDED_MODEL)
-    try:
-        return AutoConfig.from_pretrained(where, local_files_only=True)
-    except (OSError, ValueError) as error:
-        if name not in ARCHITECTURES:
-            raise CameraError(
-                f"--model {name}: the config.json of {where} is not on this machine; give its "
-                "folder."
-            ) from error
+    if (CONF / "model" / f"{name}.yaml").exists():
+        where = OmegaConf.load(CONF / "model" / f"{name}.yaml").path
+        if where == "embedded":
+            return AutoConfig.from_pretrained(EMBEDDED_MODEL)
+        try:
+            return AutoConfig.from_pretrained(where, local_files_only=True)
+        except (OSError, ValueError) as error:
+            if name not in ARCHITECTURES:
+                raise CameraError(
+                    f"--model {name}: the config.json of {where} is not on this machine; give its "
+                    "folder."
+                ) from error
     known = dict(ARCHITECTURES[name])
     return AutoConfig.for_model(known.pop("model_type"), **known)
 

@@ -24,6 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="qwen3_30b_a3b", choices=sorted(ARCHITECTURES))
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--scale", type=int, default=1, help="divides all widths of the model")
+    parser.add_argument("--routed", type=int, default=0, help="experts of a layer (0: the model's)")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--sparsity", type=float, default=0.2)
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace) -> dict:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="camera-stream-") as folder:
         source = Path(folder) / "model"
-        write_model(source, args.model, layers=args.layers, scale=args.scale, length=args.length)
+        sizes = dict(layers=args.layers, scale=args.scale, length=args.length, routed=args.routed)
+        write_model(source, args.model, **sizes)
         _forget(source)
         trim_heap()
         return _streamed(args, source, Path(folder))
@@ -77,6 +79,7 @@ def _streamed(args: argparse.Namespace, source: Path, folder: Path) -> dict:
         "model": args.model,
         "scale": args.scale,
         "layers": args.layers,
+        "routed": args.routed,
         "layer_gb": round(result.bytes["dense"] / args.layers / 1e9, 3),
         "tokens": tokens,
         "experts": args.experts,

@@ -118,7 +118,7 @@ def _kinds() -> dict[str, str]:
     """The keys whose values are texts or lists, by their dotted names."""
     found = dict(_of_class(Config, ""))
     for group, classes in group_types().items():
-        for cls in classes:
+        for cls in classes.values():
             found |= _of_class(cls, f"{group}.")
     return found
 

@@ -30,7 +30,7 @@ from experiments.config.started import started
 TOKENIZER = "tokenizer.json"
 KEY_ERRORS = (ConfigAttributeError, ConfigKeyError)
 
-_group_types: dict[str, list[type]] = {}
+_group_types: dict[str, dict[str, type]] = {}
 
 Fraction = choice("moe", "model", "routed")
 Propagate = choice("compressed", "dense")
@@ -170,11 +170,11 @@ def register() -> None:
             group, node = file.parent.name, typed_settings(target)
             store.store(group=f"hydra/types/{group}", name=file.stem, node=node)
             if isinstance(node, type):
-                _group_types.setdefault(group, []).append(node)
+                _group_types.setdefault(group, {})[file.stem] = node
 
 
-def group_types() -> dict[str, list[type]]:
-    """By group the typed settings of its classes."""
+def group_types() -> dict[str, dict[str, type]]:
+    """By group and choice the typed settings of its class."""
     return _group_types
 
 

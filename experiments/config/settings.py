@@ -14,6 +14,7 @@ from camera.calibration.corpora import check_corpus, find_corpus
 from camera.calibration.settings import Calibration, check_calibration
 from camera.checkpoint.source import resolve_model
 from camera.runtime.errors import CameraError
+from camera.runtime.files import CheckpointFiles
 from camera.streaming.settings import MemoryChoices
 from experiments.config.constructor import build, locate
 from experiments.config.location import EMBEDDED, EMBEDDED_MODEL, user_path
@@ -100,9 +101,11 @@ class Settings:
         top = self.evaluation.get("divergence")
         if top is None or self.compresses:
             return top
-        config = resolve_model(self.model_path, weights=False) / "config.json"
-        content = json.loads(config.read_text(encoding="utf-8"))
-        return None if content.get("quantization_config") else top
+        model = resolve_model(self.model_path, weights=False)
+        content = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        quantised = content.get("quantization_config") or {}
+        is_native = quantised.get("quant_method") != "camera"
+        return top if is_native and not (model / CheckpointFiles.REPORT).exists() else None
 
     def measures(self) -> EvaluationRequest:
         """The texts and tasks that are asked for, and how much of each."""

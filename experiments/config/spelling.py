@@ -36,15 +36,29 @@ def check_spelling(arguments: Sequence[str]) -> None:
             _check_choices(key, value)
             continue
         group, _, name = key.rpartition(".")
-        known = _keys().get(group)
+        known = _of_chosen(group, arguments)
+        known = _keys().get(group) if known is None else known
         if known is None and "." not in group:
             raise CameraError(_unknown(f"{key} is no setting", key, _keys()[""]))
         if known is None or name in known or renaming(group, name):
             continue
         if name == TARGET and group in group_types():
             continue
+        if not known:
+            chosen = next(a for a in arguments if a.startswith(f"{group}="))
+            raise CameraError(f"{chosen} has no settings of its own: leave {key} out.")
         prefix = f"{group}." if group else ""
         raise CameraError(_unknown(f"{key} is no setting", key, [prefix + k for k in known]))
+
+
+def _of_chosen(group: str, arguments: Sequence[str]) -> set[str] | None:
+    """The settings of the choices of a group that are named; None where they aren't all known."""
+    known = group_types().get(group, {})
+    chosen = [a.partition("=")[2] for a in arguments if a.startswith(f"{group}=")]
+    names = chosen[-1].split(",") if chosen else []
+    if not names or not {*names} <= {*known}:
+        return None
+    return set.union(*(_names(known[name]) for name in names)) - {TARGET}
 
 
 def _check_choices(group: str, value: str) -> None:
@@ -69,7 +83,7 @@ def _keys() -> dict[str, set[str]]:
     found = {"": {"experiment", *hints}}
     found |= {name: _names(hint) for name, hint in hints.items() if is_dataclass(hint)}
     for group, classes in group_types().items():
-        found[group] = set.union(*map(_names, classes)) - {TARGET}
+        found[group] = set.union(*map(_names, classes.values())) - {TARGET}
     return found
 
 

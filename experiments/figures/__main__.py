@@ -16,7 +16,14 @@ from experiments.tables.rows import runs_below
 def main(arguments: list[str]) -> int:
     """Draw the figures over all runs to DIR/figures, and those of each run in its own folder."""
     parser = argparse.ArgumentParser(prog="camera figures", description=__doc__)
-    parser.add_argument("folder", type=user_folder, metavar="DIR", help="what was `output`")
+    parser.add_argument(
+        "folder",
+        type=user_folder,
+        metavar="DIR",
+        nargs="?",
+        default=user_folder("outputs"),
+        help="what was `output` (default: outputs)",
+    )
     folder = parser.parse_args(arguments).folder
     try:
         runs = runs_below(folder)

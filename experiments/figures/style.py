@@ -82,7 +82,7 @@ DARK = {
 # A method has the same colour and marker in every figure.
 METHODS = ("camera_p", "heapr", "d2_moe", "magnitude", "reap", "naee", "frequency", "random")
 METHODS += ("camera_q", "gptq", "mc", "camera_q_dagger", "rtn", "camera_plus")
-METHODS += ("layerwise_bits", "aimer")
+METHODS += ("layerwise_bits", "aimer", "mone")
 
 
 @dataclass(frozen=True)

@@ -204,4 +204,6 @@ def _texts(data: str, corpora: Iterable[tuple[str, str]], tasks: Iterable[str] =
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.10g}"
     return "+".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

@@ -15,7 +15,14 @@ from experiments.tables.rows import runs_below
 def main(arguments: list[str]) -> int:
     """Write the page and say where it is."""
     parser = argparse.ArgumentParser(prog="camera report", description=__doc__)
-    parser.add_argument("folder", type=user_folder, metavar="DIR", help="what was `output`")
+    parser.add_argument(
+        "folder",
+        type=user_folder,
+        metavar="DIR",
+        nargs="?",
+        default=user_folder("outputs"),
+        help="what was `output` (default: outputs)",
+    )
     parser.add_argument("--out", type=user_folder, help="the page (default: DIR/report.html)")
     asked = parser.parse_args(arguments)
     try:

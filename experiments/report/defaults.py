@@ -105,4 +105,6 @@ def _yaml(name: str) -> dict[str, Any]:
 
 
 def _readable(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.10g}"
     return "+".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

@@ -27,6 +27,7 @@ from experiments.config.location import EMBEDDED
 from experiments.config.settings import Settings, arguments
 from experiments.records.files import lock_of, read_json
 from experiments.records.folders import Folders
+from experiments.records.origin import report_of
 from experiments.runs import ranks
 
 
@@ -38,10 +39,20 @@ def compression(
         described = camera.describe(
             settings.model_path, trust_remote_code=settings.trust_remote_code
         )
-        return described.to_dict() | {"model": base_name(settings)}
+        found = described.to_dict() | {"model": base_name(settings)}
+        return found | _made_before(settings, found["bytes"]["compressed"])
     with lock_of(folders.checkpoint):
         compress_once(settings, folders, listener)
         return read_json(folders.report)
+
+
+def _made_before(settings: Settings, size: int) -> dict[str, Any]:
+    """Of a checkpoint that is compressed already what its own report says of it."""
+    report = report_of(resolve_model(settings.model_path))
+    if report is None:
+        return {}
+    kept = {key: report[key] for key in ("sparsity", "bits")}
+    return kept | {"bytes": {"dense": report["bytes"]["dense"], "compressed": size}}
 
 
 def computed_in(settings: Settings) -> dict[str, str]:

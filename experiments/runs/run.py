@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from camera.checkpoint.source import resolve_model
 from camera.runtime import distributed
 from camera.runtime.files import write_json
 from experiments.config.constructor import build
@@ -30,6 +31,7 @@ from experiments.records.files import (
     read_json,
 )
 from experiments.records.folders import Folders
+from experiments.records.origin import origin_of
 from experiments.runs import ranks
 from experiments.runs.compression import (
     camera_compress,
@@ -114,6 +116,8 @@ def _run(
             raise FailedBeforeError(f"failed before: {reason} (retry=failed tries again)")
         asked = {"method": settings.method_name, "settings": settings.to_dict()}
         asked |= {"sweep": sweep, "preset": preset}
+        if not settings.compresses:
+            asked["origin"] = origin_of(resolve_model(settings.model_path, weights=False))
         begun = None
         if is_json(files.settings):
             begun = read_json(files.settings).get("identity", {}).get("computed")

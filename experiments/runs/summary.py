@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from camera.calibration.corpora import HUB
 from camera.evaluation.tasks.names import headline, task_name
 from camera.runtime.errors import CameraError
 from experiments.records.files import GENERATIVE, PERPLEXITY, TASK
+from experiments.tables.names.datasets import WRITTEN, data_name, dataset_label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,13 +29,15 @@ GB = 1e9
 
 def start_of(stored: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a tracker's `start`, from what settings.json holds."""
-    settings, method = stored["settings"], stored["method"]
-    ratio, preset = ratio_of(settings["method"]), stored.get("preset")
+    settings, origin = stored["settings"], stored.get("origin") or {}
+    method, preset = origin.get("method", stored["method"]), stored.get("preset")
+    ratio, data = ratio_of(settings["method"] | origin), data_name(settings.get("data", HUB))
+    told = [settings["model"]["name"], method, preset, *ratio, None if data == HUB else data]
     return {
         "name": "-".join([method, *(part.removesuffix("%").replace(" ", "") for part in ratio)]),
         "group": group_of(stored.get("sweep"), preset),
         "job_type": method,
-        "tags": [settings["model"]["name"], method, *([preset] if preset else []), *ratio],
+        "tags": [tag for tag in told if tag],
         "config": config_of(stored),
     }
 
@@ -143,22 +148,29 @@ def layer_numbers(measured: Mapping[str, float]) -> dict[str, float]:
 
 
 def score_tables(metrics: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """What a run's report says of its texts (`perplexity`) and of its tasks (`tasks`), a row each.
+    """What a run's report says of its texts (`perplexity`) and of its tasks (`tasks`), a row each,
+    by the names that they have in tables.
 
     A task's `score` is its acc_norm where it has one, else its acc, with the standard error of
     that one; all in percent. Nothing was measured: no table.
     """
     import pandas as pd
 
+    named = partial(dataset_label, data=metrics.get("data", HUB))
     perplexity = pd.DataFrame(
         [
-            {"text": text, "perplexity": value} | _divergence_row(metrics, text)
+            {"text": named(text), "perplexity": value} | _divergence_row(metrics, text)
             for text, value in metrics["perplexity"].items()
         ]
     )
-    tasks = pd.DataFrame(_task_row(task, found) for task, found in metrics["tasks"].items())
+    tasks = pd.DataFrame(_task_row(named(task), found) for task, found in metrics["tasks"].items())
     written = pd.DataFrame(
-        {"task": task, "metric": name, "score": 100 * found["value"], "standard error": error}
+        {
+            "task": named(f"{WRITTEN}{task}"),
+            "metric": name,
+            "score": 100 * found["value"],
+            "standard error": error,
+        }
         for task, part in (metrics.get("generative") or {}).items()
         for name, found in part["metrics"].items()
         for error in [None if found["stderr"] is None else 100 * found["stderr"]]

@@ -80,15 +80,18 @@ def curves(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
     dense model on."""
     import pandas as pd
 
+    from experiments.tables.names.datasets import dataset_label
+    from experiments.tables.names.methods import display_name
     from experiments.tables.rows import divergence_columns, less_is_better, perplexity_columns
 
     dense = runs[runs["method"] == "dense"]
-    named = runs["model"] + " " + runs["method"] + " " + runs["settings"]
-    lines = (named if runs["model"].nunique() > 1 else runs["method"] + " " + runs["settings"]).str
-    lines = lines.strip()
+    methods = runs["method"].map(display_name) + " " + runs["settings"]
+    several = runs["model"].nunique() > 1
+    lines = (runs["model"] + " " + methods if several else methods).str.strip()
     compared = [score for score in divergence_columns(runs) if less_is_better(score)]
     for score in [*perplexity_columns(runs), *compared]:
-        what = "Perplexity of" if score not in compared else "KL divergence to the dense model:"
+        text = " and ".join(dict.fromkeys(dataset_label(score, data) for data in runs["data"]))
+        what = text if score in compared else f"Perplexity of {text}"
         for x, axis in AXES.items():
             shown = runs[x].notna() & runs[score].notna()
             parts = [
@@ -103,7 +106,7 @@ def curves(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
                     "x": x,
                     "y": score,
                     "line": "method",
-                    "title": f"{what} {score} over {axis}",
+                    "title": f"{what} over {axis}",
                 }
 
 

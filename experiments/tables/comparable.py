@@ -12,7 +12,13 @@ import pandas as pd
 from experiments.records.identity import differing_settings, measurement_key
 from experiments.tables.names.datasets import with_text_named
 from experiments.tables.names.methods import method_order
-from experiments.tables.names.studies import PRUNING, QUANTISING, study_order, study_title
+from experiments.tables.names.studies import (
+    FORMS,
+    PRUNING,
+    QUANTISING,
+    study_order,
+    study_title,
+)
 from experiments.tables.rows import natural_ranks
 from experiments.tables.studies import UNVARIED, with_studies
 
@@ -85,14 +91,17 @@ def comparable_runs(means: pd.DataFrame) -> Iterator[ComparableRuns]:
 
 
 def _blocks(study: str, part: pd.DataFrame, way: str) -> Iterator[ComparableRuns]:
-    """Of a study's runs on one model, measured in one way: pruned before quantised."""
+    """Of a study's runs on one model, measured in one way: pruned before quantised, apart unless
+    the study compares forms."""
     model, dense = part["model"].iloc[0], part["method"] == "dense"
+    others, together = part["sparsity_of"].isna(), False
     for of in OF:
         pruned = part["sparsity_of"] == of
         if pruned.any():
-            yield ComparableRuns(study, model, way, of, _in_order(part[dense | pruned], study))
-    others = part["sparsity_of"].isna()
-    if (others & ~dense).any() or dense.all():
+            together = study in FORMS
+            rows = part[pruned | (others if together else dense)]
+            yield ComparableRuns(study, model, way, of, _in_order(rows, study))
+    if not together and ((others & ~dense).any() or dense.all()):
         yield ComparableRuns(study, model, way, None, _in_order(part[others], study))
 
 

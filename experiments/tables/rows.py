@@ -180,10 +180,11 @@ def _lacking(error: Exception) -> str:
 def _asked(files: RunFiles) -> dict[str, Any]:
     stored = read_json(files.settings)
     settings, identity = stored["settings"], stored["identity"]
-    method = settings["method"]
+    origin = stored.get("origin") or {}  # of a checkpoint that was compressed before
+    method = settings["method"] | origin
     return {
         "model": settings["model"]["name"],
-        "method": stored["method"],
+        "method": origin.get("method", stored["method"]),
         "sparsity": _percent(method.get("sparsity")),
         "sparsity_of": method.get("sparsity_of"),
         "bits": method.get("bits"),

@@ -93,7 +93,14 @@ def _by_data(frame: pd.DataFrame) -> pd.DataFrame:
 def main(arguments: list[str]) -> int:
     """Remake and print the tables of a folder."""
     parser = argparse.ArgumentParser(prog="camera tables", description=__doc__)
-    parser.add_argument("folder", type=user_folder, metavar="DIR")
+    parser.add_argument(
+        "folder",
+        type=user_folder,
+        metavar="DIR",
+        nargs="?",
+        default=user_folder("outputs"),
+        help="what was `output` (default: outputs)",
+    )
     parser.add_argument(
         "--errors",
         choices=["none", "std", "se"],

@@ -13,6 +13,7 @@ FORMS = {
     "ragged": ("camera_p", {}),
     "uniform": ("camera_p", dict(expert_widths="uniform", sparsity=0.4138)),
     "fewer experts": ("reap", {}),
+    "constants": ("mone", {}),
     "packed": ("camera_q", {}),
     "packed columns": ("camera_q_dagger", {}),
     "packed alike": ("gptq", {}),

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import camera
-from camera.checkpoint.shards import ShardReader, read_places, write_tensors
+from camera.checkpoint.places import read_places
+from camera.checkpoint.shards import ShardReader, write_tensors
 from camera.runtime.device.staging import Staging, on_host
 from camera.streaming.settings import MemoryChoices
 from tests import fake_device

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import functools
+import importlib
 import math
 import re
 import runpy
@@ -236,3 +237,15 @@ def test_settings_of_the_references_are_settings_of_the_methods(method):
     settings = reference_settings(method)
     config = config_of(f"method={method}", *(f"method.{k}={v}" for k, v in settings.items()))
     assert {key: config.method[key] for key in settings} == settings
+
+
+def test_a_method_s_paper_is_linked_wherever_the_method_is_explained():
+    told = 0
+    for file in sorted((CONF / "method").glob("*.yaml")):
+        text = file.read_text(encoding="utf-8")
+        for address in re.findall(r"https://arxiv\.org/abs/[\d.]+", text):
+            module = OmegaConf.load(file)["_target_"].rpartition(".")[0]
+            assert address in importlib.import_module(module).__doc__, module
+            assert address in TEXTS["methods.md"] and address in text_of(README), file
+            told += 1
+    assert told >= 10

@@ -10,7 +10,7 @@ import pytest
 
 import camera
 from camera.__main__ import main as camera_main
-from experiments.command import SUBCOMMANDS
+from experiments.commands.subcommands import SUBCOMMANDS
 from experiments.config.location import CONF
 from tests.helpers.runs.composing import choices, command, config_of
 
@@ -113,7 +113,7 @@ def test_snippets_run_one_after_the_other(output, checkpoints, data_folder, tmp_
             snippet = re.sub(pattern, repr(str(place)), snippet)
         snippet = re.sub(r"samples=\d+, length=\d+", "samples=4, length=48", snippet)
         exec(compile(snippet, "README.md", "exec"), names)
-    assert names["model"].config.quantization_config.quant_method == "camera"
+    assert names["model"].config.quantization_config.quant_method == "camera-moe"
     assert names["result"].sparsity["moe"] == pytest.approx(0.4, abs=0.02)
     assert (tmp_path / "smaller" / "camera.json").exists()
 

@@ -9,7 +9,10 @@ from importlib.util import find_spec
 
 import pytest
 
+from experiments.records.files import OutputFolder
+from experiments.tables.rows import read_runs
 from tests.helpers.runs.documents import DOCS, PAGES, README, ROOT, text_of
+from tests.helpers.runs.run_folders import add
 
 DRAWINGS = sorted(file for file in (DOCS / "drawings").glob("*.py") if file.name != "style.py")
 TEXT = re.compile(r"<(?:text|dc:description)[^>]*>(.*?)</", re.DOTALL)
@@ -66,7 +69,24 @@ def test_what_a_command_prints_is_put_below_it():
     page = "<!-- printed by: echo 1; echo 2 -->\n```text\nold\n```\n\nrest\n"
     assert blocks["printed"](page) == page.replace("old", "1\n2")
     found = blocks["BLOCK"].findall(text_of(README))
-    assert found and all(command.startswith("python ") for _, command, _ in found)
+    assert len(found) > 1 and all(command.startswith("python ") for _, command, _ in found)
     assert "```text\n```" not in text_of(README)
     with pytest.raises(SystemExit, match="false"):
         blocks["printed"](page.replace("echo 1; echo 2", "false"))
+
+
+def test_a_table_of_a_page_is_made_of_the_runs_of_a_folder(tmp_path):
+    add(tmp_path, "dense", "dense")
+    add(tmp_path, "p", "camera_p", 0.4, tasks={"boolq": 40.0, "arc_easy": 50.0})
+    add(tmp_path, "n", "naee", 0.4)
+    runs = read_runs(OutputFolder(tmp_path).runs())
+    filled = runpy.run_path(str(DOCS / "measured.py"))["filled"]
+    block = "<!-- measured: STUDY dense,camera_p ratio method average size_mb -->"
+    page = f"{block}\nold\n<!-- /measured -->\nrest\n"
+    lines = filled(page.replace("STUDY", "main"), runs).splitlines()
+    assert lines[1:3] == ["| Ratio | Method | Avg↑ | MB |", "| --- | --- | ---: | ---: |"]
+    assert lines[3:5] == ["| – | Dense | 37.5 | 1.5 |", "| 40% | Camera-P | 45.0 | 1.5 |"]
+    assert lines[6].startswith("Standard error of the average: ") and lines[-1] == "rest"
+    with pytest.raises(SystemExit, match="no study alpha"):
+        filled(page.replace("STUDY", "alpha"), runs)
+    assert "<!-- measured: main " in text_of(README)

@@ -104,9 +104,9 @@ def build_model(family: str, seed: int = 0, dtype=torch.float32, **overrides):
     """A tiny random model whose router is decided enough to route unevenly."""
     torch.manual_seed(seed)
     if family in NESTED:
-        text, vision = NESTED[family]
+        text, towers = NESTED[family]
         text = {**COMMON, "num_hidden_layers": 2, "initializer_range": 0.1, **text, **overrides}
-        config = AutoConfig.for_model(family, text_config=text, vision_config=vision)
+        config = AutoConfig.for_model(family, text_config=text, **towers)
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
         _decide(model)
         return model
@@ -120,11 +120,13 @@ def build_model(family: str, seed: int = 0, dtype=torch.float32, **overrides):
 
 
 def _decide(model) -> None:
-    """Unequal biases of its routers, which are made as zeros."""
+    """Biases of its routers and experts, which are made as zeros."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith(("correction_bias", "expert_bias")):
             bias = torch.linspace(-0.05, 0.05, tensor.numel()).roll(3)
             tensor.data.copy_(bias.view_as(tensor))
+        elif name.endswith(("_proj_bias", "router.bias")):
+            tensor.data.normal_(std=0.1)
 
 
 def build_tokenizer(vocab_size: int = 256) -> PreTrainedTokenizerFast:

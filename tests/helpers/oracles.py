@@ -12,8 +12,14 @@ def ffn_of(layer):
     return next(getattr(layer, name) for name in names if hasattr(layer, name))
 
 
+def decoder_of(model):
+    if type(model).__name__ == "Llama4ForConditionalGeneration":
+        return model.language_model.model
+    return getattr(model.model, "language_model", model.model)
+
+
 def layers_of(model):
-    return getattr(model.model, "language_model", model.model).layers
+    return decoder_of(model).layers
 
 
 def shared_of(ffn):
@@ -22,20 +28,44 @@ def shared_of(ffn):
 
 
 def capture(model, index, ids, mask=None):
-    """FFN input x_TH of one layer and the routing (index_TK, weight_TK) its experts were handed."""
+    """FFN input x_TH of one layer and the routing (index_TK, weight_TK) its experts were handed.
+
+    Llama 4 hands its experts their scaled tokens alone: they take the place of the routing.
+    """
     seen, ffn = {}, ffn_of(layers_of(model)[index])
     hooks = [ffn.register_forward_pre_hook(lambda _, a: seen.update(x=a[0].flatten(0, 1)))]
     if hasattr(ffn, "experts"):
         hooks.append(
             ffn.experts.register_forward_pre_hook(
-                lambda _, a, k: seen.update(routing=(a + tuple(k.values()))[1:3]), with_kwargs=True
+                lambda _, a, k: seen.update(handed=(a + tuple(k.values()))), with_kwargs=True
             )
         )
     with torch.no_grad():
         model(ids, attention_mask=mask)
     for hook in hooks:
         hook.remove()
-    return seen["x"], seen.get("routing")
+    handed = seen.get("handed")
+    return seen["x"], handed[1:3] if handed and len(handed) > 1 else handed
+
+
+def split(experts, both):
+    """Gate and up of a tensor that holds both along its last axis."""
+    if type(experts).__name__ == "GptOssExperts":
+        return both[..., ::2], both[..., 1::2]
+    return both.chunk(2, -1)
+
+
+def transposed(experts):
+    return type(experts).__name__ in ("AriaExperts", "GptOssExperts", "Llama4TextExperts")
+
+
+def hidden_of(module, gate, up):
+    """The formula of an expert's activation."""
+    if type(module).__name__ in ("GptOssExperts", "MiniMaxM3VLExperts"):
+        gate, up = gate.clamp(max=module.limit), up.clamp(-module.limit, module.limit)
+        alpha = getattr(module, "alpha", None) or module.swiglu_alpha
+        return gate / (1 + torch.exp(-alpha * gate)) * (up + 1)
+    return F.silu(gate) * up
 
 
 def dense_phi(ffn, x_TH, routing):
@@ -49,13 +79,22 @@ def dense_phi(ffn, x_TH, routing):
             scale = torch.sigmoid(F.linear(double, ffn.shared_expert_gate.weight.double()))
         parts.append(scale * F.silu(gate) * up)
     if hasattr(ffn, "experts"):
-        index_TK, weight_TK = routing
         experts = ffn.experts.gate_up_proj.shape[0]
         gates_TE = torch.zeros(len(x_TH), experts, dtype=torch.float64)
-        gates_TE.scatter_(1, index_TK, weight_TK.double())
+        inputs = [double] * experts
+        if len(routing) == 1:  # Llama 4: each expert's tokens, scaled by their weights
+            inputs, gates_TE = routing[0].double().view(experts, *x_TH.shape), gates_TE + 1
+        else:
+            gates_TE.scatter_(1, routing[0], routing[1].double())
+        if type(ffn).__name__ in ("LagunaSparseMoeBlock", "MiniMaxM3VLSparseMoeBlock"):
+            gates_TE *= ffn.routed_scaling_factor
         for e in range(experts):
-            gate, up = F.linear(double, ffn.experts.gate_up_proj[e].double()).chunk(2, -1)
-            parts.append(gates_TE[:, e, None] * F.silu(gate) * up)
+            weight = ffn.experts.gate_up_proj[e].double()
+            both = inputs[e] @ (weight if transposed(ffn.experts) else weight.T)
+            if hasattr(ffn.experts, "gate_up_proj_bias"):
+                both = both + ffn.experts.gate_up_proj_bias[e].double()
+            h = hidden_of(ffn.experts, *split(ffn.experts, both))
+            parts.append(gates_TE[:, e, None] * h)
     return torch.cat(parts, 1).detach()
 
 
@@ -66,7 +105,7 @@ def basis(ffn):
     if mlp is not None:
         parts.append(mlp.down_proj.weight.T)
     if hasattr(ffn, "experts"):
-        parts += [down.T for down in ffn.experts.down_proj]
+        parts += [down if transposed(ffn.experts) else down.T for down in ffn.experts.down_proj]
     return torch.cat(parts).double().detach()
 
 
@@ -87,9 +126,11 @@ def zero_lowest(ffn, energy_N, remove):
             mlp.down_proj.weight[:, lowest[lowest < width]] = 0
             start = width
         if hasattr(ffn, "experts"):
-            width = ffn.experts.down_proj.shape[2]
+            down_EHW = ffn.experts.down_proj
+            down_EHW = down_EHW.mT if transposed(ffn.experts) else down_EHW
+            width = down_EHW.shape[2]
             for position in lowest[lowest >= start] - start:
-                ffn.experts.down_proj[position // width, :, position % width] = 0
+                down_EHW[position // width, :, position % width] = 0
 
 
 def camera_p(model, ids, ratio, alpha):

@@ -7,7 +7,7 @@ import torch
 
 from camera.calibration.hessians import HessianObserver, HessianStatistics
 from camera.moe.budget import Budget, Count
-from camera.moe.capture import run_ffn
+from camera.moe.capture import run_ffn, unwrap
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.moe.pool import LayerPool
@@ -51,4 +51,4 @@ def plan_of(method, ffn, seen, index: int = 1) -> LayerBits:
 def dense_output(ffn, x_TH) -> torch.Tensor:
     """What the layer's module puts out."""
     with torch.no_grad():
-        return ffn.module(x_TH[None])
+        return unwrap(ffn.module(x_TH[None]))

@@ -25,7 +25,7 @@ KINDS = {
     "factorise": ("d2_moe", dict(sparsity=0.4)),
     "refit and trials": (
         "camera_plus",
-        dict(sparsity=0.3, compensate="layer", rank_scope="measured"),
+        dict(sparsity=0.3, compensate="layer", rank_scope="measured", target="dense"),
     ),
 }
 

@@ -31,9 +31,9 @@ LIBRARY = (
     "camera.evaluation.tasks.names",
 )
 OTHERS = (
-    "experiments.status",
-    "experiments.clean",
-    "experiments.mirror",
+    "experiments.commands.status",
+    "experiments.commands.clean",
+    "experiments.commands.mirror",
     "hydra_plugins.camera_sweeper",
     "main",
 )

@@ -16,16 +16,16 @@ from camera.calibration.tokens import calibration_tokens
 from camera.checkpoint.loading import load_model
 from camera.moe.capture import unwrap
 from camera.moe.families import FAMILIES, family_of
-from camera.moe.families.family import ConfigKeys, Family
+from camera.moe.families.family import Family
 from camera.pruning.whole_experts import remove_experts
 from camera.runtime.errors import CameraError
 from camera.streaming.lm_head import lm_head_loaded, logits
 from camera.streaming.skeleton import MetaModel
-from camera.streaming.streamer import LayerStreamer
+from camera.streaming.streamer import LayerStreamer, Placement
 from tests.helpers import oracles
-from tests.helpers.checkpoints import changed, config_of, tensors_of
+from tests.helpers.checkpoints import changed, config_of
 from tests.helpers.dropping import views
-from tests.helpers.models import COMMON, build_model
+from tests.helpers.models import build_model
 from tests.helpers.newer_families import NESTED, NEWER, REPRESENTATIVES
 
 PADS = 5
@@ -51,10 +51,15 @@ def compress(checkpoints, data_folder, tmp_path):
     return go
 
 
-@pytest.mark.parametrize("family", [*NEWER, *NESTED])
-def test_streamed_equals_the_whole_model(family, checkpoints):
+STREAMED = [(family, False) for family in (*NEWER, *NESTED)]
+STREAMED += [("gpt_oss", True), ("laguna", True), ("llama4", True)]
+
+
+@pytest.mark.parametrize(("family", "on_disk"), STREAMED)
+def test_streamed_equals_the_whole_model(family, on_disk, checkpoints):
     inputs, last = batch(), {}
-    streamer = LayerStreamer(MetaModel(checkpoints(family)))
+    placement = Placement(experts_on_disk=on_disk)
+    streamer = LayerStreamer(MetaModel(checkpoints(family)), placement)
     states = streamer.embed([inputs])
     for index in range(len(streamer.model.layers)):
         streamer.load_layer(index)
@@ -101,7 +106,8 @@ def test_without_some_experts_the_router_chooses_as_if_they_were_never_chosen(fa
     with torch.no_grad():
         expected = _never_choosing(ffn, stay, x_BLH)
         remove_experts(ffn, stay)
-        torch.testing.assert_close(ffn.module(x_BLH), expected, rtol=1e-4, atol=1e-6)
+        found = unwrap(ffn.module(x_BLH))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert ffn.routed.module.down_proj.shape[0] == len(stay)
 
 
@@ -121,7 +127,7 @@ def _never_choosing(ffn, stay, x_BLH):
     for *_, tensor in _biases(ffn):
         tensor.data.index_fill_(-1, torch.tensor(gone), -9.0)
     with Barred():
-        return ffn.module(x_BLH)
+        return unwrap(ffn.module(x_BLH))
 
 
 def _biases(ffn):
@@ -147,7 +153,7 @@ def test_every_kind_of_method(family, method, compress):
     if method == "camera_plus" and family_of(family).output_norm:
         with pytest.raises(CameraError, match="adds it through 'post_mlp_layernorm'"):
             compress(family, method, **settings)
-        settings = settings | dict(target="layer", token_weights="uniform")
+        settings = settings | dict(token_weights="uniform")
     out = compress(family, method, **settings)
     model = load_model(out, "cpu", "float32")
     inputs = batch()
@@ -176,16 +182,17 @@ def test_what_is_not_the_decoder_of_a_model_of_text_and_images_is_copied(
     """Both tower and processor; it loads as the class that the source names."""
     source = checkpoints(family)
     (source / "preprocessor_config.json").write_text("{}")
-    for method in ("reap", "camera_q"):
+    before = AutoModelForImageTextToText.from_pretrained(source).state_dict()
+    for method in ("reap", "camera_q") if family == "llama4" else ("camera_q",):
         out = compress(family, method, **METHODS[method])
         assert config_of(out)["architectures"] == config_of(source)["architectures"]
-        before, after = tensors_of(source), tensors_of(out)
-        outside = {name for name in before if ".language_model.layers." not in name}
-        assert any(".visual." in name for name in outside)
-        assert all(torch.equal(before[name], after[name]) for name in outside)
+        model = AutoModelForImageTextToText.from_pretrained(out).eval()
+        layers = f"{family_of(family).tower}.layers."
+        outside = {k: v for k, v in model.state_dict().items() if layers not in k}
+        assert any("vis" in name for name in outside)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in outside.items())
         assert (out / "preprocessor_config.json").exists()
         assert "AutoModelForImageTextToText.from_pretrained" in (out / "README.md").read_text()
-        model = AutoModelForImageTextToText.from_pretrained(out).eval()
         assert type(model).__name__ == config_of(source)["architectures"][0]
         with torch.no_grad():
             assert model(**batch()).logits.isfinite().all()
@@ -196,10 +203,18 @@ def test_layers_one_by_one_end_in_the_logits_of_the_whole_model(family, checkpoi
     skeleton = MetaModel(checkpoints(family))
     hidden_TH = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
     whole = load_model(checkpoints(family), "cpu")
-    tower = whole.model.language_model
+    tower = oracles.decoder_of(whole)
     with torch.no_grad(), lm_head_loaded(skeleton):
-        expected = whole.lm_head(tower.norm(hidden_TH))
+        expected = whole.get_output_embeddings()(tower.norm(hidden_TH))
         torch.testing.assert_close(logits(skeleton, hidden_TH), expected)
+
+
+def test_samples_longer_than_what_a_layer_attends_to_are_refused(checkpoints):
+    """Layers are handed the tokens of the one before; all of them, while these are few."""
+    streamer = LayerStreamer(MetaModel(checkpoints("glm_moe_dsa")))
+    assert streamer.embed([{"input_ids": torch.ones(1, 64, dtype=torch.long)}])
+    with pytest.raises(CameraError, match=r"attends to 64 tokens.* which of 65: set calibration"):
+        streamer.embed([{"input_ids": torch.ones(1, 65, dtype=torch.long)}])
 
 
 def test_heads_for_several_tokens_are_left_out_with_a_line(checkpoints, tmp_path, caplog):
@@ -212,26 +227,57 @@ def test_heads_for_several_tokens_are_left_out_with_a_line(checkpoints, tmp_path
     assert key in model.reader.left_out
 
 
-def test_an_unknown_layout_is_refused_with_what_was_found(checkpoints, tmp_path, monkeypatch):
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(
-            "gpt_oss",
-            **COMMON,
-            head_dim=8,
-            intermediate_size=24,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-        )
-    )
-    model.save_pretrained(tmp_path)
-    with pytest.raises(CameraError, match="'gpt_oss' is not supported: declare"):
+ODD = {  # model type -> its config, a declaration, and what is told of it
+    "nemotron_h": (
+        dict(n_routed_experts=4, moe_intermediate_size=24, layers_block_type=["moe"]),
+        Family(ffn="mixer"),
+        "the decoder NemotronHModel has no 'embed_tokens', but embeddings, layers, norm_f",
+    ),
+    "jetmoe": (
+        dict(num_local_experts=4, intermediate_size=24, kv_channels=8, num_key_value_heads=2),
+        Family(experts="input_linear", router="router"),
+        r"layers\.0\.mlp\.input_linear.*ParallelExperts: weight \[4, 48, 32\]; code of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", ODD)
+def test_an_unknown_layout_is_refused_with_what_was_found(model_type, tmp_path, monkeypatch):
+    sizes, declaration, found = ODD[model_type]
+    common = dict(vocab_size=256, hidden_size=32, num_hidden_layers=1)
+    config = AutoConfig.for_model(model_type, **{**common, **sizes})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(CameraError, match=f"'{model_type}' is not supported: declare"):
         MetaModel(tmp_path)
-    keys = ConfigKeys(experts="num_local_experts", width="intermediate_size")
-    monkeypatch.setitem(FAMILIES, "gpt_oss", Family(router="router", keys=keys))
-    found = r"layers\.0\.mlp\.experts.*GptOssExperts: gate_up_proj \[4, 32, 48\].*biases"
+    monkeypatch.setitem(FAMILIES, model_type, declaration)
     with pytest.raises(CameraError, match=found):
         MetaModel(tmp_path)
+
+
+OTHER_SUMS = {  # what a declaration doesn't say, and what is told
+    "laguna": (dict(routed_scale=None), {}, "1 times its shared expert and 2.5 times its routed"),
+    "cohere2_moe": (
+        {},
+        dict(shared_expert_combination_strategy="average"),
+        "0.5 times its shared expert and 0.5 times its routed",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", OTHER_SUMS)
+def test_a_block_that_adds_its_experts_up_otherwise_is_refused(family, checkpoints, monkeypatch):
+    wrong, config, told = OTHER_SUMS[family]
+    monkeypatch.setitem(FAMILIES, family, replace(family_of(family), **wrong))
+    with pytest.raises(CameraError, match=told):
+        MetaModel(checkpoints(family, **config))
+
+
+def test_another_activation_than_the_declared_one_is_refused(checkpoints, monkeypatch):
+    monkeypatch.setitem(
+        FAMILIES, "gpt_oss", replace(family_of("gpt_oss"), activation=lambda _: torch.nn.SiLU())
+    )
+    with pytest.raises(CameraError, match=r"GptOssExperts.* don't compute act.*by their SiLU"):
+        MetaModel(checkpoints("gpt_oss"))
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from camera.moe.pool import PoolIndex
 from camera.runtime.distributed import all_combined, world
 
 if TYPE_CHECKING:
-    from camera.moe.capture import ExpertCall
     from camera.moe.feed_forward import FeedForward
     from camera.moe.grouped.call import GroupCall
+    from camera.moe.observer import ExpertCall
 
 SourceTokens = dict[str, dict[str, list[int]]]
 """By layer and source the tokens that each expert of the pool saw."""

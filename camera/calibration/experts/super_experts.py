@@ -23,9 +23,9 @@ from camera.runtime.distributed import all_combined, world
 
 if TYPE_CHECKING:
     from camera.calibration.experts.coverage import BySource
-    from camera.moe.capture import ExpertCall
     from camera.moe.feed_forward import ExpertGroup, FeedForward
     from camera.moe.grouped.call import GroupCall
+    from camera.moe.observer import ExpertCall
 
 MASSIVE = 100.0  # an activation is massive from this magnitude on
 MEDIANS = 1000.0  # ... and from so many medians of the hidden states on
@@ -77,8 +77,8 @@ class OutlierObserver(LayerObserver):
         self._pool = PoolIndex(ffn)
         device = next(ffn.module.parameters()).device
         self._largest_E = torch.zeros(self._pool.experts, device=device)
-        self._row_norms: dict[int, torch.Tensor] = {}
-        self._group_norms: dict[str, torch.Tensor] = {}
+        self._reach: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._group_reach: dict[str, list[torch.Tensor]] = {}
         self._bounds: list[tuple[GroupCall, torch.Tensor]] = []  # of the rows of a batch's groups
 
     def ffn_input(self, *arguments: Any) -> None:
@@ -92,11 +92,11 @@ class OutlierObserver(LayerObserver):
         expert = self._pool.expert(call.group.path, call.expert)
         h_NW = call.h_NW
         if h_NW.device.type == "cpu":  # elsewhere a look at the bound would wait for the device
-            # |y_c| <= |h| |row c of down|: most experts are cleared without their outputs
-            if expert not in self._row_norms:
-                down_HW = call.group.down(call.expert).float()
-                self._row_norms[expert] = torch.linalg.vector_norm(down_HW, dim=1).max()
-            h_NW = h_NW[torch.linalg.vector_norm(h_NW, dim=1) * self._row_norms[expert] > MASSIVE]
+            # |y_c| <= |h| |row c of down| + |b_c|: most are cleared without their outputs
+            if expert not in self._reach:
+                self._reach[expert] = _reach(call.group, call.expert)
+            norm, bias = self._reach[expert]
+            h_NW = h_NW[torch.linalg.vector_norm(h_NW, dim=1) * norm + bias > MASSIVE]
             if not len(h_NW):
                 return
         self._look(call.group, call.expert, h_NW.to(call.x_NH.dtype))
@@ -106,7 +106,11 @@ class OutlierObserver(LayerObserver):
         if self._bounds and self._bounds[-1][0].batch != call.batch:
             self._look_back()
         self._inner.together(call)
-        bound_R = call.h2_R.sqrt() * call.rows.of_experts(self._norms_of(call.group))
+        norm_E, bias_E = self._reach_of(call.group)
+        bound_R = call.h2_R.sqrt() * call.rows.of_experts(norm_E)
+        if call.group.down_bias(0) is not None:
+            bias_R = call.rows.of_experts(bias_E)
+            bound_R += bias_R.where(call.rows.token_R < call.rows.tokens, 0.0)
         self._bounds.append((call, bound_R))
 
     def _look_back(self) -> None:
@@ -129,16 +133,12 @@ class OutlierObserver(LayerObserver):
                 self._look(call.group, expert, h_NW[here])
             first = last
 
-    def _norms_of(self, group: ExpertGroup) -> torch.Tensor:
-        """max over the rows c of down of |row c|, of each expert of a group; fp32."""
-        if group.path not in self._group_norms:
-            downs = (group.down(expert) for expert in range(len(group.widths)))
-            norms = [
-                torch.linalg.vector_norm(down_HW, dim=1, dtype=torch.float32).amax()
-                for down_HW in downs
-            ]
-            self._group_norms[group.path] = torch.stack(norms)
-        return self._group_norms[group.path]
+    def _reach_of(self, group: ExpertGroup) -> list[torch.Tensor]:
+        """`_reach` of each expert of a group."""
+        if group.path not in self._group_reach:
+            found = [_reach(group, expert) for expert in range(len(group.widths))]
+            self._group_reach[group.path] = [torch.stack(part) for part in zip(*found, strict=True)]
+        return self._group_reach[group.path]
 
     def _look(self, group: ExpertGroup, expert: int, h_NW: torch.Tensor) -> None:
         """Count the outputs of an expert on these activations, in the model's precision."""
@@ -156,6 +156,14 @@ class OutlierObserver(LayerObserver):
         largest = {str(e): a for e, a in enumerate(largest_E.tolist()) if a > MASSIVE}
         self._spec.found[self._layer]["largest"] = largest
         return self._inner.result()
+
+
+def _reach(group: ExpertGroup, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """max over the rows c of down of |row c|, and of |its bias|; fp32."""
+    norm_H = torch.linalg.vector_norm(group.down(expert), dim=1, dtype=torch.float32)
+    bias_H = group.down_bias(expert)
+    largest = norm_H.new_zeros(()) if bias_H is None else bias_H.abs().amax().float()
+    return norm_H.amax(), largest
 
 
 def super_experts(found: Outliers, experts: int, layers: int) -> dict[int, list[int]]:

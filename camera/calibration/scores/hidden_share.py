@@ -12,8 +12,8 @@ import torch
 
 from camera.calibration.observers import ObserverSpec
 from camera.calibration.scores.energy import EnergyObserver, EnergyScore, EnergyStatistics
-from camera.moe.capture import ExpertCall
 from camera.moe.feed_forward import FeedForward
+from camera.moe.observer import ExpertCall
 from camera.moe.pool import LayerShape
 
 

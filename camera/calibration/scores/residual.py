@@ -15,8 +15,8 @@ import torch
 from camera.calibration.observers import LayerObserver, ObserverSpec
 from camera.calibration.scores.base import Score
 from camera.calibration.scores.energy import EnergyObserver, EnergyStatistics
-from camera.moe.capture import ExpertCall
 from camera.moe.feed_forward import FeedForward
+from camera.moe.observer import ExpertCall
 from camera.moe.pool import LayerShape
 
 RIDGE = 0.1  # of the mean energy: experts with fewer tokens than micro-experts are singular

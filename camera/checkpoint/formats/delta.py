@@ -12,12 +12,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from camera.checkpoint.formats.biases import ExpertBiases
 from camera.checkpoint.formats.format import Format, Spec
 from camera.checkpoint.formats.ragged import RaggedExperts, ragged_of
+from camera.moe.experts.activation import Activation, gated
+from camera.moe.experts.layout import ExpertLayout
 from camera.moe.families.family import Family
 
 
-class DeltaExperts(nn.Module, Format):
+class DeltaExperts(ExpertBiases, nn.Module, Format):
     """Drop-in for native experts whose weights are W_e = W_base + A_e B_e.
 
     y = sum over the top-k experts e of a_e * down_e(act(gate_e x) * (up_e x)). A token's product
@@ -38,9 +41,10 @@ class DeltaExperts(nn.Module, Format):
         experts: int,
         base_width: int,
         rank: int,
-        act_fn: nn.Module,
+        act_fn: Activation,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        layout: ExpertLayout = ExpertLayout(),  # noqa: B008 (frozen)
     ):
         super().__init__()
         self.hidden_dim, self.num_experts = hidden, experts
@@ -56,7 +60,9 @@ class DeltaExperts(nn.Module, Format):
         self.down_proj = table(hidden, base_width)
         self.down_left = table(experts, hidden, rank)
         self.down_right = table(experts, rank, width)
-        self.act_fn = act_fn
+        self.act_fn, self.layout = act_fn, layout
+        biases = (2 * width * experts, experts, hidden) if layout.biased else None
+        self._register_biases(biases, device, dtype)
 
     def spec(self) -> Spec:
         ranks = {"base_width": self.base_width, "rank": self.rank}
@@ -64,9 +70,10 @@ class DeltaExperts(nn.Module, Format):
 
     @classmethod
     def from_spec(cls, native: nn.Module, spec: Spec) -> "DeltaExperts":
-        experts, hidden, _ = native.down_proj.shape
+        layout, experts = ExpertLayout.of(native), len(native.down_proj)
+        hidden = layout.hidden(native)
         sizes = hidden, spec["width"], experts, spec["base_width"], spec["rank"]
-        return cls(*sizes, native.act_fn, "meta", native.down_proj.dtype)
+        return cls(*sizes, native.act_fn, "meta", native.down_proj.dtype, layout)
 
     @classmethod
     def width_key(cls, family: Family, path: str) -> str:
@@ -96,6 +103,12 @@ class DeltaExperts(nn.Module, Format):
         weight[:, : self.base_width] += self.down_proj
         return weight
 
+    def gate_up_bias(self, expert: int) -> torch.Tensor | None:
+        """Biases of these rows, [2I]; None where there are none."""
+        if self.gate_up_proj_bias is None:
+            return None
+        return self.gate_up_proj_bias.view(self.num_experts, -1)[expert]
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
@@ -116,7 +129,8 @@ class DeltaExperts(nn.Module, Format):
             mixed_TB.index_add_(0, tokens, phi_NI[:, :width])
             low_NR = F.linear(phi_NI, self.down_right[expert])
             y_TH.index_add_(0, tokens, F.linear(low_NR, self.down_left[expert]))
-        return y_TH + F.linear(mixed_TB, self.down_proj)
+        y_TH = y_TH + F.linear(mixed_TB, self.down_proj)
+        return self._with_biases(y_TH, top_k_index, top_k_weights)
 
     def _activations(self, expert: int, x_NH: torch.Tensor, base_N2B: torch.Tensor) -> torch.Tensor:
         """h_NI = act(gate x) * (up x), the base's share of both products given."""
@@ -126,7 +140,11 @@ class DeltaExperts(nn.Module, Format):
         up_NI = F.linear(low_N2R[:, self.rank :], up_IR)
         gate_NI[:, : self.base_width] += base_N2B[:, : self.base_width]
         up_NI[:, : self.base_width] += base_N2B[:, self.base_width :]
-        return self.act_fn(gate_NI) * up_NI
+        bias_2I = self.gate_up_bias(expert)
+        if bias_2I is not None:
+            gate_I, up_I = bias_2I.chunk(2)
+            gate_NI, up_NI = gate_NI + gate_I, up_NI + up_I
+        return gated(self.act_fn, gate_NI, up_NI)
 
     def extra_repr(self) -> str:
         return (

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from camera.moe.expert_module import ExpertModule
+from camera.moe.experts.module import ExpertModule
 from camera.moe.families.family import Family
 from camera.runtime.registry import Registry
 
@@ -23,10 +23,12 @@ class Format(ExpertModule):
 
     `name` is the value of "form" in config.json; subclasses that have one are registered. `spec`
     and `from_spec` are inverse. Class methods answer for a module that isn't built: its widths,
-    bytes and weights follow from the spec.
+    bytes and weights follow from the spec. holds_constants: adds constants to what its experts put
+    out, so that it can't be compressed further.
     """
 
     name: ClassVar[str]
+    holds_constants: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)

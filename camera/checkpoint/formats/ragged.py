@@ -17,9 +17,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from camera.checkpoint.formats.biases import ExpertBiases
 from camera.checkpoint.formats.format import Format, Spec
 from camera.checkpoint.formats.ragged_rows import RaggedRows
-from camera.moe.expert_module import ExpertModule
+from camera.moe.experts.activation import Activation, ClampedGate, gated
+from camera.moe.experts.layout import ExpertLayout
+from camera.moe.experts.module import ExpertModule
 from camera.moe.families.family import Family
 from camera.moe.feed_forward import RoutedExperts
 from camera.moe.grouped.products import grouped_products
@@ -35,7 +38,7 @@ LOOP_STEP, READING_TOKENS = 2_000_000, 16
 FEW = 4  # experts of a width, on average, from which a CPU runs them by width
 
 
-class RaggedExperts(nn.Module, Format):
+class RaggedExperts(ExpertBiases, nn.Module, Format):
     """Drop-in for any native experts module whose experts kept different numbers of micro-experts.
 
     y = sum over the top-k experts e of weight_e * down_e(act(gate_e x) * (up_e x)); an expert of
@@ -51,12 +54,14 @@ class RaggedExperts(nn.Module, Format):
         self,
         hidden: int,
         widths: list[int],
-        act_fn: nn.Module,
+        act_fn: Activation,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        layout: ExpertLayout = ExpertLayout(),  # noqa: B008 (frozen)
     ):
         super().__init__()
         self.hidden_dim, self.num_experts = hidden, len(widths)
+        self.layout = layout
         self.widths = list(widths)
         self._rows = RaggedRows(widths)
         self.order, self.starts = self._rows.order, self._rows.starts
@@ -65,6 +70,8 @@ class RaggedExperts(nn.Module, Format):
         rows = self.micro_experts
         self.gate_up_proj = nn.Parameter(torch.empty(2 * rows, hidden, device=device, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(rows, hidden, device=device, dtype=dtype))
+        biases = (2 * rows, len(widths), hidden) if layout.biased else None
+        self._register_biases(biases, device, dtype)
         self.act_fn = act_fn
 
     def spec(self) -> Spec:
@@ -72,8 +79,9 @@ class RaggedExperts(nn.Module, Format):
 
     @classmethod
     def from_spec(cls, native: nn.Module, spec: Spec) -> "RaggedExperts":
-        dtype = native.down_proj.dtype
-        return cls(native.hidden_dim, spec["widths"], native.act_fn, "meta", dtype)
+        layout, dtype = ExpertLayout.of(native), native.down_proj.dtype
+        hidden = layout.hidden(native)
+        return cls(hidden, spec["widths"], native.act_fn, "meta", dtype, layout)
 
     @classmethod
     def width_key(cls, family: Family, path: str) -> str:
@@ -87,20 +95,30 @@ class RaggedExperts(nn.Module, Format):
         return ragged_of(self, rows)
 
     def to_native(self, width: int) -> dict[str, torch.Tensor]:
-        """gate_up [E, 2W, H] and down [E, H, W], zero-padded, on the tables' device."""
-        count, hidden = self.num_experts, self.hidden_dim
-        gate_up = self.gate_up_proj.new_zeros(count, 2 * width, hidden)
+        """The tensors of the native module, zero-padded, on the tables' device."""
+        count, hidden, biased = self.num_experts, self.hidden_dim, self.layout.biased
+        gate_up = self.gate_up_proj.new_zeros(count, 2, width, hidden)
         down = self.down_proj.new_zeros(count, hidden, width)
+        bias = self.gate_up_proj.new_zeros(count, 2, width) if biased else None
         for e, kept in enumerate(self.widths):
-            gate, up = self.gate_up(e).detach().chunk(2)
-            gate_up[e, :kept], gate_up[e, width : width + kept] = gate, up
+            gate_up[e, :, :kept] = self.gate_up(e).detach().unflatten(0, (2, kept))
             down[e, :, :kept] = self.down(e).detach()
-        return {"gate_up_proj": gate_up, "down_proj": down}
+            if bias is not None:
+                bias[e, :, :kept] = self.gate_up_bias(e).unflatten(0, (2, kept))
+        bias = None if bias is None else bias.flatten(1)
+        return self.layout.native(gate_up.flatten(1, 2), down, bias, self.down_proj_bias)
 
     def gate_up(self, expert: int) -> torch.Tensor:
         """Rows of one expert, [2W, H]: gate first, then up."""
         start = self.starts[expert]
         return self.gate_up_proj[2 * start : 2 * (start + self.widths[expert])]
+
+    def gate_up_bias(self, expert: int) -> torch.Tensor | None:
+        """Biases of these rows, [2W]; None where there are none."""
+        if self.gate_up_proj_bias is None:
+            return None
+        start = self.starts[expert]
+        return self.gate_up_proj_bias[2 * start : 2 * (start + self.widths[expert])]
 
     def down(self, expert: int) -> torch.Tensor:
         """Columns of one expert, [H, W], as a view of its rows."""
@@ -108,8 +126,7 @@ class RaggedExperts(nn.Module, Format):
         return self.down_proj[start : start + self.widths[expert]].t()
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.act_fn(gate) * up
+        return gated(self.act_fn, *gate_up.chunk(2, dim=-1))
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -122,8 +139,9 @@ class RaggedExperts(nn.Module, Format):
         by width where few differ or grouped products are one kernel, else by expert.
         """
         tokens, top_k = top_k_index.shape
+        routing = top_k_index, top_k_weights
         if not tokens or not self.micro_experts:
-            return torch.zeros_like(hidden_states)
+            return self._with_biases(torch.zeros_like(hidden_states), *routing)
         run = self.by_expert
         if hidden_states.device.type != "cpu":
             if tokens * top_k <= self.num_experts:
@@ -137,21 +155,24 @@ class RaggedExperts(nn.Module, Format):
                 run = self.all_at_once
             elif self.few_widths and hasattr(F, "grouped_mm"):
                 run = self.by_width
-        return run(hidden_states, top_k_index, top_k_weights)
+        return self._with_biases(run(hidden_states, *routing), *routing)
 
     def one_token(
         self, x_1H: torch.Tensor, index_1K: torch.Tensor, weight_1K: torch.Tensor
     ) -> torch.Tensor:
         """Reads the K experts that were hit and nothing else; for a CPU, without gradients."""
         # Each call counts here: a small layer takes less time to compute than to ask for.
-        gate_up, basis, act_fn = self.gate_up_proj, self.down_proj, self.act_fn
+        gate_up, basis, bias = self.gate_up_proj, self.down_proj, self.gate_up_proj_bias
+        act_fn, clamped = self.act_fn, isinstance(self.act_fn, ClampedGate)
         y_1H = torch.zeros_like(x_1H)
         for expert, weight in zip(*index_1K.tolist(), *weight_1K.tolist(), strict=True):
             width, start = self.widths[expert], self.starts[expert]
             if width:
-                out_1N = F.linear(x_1H, gate_up[2 * start : 2 * (start + width)])
+                rows = slice(2 * start, 2 * (start + width))
+                out_1N = F.linear(x_1H, gate_up[rows], None if bias is None else bias[rows])
                 gate_1W, up_1W = out_1N.split(width, 1)
-                y_1H.addmm_(act_fn(gate_1W).mul_(up_1W), basis[start : start + width], alpha=weight)
+                h_1W = act_fn(gate_1W, up_1W) if clamped else act_fn(gate_1W).mul_(up_1W)
+                y_1H.addmm_(h_1W, basis[start : start + width], alpha=weight)
         return y_1H
 
     def all_at_once(
@@ -159,8 +180,8 @@ class RaggedExperts(nn.Module, Format):
     ) -> torch.Tensor:
         """Every expert on every token, the weight of those not routed to being 0."""
         gate_S, up_S, owner_S = self._rows.columns(x_TH.device)
-        out_TN = F.linear(x_TH, self.gate_up_proj)
-        act_TS = self.act_fn(out_TN.index_select(1, gate_S)) * out_TN.index_select(1, up_S)
+        out_TN = F.linear(x_TH, self.gate_up_proj, self.gate_up_proj_bias)
+        act_TS = gated(self.act_fn, out_TN.index_select(1, gate_S), out_TN.index_select(1, up_S))
         weight_TE = weight_TK.new_zeros(len(x_TH), self.num_experts)
         weight_TE = weight_TE.scatter_add(1, index_TK, weight_TK)
         return (act_TS * weight_TE.index_select(1, owner_S)).to(x_TH.dtype) @ self.down_proj
@@ -188,8 +209,8 @@ class RaggedExperts(nn.Module, Format):
         Waits for the device once. Widths whose rows are no multiple of 16 bytes, and those that
         only one expert has, take plain products: prune with `width_multiple` to have few.
         """
-        rank_E = self._rows.ranks(x_TH.device)
-        order, ends_E = sorted_slots(rank_E[index_TK.reshape(-1)], self.num_experts)
+        rank_S = self._rows.ranks(x_TH.device)[index_TK.reshape(-1)]
+        order, ends_E = sorted_slots(rank_S, self.num_experts)
         bounds = [0, *ends_E.tolist()]
         x_sorted = x_TH.index_select(0, order // index_TK.shape[1])
         outs, first = [], 0
@@ -211,7 +232,12 @@ class RaggedExperts(nn.Module, Format):
                 else:
                     ends = [end - start for end in bounds[first : last + 1]]
                     product = partial(grouped_products, bounds=list(pairwise(ends)))
-                outs.append(product(self._apply_gate(product(x_NH, gate_up)), basis))
+                out_N2W = product(x_NH, gate_up)
+                if self.gate_up_proj_bias is not None:
+                    bias = self.gate_up_proj_bias[2 * rows.start : 2 * rows.stop]
+                    rank_N = rank_S[order[bounds[first] : bounds[last]]] - first
+                    out_N2W = out_N2W + bias.view(len(run), -1)[rank_N]
+                outs.append(product(self._apply_gate(out_N2W), basis))
             first = last
         return self._add_up(torch.cat(outs), order, weight_TK, x_TH.dtype)
 
@@ -226,7 +252,10 @@ class RaggedExperts(nn.Module, Format):
         x_N1H = x_TH.repeat_interleave(top_k, dim=0).unsqueeze(1)
         gate_up = self.gate_up_proj.index_select(0, gate_up_rows.reshape(-1))
         gate_up = gate_up.view(slots, 2 * widest, self.hidden_dim)
-        act_N1W = self._apply_gate(torch.bmm(x_N1H, gate_up.transpose(1, 2)))
+        out_N1W = torch.bmm(x_N1H, gate_up.transpose(1, 2))
+        if self.gate_up_proj_bias is not None:
+            out_N1W = out_N1W + self.gate_up_proj_bias[gate_up_rows].view(slots, 1, -1)
+        act_N1W = self._apply_gate(out_N1W)
         act_N1W = act_N1W.masked_fill(~real.unsqueeze(1), 0)
         basis = self.down_proj.index_select(0, basis_rows.reshape(-1))
         out_N1H = torch.bmm(act_N1W, basis.view(slots, widest, self.hidden_dim))
@@ -236,8 +265,9 @@ class RaggedExperts(nn.Module, Format):
     def _expert(self, expert: int, x_NH: torch.Tensor) -> torch.Tensor:
         start, end = self.starts[expert], self.starts[expert] + self.widths[expert]
         gate_up = self.gate_up_proj[2 * start : 2 * end].to(x_NH.dtype)
-        basis = self.down_proj[start:end].to(x_NH.dtype)
-        return torch.mm(self._apply_gate(F.linear(x_NH, gate_up)), basis)
+        bias, basis = self.gate_up_bias(expert), self.down_proj[start:end].to(x_NH.dtype)
+        bias = None if bias is None else bias.to(x_NH.dtype)
+        return torch.mm(self._apply_gate(F.linear(x_NH, gate_up, bias)), basis)
 
     @staticmethod
     def _add_up(
@@ -273,12 +303,29 @@ def ragged_of(
     """Plain weights of routed experts, in their own dtype; `rows`: these micro-experts only."""
     like = experts.down(0)
     widths = experts.widths if rows is None else [len(kept) for kept in rows]
-    plain = RaggedExperts(like.shape[0], widths, experts.act_fn, like.device, like.dtype)
+    shape = like.shape[0], widths, experts.act_fn
+    plain = RaggedExperts(*shape, like.device, like.dtype, experts.layout)
+    fill(plain, experts, rows)
+    return plain
+
+
+def fill(
+    plain: RaggedExperts,
+    experts: ExpertModule | RoutedExperts,
+    rows: Sequence[torch.Tensor] | None = None,
+) -> None:
+    """Copy the weights of other experts into tables of their widths; `rows`: of these alone."""
     plain.requires_grad_(False)
     if rows is not None:
-        (rows,) = rows_on({"": list(rows)}, like.device).values()
-    for e in range(len(widths)):
-        whole = experts.gate_up(e)
+        (rows,) = rows_on({"": list(rows)}, plain.down_proj.device).values()
+    for e, width in enumerate(plain.widths):
+        if not width and not plain.layout.biased:
+            continue
+        whole, bias_2W = experts.gate_up(e), experts.gate_up_bias(e)
+        if bias_2W is not None:
+            kept = bias_2W if rows is None else bias_2W.view(2, -1)[:, rows[e]].flatten()
+            plain.gate_up_bias(e).copy_(kept)
+            plain.down_bias(e).copy_(experts.down_bias(e))
         if rows is None:
             plain.gate_up(e).copy_(whole)
             plain.down(e).copy_(experts.down(e))
@@ -288,7 +335,6 @@ def ragged_of(
             torch.index_select(half, 0, rows[e], out=part)
         # written row by row: a copy into the transposed view would take several times as long
         plain.down(e).t().copy_(experts.down(e).index_select(1, rows[e]).t())
-    return plain
 
 
 def _wide(x_TH: torch.Tensor) -> torch.Tensor:

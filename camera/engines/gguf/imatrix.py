@@ -32,8 +32,8 @@ from camera.streaming.skeleton import MetaModel
 from camera.streaming.streamer import LayerStreamer
 
 if TYPE_CHECKING:
-    from camera.moe.capture import ExpertCall
     from camera.moe.feed_forward import ExpertGroup, FeedForward
+    from camera.moe.observer import ExpertCall
 
 log = logging.getLogger("camera")
 # llama.cpp multiplies these by other inputs than the model does, in the order it has chosen

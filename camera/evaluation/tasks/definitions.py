@@ -63,7 +63,7 @@ def build_task(task: str, data: str | Path, limit: int | None) -> tuple[Any, str
         reason = (str(error) or "no reason given").splitlines()[0][:200]
         raise CameraError(
             f"{path} does not hold rows that lm-eval's {task} can read ({type(error).__name__}: "
-            f"{reason}); write it again with `python -m experiments.mirror DIR`"
+            f"{reason}); write it again with `camera mirror DIR`"
         ) from error
     kinds = Counter(row["provenance"] for row in rows if "provenance" in row)
     counts = "".join(f", {count} {kind}" for kind, count in sorted(kinds.items()))

@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from importlib.metadata import entry_points
 
+from camera.moe.families.activations import clamped, named, silu_of_the_code
 from camera.moe.families.family import (
     FUSED,
     ConfigKeys,
@@ -70,6 +71,9 @@ FAMILIES: dict[str, Family] = {
     "mimo_v2_flash": Family(keys=ConfigKeys(experts="n_routed_experts")),
     "deepseek_v32": replace(_LATENT, runs_on_meta=False),
     "axk2": replace(_LATENT, runs_on_meta=False),
+    "glm_moe_dsa": replace(
+        _LATENT, hands_on=("prev_topk_indices", "index_topk"), runs_on_meta=False
+    ),
     "bailing_hybrid": _DELTA,
     "kimi_linear": _DELTA,
     "hunyuan_v1_moe": Family(
@@ -105,7 +109,7 @@ FAMILIES: dict[str, Family] = {
         ffn="feed_forward",
         final_norm="embedding_norm",
         mlp=("w1", "w3", "w2"),
-        mlp_act="silu",
+        activation=silu_of_the_code,
         attention_output="self_attn.out_proj",
         block_rows=("expert_bias",),
         added_to_scores="expert_bias",
@@ -142,10 +146,71 @@ FAMILIES: dict[str, Family] = {
             experts="num_local_experts", shared_width="shared_expert_intermediate_size"
         ),
     ),
+    "gpt_oss": Family(
+        router="router",
+        returns_routing=True,
+        activation=clamped("alpha", "limit"),
+        keys=_LOCAL,
+    ),
+    "laguna": Family(
+        shared="shared_experts",
+        routed_scale="routed_scaling_factor",
+        keys=ConfigKeys(shared_width="shared_expert_intermediate_size"),
+    ),
+    "cohere2_moe": Family(
+        shared="shared_experts",
+        attention_output=None,  # it reads what the FFN reads, whose output it can't correct
+        keys=ConfigKeys(
+            width="intermediate_size",
+            shared_width="intermediate_size",
+            shared_count="num_shared_experts",
+            dense_width="prefix_dense_intermediate_size",
+        ),
+    ),
     # models of text and images: what isn't their decoder is copied as it is
     "qwen3_5_moe": replace(_QWEN_HYBRID, tower="language_model"),
     "qwen3_vl_moe": Family(tower="language_model", runs_on_meta=False),
     "glm4v_moe": replace(_DEEPSEEK, tower="language_model", runs_on_meta=False),
+    "deepseek_ocr2": replace(_DEEPSEEK, tower="language_model", runs_on_meta=False),
+    "unlimited_ocr": replace(_DEEPSEEK, tower="language_model", runs_on_meta=False),
+    "dots3_note": replace(
+        _LATENT,
+        tower="language_model",
+        keys=replace(_DEEPSEEK.keys, shared_width="shared_experts_intermediate_size"),
+        runs_on_meta=False,
+    ),
+    # its decoder is that of mistral4, or a dense one
+    "mistral3": replace(_LATENT, tower="language_model", runs_on_meta=False),
+    "aria": Family(
+        tower="language_model",
+        router="router",
+        shared="shared_experts",
+        keys=ConfigKeys(
+            experts="moe_num_experts",
+            width="intermediate_size",
+            shared_width="intermediate_size",
+            shared_count="moe_num_shared_experts",
+            top_k="moe_topk",
+        ),
+        runs_on_meta=False,
+    ),
+    "llama4": Family(
+        tower="language_model.model",
+        ffn="feed_forward",
+        router="router",
+        shared="shared_expert",
+        weighs_inputs=True,
+        returns_routing=True,
+        activation=named("act_fn", "activation_fn"),
+        adapt="camera.moe.families.llama4",
+        keys=ConfigKeys(
+            experts="num_local_experts",
+            width="intermediate_size",
+            shared_width="intermediate_size",
+            dense_width="intermediate_size_mlp",
+        ),
+        runs_on_meta=False,
+    ),
     "llama": Family(),
     "qwen3": Family(),
 }
@@ -158,18 +223,24 @@ def register_family(model_type: str, family: Family) -> None:
     FAMILIES[model_type] = family
 
 
-def family_of(model_type: str) -> Family:
-    """The declaration of a model type; CameraError, naming the known ones, if there is none."""
+def known_family(model_type: str) -> Family | None:
+    """The declaration of a model type; None if there is none."""
     if model_type not in FAMILIES:
         for declaring in entry_points(group=ENTRY_POINTS, name=model_type):
             declaring.load()  # a module that calls `register_family`
-    if model_type not in FAMILIES:
+    return FAMILIES.get(model_type)
+
+
+def family_of(model_type: str) -> Family:
+    """The declaration of a model type; CameraError, naming the known ones, if there is none."""
+    found = known_family(model_type)
+    if found is None:
         raise CameraError(
             f"model type '{model_type}' is not supported: declare where its experts sit with "
             "camera.moe.families.register_family, or choose a model of "
             f"{', '.join(sorted(FAMILIES))}."
         )
-    return FAMILIES[model_type]
+    return found
 
 
 def layer_of(name: str) -> int | None:

@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-FUSED = r"\.experts\.(gate_up_proj|down_proj)$"
+from camera.moe.families.activations import own_activation
+
+FUSED = r"\.experts\.(gate_up_proj|down_proj)(_bias)?$"
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ def attention_width(config: Any) -> int:
 
 
 def latent_attention_width(config: Any) -> int:
-    """`attention_width` of multi-head latent attention (DeepSeek-V2, V3)."""
+    """`attention_width` of multi-head latent attention (DeepSeek-V2, V3), where a model has it."""
+    if not hasattr(config, "qk_nope_head_dim"):
+        return attention_width(config)
     return config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
 
 
@@ -89,10 +93,13 @@ def latent_attention_width(config: Any) -> int:
 class Family:
     """One model family: attribute names inside a decoder layer, and the facts of its models.
 
-    A layer without `experts` is a dense FFN, of the three linear layers `mlp`; mlp_act: a function
-    of torch.nn.functional, where the FFN has no `act_fn` of its own. shared_gate: its
-    sigmoid scales the shared expert. What a layer computes beside `ffn` from the same input is left
-    as it is. residual_scale: attribute of the layer that scales the outputs of both its parts.
+    A layer without `experts` is a dense FFN, of the three linear layers `mlp`. activation: that of
+    a module of experts, or of a dense FFN. shared_gate: its sigmoid scales the shared expert.
+    routed_scale: attribute of `ffn` by which it multiplies the sum of its routed experts.
+    weighs_inputs: an expert's routing weight scales what it reads, not what it puts out.
+    returns_routing: `ffn` returns what its router said beside its output. What a layer computes
+    beside `ffn` from the same input is left as it is. residual_scale: attribute of the layer that
+    scales the outputs of both its parts.
     output_norm: norm of the layer through which the FFN's output goes before it is added. Layers
     without `attention_output` keep their attention as it is; None: all do. router_rows: tensors of
     the router with one row an expert; block_rows: those of `ffn` itself. added_to_scores: buffer of
@@ -100,7 +107,10 @@ class Family:
     router_reads_samples: the router takes [B, L, H] instead of [T, H].
     elsewhere: keys of config.json that other programs read, in which transformers' own class
     differs or says nothing. register: module whose `register` teaches transformers a model type
-    that it lacks. runs_on_meta: its code asks for no number of a tensor.
+    that it lacks. adapt: module whose `adapt` gives a freshly built model blocks that call their
+    experts as those of other families do. hands_on: the argument by which a layer is handed the
+    tokens that the one before it attended to, and the key of config.json that says how many these
+    are at most; layers then return both. runs_on_meta: its code asks for no number of a tensor.
     tower: where the decoder is in a model of text and images.
     """
 
@@ -113,7 +123,10 @@ class Family:
     output_norm: str | None = None
     final_norm: str = "norm"
     mlp: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    mlp_act: str | None = None
+    activation: Callable[[Any], Any] = own_activation
+    routed_scale: str | None = None
+    weighs_inputs: bool = False
+    returns_routing: bool = False
     attention_output: str | None = "self_attn.o_proj"
     keys: ConfigKeys = ConfigKeys()
     router_rows: tuple[str, ...] = ("weight", "bias", "e_score_correction_bias")
@@ -126,6 +139,8 @@ class Family:
     elsewhere: Mapping[str, Any] = field(default_factory=dict)
     tower: str = ""
     register: str | None = None
+    adapt: str | None = None
+    hands_on: tuple[str, str] | None = None
     runs_on_meta: bool = True
 
     def top_k(self, config: Any) -> int:
@@ -140,6 +155,10 @@ class Family:
     def is_routed(self, path: str) -> bool:
         """Whether a module path is that of routed experts."""
         return path.endswith(f".{self.experts}")
+
+    def is_ffn(self, path: str) -> bool:
+        """Whether a module path is that of experts or of a dense FFN."""
+        return self.is_routed(path) or self.is_shared(path) or path.endswith(f".{self.ffn}")
 
     def is_shared(self, path: str) -> bool:
         """Whether a module path is that of a shared expert."""

@@ -26,9 +26,15 @@ class Sink:
         return True
 
     def __call__(
-        self, group: ExpertGroup, expert: int, tokens_N: torch.Tensor | None, phi_NW: torch.Tensor
+        self,
+        group: ExpertGroup,
+        expert: int,
+        tokens_N: torch.Tensor | None,
+        phi_NW: torch.Tensor,
+        a_N: torch.Tensor | None = None,
     ) -> None:
-        """One expert's, on these tokens of the batch (None: on all)."""
+        """One expert's, on these tokens of the batch (None: on all); a_N: the routing weights that
+        phi contains (None: 1)."""
         raise NotImplementedError
 
     def together(self, call: GroupCall) -> None:
@@ -43,36 +49,47 @@ class OutputSum(Sink):
         self.y_TH = torch.zeros_like(x_BLH).flatten(0, -2)
 
     def __call__(
-        self, group: ExpertGroup, expert: int, tokens_N: torch.Tensor | None, phi_NW: torch.Tensor
+        self,
+        group: ExpertGroup,
+        expert: int,
+        tokens_N: torch.Tensor | None,
+        phi_NW: torch.Tensor,
+        a_N: torch.Tensor | None = None,
     ) -> None:
-        out = group.project(expert, phi_NW).to(self.y_TH.device)
+        self.add(tokens_N, group.project(expert, phi_NW, a_N))
+
+    def together(self, call: GroupCall) -> None:
+        self.add_rows(call.group.outputs(call.phi_RW, call.rows), call.rows)
+
+    def add(self, tokens_N: torch.Tensor | None, out: torch.Tensor) -> None:
+        """What one expert puts out on its tokens (None: all)."""
+        out = out.to(self.y_TH.device)
         if tokens_N is None:
             self.y_TH += out
         else:
             # a token reaches an expert once, and index_add_ takes many times as long on a CPU
             self.y_TH.index_copy_(0, tokens_N, self.y_TH.index_select(0, tokens_N) + out)
 
-    def together(self, call: GroupCall) -> None:
-        self.add(call.group.outputs(call.phi_RW, call.rows), call.rows)
-
-    def add(self, out_RH: torch.Tensor, rows: GroupRows) -> None:
+    def add_rows(self, out_RH: torch.Tensor, rows: GroupRows) -> None:
         """What all experts of a group put out."""
         self.y_TH += rows.add_up(out_RH).to(self.y_TH.device)
 
 
 @dataclass
 class ExpertPhi:
-    """phi of one expert on the tokens of one batch (None: all of them)."""
+    """phi of one expert on the tokens of one batch (None: all of them), and its routing weights
+    (None: 1)."""
 
     path: str
     expert: int
     tokens_N: torch.Tensor | None
     phi_NW: torch.Tensor
+    a_N: torch.Tensor | None = None
 
 
 @dataclass
 class GroupPhi:
-    """phi of all experts of a group on the tokens of one batch."""
+    """phi of all experts of a group on the tokens of one batch; they have no biases, but an MLP."""
 
     path: str
     rows: GroupRows
@@ -94,9 +111,14 @@ class PhiRecord(Sink):
         return group.routed or not self.routed
 
     def __call__(
-        self, group: ExpertGroup, expert: int, tokens_N: torch.Tensor | None, phi_NW: torch.Tensor
+        self,
+        group: ExpertGroup,
+        expert: int,
+        tokens_N: torch.Tensor | None,
+        phi_NW: torch.Tensor,
+        a_N: torch.Tensor | None = None,
     ) -> None:
-        self.calls.append(ExpertPhi(group.path, expert, tokens_N, phi_NW))
+        self.calls.append(ExpertPhi(group.path, expert, tokens_N, phi_NW, a_N))
 
     def together(self, call: GroupCall) -> None:
         if not self.apart:
@@ -107,7 +129,8 @@ class PhiRecord(Sink):
             if count:
                 here = slice(first, first + count)
                 tokens_N = None if everyone else rows.token_R[here].clone()
-                self(call.group, expert, tokens_N, call.phi_RW[here].clone())
+                a_N = None if call.a_R is None else call.a_R[here].clone()
+                self(call.group, expert, tokens_N, call.phi_RW[here].clone(), a_N)
 
 
 class PhiProjection:
@@ -123,11 +146,12 @@ class PhiProjection:
         group, kept = self._groups[call.path], self._kept[call.path]
         if isinstance(call, ExpertPhi):
             phi_NW = call.phi_NW.index_select(1, kept[call.expert])
-            output(group, call.expert, call.tokens_N, phi_NW)
+            output(group, call.expert, call.tokens_N, phi_NW, call.a_N)
         elif isinstance(group, MlpExpert):
-            output.add(group.outputs(call.phi_RW.index_select(1, kept[0]), call.rows), call.rows)
+            out_RH = group.outputs(call.phi_RW.index_select(1, kept[0]), call.rows)
+            output.add_rows(out_RH, call.rows)
         else:
-            output.add(self._routed(call, group, kept), call.rows)
+            output.add_rows(self._routed(call, group, kept), call.rows)
 
     def add_rest(self, x_BLH: torch.Tensor, output: OutputSum) -> None:
         """Add what the groups that aren't routed put out, computed from the FFN's inputs."""

@@ -19,6 +19,7 @@ from camera.streaming.memory import (
     BATCH_TOKENS,
     HIDDEN_HELD,
     active_width,
+    attention_numbers,
     parameters_of,
 )
 from camera.streaming.skeleton import MetaModel
@@ -26,9 +27,9 @@ from camera.streaming.skeleton import MetaModel
 LAYERS_HELD = 3  # one computed, one read ahead, one compressed or being written
 OUTSIDE_HELD = 1.5  # embeddings and head, and the one of them that is converted
 DEVICE_SHARE = 0.9  # of the card's memory: the rest are its libraries and what lies between blocks
-# What computing takes, in tables of a batch's hidden states: attention with what it multiplies,
-# and a whole FFN, whose experts' inputs and outputs are K tables each.
-ATTENTION_TABLES, FFN_TABLES, SLOT_TABLES = 7, 3, 5
+# What a whole FFN takes, in tables of a batch's hidden states; its experts' inputs and outputs are
+# K tables each.
+FFN_TABLES, SLOT_TABLES = 3, 5
 SCORES = 4  # attention's scores in fp32, where no fused kernel has them by piece
 ACTIVATIONS = 3  # of gates, ups, and their product, in fp32
 RERUN = 4  # gate, up, their activation and their product, of what isn't kept
@@ -118,7 +119,7 @@ class DeviceMemory:
             outside=int(OUTSIDE_HELD * outside),
             hidden=int(waiting * hidden),
             phi=phi,
-            attention=(ATTENTION_TABLES * table + scores * batch) * bool(tokens),
+            attention=(attention_numbers(model) * size + scores) * batch * bool(tokens),
             observing=seen + max((_ffn_bytes(shape, batch) for shape in shapes), default=0),
             applying=seen + max((_applying(method, shape) for shape in shapes), default=0),
             finishing=finishing * table + (rerun if phi else 0),
@@ -129,7 +130,7 @@ class DeviceMemory:
 
 def layers_bytes(model: MetaModel, method: Method, experts_on_disk: bool) -> int:
     """The layers that are held, of the largest; experts that stay on disk count once, and what is
-    pruned of the one that is written doesn't."""
+    pruned of the one that is written doesn't; and what reading one takes."""
     size, most = model.dtype.itemsize, 0
     pruned = getattr(method, "sparsity", None) or 0.0
     for index, layer in enumerate(model.layers):
@@ -137,7 +138,7 @@ def layers_bytes(model: MetaModel, method: Method, experts_on_disk: bool) -> int
         experts = group.module_size if group and experts_on_disk else 0
         held = (LAYERS_HELD - pruned) * parameters_of(layer)
         most = max(most, held + (1 - LAYERS_HELD) * experts)
-    return int(most * size)
+    return int(most * size) + model.unpacking
 
 
 def _most(passes: Sequence[Pass], shapes: list[LayerShape], kinds: set[PassKind]) -> int:

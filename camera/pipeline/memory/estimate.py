@@ -36,14 +36,15 @@ from camera.streaming.memory import (
     HIDDEN_HELD,
     HIDDEN_SHARE,
     active_width,
+    attention_numbers,
     parameters_of,
 )
 from camera.streaming.settings import MemoryChoices
 from camera.streaming.skeleton import MetaModel
 
 PHI_LIMIT = 8 * 2**30  # bytes of phi of one layer that `phi=auto` keeps
-# What computing a batch takes, in tables of its hidden states: its attention, or its experts' few
-# tokens each; and, per expert of a token, when a whole FFN runs on it.
+# What computing a batch takes at least, in tables of its hidden states: its experts' few tokens
+# each; and, per expert of a token, when a whole FFN runs on it.
 BATCH_TABLES = 8
 SLOT_TABLES = 4
 TOKEN_BYTES = 16  # of a calibration token: its id, and once more as it is hashed
@@ -66,6 +67,7 @@ class MemoryEstimate:
     working: int  # what computing one batch takes
     method: int  # statistics and workspace of the method, beside the layer
     logits: int  # at a time, where a pass computes them
+    unpacking: int  # what reading a tensor takes beside it, where the source is quantised
     phi_kept: PhiKept
     hidden_place: HiddenPlace
     experts_on_disk: bool
@@ -107,9 +109,9 @@ class MemoryEstimate:
         return max(in_layers, int(OUTSIDE_HELD * self.outside) + head)
 
     def layers(self, held: int) -> int:
-        """Bytes of so many layers; experts that stay on disk count once."""
+        """Bytes of so many layers and of reading one; experts that stay on disk count once."""
         experts = (1 - held) * self.experts if self.experts_on_disk else 0
-        return held * self.layer + experts
+        return held * self.layer + experts + self.unpacking
 
     @property
     def states(self) -> int:
@@ -149,10 +151,12 @@ class MemoryEstimate:
         tokens: int,
         length: int = 0,
         card: int | None = None,
+        host: int | None = None,
     ) -> MemoryEstimate:
         """The estimate of these passes over so many calibration tokens, in samples of `length`.
 
-        `card` is the memory of another accelerator than the model's, in bytes. What changes
+        `card` is the memory of another accelerator than the model's, in bytes, `host` what is free
+        in another system. What changes
         rounding (phi, experts) is decided by sizes alone, never by what is free now.
         """
         size, config = model.dtype.itemsize, model.text_config
@@ -171,7 +175,6 @@ class MemoryEstimate:
         kinds = {step.kind for step in passes}
         asks_head = bool(kinds & {PassKind.BACKWARD, PassKind.TRIAL})
         logits = 4 * min(HEAD_LOGITS, HEAD_TABLES * tokens * config.vocab_size) * asks_head
-        serves = method.slices and not on_disk and tokens > 0
         apart = card is not None or has_own_memory(model.device)
 
         def on_device(there: int, kept: int) -> DeviceMemory:
@@ -189,9 +192,12 @@ class MemoryEstimate:
         def fits(there: int, kept: int) -> bool:
             return on_device(there, kept).peak <= DEVICE_SHARE * total
 
+        if apart and memory.experts == "auto" and method.compensation is None and not fits(0, 0):
+            on_disk = max(experts) > 0 and not model.compressed
+        serves = method.slices and not on_disk and tokens > 0
         hidden_place = memory.hidden
         if memory.hidden == "auto":
-            free = free_host_memory()
+            free = free_host_memory() if host is None else host
             hidden_place = "disk" if HIDDEN_HELD * hidden > HIDDEN_SHARE * free else "ram"
             asked = "keep" if method.compensation is not None else memory.phi
             needed = serves * {"keep": phi, "routed": phi_routed}.get(asked, 0)
@@ -215,7 +221,10 @@ class MemoryEstimate:
             hidden_place = "ram"  # the device's memory is the system's
         top_k = model.family.top_k(config) if max(experts) else 1
         tables = BATCH_TABLES + SLOT_TABLES * top_k * (phi_kept == "none")
-        working = min(tokens, BATCH_TOKENS) * config.hidden_size * size * tables
+        numbers = config.hidden_size + max(
+            attention_numbers(model), config.hidden_size * (tables - 1)
+        )
+        working = min(tokens, BATCH_TOKENS) * size * numbers
         if PassKind.BACKWARD in kinds:
             graph = GRAPH_TABLES * (config.hidden_size + width) * size
             working = max(working, int(min(tokens, BACKWARD_TOKENS) * graph))
@@ -229,6 +238,7 @@ class MemoryEstimate:
             working=working,
             method=max((_method_bytes(step, model, method, tokens) for step in passes), default=0),
             logits=logits,
+            unpacking=model.unpacking,
             phi_kept=phi_kept,
             hidden_place=hidden_place,
             experts_on_disk=on_disk,

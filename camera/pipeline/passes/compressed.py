@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from camera.calibration.statistics import LayerStatistics, Statistics
-from camera.checkpoint.native import native_modules, native_state
+from camera.checkpoint.formats.native import native_modules, native_state
 from camera.checkpoint.shards import ShardWriter
 from camera.compensation.experts import output_weights
 from camera.method import Pass, PassKind, Plan, Seen
-from camera.moe.expert_module import ExpertModule
+from camera.moe.experts.module import ExpertModule
 from camera.moe.pool import KeptRows
 from camera.pipeline.context import OUTLIERS, SOURCES, PassContext
 from camera.pipeline.passes.measured import of_layer

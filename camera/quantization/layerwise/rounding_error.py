@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from camera.calibration.observers import LayerObserver, ObserverSpec
 from camera.calibration.statistics import LayerStatistics
-from camera.checkpoint.formats.narrow import PROJECTIONS
-from camera.moe.capture import ExpertCall
+from camera.moe.experts.activation import gated
 from camera.moe.feed_forward import ExpertGroup, FeedForward
+from camera.moe.observer import ExpertCall
 from camera.moe.pool import LayerShape
 from camera.quantization.quantizers.grids import CLIPS
 from camera.quantization.quantizers.nearest import RoundToNearest
@@ -95,11 +95,12 @@ class RoundingErrorObserver(LayerObserver):
 
     def __call__(self, call: ExpertCall) -> None:
         group, expert = call.group, call.expert
-        x_NH, bias, found = call.x_NH.float(), _bias(group), []
+        x_NH, bias, found = call.x_NH.float(), group.gate_up_bias(expert), []
+        bias = None if bias is None else bias.float()
         y_NH = F.linear(call.h_NW.float(), group.down(expert).float())
         for gate_up, down in self._at_all_levels(group, expert):
-            gate_NW, up_NW = F.linear(x_NH, gate_up.float(), bias).chunk(2, 1)
-            lost_NH = y_NH - F.linear(group.act_fn(gate_NW) * up_NW, down.float())
+            h_NW = gated(group.act_fn, *F.linear(x_NH, gate_up.float(), bias).chunk(2, 1))
+            lost_NH = y_NH - F.linear(h_NW, down.float())
             found.append(lost_NH.square().sum(1))
         norm2_T, error_TB = self._norm2_T[call.batch], self._error_TB[call.batch]
         weight2_N = self._scale2 if call.a_N is None else self._scale2 * call.a_N.float().square()
@@ -131,10 +132,3 @@ class RoundingErrorObserver(LayerObserver):
                 matrices.append(solved.to(w_RC.dtype).unflatten(0, (len(self._levels), len(w_RC))))
             self._rounded[group.path, expert] = list(zip(*matrices, strict=True))
         return self._rounded[group.path, expert]
-
-
-def _bias(group: ExpertGroup) -> torch.Tensor | None:
-    """Biases of an MLP's gate and up; down's is the same before and after."""
-    parts = [getattr(group.module, name, None) for name in PROJECTIONS[:2]]
-    biases = [getattr(part, "bias", None) for part in parts]
-    return torch.cat(biases).float() if all(bias is not None for bias in biases) else None

@@ -1,4 +1,5 @@
-"""Architectures of the models in conf/model, for machines that can't read their config.json.
+"""Architectures of the models in conf/model, and of DeepSeek-V3, for machines that can't read their
+config.json.
 
 Only what decides counts; tests/experiments/bench/test_roofline.py holds the parameters against the
 models' names.
@@ -37,6 +38,29 @@ ARCHITECTURES = {
         "n_shared_experts": 2,
         "num_experts_per_tok": 6,
         "first_k_dense_replace": 1,
+    },
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 3,
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     },
     "granite_3_1b_a400m": {
         "model_type": "granitemoe",

@@ -3,17 +3,23 @@
 Shapes: T calibration tokens in samples of L, K experts per token, H hidden, W width of one expert.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
+from camera.checkpoint.quantized.fp8 import STEP
+from camera.compensation.least_squares import at_once
 from camera.moe.families import family_of
 from camera.moe.feed_forward import MlpExpert
+from camera.pipeline.memory.config_model import ConfigModel
 from camera.streaming.memory import BATCH_TOKENS
 from experiments.bench.support.cards import BANDWIDTH_SHARE, LAUNCH_SECONDS, WAIT_SECONDS, Card
-from experiments.bench.support.paper import PaperModel
 from experiments.bench.support.traffic import LayerTraffic, Ways, layer_traffic
+
+FP8 = 1 + 4 / 128**2  # bytes of a weight, with its share of a block's scale
+UNPACKED = 23  # bytes moved for a weight in FP8: to fp32, its scale, their product, rounded
+LAUNCHES_STEP = 5  # of unpacking so many weights as are in fp32 at a time
 
 
 @dataclass(frozen=True)
@@ -121,9 +127,11 @@ def run_cost(
     that a token is routed to: 1 - sparsity (the default) if all experts are pruned alike; energy
     keeps more of experts that are used more.
 
-    `batch` tokens run at once.
+    `batch` tokens run at once, in these `ways`: hidden states stay on the device, or cross to the
+    host and back; routed experts on disk are read twice, to observe and to prune. What is stored in
+    FP8 is read as such, and unpacked on the device.
     """
-    paper = PaperModel(config, dtype)
+    paper = ConfigModel(config, dtype)
     used = 1 - sparsity if still_used is None else still_used
     costs = [
         _layer(
@@ -146,40 +154,54 @@ def fit_flops(
     held_out: float,
     attention: bool = False,
 ) -> int:
-    """fp32 FLOPs of the refit of every layer: each of `ridges` and the last fit take `sweeps` over
-    its experts, all experts pruned alike; with `attention` also its output weights (target=dense),
-    which one sweep solves.
+    """fp32 FLOPs of the refit of every layer, all experts pruned alike; with `attention` also its
+    output weights (target=dense).
 
-    Of an expert with N tokens and w kept micro-experts of W: 2 N (W - w) H for the removed output,
-    2 N w^2 for its Gram matrix, of the tokens fitted to and of all; for each ridge w^3 / 3, and a
-    sweep 2 N w H (1 - held_out) to read the residual, 2 w^2 H to solve, 2 N w H to change it.
-    Source: the counts of the operations in camera/compensation/least_squares.py.
+    Where K micro-experts in all are solved at once: 2 T K (K + H) for the sums over T tokens; for
+    each ridge and the last fit K^3 / 3 and 2 K^2 H to solve, for each ridge 2 K^2 H to judge;
+    2 N w H to change the residual of N tokens. Else each of `ridges` and the last fit take `sweeps`
+    over the experts. Of an expert with N tokens and w kept micro-experts: 2 N w^2 for its Gram
+    matrix, of the tokens fitted to and of all; for each ridge w^3 / 3, and a sweep
+    2 N w H (1 - held_out) to read the residual, 2 w^2 H to solve, 2 N w H to change it.
+    Either way 2 N (W - w) H for the output that was removed.
+    Source: the counts of the operations in camera/compensation.
     """
-    paper = PaperModel(config, torch.float32)
+    paper = ConfigModel(config, torch.float32)
     hidden, seen, total = config.hidden_size, 1 - held_out, 0.0
 
-    def fitted(used: int, width: int, kept: int, experts: int, sweeps: int) -> float:
+    def solved(used: int, kept: int) -> float:
+        """At once: of `kept` in all, of which each of `used` tokens of experts moves its own."""
+        tried = (ridges + 1) * (kept**3 / 3 + 2 * kept**2 * hidden) + ridges * 2 * kept**2 * hidden
+        return 2 * tokens * kept * (kept + hidden) + 2 * used * hidden + tried
+
+    def descended(used: int, kept: int, experts: int) -> float:
         solve = 2 * experts * kept**2 * hidden
         tried = ridges * (2 * used * kept * hidden * (1 + seen) + solve)
         last = 4 * used * kept * hidden + solve
-        grams = 2 * used * (width - kept) * hidden + 2 * used * kept**2 * (1 + seen)
+        grams = 2 * used * kept**2 * (1 + seen)
         return grams + sweeps * (tried + last) + (ridges + 1) * experts * kept**3 / 3
 
     for i, layer in enumerate(paper.layers):
         ffn = paper.feed_forward(i)
+        found = []  # tokens, width, kept width and number of each group's experts
         for group in ffn.groups if i in paper.budget.layers else ():
             used = tokens if isinstance(group, MlpExpert) else tokens * ffn.family.top_k(config)
             width = max(group.widths)
-            kept = width - int(sparsity * width)
-            total += fitted(used, width, kept, len(group.widths), sweeps)
+            found.append((used, width, width - int(sparsity * width), len(group.widths)))
+        total += sum(2 * used * (width - kept) * hidden for used, width, kept, _ in found)
+        widths = [kept for _, _, kept, experts in found for _ in range(experts)]
+        if widths and at_once(widths):
+            total += solved(sum(used * kept for used, _, kept, _ in found), sum(widths))
+        else:
+            total += sum(descended(used, kept, experts) for used, _, kept, experts in found)
         if attention:
             heads = layer.get_submodule(ffn.family.attention_output).in_features
-            total += fitted(tokens, heads, heads, 1, 1)
+            total += solved(tokens * heads, heads)
     return int(total)
 
 
 def _layer(
-    paper: PaperModel,
+    paper: ConfigModel,
     index: int,
     tokens: int,
     length: int,
@@ -209,29 +231,41 @@ def _layer(
         down += int(2 * used * hidden * width * still_used)
     weights = sum(p.numel() for p in layer.parameters()) * size
     pooled = sum(p.numel() for group in ffn.groups for p in group.module.parameters())
+    twice = list(ffn.routed.module.parameters()) if ways.experts_on_disk and ffn.routed else []
+    read = [*layer.parameters(), *twice]
+    packed = [p.numel() for p in read if p.dim() > 1] if _is_fp8(config) else []
+    traffic = layer_traffic(
+        layer,
+        ffn,
+        tokens,
+        -(-tokens // batch),
+        ways,
+        hidden=hidden,
+        top_k=ffn.family.top_k(config),
+        kept=1 - sparsity,
+        still_used=still_used,
+        size=size,
+        in_pool=in_pool,
+    )
     return LayerCost(
         attention=sum(2 * tokens * p.numel() for p in outside) + _scores(config, tokens, length),
         router=sum(2 * tokens * p.numel() for p in routers) * (1 + (phi == "none")),
         gate_up=gate_up,
         down=down,
         everywhere=everywhere,
-        bytes_read=weights,
+        bytes_read=sum(p.numel() for p in read) * size - int(sum(packed) * (size - FP8)),
         bytes_written=weights - int(sparsity * pooled * size),
         bytes_resume=tokens * hidden * size,
-        traffic=layer_traffic(
-            layer,
-            ffn,
-            tokens,
-            -(-tokens // batch),
-            ways,
-            hidden=hidden,
-            top_k=ffn.family.top_k(config),
-            kept=1 - sparsity,
-            still_used=still_used,
-            size=size,
-            in_pool=in_pool,
+        traffic=replace(
+            traffic,
+            elementwise=traffic.elementwise + UNPACKED * sum(packed),
+            launches=traffic.launches + LAUNCHES_STEP * sum(-(-n // STEP) for n in packed),
         ),
     )
+
+
+def _is_fp8(config: Any) -> bool:
+    return (getattr(config, "quantization_config", None) or {}).get("quant_method") == "fp8"
 
 
 def _scores(config: Any, tokens: int, length: int) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from camera.moe.feed_forward import FeedForward, MlpExpert
+from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
 from camera.moe.grouped.rows import BLOCK
 from camera.moe.pool import PoolIndex
 from camera.pipeline.memory.estimate import PhiKept
@@ -21,6 +21,7 @@ ENERGY = 12  # bytes of a micro-expert's energy: sum, maximum, basis
 # Launches for each expert and batch, by what is kept of phi: its products, and a choice of columns;
 # none where grouped products are one kernel.
 EACH = {"all": 3, "routed": 3, "none": 5}
+EACH_ALONE = 17.5  # of one that is computed by itself
 # For each expert: norms and cut; and a table with zeros for grouped products.
 EXPERT, WHOLE_DOWN = 8, 4
 # For each batch: attention and sums, norms of queries and keys, an MLP and its gate, routed experts
@@ -31,6 +32,7 @@ LAYER, OUTSIDE_POOL = 90, 40
 WAITS_LAYER = 8
 NORM = 36  # bytes a number of bf16: to fp32, squared, averaged, divided, back, times its weight
 ROTARY = 28  # of queries and keys: turned, multiplied twice, added, put in order
+JOINED = 4  # of a query or a key: read and written
 LOADED = 61.5 / 3  # a routed weight: joined to its table, looked through twice, cut, its norm
 LOADED_ALONE = 25 / 3  # any other
 ROUTED_SLOT = 200  # bytes to put a slot where its expert's rows are: sorted, numbered, weighed
@@ -51,13 +53,19 @@ class LayerTraffic:
 
 @dataclass(frozen=True)
 class Ways:
-    """How a layer is computed: what is kept of phi, whether hidden states stay on the device,
-    whether phi and its squares are compiled, and grouped products one kernel."""
+    """How a layer is computed: what is kept of phi, whether hidden states stay on the device and
+    routed experts on disk, whether phi and its squares are compiled, and grouped products one
+    kernel."""
 
     phi: PhiKept = "all"
     on_device: bool = True
+    experts_on_disk: bool = False
     compiled: bool = True
     grouped: bool = False
+
+    def together(self, group: ExpertGroup) -> bool:
+        """Whether all experts of a group are computed at once."""
+        return group.goes_together and not (group.routed and self.experts_on_disk)
 
 
 def layer_traffic(
@@ -91,9 +99,10 @@ def layer_traffic(
         used, width = tokens * (1 if shared else top_k), max(group.widths)
         keeps = phi == "all" or (phi == "routed" and not shared)
         if in_pool:
-            rows = used if shared else used + batches * len(group.widths) * BLOCK // 2
-            weighted = not shared or group.gate is not None
-            moved += rows * width * _observed(size, weighted, keeps, ways.compiled)
+            together = ways.together(group)
+            filling = 0 if shared or not together else batches * len(group.widths) * BLOCK // 2
+            rows, weighted = used + filling, not shared or group.gate is not None
+            moved += rows * width * _observed(size, weighted, keeps, ways.compiled and together)
             moved += 0 if shared else 2 * size * hidden * (tokens + rows) + ROUTED_SLOT * used
         moved += used * width * still_used * (2 * size if keeps else 5 * size)
         if not shared:
@@ -131,9 +140,13 @@ def _launches(
     mlps = [group for group in ffn.groups if isinstance(group, MlpExpert)]
     gates = sum(group.gate is not None for group in mlps)
     batch = BATCH + normed + MLP * len(mlps) + GATE * gates + ROUTED * ffn.is_moe + AGAIN[phi]
-    each, expert = (0, EXPERT + WHOLE_DOWN) if ways.grouped else (EACH[phi], EXPERT)
-    experts = sum(len(group.widths) for group in ffn.groups)
-    return (each * experts + batch) * batches + expert * experts + LAYER
+    launches = batch * batches + LAYER
+    for group in ffn.groups:
+        each, expert = (0, EXPERT + WHOLE_DOWN) if ways.grouped else (EACH[phi], EXPERT)
+        if not ways.together(group):
+            each, expert = EACH_ALONE, EXPERT
+        launches += int((each * batches + expert) * len(group.widths))
+    return launches
 
 
 def _observed(size: int, weighted: bool, keeps: bool, compiled: bool) -> float:
@@ -157,4 +170,15 @@ def _layer(layer: nn.Module, tokens: int, hidden: int) -> int:
         if name.endswith(("q_proj", "k_proj")) and isinstance(module, nn.Linear)
     ]
     normed = any(name.endswith("q_norm") for name in parts)
-    return tokens * (2 * (NORM + 6) * hidden + (ROTARY + NORM * normed) * sum(turned))
+    moved = 2 * (NORM + 6) * hidden + (ROTARY + NORM * normed) * sum(turned)
+    return tokens * (moved + sum(_latent(module) for module in parts.values()))
+
+
+def _latent(module: nn.Module) -> int:
+    """Bytes a token of latent attention beside products: norms of the latent vectors, the turned
+    part of queries and of the one key, and queries and keys put together."""
+    if not hasattr(module, "kv_b_proj"):
+        return 0
+    latent = module.kv_lora_rank + (module.q_lora_rank or 0)
+    turned = (module.num_heads + 1) * module.qk_rope_head_dim
+    return NORM * latent + ROTARY * turned + 2 * JOINED * module.num_heads * module.qk_head_dim

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.config.settings import Settings
+from experiments.config.terminal import folded
 from experiments.records.files import OutputFolder, RunFiles
 from experiments.records.folders import Folders
 from experiments.records.outcome import size_of
@@ -46,10 +47,11 @@ def list_jobs(jobs: Sequence[SweepJob], output: OutputFolder) -> None:
     count = sum(_state(job) == "to do" for job in jobs)
     total = "unknown, no run has finished" if unknown else f"about {format_duration(seconds)}"
     free = size_of(shutil.disk_usage(_there(output.folder)).free)
-    print(
+    said = (
         f"dry_run: {count} of {len(jobs)} jobs to do; time: {total}, one after another; "
         f"checkpoints: about {size_of(bytes_to_come)}, {free} free."
     )
+    print(folded(said))
 
 
 def expected_bytes(settings: Settings) -> int | None:

@@ -11,6 +11,7 @@ CHARACTERS |= {character: f"\\{character}" for character in "&%$#_{}"}
 CHARACTERS |= {"–": "--", "−": "$-$", "+": "$+$", "±": r"$\pm$", "≠": r"$\neq$", "×": r"$\times$"}
 CHARACTERS |= {"↓": r"$\downarrow$", "↑": r"$\uparrow$", "…": r"\ldots{}", "Δ": r"$\Delta$"}
 CHARACTERS |= {"²": r"$^2$", "†": r"$\dagger$", "α": r"$\alpha$", "√": r"$\surd$"}
+CHARACTERS |= {"Σ": r"$\Sigma$"}
 
 
 def to_latex(page: Page) -> str:

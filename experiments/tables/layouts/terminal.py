@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from experiments.config.terminal import width
 from experiments.tables.layouts.cells import Cell, Column
 from experiments.tables.pages import Page, Row, Table
 
@@ -21,7 +22,8 @@ def print_page(page: Page) -> None:
     """Print it; where a table is wider than the terminal, in several parts of all its rows.
 
     Errors behind scores are left out if the table fits without them. No cell is ever cut: into a
-    file, or where a single column is too wide, lines are as long as they are.
+    file, unless COLUMNS is set, or where a single column is too wide, lines are as long as they
+    are.
     """
     terminal = Console()
     for table in page.tables:
@@ -37,7 +39,7 @@ def _parts(terminal: Console, table: Table) -> Iterator[Table]:
     """The table, or what of its columns fits side by side, in their order."""
 
     def fits(part: Table) -> bool:
-        return not terminal.is_terminal or _width(terminal, _grid(part)) <= terminal.width
+        return width() is None or _width(terminal, _grid(part)) <= terminal.width
 
     for whole in (table, _without_errors(table)):
         if fits(whole):

@@ -14,7 +14,7 @@ from camera.calibration.corpora import HUB
 from camera.calibration.settings import MIXTURES, SELF_SAMPLED, source_name
 from camera.evaluation.tasks.names import PAPER_TASKS
 from experiments.config.location import EMBEDDED
-from experiments.mirror import is_mirror
+from experiments.records.mirrored import is_mirror
 from experiments.tables.names.divergence import (
     NAMES,
     SHORT_NAMES,

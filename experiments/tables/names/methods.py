@@ -28,6 +28,7 @@ METHODS = (
     MethodName("naee", "NAEE"),
     MethodName("d2_moe", "D²-MoE"),
     MethodName("reap", "REAP"),
+    MethodName("mone", "MoNE"),
     MethodName("heapr", "HEAPr"),
     MethodName("gptq", "GPTQ"),
     MethodName("mc", "MC"),

@@ -13,10 +13,11 @@ TITLES = {
     "calibration_size": "Ablation: calibration size",
     "calibration_source": "Ablation: calibration text",
     "plus": "Ablation: parts of Camera-Plus",
-    "serving": "Bits by layer",
+    "serving": "Forms that engines read",
     "speed": "Speed",
     "energy": "Energies of micro-experts",
 }
+FORMS = {"serving", "speed"}  # what was pruned and what was quantised, in one table
 GRIDS = {"pruning": PRUNING}  # a grid of the presets that is another one's study, only larger
 VARIED = {  # the study that varies a setting
     "method.alpha": "alpha",

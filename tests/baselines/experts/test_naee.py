@@ -19,6 +19,7 @@ from baselines.experts.rerouting import Rerouter
 from baselines.experts.subset_search import OutputError, search
 from camera.calibration.tokens import calibration_tokens
 from camera.checkpoint.loading import load_tokenizer
+from camera.method import Plan
 from camera.moe.capture import run_ffn
 from camera.moe.families import Family
 from camera.moe.feed_forward import FeedForward
@@ -167,7 +168,8 @@ def test_the_asked_fraction_is_hit_within_one_expert_a_layer_and_never_exceeded(
     folder = checkpoints(family, **overrides)
     budget, method = budget_of(folder), Frequency(sparsity=asked, sparsity_of=of)
     drop, routing = method.removed(budget), method.routing(budget)
-    written = method.native_config(MetaModel(folder).config, budget)
+    plan = Plan(method.name, method.settings())
+    written = method.native_config(MetaModel(folder).config, budget, plan)
     assert list(written.values()) == [routing.experts - drop]
 
     def parameters(gone):

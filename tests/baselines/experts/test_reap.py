@@ -8,10 +8,10 @@ from transformers import MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from baselines.experts.base import UseObserver
 from baselines.experts.frequency import Frequency
 from baselines.experts.reap import Reap, ReapScore
 from baselines.experts.subset_search import keep_best
+from baselines.experts.use import UseObserver
 from camera.moe.capture import run_ffn
 from camera.moe.families import Family
 from camera.moe.feed_forward import FeedForward

@@ -20,7 +20,7 @@ from camera.calibration.corpora import (
 )
 from camera.evaluation.tasks import definitions
 from camera.runtime.errors import CameraError
-from experiments.mirror import main, mirror
+from experiments.commands.mirror import main, mirror
 
 WIKI = ["", " = Title = \n", "", " A line . \n", " Second line\u2028with a break . \n", ""]
 WEB = [{"text": f"page {i} é"} for i in range(5)]
@@ -88,7 +88,7 @@ def test_a_broken_download_leaves_no_file(tmp_path, hub, monkeypatch):
         yield WEB[0]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("experiments.mirror.download", broken)
+    monkeypatch.setattr("experiments.commands.mirror.download", broken)
     with pytest.raises(KeyboardInterrupt):
         mirror(tmp_path, report=lambda _: None)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
@@ -152,9 +152,7 @@ def test_absences_are_named(tmp_path):
         check_corpus(tmp_path, "pile", "train")
     with pytest.raises(CameraError, match=r"calibration.source=c4: no split 'test'"):
         check_corpus(tmp_path, "c4", "test", key="calibration.source")
-    with pytest.raises(
-        CameraError, match=r"data=.*c4/train.jsonl.gz is missing.*experiments.mirror"
-    ):
+    with pytest.raises(CameraError, match=r"data=.*c4/train.jsonl.gz is missing.*camera mirror"):
         check_corpus(tmp_path, "c4", "train")
     with pytest.raises(CameraError, match=r"no such folder.*data=hub"):
         data_folder(tmp_path / "nowhere")

@@ -136,15 +136,27 @@ sys.exit("loaded: " + " ".join(loaded) if loaded else 0)
 """
 
 
-def test_a_reader_without_the_package_fails_loudly(compressed):
+def test_a_reader_without_the_package_fails_loudly_and_names_it(compressed):
     folders = [str(compressed(family)[0]) for family in FAMILIES]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_THE_PACKAGE, *folders],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": ""},
+        env={**os.environ, "PYTHONPATH": "", "TRANSFORMERS_VERBOSITY": "warning"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "Unknown quantization type, got camera-moe" in done.stderr
+
+
+def test_the_format_is_read_by_its_earlier_name_too(compressed, tmp_path):
+    folder = tmp_path / "earlier"
+    shutil.copytree(compressed("mixtral")[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "camera"
+    (folder / "config.json").write_text(json.dumps(config))
+    known = logits(load_model(compressed("mixtral")[0], device="cpu"))
+    for load in (AutoModelForCausalLM.from_pretrained, load_model):
+        assert torch.equal(logits(load(folder)), known)
 
 
 def test_bf16_checkpoints_stay_bf16(checkpoints, tmp_path):
@@ -201,8 +213,6 @@ def test_the_tokenizer_and_a_model_card_travel_along(compressed, checkpoints):
 
 
 def test_a_newer_format_is_refused(compressed, tmp_path):
-    import shutil
-
     folder = tmp_path / "newer"
     shutil.copytree(compressed("mixtral")[0], folder)
     config = json.loads((folder / "config.json").read_text())
@@ -230,9 +240,9 @@ def test_export_from_the_command_line(compressed, tmp_path, capsys, caplog):
 def test_a_model_is_described_from_the_command_line(checkpoints, capsys):
     from camera.__main__ import main
 
-    assert main(["describe", str(checkpoints("mixtral"))]) == 0
+    assert main(["describe", str(checkpoints("mixtral")), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["method"] == "dense" and said["bytes"]["dense"] == said["bytes"]["compressed"] > 0
+    assert said["model_type"] == "mixtral" and sum(said["parts"].values()) == said["parameters"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,4 +1,4 @@
-"""The descent over experts: equal to the joint solution, and careful where nothing is to be won.
+"""The refit, at once and by descent: the joint solution, and careful where nothing is to be won.
 
 Shapes: T tokens, H hidden, N tokens of one expert, W its width.
 """
@@ -6,12 +6,18 @@ Shapes: T tokens, H hidden, N tokens of one expert, W its width.
 import pytest
 import torch
 
-from camera.compensation import least_squares
-from camera.compensation.least_squares import ExpertRegression, coordinate_descent
+from camera.compensation import expert_regression, least_squares, normal_equations
+from camera.compensation.expert_regression import ExpertRegression
+from camera.compensation.least_squares import refit
 from camera.compensation.settings import CompensationSettings
 from camera.runtime.errors import CameraError
 
 T, H = 400, 24
+
+
+@pytest.fixture(autouse=True, params=[4096, 0], ids=["at once", "descent"])
+def micro_experts_solved_at_once(request, monkeypatch):
+    monkeypatch.setattr(least_squares, "AT_ONCE", request.param)
 
 
 def experts(widths=(10, 7, 12), seed=0):
@@ -42,16 +48,18 @@ def removed(phi_TN, noise=1.0, seed=1):
     return (phi_TN @ weight + noise * torch.randn(T, H, generator=generator)).float()
 
 
-@pytest.mark.parametrize(("ridge", "piece"), [(0.3, 1000), (0.03, 1000), (0.3, 60)])
-def test_the_descent_ends_at_the_joint_solution(ridge, piece, monkeypatch):
+@pytest.mark.parametrize(
+    ("ridge", "piece", "widths"),
+    [(0.3, 1000, (10, 7, 12)), (0.03, 1000, (10, 7, 12)), (0.3, 60, (10, 7, 12)), (0.3, 60, (10,))],
+)
+def test_it_ends_at_the_joint_solution(ridge, piece, widths, monkeypatch):
     monkeypatch.setattr(least_squares, "ENOUGH", 1e-9)
-    monkeypatch.setattr(least_squares, "PIECE", piece)  # of 400 tokens
-    blocks, phi_TN = experts()
+    monkeypatch.setattr(expert_regression, "PIECE", piece)  # of 400 tokens
+    monkeypatch.setattr(normal_equations, "PIECE", piece)
+    blocks, phi_TN = experts(widths)
     target_TH = removed(phi_TN)
     residual_TH = target_TH.clone()
-    found = coordinate_descent(
-        blocks, residual_TH, 350, CompensationSettings(ridges=[ridge], sweeps=500)
-    )
+    found = refit(blocks, residual_TH, 350, CompensationSettings(ridges=[ridge], sweeps=500))
     gram_NN = phi_TN.T @ phi_TN
     norm2_N = torch.cat([block.old_WH for block in blocks]).double().square().sum(1)
     energy = (gram_NN.diagonal() * norm2_N).mean()
@@ -63,16 +71,18 @@ def test_the_descent_ends_at_the_joint_solution(ridge, piece, monkeypatch):
     assert found.residual == pytest.approx(residual_TH.double().square().sum().item(), rel=1e-4)
 
 
-def test_one_expert_is_solved_at_once():
-    blocks, phi_TN = experts(widths=(10,))
-    residual_TH = removed(phi_TN)
-    found = coordinate_descent(
-        blocks, residual_TH, 350, CompensationSettings(ridges=[0.01], sweeps=8)
-    )
-    assert found.sweeps == 1
-    again = residual_TH.clone()
-    blocks[0].step(again)
-    torch.testing.assert_close(again, residual_TH, rtol=0, atol=1e-3 * residual_TH.abs().max())
+def test_ways_agree_on_the_ridge_and_on_what_is_missing(monkeypatch):
+    found = []
+    monkeypatch.setattr(least_squares, "ENOUGH", 1e-6)
+    for most in (4096, 0):
+        monkeypatch.setattr(least_squares, "AT_ONCE", most)
+        blocks, phi_TN = experts(widths=(60, 60))
+        residual_TH = removed(phi_TN, noise=100.0)
+        found.append(refit(blocks, residual_TH, 350, CompensationSettings(sweeps=500)))
+    one, other = found
+    assert one.ridge == other.ridge > 0
+    for name in ("removed", "residual", "removed_out", "residual_out"):
+        assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-3), name
 
 
 def test_the_scale_of_a_micro_expert_does_not_matter():
@@ -84,7 +94,7 @@ def test_the_scale_of_a_micro_expert_does_not_matter():
             ExpertRegression(block.tokens_N, block.phi_NW * scale, block.old_WH / scale)
             for block in blocks
         ]
-        coordinate_descent(scaled, residual_TH, 350, CompensationSettings(ridges=[0.1, 0.01]))
+        refit(scaled, residual_TH, 350, CompensationSettings(ridges=[0.1, 0.01]))
         results.append(residual_TH)
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-2)
 
@@ -93,7 +103,7 @@ def test_where_no_ridge_helps_held_out_tokens_nothing_changes():
     blocks, _ = experts(widths=(200, 100))
     noise_TH = torch.randn(T, H, generator=torch.Generator().manual_seed(2))
     residual_TH = noise_TH.clone()
-    found = coordinate_descent(blocks, residual_TH, 350, CompensationSettings())
+    found = refit(blocks, residual_TH, 350, CompensationSettings())
     assert found.ridge == 0 and found.residual == found.removed
     assert not changes(blocks).any()
     torch.testing.assert_close(residual_TH, noise_TH, rtol=0, atol=1e-2)
@@ -103,7 +113,7 @@ def test_held_out_tokens_choose_a_smaller_ridge_where_there_is_less_noise():
     chosen = []
     for noise in (300.0, 0.01):
         blocks, phi_TN = experts(widths=(60, 60))
-        found = coordinate_descent(
+        found = refit(
             blocks,
             removed(phi_TN, noise),
             350,
@@ -131,7 +141,7 @@ def test_what_the_text_hardly_uses_hardly_changes():
     """An expert whose energy here is a millionth of the others', as far as it is known."""
     blocks, phi_TN = experts()
     rare = ExpertRegression(None, 1e-3 * torch.randn(T, 10), torch.randn(10, H))
-    coordinate_descent([*blocks, rare], removed(phi_TN), 350, CompensationSettings(ridges=[0.1]))
+    refit([*blocks, rare], removed(phi_TN), 350, CompensationSettings(ridges=[0.1]))
     relative = (rare.weight_WH - rare.old_WH).norm() / rare.old_WH.norm()
     others = torch.cat([b.weight_WH - b.old_WH for b in blocks]).norm()
     assert relative < 1e-3 < others / torch.cat([b.old_WH for b in blocks]).norm()
@@ -141,7 +151,7 @@ def test_experts_without_tokens_or_micro_experts_are_left_alone():
     empty = ExpertRegression(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 5), torch.ones(5, H))
     gone = ExpertRegression(None, torch.zeros(T, 0), torch.zeros(0, H))
     blocks, phi_TN = experts()
-    coordinate_descent([empty, *blocks, gone], removed(phi_TN), 350, CompensationSettings())
+    refit([empty, *blocks, gone], removed(phi_TN), 350, CompensationSettings())
     assert torch.equal(empty.weight_WH, torch.ones(5, H))
     assert all(torch.isfinite(block.weight_WH).all() for block in blocks)
 

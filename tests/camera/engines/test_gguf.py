@@ -1,14 +1,18 @@
 """GGUF files, read by llama.cpp itself: the log-probabilities are transformers'."""
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
 
 import camera
-from camera.checkpoint.loading import load_model
+from camera.checkpoint.loading import load_model, load_tokenizer
 from camera.engines.gguf.architectures import ARCHITECTURES
 from camera.runtime.errors import CameraError
+from experiments.bench.support import llama
+from experiments.config.location import EMBEDDED_MODEL
 from tests.helpers.dropping import GROUPED_V2
 from tests.helpers.models import build_model, build_tokenizer
 
@@ -16,6 +20,12 @@ pytest.importorskip("gguf", reason="needs the package gguf")
 xllamacpp = pytest.importorskip("xllamacpp", reason="needs llama.cpp (xllamacpp)")
 
 TOKENS = 97  # all of them printable: llama.cpp tells no probabilities of a broken UTF-8 sequence
+TEXT = """= Tenwick =
+Laga has a house in Tenwick. Pilel lives in Tenwick. Hiva has a house in Tenwick.
+= Toda =
+Toda has a house in Zozford. He owns a grey coat. He is known as a good fisher. Toda is fond of
+drawing. He likes to eat broth. He looks after a bitrel. At work Toda is in the harbour.
+"""  # of the closed world that the embedded model was trained on
 PROMPT = [17, 43, 91, 5, 20, 33, 64, 71, 77, 12, 50, 8]
 # Weights are rounded to fp16, and so are activations inside: on weights of sigma 0.1 this much.
 TOLERANCE = 0.03
@@ -66,6 +76,28 @@ def test_llama_cpp_computes_what_transformers_computes(family, tmp_path):
     camera.compress(source, "random", tmp_path / "cut", sparsity=0.3, device="cpu", progress=False)
     path = camera.export(tmp_path / "cut", tmp_path / "model.gguf")
     assert_equal(path, tmp_path / "cut")
+
+
+def test_perplexity_and_written_text_of_a_trained_model_are_transformers(tmp_path):
+    """The embedded model, as llama.cpp can compute it: without renormalised routing weights."""
+    source = shutil.copytree(EMBEDDED_MODEL, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text()) | {"norm_topk_prob": False}
+    (source / "config.json").write_text(json.dumps(config))
+    settings = dict(sparsity=0.4, expert_widths="uniform", device="cpu", progress=False)
+    camera.compress(source, "magnitude", tmp_path / "cut", **settings)
+    path = camera.export(tmp_path / "cut", tmp_path / "model.gguf", type="F16")
+    tokenizer, model = load_tokenizer(source), load_model(tmp_path / "cut", "cpu", "float32")
+    ids_1S = tokenizer(TEXT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        ours = model(ids_1S, labels=ids_1S).loss.exp().item()
+        prompt_1S = ids_1S[:, :20]
+        asked = dict(attention_mask=torch.ones_like(prompt_1S), max_new_tokens=20, do_sample=False)
+        written = tokenizer.decode(model.generate(prompt_1S, **asked)[0, 20:])
+    server = llama.server(path, threads=1)
+    assert math.isclose(llama.perplexity(server, ids_1S[0].tolist()), ours, rel_tol=0.01)
+    asked = {"prompt": prompt_1S[0].tolist(), "max_tokens": 20, "temperature": 0}
+    assert server.handle_completions(asked)["choices"][0]["text"] == written
+    assert ours < 30  # of 2,048 tokens: it has read such text
 
 
 def test_a_model_that_is_not_compressed_is_written_too(tmp_path):

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import camera
 from camera.runtime.errors import CameraError
@@ -48,6 +48,19 @@ def test_the_size_is_said_before_and_is_that_of_the_files(tmp_path, caplog):
     out = camera.export(folder, tmp_path / "out")
     written = sum(tensor.numel() * 4 for tensor in tensors_of(out).values())
     assert f"{written / 1e6:.1f} MB; compressed" in caplog.text
+
+
+@pytest.mark.parametrize("shape", ["uniform", "ragged"])
+def test_a_native_checkpoint_weighs_what_its_parameters_do(shape, tmp_path):
+    sizes = {"hidden_size": 128, "intermediate_size": 512}
+    settings = {"method": "magnitude", "expert_widths": shape}
+    folder = cut(tmp_path, "mixtral", overrides=sizes, **settings)
+    folder = folder if shape == "uniform" else camera.export(folder, tmp_path / "out")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    weighs = sum(4 * parameter.numel() for parameter in model.parameters())
+    written = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert weighs <= written <= 1.01 * weighs
 
 
 def test_an_export_that_is_not_smaller_is_warned_of(tmp_path, caplog):

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from baselines.experts.rerouting import Rerouter, gates
+from baselines.experts.rerouting import Rerouter
+from camera.checkpoint.formats.native import native_state
 from camera.checkpoint.formats.ragged import RaggedExperts
-from camera.checkpoint.native import native_state
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
-from camera.moe.routing import router_constraints
+from camera.moe.routing import gates, router_constraints
 from camera.pruning.whole_experts import remove_experts, smaller_config
 from camera.runtime.errors import CameraError
 from tests.helpers.dropping import ALL, build, some, tokens, views

@@ -43,6 +43,15 @@ def test_the_version_that_made_it_is_told(result):
     assert "| made by | camera-moe 9.8, torch 7.6 |" in card
 
 
+@pytest.mark.parametrize(
+    ("method", "paper"), [("camera_p", "2508.02322"), ("heapr", "2509.22299"), ("random", None)]
+)
+def test_the_paper_of_the_method_is_linked(method, paper, result):
+    card = model_card(dataclasses.replace(result, method=method))
+    assert (f"| paper | https://arxiv.org/abs/{paper} |" in card) == (paper is not None)
+    assert card.count("| paper |") == (paper is not None)
+
+
 def test_a_model_of_the_hubs_cache_has_its_hub_id(tmp_path, monkeypatch):
     cached = tmp_path / "models--own--moe" / "snapshots" / "0123abc"
     cached.mkdir(parents=True)

@@ -1,6 +1,7 @@
 """Experts of one width: native checkpoints, whatever the family."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -8,10 +9,18 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import camera
+from camera.moe.budget import Budget, Count
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
+from camera.moe.pool import LayerPool
 from camera.pruning.ranking import keep_highest
-from camera.pruning.uniform import keep_uniform
+from camera.pruning.uniform import (
+    UniformWidths,
+    keep_uniform,
+    least_loss,
+    uniform_choices,
+    uniform_widths,
+)
 from camera.runtime.errors import CameraError
 from tests.helpers.models import FAMILIES
 
@@ -98,13 +107,16 @@ def test_what_stays_may_be_refitted(checkpoints, data_folder, calibration, tmp_p
     assert refitted.shape == before[:, kept].shape and not torch.equal(refitted, before[:, kept])
 
 
-@pytest.mark.parametrize("method", ["heapr", "magnitude", "random", "camera_plus"])
+@pytest.mark.parametrize(
+    "method, scope",
+    [("heapr", "global"), ("magnitude", "layer"), ("random", "global"), ("camera_plus", "global")],
+)
 def test_every_score_can_rank_within_experts(
-    method, checkpoints, data_folder, calibration, tmp_path
+    method, scope, checkpoints, data_folder, calibration, tmp_path
 ):
     result = pruned(
         checkpoints, data_folder, calibration, tmp_path / "out", "qwen3_moe",
-        method=method, rank_scope="layer",
+        method=method, rank_scope=scope,
     )  # fmt: skip
     assert result.native
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -121,11 +133,76 @@ def test_routed_experts_alone_leave_the_shared_one_whole(
         assert whole == ("shared" in path)
 
 
+def pools_of(layers, experts, width, shared):
+    widths, routed = [shared] + [width] * experts, [False] + [True] * experts
+    whole = layers * sum(widths)
+    budget = Budget(Count(whole, whole, layers * experts * width, 0), model_type="qwen2_moe")
+    budget.layers.update({i: LayerPool(list(widths), list(routed)) for i in range(layers)})
+    return budget
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_the_kinds_keep_the_widths_that_lose_the_least(scale, multiple):
+    """Against all pairs of widths, each tried; `scale` makes the shared expert cheap or dear."""
+    budget = pools_of(layers=2, experts=4, width=16, shared=32)
+    pools, draw = list(budget.layers.values()), torch.Generator().manual_seed(3)
+    scores = [torch.rand(96, generator=draw, dtype=torch.float64) for _ in pools]
+    for score_N in scores:
+        score_N[:32] *= scale
+    found = least_loss(uniform_choices(budget, 0.375, "moe", multiple, 0), scores, pools)
+
+    def lost(widths):
+        keeps = [
+            keep_uniform(scores[i], pools[i].widths, widths.of(pools[i].routed)) for i in (0, 1)
+        ]
+        return sum(float(scores[i][~keeps[i]].sum()) for i in (0, 1))
+
+    steps = [range(multiple, whole + 1, multiple) for whole in (16, 32)]
+    pairs = [UniformWidths(*pair) for pair in product(*steps) if 4 * pair[0] + pair[1] == 60]
+    assert lost(found) == pytest.approx(min(map(lost, pairs)))
+    assert scale != 100.0 or found.shared >= 28
+    assert scale != 0.01 or found.shared <= 12
+
+
+@pytest.mark.parametrize("dear", [False, True])
+def test_a_multiple_that_kernels_like_is_taken_where_it_costs_little(dear):
+    """`dear`: the shared expert would have to give what is worth a hundred times as much."""
+    budget = pools_of(layers=1, experts=4, width=64, shared=128)
+    score_N, pools = torch.ones(384), list(budget.layers.values())
+    if dear:
+        score_N[:128] = 100.0
+    found = least_loss(uniform_choices(budget, 0.375, "moe", 1, 0), [score_N], pools)
+    assert found == (UniformWidths(28, 128) if dear else UniformWidths(32, 112))
+
+
+def test_both_kinds_lose_the_share_in_the_best_multiple_that_comes_near_it():
+    budget = pools_of(layers=1, experts=8, width=1408, shared=2816)
+    asked = (budget, 0.4, "moe")
+    assert uniform_widths(*asked, 1, 0) == UniformWidths(832, 1664)  # of 64: 40.9 %
+    with pytest.raises(CameraError, match="width_multiple=256"):
+        uniform_widths(*asked, 256, 0)
+
+
+def test_a_shared_expert_that_every_token_needs_keeps_more_of_its_width(
+    checkpoints, data_folder, calibration, tmp_path
+):
+    result = pruned(
+        checkpoints, data_folder, calibration, tmp_path / "out", "qwen2_moe",
+        method="heapr", normalize="all", rank_scope="global",
+    )  # fmt: skip
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    whole = json.loads((checkpoints("qwen2_moe") / "config.json").read_text())
+    keys = ("shared_expert_intermediate_size", "moe_intermediate_size")
+    shared, routed = (getattr(config, key) / whole[key] for key in keys)
+    assert abs(result.sparsity["moe"] - 0.5) <= 0.01 and shared > 0.6 > routed
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (dict(width_multiple=16, sparsity=0.3), "use sparsity=.* or .*, or a smaller"),
-        (dict(rank_scope="global"), "set rank_scope=layer"),
+        (dict(rank_scope="measured"), "set rank_scope=global or layer"),
         (dict(layer_floor=0.1), "set layer_floor=0.0"),
         (dict(expert_widths="equal"), "none of ragged, uniform"),
     ],

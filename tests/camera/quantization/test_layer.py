@@ -13,7 +13,7 @@ from tests.helpers.gptq_problem import as_good
 from tests.helpers.quantizing import dense_output, layer_of, seen_by
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2", "llama"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2", "llama", "gpt_oss"])
 def test_permutation_alone_changes_no_output(family):
     """Eight bits with fine scales are all but exact, whatever the order of micro-experts."""
     ffn, x_TH = layer_of(family)

@@ -133,7 +133,7 @@ def test_every_method_is_known_by_its_name_alone():
         from camera.api import as_method
         from camera.runtime.errors import CameraError
 
-        for name in "reap naee frequency aimer heapr d2_moe magnitude random".split():
+        for name in "reap naee frequency aimer mone heapr d2_moe magnitude random".split():
             as_method(name, {"sparsity": 0.25})
         for name in ("gptq", "rtn", "mc"):
             as_method(name, {"bits": 2.25})

@@ -14,17 +14,17 @@ from experiments.bench import (
     energy,
     gptq,
     layer,
-    llama_cpp,
     naee,
     packed,
     roofline,
+    serve,
     speed,
     stream,
 )
 from experiments.bench.support import timing
 from experiments.bench.support.layers import SHAPES
 
-BENCHMARKS = (energy, gptq, layer, llama_cpp, naee, packed, roofline, speed, stream)
+BENCHMARKS = (energy, gptq, layer, naee, packed, roofline, serve, speed, stream)
 
 
 @pytest.fixture(autouse=True)
@@ -55,12 +55,21 @@ def test_a_layer_pruned_in_one_pass_leaves_what_the_reference_leaves(shape):
     assert ran(layer, "--shape", shape, *words)["same"]
 
 
-def test_a_narrower_model_is_decoded_beside_the_dense_one():
-    pytest.importorskip("xllamacpp", reason="needs llama.cpp (xllamacpp)")
-    words = ("--scale", "16", "--layers", "1", "--tokens", "4", "--repeats", "1")
-    found = ran(llama_cpp, *words, "--width-multiple", "16")
-    assert found["width"] == {"dense": 48, "uniform": 32}
-    assert found["megabytes"]["uniform"] < found["megabytes"]["dense"] and found["ratio"] > 0
+def test_what_is_served_is_weighed_and_decoded_beside_the_dense_model(checkpoints, tmp_path):
+    for package in ("gguf", "xllamacpp"):
+        pytest.importorskip(package, reason=f"needs {package}")
+    words = (str(checkpoints("qwen3_moe")), "--rows", "dense", "magnitude", "--blocks", "0")
+    words += ("--sparsity", "0.5", "--tokens", "2", "--repeats", "1", "--out", str(tmp_path))
+    words += ("--table", str(tmp_path / "table.md"))
+    dense, small = ran(serve, *words)["rows"]
+    assert small["sparsity"] == 0.5 and small["widths"] == {"routed": [12, 12]}
+    for form in ("checkpoint", "gguf"):
+        assert small["megabytes"][form] < dense["megabytes"][form]
+    assert small["megabytes"]["native"] == small["megabytes"]["checkpoint"]
+    assert all(found["ratio"] > 0 for found in small["decode"].values())
+    assert ran(serve, *words)["rows"] == [dense, small]  # kept, not measured again
+    *_, last = (tmp_path / "table.md").read_text().splitlines()
+    assert last.startswith("| qwen3_moe") and "| Magnitude | uniform | 12 | – | 50.0% |" in last
 
 
 def test_codes_of_a_batch_are_those_of_expert_by_expert():

@@ -12,8 +12,11 @@ from transformers import AutoConfig
 import camera
 from camera.calibration.statistics import Statistics
 from camera.checkpoint.formats import ragged
-from camera.compensation.least_squares import ExpertRegression, coordinate_descent
+from camera.compensation import least_squares
+from camera.compensation.expert_regression import ExpertRegression
+from camera.compensation.least_squares import refit
 from camera.compensation.settings import CompensationSettings
+from camera.pipeline.memory.config_model import ConfigModel
 from camera.runtime.errors import CameraError
 from camera.runtime.files import CheckpointFiles
 from camera.streaming.settings import MemoryChoices
@@ -91,6 +94,7 @@ def test_flops_are_those_of_a_real_run(family, phi, checkpoints, real_run, monke
     [
         ("deepseek_moe_16b", 16.4),
         ("deepseek_v2_lite", 15.7),
+        ("deepseek_v3", 671.0),
         ("granite_3_1b_a400m", 1.33),
         ("mixtral_8x7b", 46.7),
         ("olmoe_1b_7b", 6.92),
@@ -104,7 +108,27 @@ def test_published_models_have_the_parameters_they_are_named_after(name, billion
     config = AutoConfig.for_model(known.pop("model_type"), **known)
     cost = run_cost(config, 4096, 2048, sparsity=0.2)
     assert cost.parameters / 1e9 == pytest.approx(billions, rel=0.01)
-    assert cost.total("bytes_read") + cost.bytes_rest == pytest.approx(2e9 * billions, rel=0.01)
+    each = 1e9 if "quantization_config" in known else 2e9
+    assert cost.total("bytes_read") + cost.bytes_rest == pytest.approx(each * billions, rel=0.01)
+
+
+def test_the_largest_model_fits_a_card_of_80_gb_with_its_experts_on_disk():
+    """DeepSeek-V3 of 671 billion parameters: latent attention by hand, and the memory's parts."""
+    config, tokens, length = roofline.config_of("deepseek_v3"), 4096, 2048
+    model = ConfigModel(config, torch.bfloat16)
+    said = model.memory(tokens, length, 0.2, 80 * 10**9, 256 * 10**9)
+    assert said.experts_on_disk and said.peak < 72e9
+    kept = 0.8 * 256 * 3 * 7168 * 2048 * 2
+    assert kept < said.device.layers < kept + 3e9
+    ram, disk = (
+        run_cost(config, tokens, length, sparsity=0.2, ways=Ways(experts_on_disk=there))
+        for there in (False, True)
+    )
+    again = 58 * 256 * 3 * 7168 * 2048  # routed experts, once more, a byte each
+    assert disk.total("bytes_read") - ram.total("bytes_read") == pytest.approx(again, rel=0.001)
+    latent = 7168 * (1536 + 576) + 1536 * 128 * 192 + 512 * 128 * 256 + 128 * 128 * 7168
+    products = 2 * tokens * (latent + length * 128 * (192 + 128))
+    assert ram.layers[-1].attention == pytest.approx(products, rel=1e-6)
 
 
 def test_what_is_removed_is_not_written_nor_computed():
@@ -160,7 +184,9 @@ def test_a_card_decides_what_is_kept_on_it(card, phi, hidden, monkeypatch):
     assert spent["gigabytes"]["to_device"] == pytest.approx(crossed, abs=0.1)
 
 
-def test_flops_of_a_refit_are_those_counted(checkpoints):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_flops_of_a_refit_are_those_counted(at_once, checkpoints, monkeypatch):
+    monkeypatch.setattr(least_squares, "AT_ONCE", 4096 if at_once else 0)
     config = AutoConfig.from_pretrained(checkpoints("qwen3_moe"))
     layers, experts, top_k = (
         config.num_hidden_layers,
@@ -184,10 +210,11 @@ def test_flops_of_a_refit_are_those_counted(checkpoints):
         residual_TH[block.tokens_N] += block.phi_NW @ block.old_WH
     how = CompensationSettings(ridges=(100.0,), sweeps=sweeps, held_out=held_out)
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
-        found = coordinate_descent(blocks, residual_TH, round(tokens * (1 - held_out)), how)
+        found = refit(blocks, residual_TH, round(tokens * (1 - held_out)), how)
     assert (found.ridge, found.sweeps) == (100.0, sweeps)
     # the counter sees no solving, nor what was before the fit
-    solving = experts * (2 * kept**3 / 3 + 2 * sweeps * 2 * kept**2 * hidden)
+    blocks, size = (1, experts * kept) if at_once else (experts, kept)
+    solving = blocks * (2 * size**3 / 3 + 2 * sweeps * 2 * size**2 * hidden)
     lost = 2 * tokens * top_k * (width - kept) * hidden
     unseen = solving + lost
     options = {"ridges": 1, "sweeps": sweeps, "held_out": held_out}
@@ -204,7 +231,7 @@ def test_refitting_attention_is_one_fit_of_all_its_heads(checkpoints):
     block = ExpertRegression(None, torch.randn(tokens, heads), torch.randn(heads, hidden))
     residual_TH = block.phi_NW @ block.old_WH
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
-        found = coordinate_descent(
+        found = refit(
             [block], residual_TH, fitted, CompensationSettings(ridges=[100.0], held_out=0.25)
         )
     assert found.ridge == 100.0

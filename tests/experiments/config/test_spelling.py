@@ -16,12 +16,18 @@ from tests.helpers.runs.composing import choices, command
         ("method=camerap", "method=camerap is no choice; did you mean camera_p"),
         ("experiment=mian", "did you mean main"),
         ("calibration=c4,wikitxt2", "calibration=wikitxt2 is no choice; did you mean wikitext2"),
+        (
+            "method=dense method.alpha=0.3",
+            "method=dense has no settings of its own",
+        ),
+        ("method=camera_p,heapr method.alhpa=0", "did you mean method.alpha"),
+        ("method=camera_p method.search=auto", "method.search is no setting; "),
         ("qqq=1", "qqq is no setting; there are alpha, "),
     ],
 )
 def test_a_typo_is_told_with_the_nearest_names(argument, told):
     with pytest.raises(CameraError, match=told):
-        check_spelling([argument])
+        check_spelling(argument.split())
 
 
 @pytest.mark.parametrize("group", ["method", "model", "evaluation", "experiment", "tracker"])

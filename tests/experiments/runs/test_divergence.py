@@ -8,7 +8,7 @@ from camera.evaluation.divergence.reference import DenseReference
 from camera.runtime.errors import CameraError
 from experiments.records.files import OutputFolder
 from experiments.runs.run import run
-from experiments.runs.summary import check_objective, numbers_of, score_tables
+from experiments.runs.summary import check_objective, numbers_of, score_tables, start_of
 from experiments.tables.pages import paper_page
 from experiments.tables.rows import read_runs
 from tests.helpers.runs.composing import choices, settings_of, tiny
@@ -86,9 +86,22 @@ def test_no_tokens_are_none(make):
         run(make("evaluation.divergence=0"))
 
 
-def test_a_compressed_checkpoint_that_is_measured_is_not_compared_with_itself(make, tmp_path):
-    run(make("method=random", "sparsity=0.5", "evaluation=none"))
-    (checkpoint,) = (tmp_path / "checkpoints").glob("*random*")
-    settings = make("method=dense", f"model.path={checkpoint}")
+def test_a_compressed_checkpoint_that_is_measured_is_told_by_what_made_it(make, tmp_path):
+    made = run(make("method=magnitude", "sparsity=0.5", "evaluation=none"))
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*magnitude*")
+    settings = make("method=dense", f"model.path={checkpoint}", f"output={tmp_path}/again")
     assert settings.divergence is None and settings.measures().divergence is None
-    assert metrics_of(settings)["divergence"] == {}
+    measured = run(settings)
+    found = json.loads((measured / "metrics.json").read_text())
+    assert found["divergence"] == {}  # it would be compared with itself
+    before = json.loads((made / "metrics.json").read_text())
+    assert {key: found[key] for key in ("sparsity", "bytes")} == {
+        key: before[key] for key in ("sparsity", "bytes")
+    }
+
+    scores, costs = paper_page(read_runs([measured])).tables
+    for table in (scores, costs):
+        ((row,),) = table.groups
+        assert [cell.text for cell in row.cells[:2]] == ["50%", "Magnitude"]
+    start = start_of(json.loads((measured / "settings.json").read_text()))
+    assert start["name"] == "magnitude-50" and start["job_type"] == "magnitude"

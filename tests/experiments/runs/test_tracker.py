@@ -60,7 +60,7 @@ def runs(output) -> dict[str, tuple[Path, Kept]]:
     return found
 
 
-def test_names_say_method_and_ratio(runs, sweep):
+def test_names_say_method_and_ratio(runs, sweep, data_folder):
     assert set(runs) == {"dense", "camera_p-20", "camera_p-40", "rtn-4.2bits"}
     group = sweep.run.run_group
     assert sweep.run.display_name == group and sweep.run.job_type == "sweep"
@@ -69,10 +69,10 @@ def test_names_say_method_and_ratio(runs, sweep):
     for shown, (_, kept) in runs.items():
         assert kept.exit == 0 and kept.run.run_group == group
         assert kept.run.job_type == shown.split("-")[0]
-    model = tags(runs["dense"]) - {"dense", "main", "study"}
-    assert len(model) == 1
-    assert tags(runs["camera_p-40"]) == {*model, "camera_p", "main", "study", "40%"}
-    assert tags(runs["rtn-4.2bits"]) == {*model, "rtn", "main", "study", "4.2 bits"}
+    shared = tags(runs["dense"]) - {"dense"}
+    assert len(shared) == 4 and shared > {"main", "study", data_folder.name}
+    assert tags(runs["camera_p-40"]) == {*shared, "camera_p", "40%"}
+    assert tags(runs["rtn-4.2bits"]) == {*shared, "rtn", "4.2 bits"}
 
 
 @pytest.mark.parametrize(
@@ -155,13 +155,15 @@ def test_results_are_the_summary_and_no_curve(runs):
         assert not logged & known and not [key for key in logged if " " in key]
 
 
-def test_scores_are_tables_too(runs):
+def test_scores_are_tables_too_by_the_names_of_their_data(runs, data_folder):
     folder, kept = runs["camera_p-20"]
     metrics = json.loads((folder / "metrics.json").read_text())
+    own = data_folder.name
     perplexity = kept.table("tables/perplexity").set_index("text")["perplexity"]
-    assert perplexity.to_dict() == pytest.approx(metrics["perplexity"])
+    named = {f"{own}/{text}": value for text, value in metrics["perplexity"].items()}
+    assert perplexity.to_dict() == pytest.approx(named)
     table = kept.table("tables/tasks").set_index("task")
-    assert tuple(table.index) == TASKS
+    assert table.index.tolist() == [f"{own}/{task}" for task in TASKS]
     assert table["metric"].tolist() == ["acc", "acc_norm"]
     assert table["score"].tolist() == pytest.approx([40, 60])
     assert table["standard error"].tolist() == pytest.approx([1, 2])
@@ -222,7 +224,7 @@ def test_a_sweep_has_the_table_of_the_paper(output, runs, sweep):
 
 def test_a_sweep_has_perplexity_over_sparsity_and_the_report(runs, sweep):
     plotted = sweep.table("curves/wikitext2_sparsity_table")
-    assert set(plotted["method"]) == {"camera_p"}
+    assert set(plotted["method"]) == {"Camera-P"}
     assert plotted["sparsity"].tolist() == [0, 20, 40]
     names = ("dense", "camera_p-20", "camera_p-40")
     perplexities = [runs[name][1].summary["perplexity/wikitext2"] for name in names]

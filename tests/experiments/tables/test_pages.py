@@ -158,6 +158,20 @@ def test_settings_are_in_the_order_of_their_numbers(tmp_path):
     assert settings == [f"samples={number}" for number in (16, 64, 128, 1024)]
 
 
+def test_pruned_and_quantised_forms_are_compared_in_one_table(tmp_path):
+    asked = {"studies": ["speed"], "tasks": {}, "perplexity": {}}
+    for place, widths in enumerate(("ragged", "uniform")):
+        speed = {"1": {"prefill": 1.0, "decode": 1.25 + place}}
+        add(tmp_path, widths, "camera_p", 0.4, expert_widths=widths, speed=speed, **asked)
+    speed = {"1": {"prefill": 0.5, "decode": 0.25}}
+    add(tmp_path, "packed", "camera_q", bits=2.25, speed=speed, **asked)
+    table = page_of(tmp_path).tables[0]
+    assert table.title == "Speed: tiny_moe, sparsity of the experts"
+    assert texts(table, "Ratio") == [["40%", "40%"], ["2.25 bits"]]
+    assert texts(table, "Settings")[0] == ["expert_widths=ragged", "expert_widths=uniform"]
+    assert texts(table, "Decode ×↑") == [["1.25", "2.25"], ["0.25"]]
+
+
 def test_ways_of_measuring_are_told_in_words(tmp_path):
     add(tmp_path, "a", "camera_p", 0.2)
     nothing = {"perplexity": [], "tasks": []}

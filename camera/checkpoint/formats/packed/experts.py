@@ -9,16 +9,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from camera.checkpoint.formats.biases import ExpertBiases
 from camera.checkpoint.formats.format import Spec
 from camera.checkpoint.formats.packed.base import PackedBuffers
 from camera.checkpoint.formats.packed.layout import PackedLayout
 from camera.checkpoint.formats.packed.segments import QuantizedMatrix
 from camera.checkpoint.formats.packed.spec import segments_of
 from camera.checkpoint.formats.ragged import SLOW_HALF, RaggedExperts, ragged_of
+from camera.moe.experts.activation import Activation, gated
+from camera.moe.experts.layout import ExpertLayout
 from camera.moe.families.family import Family
 
 
-class PackedExperts(nn.Module, PackedBuffers):
+class PackedExperts(ExpertBiases, nn.Module, PackedBuffers):
     """Drop-in for any native experts module; an expert is dequantised whenever tokens reach it.
 
     y = sum over the top-k experts e of weight_e * down_e(act(gate_e x) * (up_e x)); an expert of
@@ -33,18 +36,22 @@ class PackedExperts(nn.Module, PackedBuffers):
     def __init__(
         self,
         spec: Spec,
-        act_fn: nn.Module,
+        act_fn: Activation,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        layout: ExpertLayout = ExpertLayout(),  # noqa: B008 (frozen)
     ):
         super().__init__()
         self.hidden_dim, self.widths = spec["hidden"], list(spec["widths"])
-        self.num_experts, self.act_fn = len(self.widths), act_fn
+        self.num_experts, self.act_fn, self.layout = len(self.widths), act_fn, layout
         self._register(spec, device, dtype)
+        sizes = 2 * sum(self.widths), self.num_experts, self.hidden_dim
+        self._register_biases(sizes if layout.biased else None, device, dtype)
 
     @classmethod
     def from_spec(cls, native: nn.Module, spec: Spec) -> "PackedExperts":
-        return cls(spec, native.act_fn, "meta", native.down_proj.dtype)
+        dtype, layout = native.down_proj.dtype, ExpertLayout.of(native)
+        return cls(spec, native.act_fn, "meta", dtype, layout)
 
     @classmethod
     def layouts(cls, spec: Spec) -> dict[str, PackedLayout]:
@@ -78,6 +85,13 @@ class PackedExperts(nn.Module, PackedBuffers):
         """Dequantised columns of one expert, [H, W]."""
         return self._weight("down_proj", expert)
 
+    def gate_up_bias(self, expert: int) -> torch.Tensor | None:
+        """Biases of these rows, [2W]; None where there are none."""
+        if self.gate_up_proj_bias is None:
+            return None
+        start = sum(self.widths[:expert])
+        return self.gate_up_proj_bias[2 * start : 2 * (start + self.widths[expert])]
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
@@ -92,9 +106,14 @@ class PackedExperts(nn.Module, PackedBuffers):
             if not len(slots) or not self.widths[expert]:
                 continue
             tokens = slots // top_k_index.shape[-1]
-            gate, up = _linear(hidden_states[tokens], self.gate_up(expert)).chunk(2, dim=-1)
-            out_NH = _linear(self.act_fn(gate) * up, self.down(expert)).to(wide)
+            both_N2W = _linear(hidden_states[tokens], self.gate_up(expert))
+            bias_2W = self.gate_up_bias(expert)
+            if bias_2W is not None:
+                both_N2W = both_N2W + bias_2W
+            h_NW = gated(self.act_fn, *both_N2W.chunk(2, dim=-1))
+            out_NH = _linear(h_NW, self.down(expert)).to(wide)
             y_TH.index_add_(0, tokens, out_NH * weight_S[slots, None])
+        y_TH = self._with_biases(y_TH, top_k_index, top_k_weights)
         return y_TH.to(hidden_states.dtype)
 
     def dequantize(self, native: nn.Module | None = None) -> RaggedExperts:

@@ -15,6 +15,7 @@ from camera.checkpoint.formats.packed.layout import PackedLayout
 from camera.checkpoint.formats.packed.linear import PackedLinear
 from camera.checkpoint.formats.packed.segments import QuantizedMatrix
 from camera.checkpoint.formats.packed.spec import projections
+from camera.moe.experts.activation import Activation, gated
 from camera.moe.families.family import Family
 
 
@@ -29,7 +30,7 @@ class PackedMlp(nn.Module, PackedFormat):
     def __init__(
         self,
         spec: Spec,
-        act_fn: nn.Module,
+        act_fn: Activation,
         biases: Mapping[str, torch.Tensor | None] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -81,7 +82,8 @@ class PackedMlp(nn.Module, PackedFormat):
 
     def forward(self, x_NH: torch.Tensor) -> torch.Tensor:
         """Map x_NH to y_NH."""
-        return self.down_proj(self.act_fn(self.gate_proj(x_NH)) * self.up_proj(x_NH))
+        h_NW = gated(self.act_fn, self.gate_proj(x_NH), self.up_proj(x_NH))
+        return self.down_proj(h_NW)
 
     def dequantize(self, native: nn.Module) -> nn.Module:
         """A native MLP, of any width and on meta, with these weights as plain ones, in place."""

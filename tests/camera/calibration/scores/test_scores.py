@@ -207,7 +207,7 @@ def test_matched_bits_follow_the_score(checkpoints, compress, tmp_path):
         (dict(score="size"), "score=size is none of"),
         (dict(score="fisher", normalize="none"), "normalize=none is none of"),
         (dict(score="energy", alpha=2.0), "alpha=2.0 must lie between"),
-        (dict(score="energy", normalize="all"), "normalize=all is no setting of score=energy"),
+        (dict(score="energy", normalize="routed"), "normalize=routed is no setting of"),
         (dict(score="product", alpha=0.5), "alpha=0.5 is no setting of score=product"),
     ],
     ids=str,

@@ -18,7 +18,16 @@ from camera.checkpoint.formats.packed.spec import (
 from camera.checkpoint.formats.ragged import RaggedExperts, ragged_of
 from camera.moe.families import family_of
 
-NAMES = ["ragged", "narrow", "delta", "packed", "packed_mlp", "packed_linear", "packed_router"]
+NAMES = [
+    "ragged",
+    "approximate",
+    "narrow",
+    "delta",
+    "packed",
+    "packed_mlp",
+    "packed_linear",
+    "packed_router",
+]
 ROWS = BitSegments.of("rows", [[3] * 8])
 BOTH = ROWS, BitSegments.of("columns", [[3] * 8])
 

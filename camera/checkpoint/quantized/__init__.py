@@ -1,0 +1,1 @@
+"""Checkpoints that other tools quantised, read as plain tensors: one file a format."""

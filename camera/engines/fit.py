@@ -1,0 +1,78 @@
+"""Which engines read a checkpoint: as it is, or after which export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from camera.checkpoint.config import CameraConfig
+from camera.checkpoint.formats.format import FORMATS
+from camera.engines.gguf.architectures import architecture_of
+from camera.moe.families import family_of
+from camera.runtime.errors import CameraError
+
+BITS = range(2, 9)  # that vLLM serves experts in
+SGLANG_BITS = {4, 8}
+AS_IT_IS = "as it is"
+GROUPED = 16  # bytes: rows of experts are a multiple of it, or the grouped product is refused
+NATIVE, PADDED = "camera export FROM TO", "every expert as wide as the widest"
+CONSTANTS = "camera export FROM TO --format approximate-experts"
+PACKED = "camera export FROM TO --format compressed-tensors"
+
+
+def engines(config: Any) -> dict[str, str]:
+    """By engine what it needs of a checkpoint with this config.json, or why it can't have it.
+
+    Whether the engine knows the model type is its own matter, but for llama.cpp: an architecture
+    there computes the same or not.
+    """
+    stored = getattr(config, "quantization_config", None)
+    modules = stored.modules if isinstance(stored, CameraConfig) else {}
+    native, bits = AS_IT_IS, _bits_by_module(modules)
+    if modules:
+        kind = "unpacked" if any(bits) else PADDED
+        native = f"after `{NATIVE}` ({kind})"
+    found = {
+        "transformers": "after `import camera`" if modules else _transformers(config),
+        "vLLM": native,
+        "SGLang": native,
+        "llama.cpp": _llama_cpp(config),
+    }
+    if any(FORMATS[spec["form"]].holds_constants for spec in modules.values()):
+        no = "no: constants stand in the place of experts"
+        return found | {"vLLM": f"after `{CONSTANTS}`", "SGLang": no, "llama.cpp": no}
+    used = [number for numbers in bits for number in numbers]
+    if all(len(numbers) <= 1 for numbers in bits) and used and set(used) <= set(BITS):
+        found["vLLM"] = f"after `{PACKED}`"
+        if set(used) <= SGLANG_BITS:
+            found["SGLang"] = f"after `{PACKED}`"
+    return found
+
+
+def _transformers(config: Any) -> str:
+    text, keys = config.get_text_config(), family_of(config.model_type).keys
+    experts, width = getattr(text, keys.experts, None), getattr(text, keys.width, None)
+    if experts and width * (config.dtype or torch.float32).itemsize % GROUPED:
+        return f'with `experts_implementation="eager"` (experts are {width} wide)'
+    return AS_IT_IS
+
+
+def _llama_cpp(config: Any) -> str:
+    try:
+        architecture_of(config)
+    except CameraError as error:
+        return f"no: {str(error).rstrip('.')}"
+    return f"after `{NATIVE}.gguf`"
+
+
+def _bits_by_module(modules: Mapping[str, Mapping[str, Any]]) -> list[set[int]]:
+    """The numbers of bits that each compressed module has; none where it isn't quantised."""
+    return [set(_bits(spec)) for spec in modules.values()]
+
+
+def _bits(spec: Mapping[str, Any]) -> Iterator[int]:
+    for part in spec.values():
+        if isinstance(part, Mapping):
+            yield from part.get("bits", ())

@@ -1,0 +1,1 @@
+"""The console script `camera` and its commands, one a file where no other room has it."""
