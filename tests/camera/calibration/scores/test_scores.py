@@ -158,6 +158,7 @@ def test_the_lowest_scores_go(score, scope, checkpoints, compress, tmp_path):
         score=score,
         rank_scope=scope,
         propagate="dense",
+        normalize="routed",  # as the scores below
         compensate="none",
         sparsity=0.4,
     )
