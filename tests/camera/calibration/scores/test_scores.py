@@ -134,7 +134,7 @@ def test_energies_relative_to_hidden_states_are_shares_of_the_hidden_states(
 
 def scored(name, source, statistics):
     """Groups and scores of every layer, from the run's statistics or, without any, the weights."""
-    score = SCORES[name]()
+    score = SCORES[name](normalize="all") if name in ("fisher", "product") else SCORES[name]()
     spec = score.observer()
     if spec is not None and spec.reads != "weights":
         return [(layer.groups, score.values(layer)) for _, layer in statistics_of(statistics)]
@@ -158,7 +158,6 @@ def test_the_lowest_scores_go(score, scope, checkpoints, compress, tmp_path):
         score=score,
         rank_scope=scope,
         propagate="dense",
-        normalize="routed",  # as the scores below
         compensate="none",
         sparsity=0.4,
     )
