@@ -31,7 +31,7 @@ _MODULES = {
     "compress": "camera.api",
     "dequantize": "camera.checkpoint.dequantize",
     "describe": "camera.api",
-    "description": "camera.api",
+    "description": "camera.inspection",
     "evaluate": "camera.evaluation.evaluate",
     "export": "camera.engines.export",
     "imatrix": "camera.engines.gguf.imatrix",

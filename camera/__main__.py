@@ -98,7 +98,7 @@ def _tensor_types(asked: argparse.Namespace) -> None:
 
 
 def _describe(asked: argparse.Namespace) -> None:
-    from camera.api import description
+    from camera.inspection import description
 
     found = description(asked.model, asked.sparsity, asked.trust_remote_code)
     print(json.dumps(found.to_dict(), indent=2) if asked.json else found)

@@ -14,7 +14,6 @@ from camera.runtime.values import renaming, seed_of
 
 if TYPE_CHECKING:
     from camera.calibration.settings import Calibration
-    from camera.description import Description
     from camera.evaluation.suite import EvaluationRequest
     from camera.pipeline.context import CompressionListener
     from camera.pipeline.result import CompressionResult
@@ -244,24 +243,6 @@ def describe(model: str | Path, trust_remote_code: bool = False) -> CompressionR
         native=not isinstance(meta.compressed, CameraConfig),
         engines=engines(meta.config),
     )
-
-
-def description(
-    model: str | Path, sparsity: float = 0.4, trust_remote_code: bool = False
-) -> Description:
-    """What a model is made of, what methods would leave of it, the memory that compressing it
-    takes and the engines that could serve it: by its config alone, without weights.
-
-    CameraError for a model that isn't supported and for a sparsity that it can't be pruned to.
-    """
-    from camera.checkpoint.config import load_config
-    from camera.checkpoint.source import resolve_model
-    from camera.description import described
-    from camera.engines.serving import engines_for
-
-    folder = resolve_model(str(model), weights=False)
-    config = load_config(folder, trust_remote_code)
-    return described(config, str(model), sparsity, engines_for(config))
 
 
 def as_method(method: Method | str, settings: dict[str, Any]) -> Method:

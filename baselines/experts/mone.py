@@ -1,5 +1,7 @@
 """MoNE: experts of stable output and little use are replaced by their mean outputs.
 
+https://arxiv.org/abs/2507.00390
+
 Shapes: E routed experts, H hidden.
 """
 

@@ -1,4 +1,4 @@
-"""Which engines read a checkpoint: as it is, or after which export."""
+"""Which engines read a checkpoint, as it is or after which export, or what methods make of one."""
 
 from __future__ import annotations
 
@@ -49,6 +49,21 @@ def engines(config: Any) -> dict[str, str]:
         if set(used) <= SGLANG_BITS:
             found["SGLang"] = f"after `{PACKED}`"
     return found
+
+
+def engines_of_outcomes(config: Any) -> dict[str, str]:
+    """By engine what it takes of a compressed model of this config, or why it takes nothing."""
+    native = f"a native checkpoint of one width or fewer experts, where it has {config.model_type}"
+    try:
+        gguf = f"GGUF ({architecture_of(config).name}), every expert padded to one width"
+    except CameraError as error:
+        gguf = f"nothing: {error}"
+    return {
+        "transformers": "every checkpoint, after `import camera`; a native one without it",
+        "vLLM": f"{native}; bits by layer as compressed-tensors; constants as approximate experts",
+        "SGLang": f"{native}; 4 or 8 bits as compressed-tensors",
+        "llama.cpp": gguf,
+    }
 
 
 def _transformers(config: Any) -> str:

@@ -134,7 +134,7 @@ def test_energies_relative_to_hidden_states_are_shares_of_the_hidden_states(
 
 def scored(name, source, statistics):
     """Groups and scores of every layer, from the run's statistics or, without any, the weights."""
-    score = SCORES[name]()
+    score = SCORES[name](normalize="all") if name in ("fisher", "product") else SCORES[name]()
     spec = score.observer()
     if spec is not None and spec.reads != "weights":
         return [(layer.groups, score.values(layer)) for _, layer in statistics_of(statistics)]

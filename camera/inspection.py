@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from camera.checkpoint.config import CameraConfig, json_object, load_config
+from camera.checkpoint.source import resolve_model
+from camera.engines.fit import engines, engines_of_outcomes
 from camera.moe.budget import Budget
 from camera.moe.pool import LayerPool
 from camera.pipeline.memory.config_model import ConfigModel
+from camera.runtime.files import CheckpointFiles
 from camera.runtime.progress import format_bytes
 
 SAMPLES, LENGTH = 128, 2048  # of the calibration that memory is estimated for
 CARD = 80 * 10**9  # bytes of the accelerator that memory is estimated on
 BITS = (4.0, 3.0, 2.5)
+OWN_FORMAT = "in Camera's format"
 PARTS = ("embeddings", "attention and norms", "router", "routed experts", "shared experts")
 PARTS += ("dense FFNs", "head", "other towers")
 
@@ -55,6 +61,8 @@ class Description:
     left: list[Remainder]
     memory: dict[str, str]
     engines: dict[str, str]
+    compressed: str | None = None  # how a checkpoint was made
+    of_original: bool = False  # whether the counts are those of the model it was made from
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -62,8 +70,10 @@ class Description:
 
     def __str__(self) -> str:
         quantised = f", published as {self.published_as}" if self.published_as else ""
-        lines = [
-            f"{self.model}: {self.model_type} ({self.model_class}), "
+        lines = [] if self.compressed is None else [f"{self.model}: {self.compressed}", ""]
+        counted = "its original" if self.of_original else self.model
+        lines += [
+            f"{counted}: {self.model_type} ({self.model_class}), "
             f"{_billions(self.parameters)} parameters, {_billions(self.active_parameters)} of them "
             f"for a token, {format_bytes(self.bytes)} in {self.dtype}{quantised}",
             f"{self.layers} layers of width {self.hidden}, {self.moe_layers} of them with experts; "
@@ -100,38 +110,46 @@ class Description:
         )
 
 
-def described(config: Any, name: str, sparsity: float, engines: dict[str, str]) -> Description:
-    """Count a model by its config; `sparsity` is the share of the pool that methods remove, and
-    `engines` say what programs take.
+def description(
+    model: str | Path, sparsity: float = 0.4, trust_remote_code: bool = False
+) -> Description:
+    """Count a model by its config, and say what methods would leave of it at `sparsity`, which
+    memory compressing it takes, and which engines could serve it: no weights are read.
 
-    CameraError for a family or a layout that isn't supported, and for a sparsity out of reach.
+    Of a compressed checkpoint that isn't native the model it was made from is counted. CameraError
+    for a model that isn't supported, and for a sparsity out of reach.
     """
+    folder = resolve_model(str(model), weights=False)
+    config, file = load_config(folder, trust_remote_code), folder / CheckpointFiles.REPORT
+    report = json_object(file) if file.exists() else None
     quantised = getattr(config, "quantization_config", None)
+    ours = isinstance(quantised, CameraConfig)
+    taken = engines(config) if report or ours else engines_of_outcomes(config)
     if quantised is not None:
         del config.quantization_config
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    model = ConfigModel(config, dtype)
-    views = [model.feed_forward(index) for index in range(len(model.layers))]
+    meta = ConfigModel(config, dtype)
+    views = [meta.feed_forward(index) for index in range(len(meta.layers))]
     routed = [view.routed for view in views if view.is_moe]
     shared = [g for view in views if view.is_moe for g in view.groups if not g.routed]
     dense = [view.groups[0] for view in views if not view.is_moe]
     widest = lambda groups: max((max(g.widths) for g in groups), default=0)  # noqa: E731
     experts = max((len(group.widths) for group in routed), default=0)
-    top_k = model.family.top_k(model.config) if experts else 1
-    parts = _parts(model)
-    total, pool, budget = sum(parts.values()), parts["routed experts"], model.budget
+    top_k = meta.family.top_k(meta.config) if experts else 1
+    parts = _parts(meta)
+    total, pool, budget = sum(parts.values()), parts["routed experts"], meta.budget
     idle = parts["other towers"] + pool - pool * top_k // (experts or 1)
     idle += parts["embeddings"] * (parts["head"] > 0)  # of a table of its own a token reads a row
     return Description(
-        model=name,
+        model=str(model),
         model_type=config.model_type,
-        model_class=type(model.model).__name__,
+        model_class=type(meta.model).__name__,
         dtype=str(dtype).removeprefix("torch."),
-        published_as=_told(quantised),
+        published_as=None if ours else _told(quantised),
         layers=len(views),
         moe_layers=len(routed),
         hidden=budget.hidden,
-        vocabulary=model.text_config.vocab_size,
+        vocabulary=meta.text_config.vocab_size,
         experts=experts,
         experts_per_token=top_k,
         expert_width=widest(routed),
@@ -143,10 +161,25 @@ def described(config: Any, name: str, sparsity: float, engines: dict[str, str]) 
         parts=parts,
         left=_left(budget, sparsity, widest(routed) or widest(dense)),
         memory={
-            "on this machine": _memory(model, sparsity, None),
-            f"on a card of {format_bytes(CARD)}": _memory(model, sparsity, CARD),
+            "on this machine": _memory(meta, sparsity, None),
+            f"on a card of {format_bytes(CARD)}": _memory(meta, sparsity, CARD),
         },
-        engines=engines,
+        engines=taken,
+        compressed=_made(report) if report else OWN_FORMAT if ours else None,
+        of_original=ours,
+    )
+
+
+def _made(report: dict[str, Any]) -> str:
+    """How a checkpoint was made and what it weighs, in a line."""
+    asked, size = report["sparsity"], report["bytes"]
+    removed = f", {100 * asked['moe']:.1f} % of the experts removed" if asked["moe"] else ""
+    bits = report["bits"]["stored"]
+    stored = f", {bits:.4g} bits a weight of the experts" if bits < report["bits"]["raw"] else ""
+    native = "native" if report["native"] else OWN_FORMAT
+    return (
+        f"compressed by {report['method']}{removed}{stored}: "
+        f"{format_bytes(size['compressed'])} instead of {format_bytes(size['dense'])}, {native}"
     )
 
 

@@ -1,9 +1,13 @@
 """A model described by its config alone: its parts, and what methods leave of it."""
 
+import importlib.util
+
 import pytest
 
-from camera.api import description
+import camera
+from camera.inspection import description
 from camera.runtime.errors import CameraError
+from camera.runtime.progress import format_bytes
 from tests.helpers.models import build_model
 
 FAMILIES = ("qwen2_moe", "gpt_oss", "granitemoe", "minimax_m2", "llama4", "llama")
@@ -56,3 +60,33 @@ def test_a_sparsity_out_of_reach_is_refused(folder):
     path, _ = folder("mixtral")
     with pytest.raises(CameraError, match="sparsity=1"):
         description(path, sparsity=1.0)
+
+
+def test_a_compressed_checkpoint_is_told_with_its_own_size_beside_its_original(
+    checkpoints, tmp_path
+):
+    source = checkpoints("qwen2_moe")
+    result = camera.compress(source, "magnitude", tmp_path / "out", sparsity=0.4)
+    found = description(result.checkpoint)
+    assert found.compressed == (
+        f"compressed by magnitude, {100 * result.sparsity['moe']:.1f} % of the experts removed: "
+        f"{format_bytes(result.bytes['compressed'])} instead of "
+        f"{format_bytes(result.bytes['dense'])}, in Camera's format"
+    )
+    assert found.engines == result.engines and found.published_as is None
+    assert found.parameters == description(source).parameters
+    assert "its original: qwen2_moe" in str(found)
+
+
+def test_a_native_checkpoint_is_counted_itself(checkpoints, tmp_path):
+    source, settings = checkpoints("qwen2_moe"), dict(sparsity=0.4138, expert_widths="uniform")
+    result = camera.compress(source, "magnitude", tmp_path / "out", **settings)
+    found = description(result.checkpoint)
+    assert found.compressed.endswith("native") and not found.of_original
+    assert found.parameters < description(source).parameters
+
+
+def test_no_module_hides_a_public_name():
+    """A module of a function's name takes its place on the package once it is imported."""
+    for name in camera.__all__:
+        assert importlib.util.find_spec(f"camera.{name}") is None, name
