@@ -36,17 +36,24 @@ def output_weights(ffn: FeedForward) -> Weights:
 
 
 def fit_bytes(
-    tokens: int, hidden: int, widths: list[int], itemsize: int, dense: bool = False
+    tokens: int,
+    hidden: int,
+    widths: list[int],
+    itemsize: int,
+    dense: bool = False,
+    kept: float = 1.0,
 ) -> int:
     """Peak bytes of a fit beside phi: hidden states, residual, output, new and old weights,
     Gram matrices and their factors, in fp32; hidden states and FFN inputs of the dense model, where
     it is aimed at; phi of the widest expert once more, where all tokens are its own, as it is put
-    together and as it is cut."""
+    together and as it is cut. `kept` is the share of the micro-experts that stays."""
     states, widest = (4 + 2 * dense) * tokens * hidden, max(widths)
-    together = widest if len(widths) == 1 else min(sum(widths), AT_ONCE)
+    together = int(kept * sum(widths))
+    if len(widths) > 1:
+        together = min(together, AT_ONCE)
     squares = max(2 * sum(w * w for w in widths), 4 * together**2)
     weights = 2 * hidden * (sum(widths) + 2 * together)
-    piece = PIECE * max(widest, together)
+    piece = min(PIECE, tokens) * max(widest, together)
     return 4 * (states + weights + squares + piece) + itemsize * tokens * widest
 
 

@@ -152,7 +152,8 @@ def _applying(method: Method, shape: LayerShape) -> int:
     if method.compensation is not None:
         dense = method.compensation.target == "dense"
         widths = shape.pool.widths
-        found += fit_bytes(shape.tokens, shape.hidden, widths, shape.itemsize, dense)
+        kept = 1 - (getattr(method, "sparsity", None) or 0.0)
+        found += fit_bytes(shape.tokens, shape.hidden, widths, shape.itemsize, dense, kept)
     return found
 
 

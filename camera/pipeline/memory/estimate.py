@@ -259,7 +259,8 @@ def _method_bytes(step: Pass, model: MetaModel, method: Method, tokens: int) -> 
             found += method.apply_bytes(layer)
             if method.compensation is not None:
                 dense = method.compensation.target == "dense"
-                found += fit_bytes(tokens, hidden, pool.widths, size, dense)
+                kept = 1 - (getattr(method, "sparsity", None) or 0.0)
+                found += fit_bytes(tokens, hidden, pool.widths, size, dense, kept)
         most = max(most, found)
     return most
 

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from baselines.factorization.layer_factors import Factoring, factored_layer
+from camera.calibration.experts.super_experts import MASSIVE, WithOutliers
+from camera.calibration.scores.energy import EnergyObserver, EnergySpec
 from camera.checkpoint.formats.delta import DeltaExperts
 from camera.checkpoint.formats.ragged import ragged_of
 from camera.compensation.experts import compensate, output_weights
@@ -16,7 +18,8 @@ from camera.moe.capture import run_ffn, unwrap
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.moe.gradients import backpropagate
-from camera.moe.grouped.sinks import OutputSum, PhiRecord
+from camera.moe.grouped.sinks import OutputSum, PhiProjection, PhiRecord
+from camera.pruning.slicing import slice_layer
 from tests.helpers import oracles
 from tests.helpers.models import build_model
 
@@ -78,6 +81,46 @@ def test_the_sum_of_the_experts_is_the_native_block(name):
     with torch.no_grad():
         found = unwrap(ffn.module(x_BLH)).reshape(-1, 32)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_an_accelerator_computes_together_is_the_native_block(name):
+    """Only plain experts go together; energies and the output are the same for all."""
+    x_BLH, ffn = drawn(2, 20, 32), view(name)
+    assert ffn.routed.goes_together == (name == "laguna")
+    energies = []
+    for together in (False, True):
+        observer, sink = EnergyObserver(ffn), OutputSum(x_BLH)
+        with torch.no_grad():
+            run_ffn(ffn, x_BLH, observer, sink=sink, together=together)
+        torch.testing.assert_close(sink.y_TH, native_output(name, x_BLH), rtol=1e-5, atol=1e-6)
+        energies.append(observer.result().sum2_N)
+    torch.testing.assert_close(*energies, rtol=1e-5, atol=1e-14)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_pruned_layer_is_finished_from_phi_with_its_biases(ffn, apart):
+    x_BLH, record = drawn(2, 20, 32), PhiRecord(apart=apart)
+    run_ffn(ffn, x_BLH, sink=record, together=True)
+    kept = {group.path: [torch.arange(5)] * len(group.widths) for group in ffn.groups}
+    slice_layer(ffn, kept)
+    ffn = FeedForward(ffn.layer, ffn.family, ffn.path)
+    projection, found = PhiProjection(ffn, kept), OutputSum(x_BLH)
+    with torch.no_grad():
+        for call in record.calls:
+            projection.add(call, found)
+        expected = unwrap(ffn.module(x_BLH)).reshape(-1, 32)
+    torch.testing.assert_close(found.y_TH, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_an_expert_is_a_super_expert_by_its_bias_too(together):
+    ffn, found = view("gpt_oss"), {"1": {"median": 0.0, "largest": {}}}
+    ffn.routed.module.down_proj_bias[3, 7] = 2 * MASSIVE
+    observer = WithOutliers(EnergySpec(), found).build(1, ffn)
+    run_ffn(ffn, drawn(2, 20, 32), observer, together=together)
+    observer.result()
+    assert found["1"]["largest"] == {"3": pytest.approx(2 * MASSIVE, rel=0.1)}
 
 
 def test_gradients_are_autograds_of_the_native_block(ffn):
