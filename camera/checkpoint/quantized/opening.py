@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from camera.checkpoint.config import CameraConfig, json_object
+from camera.checkpoint.config import NAMES, CameraConfig, json_object
 from camera.checkpoint.places import PackedPlace, Place
 from camera.checkpoint.quantized import awq, compressed_tensors, fp8, gptq, mxfp4
 from camera.checkpoint.quantized.stored import StoredWeights
@@ -55,7 +55,7 @@ def _opened(folder: Path, told: dict[str, Any] | None, plain: torch.dtype) -> Sh
         _refuse_packed(reader, "config.json has no quantization_config")
         return reader
     method = told.get("quant_method")
-    if method == "camera":
+    if method in NAMES:
         return reader
     if method not in FORMATS:
         raise CameraError(
