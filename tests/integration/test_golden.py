@@ -22,10 +22,11 @@ class Experts(nn.Module):
     def __init__(self, gate_up, down):
         super().__init__()
         self.gate_up_proj, self.down_proj = nn.Parameter(gate_up), nn.Parameter(down)
+        self.act_fn = nn.SiLU()
 
     def _apply_gate(self, gate_up):
         gate, up = gate_up.chunk(2, -1)
-        return nn.functional.silu(gate) * up
+        return self.act_fn(gate) * up
 
 
 class Mlp(nn.Module):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import completion
+from experiments.commands import completion
 from experiments.commands.subcommands import SUBCOMMANDS
 
 ROOT = Path(__file__).resolve().parents[3]

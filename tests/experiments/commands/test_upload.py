@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import upload
+from experiments.commands import upload
 from experiments.commands.subcommands import main
 from experiments.runs import wandb_files
 from tests.helpers.runs.composing import command, tiny
