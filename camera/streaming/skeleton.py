@@ -18,9 +18,9 @@ from camera.checkpoint.loading import (
 from camera.checkpoint.matching import convert, refuse_missing
 from camera.checkpoint.places import read_places
 from camera.checkpoint.quantized.opening import open_weights
-from camera.moe.block_check import refuse_other_sums
 from camera.moe.budget import Budget, budget_of, require_counts
 from camera.moe.capture import replaced_submodule
+from camera.moe.experts.block_check import refuse_other_sums
 from camera.moe.families import family_of, layer_of
 from camera.moe.feed_forward import FeedForward, RoutedExperts
 from camera.runtime.buffers import trim_heap
