@@ -98,7 +98,7 @@ def test_composing_is_light(preset):
     assert loaded(code) == []
 
 
-@pytest.mark.parametrize("command", ["tables", "status"])
+@pytest.mark.parametrize("command", ["tables", "commands.status"])
 def test_a_command_over_finished_runs_is_light(command, tmp_path):
     run = add(tmp_path, "a", "camera_p", 0.2)
     sweep = tmp_path / "sweeps" / "1"
