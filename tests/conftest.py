@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.pop("COLUMNS", None)  # as wide as a line is, whatever terminal the tests run in
 
 
 # Tiny matrices: more threads only wait for each other. They also sum in another order, which the

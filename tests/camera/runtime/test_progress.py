@@ -85,10 +85,10 @@ def test_layers_go_on_where_they_stopped_and_tell_the_memory_held(clock, lines):
         seen.append(index)
         clock.now += 60
     assert seen == [2, 3, 4]
-    assert [line.split(",")[0] for line in lines()] == [
-        f"measure: {n} of 5 layers" for n in (3, 4, 5)
-    ]
-    assert all(line.endswith(" GB") for line in lines())
+    first, *more = lines()
+    assert first == "Going on at layer 3 of 5 (measure)."
+    assert [line.split(",")[0] for line in more] == [f"measure: {n} of 5 layers" for n in (3, 4, 5)]
+    assert all(line.endswith(" GB") for line in more)
 
 
 def test_a_notebook_without_widgets_is_spared_the_bar(clock, lines, monkeypatch, recwarn):
