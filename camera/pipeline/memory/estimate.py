@@ -50,6 +50,7 @@ SLOT_TABLES = 4
 TOKEN_BYTES = 16  # of a calibration token: its id, and once more as it is hashed
 SAMPLE_BYTES = 512  # of a sample's objects while it is drawn
 PhiKept = Literal["all", "routed", "none"]
+UNEVEN = 1.1  # of the share that stays: what a layer keeps of it where one ranking is for all
 FEWER = "lower calibration.samples"
 LARGER = "it takes a machine with more memory"
 
@@ -259,7 +260,7 @@ def _method_bytes(step: Pass, model: MetaModel, method: Method, tokens: int) -> 
             found += method.apply_bytes(layer)
             if method.compensation is not None:
                 dense = method.compensation.target == "dense"
-                kept = 1 - (getattr(method, "sparsity", None) or 0.0)
+                kept = min(1.0, UNEVEN * (1 - (getattr(method, "sparsity", None) or 0.0)))
                 found += fit_bytes(tokens, hidden, pool.widths, size, dense, kept)
         most = max(most, found)
     return most
