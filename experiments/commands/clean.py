@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from camera.runtime.errors import CameraError
-from experiments.config.location import user_folder
+from experiments.config.location import add_output_folder
 from experiments.records.files import COMPRESSION, OutputFolder, RunFiles, is_locked
 from experiments.records.outcome import size_of
 
@@ -133,14 +133,7 @@ def _inside(folder: Path) -> list[Path]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser(prog="camera clean", description=__doc__)
-    parser.add_argument(
-        "folder",
-        type=user_folder,
-        metavar="OUTPUT",
-        nargs="?",
-        default=user_folder("outputs"),
-        help="the folder that was `output` (default: outputs)",
-    )
+    add_output_folder(parser, "the folder that was `output`", metavar="OUTPUT")
     for kind, about in ABOUT.items():
         parser.add_argument(f"--{kind}", action="store_true", help=f"free {about}")
     asked = parser.parse_args(arguments)

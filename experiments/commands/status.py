@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from camera.runtime.errors import CameraError
-from experiments.config.location import user_folder
+from experiments.config.location import add_output_folder
 from experiments.records.failures import DamagedFileError
 from experiments.records.files import OutputFolder, RunFiles, SweepFiles
 from experiments.sweeps.durations import Durations, elapsed, format_duration
@@ -166,14 +166,7 @@ def _said(sweep: Sweep, job: SweepJob) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser(prog="camera status", description=__doc__)
-    parser.add_argument(
-        "folder",
-        type=user_folder,
-        metavar="DIR",
-        nargs="?",
-        default=user_folder("outputs"),
-        help="the folder that was `output`, or one of its sweeps/ (default: outputs)",
-    )
+    add_output_folder(parser, "the folder that was `output`, or one of its sweeps/")
     try:
         report(parser.parse_args(arguments).folder)
     except CameraError as error:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from camera.runtime.errors import CameraError
-from experiments.config.location import user_folder
+from experiments.config.location import add_output_folder
 from experiments.records.files import OutputFolder, RunFiles, SweepFiles
 
 UPLOADED, KEPT, BEFORE, OPEN = "uploaded", "kept offline", "uploaded before", "not finished"
@@ -26,14 +26,7 @@ UPLOADED, KEPT, BEFORE, OPEN = "uploaded", "kept offline", "uploaded before", "n
 def main(arguments: list[str]) -> int:
     """Upload what is finished below a folder, and say how much that was."""
     parser = argparse.ArgumentParser(prog="camera wandb", description=__doc__)
-    parser.add_argument(
-        "folder",
-        type=user_folder,
-        metavar="DIR",
-        nargs="?",
-        default=user_folder("outputs"),
-        help="what was `output` (default: outputs)",
-    )
+    add_output_folder(parser)
     parser.add_argument("--project", default="camera", help="of what W&B wasn't told of yet")
     parser.add_argument("--entity", help="team or user (default: that of the account)")
     asked = parser.parse_args(arguments)

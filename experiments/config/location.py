@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from importlib.resources import files
 from pathlib import Path
 
@@ -22,3 +23,17 @@ def user_path(path: str) -> str:
 def user_folder(path: str) -> Path:
     """A folder that a command is given."""
     return Path(user_path(path))
+
+
+def add_output_folder(
+    parser: ArgumentParser, about: str = "what was `output`", metavar: str = "DIR"
+) -> None:
+    """The argument `folder` of a command that reads an output folder: outputs, unless given."""
+    parser.add_argument(
+        "folder",
+        type=user_folder,
+        metavar=metavar,
+        nargs="?",
+        default=user_folder("outputs"),
+        help=f"{about} (default: outputs)",
+    )

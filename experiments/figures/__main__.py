@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from camera.runtime.errors import CameraError
-from experiments.config.location import user_folder
+from experiments.config.location import add_output_folder
 from experiments.figures.comparison import draw_comparisons
 from experiments.figures.run import draw_run
 from experiments.records.files import OutputFolder
@@ -16,14 +16,7 @@ from experiments.tables.rows import runs_below
 def main(arguments: list[str]) -> int:
     """Draw the figures over all runs to DIR/figures, and those of each run in its own folder."""
     parser = argparse.ArgumentParser(prog="camera figures", description=__doc__)
-    parser.add_argument(
-        "folder",
-        type=user_folder,
-        metavar="DIR",
-        nargs="?",
-        default=user_folder("outputs"),
-        help="what was `output` (default: outputs)",
-    )
+    add_output_folder(parser)
     folder = parser.parse_args(arguments).folder
     try:
         runs = runs_below(folder)

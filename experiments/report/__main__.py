@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from camera.runtime.errors import CameraError
-from experiments.config.location import user_folder
+from experiments.config.location import add_output_folder, user_folder
 from experiments.records.files import OutputFolder
 from experiments.report.writing import write_report
 from experiments.tables.rows import runs_below
@@ -15,14 +15,7 @@ from experiments.tables.rows import runs_below
 def main(arguments: list[str]) -> int:
     """Write the page and say where it is."""
     parser = argparse.ArgumentParser(prog="camera report", description=__doc__)
-    parser.add_argument(
-        "folder",
-        type=user_folder,
-        metavar="DIR",
-        nargs="?",
-        default=user_folder("outputs"),
-        help="what was `output` (default: outputs)",
-    )
+    add_output_folder(parser)
     parser.add_argument("--out", type=user_folder, help="the page (default: DIR/report.html)")
     asked = parser.parse_args(arguments)
     try:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from camera.runtime.errors import CameraError
-from experiments.config.location import user_folder
+from experiments.config.location import add_output_folder
 from experiments.records.files import write_text
 from experiments.tables.aggregate import over_seeds
 from experiments.tables.layouts.latex import to_latex
@@ -93,14 +93,7 @@ def _by_data(frame: pd.DataFrame) -> pd.DataFrame:
 def main(arguments: list[str]) -> int:
     """Remake and print the tables of a folder."""
     parser = argparse.ArgumentParser(prog="camera tables", description=__doc__)
-    parser.add_argument(
-        "folder",
-        type=user_folder,
-        metavar="DIR",
-        nargs="?",
-        default=user_folder("outputs"),
-        help="what was `output` (default: outputs)",
-    )
+    add_output_folder(parser)
     parser.add_argument(
         "--errors",
         choices=["none", "std", "se"],

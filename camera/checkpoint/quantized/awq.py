@@ -9,7 +9,7 @@ Shapes: R rows (outputs), C columns (inputs), G groups of columns.
 import torch
 
 from camera.checkpoint.places import PackedPlace
-from camera.checkpoint.quantized.integers import unpack_columns
+from camera.checkpoint.quantized.integers import matrices_of_codes, unpack_columns
 from camera.checkpoint.quantized.stored import StoredWeights
 
 BITS, CODES = 4, 8  # of an int32
@@ -24,17 +24,10 @@ def unpacked(stored: StoredWeights) -> dict[str, PackedPlace]:
     if str(stored.told.get("version", "gemm")).lower() != "gemm":
         stored.refuse_setting("version", "gemm")
     size, found = stored.told.get("group_size", 128), {}
-    for key, place in stored.places.items():
-        if not key.endswith(".qweight"):
-            continue
-        path = key.removesuffix(".qweight")
-        if place.dtype != torch.int32 or len(place.shape) != 2:
-            stored.refuse(key, place, f"is {place.dtype} {list(place.shape)}, which no codes are")
+    for path, parts in matrices_of_codes(stored):
+        place = parts["qweight"]
         columns, rows = place.shape[0], place.shape[1] * CODES
         groups = 1 if size == -1 else -(-columns // size)
-        parts = {"qweight": place}
-        for part in ("qzeros", "scales"):
-            parts[part] = stored.part(key, f"{path}.{part}")
         stored.require_shape(f"{path}.qzeros", parts["qzeros"], (groups, rows // CODES))
         stored.require_shape(f"{path}.scales", parts["scales"], (groups, rows))
         found[f"{path}.weight"] = PackedPlace(

@@ -10,7 +10,7 @@ Shapes: R rows (outputs), C columns (inputs), G groups of columns.
 import torch
 
 from camera.checkpoint.places import PackedPlace
-from camera.checkpoint.quantized.integers import unpack_columns
+from camera.checkpoint.quantized.integers import matrices_of_codes, unpack_columns
 from camera.checkpoint.quantized.stored import StoredWeights
 
 BITS = (2, 4, 8)
@@ -29,24 +29,17 @@ def unpacked(stored: StoredWeights) -> dict[str, PackedPlace]:
     if stored.told.get("dynamic"):
         stored.refuse_setting("dynamic", "one scheme for all modules")
     found = {}
-    for key, place in stored.places.items():
-        if not key.endswith(".qweight"):
-            continue
-        path = key.removesuffix(".qweight")
-        if place.dtype != torch.int32 or len(place.shape) != 2:
-            stored.refuse(key, place, f"is {place.dtype} {list(place.shape)}, which no codes are")
+    for path, parts in matrices_of_codes(stored):
+        place = parts["qweight"]
         columns, rows = place.shape[0] * 32 // bits, place.shape[1]
         groups = 1 if size == -1 else -(-columns // size)
-        parts = {"qweight": place}
-        for part in ("qzeros", "scales"):
-            parts[part] = stored.part(key, f"{path}.{part}")
         stored.require_shape(f"{path}.qzeros", parts["qzeros"], (groups, rows * bits // 32))
         stored.require_shape(f"{path}.scales", parts["scales"], (groups, rows))
         if f"{path}.g_idx" in stored.places:
-            parts["g_idx"] = stored.part(key, f"{path}.g_idx")
+            parts["g_idx"] = stored.part(f"{path}.qweight", f"{path}.g_idx")
             stored.require_shape(f"{path}.g_idx", parts["g_idx"], (columns,))
         elif stored.told.get("desc_act"):
-            stored.part(key, f"{path}.g_idx")
+            stored.part(f"{path}.qweight", f"{path}.g_idx")
         found[f"{path}.weight"] = PackedPlace(
             parts,
             lambda parts, size=columns if size == -1 else size: dequantized(
