@@ -151,7 +151,7 @@ def test_what_the_head_takes_is_in_the_estimate(name, took):
 def test_experts_on_disk_take_far_less_than_the_layer(took):
     facts = took["on disk"]
     assert facts["experts_on_disk"] and facts["layer"] > 190e6
-    assert facts["took"] <= 0.65 * facts["layer"]  # allocators keep some of what is freed
+    assert facts["took"] <= 0.65 * facts["layer"]  # 0.36 to 0.62 from run to run
     assert facts["took"] <= facts["said"] <= LAYERS_HELD * facts["layer"] / 2
 
 
