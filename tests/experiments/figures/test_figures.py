@@ -38,6 +38,8 @@ from experiments.records.energy_summary import (
     top_shares,
 )
 
+pytestmark = pytest.mark.drawn
+
 
 def layer(*values: float, widths: tuple[int, ...] = (), number: int = 0) -> EnergyStatistics:
     """A layer whose micro-experts have these energies at alpha 0, and none at alpha 1."""
