@@ -25,6 +25,34 @@ os.environ.pop("COLUMNS", None)  # as wide as a line is, whatever terminal the t
 torch.set_num_threads(int(os.environ.get("CAMERA_TEST_THREADS", "1")))
 
 
+# What takes longest, in this order: a worker that begins one of these last leaves the others idle.
+LONGEST = (
+    "integration/test_device.py",
+    "docs/test_notebooks.py",
+    "integration/test_contract.py",
+    "camera/pipeline/test_processes.py",
+    "integration/test_newer_families.py",
+    "experiments/config/test_presets.py",
+    "experiments/runs/test_runs.py",
+    "experiments/sweeps/test_sweep.py",
+    "experiments/sweeps/test_ranks.py",
+    "camera/pipeline/test_estimate.py",
+    "integration/test_kills.py",
+    "experiments/config/test_config.py",
+    "integration/test_checkpoint_fuzz.py",
+    "experiments/sweeps/test_endings.py",
+    "docs/test_readme.py",
+    "experiments/commands/test_offline.py",
+    "experiments/runs/test_tracker.py",
+    "docs/test_docs_examples.py",
+    "docs/test_extending.py",
+    "experiments/sweeps/test_search.py",
+    "experiments/sweeps/test_launchers.py",
+    "experiments/sweeps/test_two_sweeps.py",
+    "docs/test_examples.py",
+    "docs/test_site.py",
+)
+
 _no_fake = f"none is asked for (--accelerator, or {fake_device.ASKED}): cuda, or another name"
 
 
@@ -58,6 +86,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     if config.option.markexpr == MARK:  # one process has the card for itself
         config.option.numprocesses = 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest first; `--no-loadscope-reorder` keeps xdist from sorting files by their tests."""
+    rank = {Path(__file__).parent / file: number for number, file in enumerate(LONGEST)}
+    assert all(file.exists() for file in rank), "LONGEST in tests/conftest.py names a missing file"
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 def _give_fake_device() -> None:
