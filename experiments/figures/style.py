@@ -6,6 +6,7 @@ import io
 import logging
 import re
 import textwrap
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,17 +181,20 @@ def save(figure: plt.Figure, file: Path) -> Path:
     dark.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # found once, it serves all files
     told = {"Title": figure.get_label()}
-    # The date would make files differ that show the same.
-    for kind, metadata in (("pdf", told | {"CreationDate": None}), ("png", told)):
-        target = file.with_suffix(f".{kind}")
-        part = target.with_name(f".{target.name}")
-        figure.savefig(part, format=kind, metadata=metadata)
-        part.replace(target)
     drawing = io.StringIO()
-    figure.savefig(drawing, format="svg", metadata=told | {"Date": None})
+    with warnings.catch_warnings():
+        # A name in a script that the font lacks is boxes, but in the SVG: no matter of the run's.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # found once, it serves all files
+        # The date would make files differ that show the same.
+        for kind, metadata in (("pdf", told | {"CreationDate": None}), ("png", told)):
+            target = file.with_suffix(f".{kind}")
+            part = target.with_name(f".{target.name}")
+            figure.savefig(part, format=kind, metadata=metadata)
+            part.replace(target)
+        figure.savefig(drawing, format="svg", metadata=told | {"Date": None})
     write_text(file.with_suffix(".svg"), for_both_schemes(drawing.getvalue()))
     plt.close(figure)
     return file

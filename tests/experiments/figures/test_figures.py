@@ -157,6 +157,13 @@ def test_shared_and_dense_modules_stand_apart_from_routed_experts(tmp_path):
     assert image.imread(draw_bits(widths, "", tmp_path / "bits.png")).size
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_name_in_a_script_that_the_font_lacks_is_no_warning(tmp_path):
+    widths = {"model.layers.0.mlp": [3]}
+    file = draw_widths(widths, {"model.layers.0.mlp": 4}, "模型", tmp_path / "a.png")
+    assert "模型" in file.with_suffix(".svg").read_text(encoding="utf-8")
+
+
 def test_a_dense_model_and_a_large_one_can_be_drawn(tmp_path):
     draw_widths({"model.layers.0.mlp": [3]}, {"model.layers.0.mlp": 4}, "", tmp_path / "a.png")
     layers = [f"model.layers.{number}.mlp.experts" for number in range(48)]
