@@ -22,7 +22,9 @@ os.environ.pop("COLUMNS", None)  # as wide as a line is, whatever terminal the t
 
 # Tiny matrices: more threads only wait for each other. They also sum in another order, which the
 # tests must bear: CAMERA_TEST_THREADS=8 shows whether they do.
-torch.set_num_threads(int(os.environ.get("CAMERA_TEST_THREADS", "1")))
+THREADS = os.environ.get("CAMERA_TEST_THREADS", "1")
+torch.set_num_threads(int(THREADS))
+os.environ.setdefault("OMP_NUM_THREADS", THREADS)  # of processes and kernels that tests start, too
 
 
 # What takes longest, in this order: a worker that begins one of these last leaves the others idle.

@@ -70,7 +70,7 @@ def test_a_report_tells_what_statistics_cost_the_run_that_gathered_them(
     compress, tmp_path, monkeypatch
 ):
     gather = DensePass._gather
-    monkeypatch.setattr(DensePass, "_gather", lambda *a: sleep(0.3) or gather(*a))
+    monkeypatch.setattr(DensePass, "_gather", lambda *a: sleep(1) or gather(*a))
     compress()
     compress(sparsity=0.4)
     (path,) = (tmp_path / "shared").glob("*.json")
@@ -79,10 +79,10 @@ def test_a_report_tells_what_statistics_cost_the_run_that_gathered_them(
     own, other, unknown = (
         json.loads((tmp_path / f"out-{n}" / CheckpointFiles.REPORT).read_text()) for n in range(3)
     )
-    assert own["cached_statistics"] == {} and own["seconds"]["calibrate"] >= 0.3
+    assert own["cached_statistics"] == {} and own["seconds"]["calibrate"] >= 1
     used = other["cached_statistics"]
-    assert 0.3 <= used["seconds"] <= own["seconds"]["calibrate"] + 0.01
-    assert other["seconds"]["calibrate"] < used["seconds"]
+    assert 1 <= used["seconds"] <= own["seconds"]["calibrate"] + 0.01
+    assert other["seconds"]["calibrate"] < used["seconds"]  # reading them takes milliseconds
     assert 0 < used["peak_memory_bytes"] <= own["peak_memory_bytes"]
     assert unknown["cached_statistics"] == {"seconds": 0.0, "peak_memory_bytes": 0}
 

@@ -22,9 +22,12 @@ from camera.streaming.skeleton import MetaModel
 from tests.helpers.models import build_model, build_tokenizer
 
 # A process of its own compresses tiny models first, so that the libraries' own memory is there, and
-# prints what each of the others took beyond what was held when its memory was estimated.
+# prints what each of the others took beyond what was held when its memory was estimated. From the
+# job `exact` on, malloc gives every tensor a mapping of its own, as it always does with those of a
+# real model's size: else it keeps pieces of these small ones, more or fewer as threads are
+# scheduled, up to a third of what a job takes.
 MEASURED = textwrap.dedent("""
-    import gc, json, sys
+    import ctypes, gc, json, sys
     import torch
     import camera
     from camera.pipeline.memory.estimate import MemoryEstimate
@@ -32,6 +35,7 @@ MEASURED = textwrap.dedent("""
     from camera.streaming.settings import MemoryChoices
 
     torch.set_num_threads(1)
+    M_MMAP_THRESHOLD = -3  # glibc's
     of, found = MemoryEstimate.of, {}
 
     def status(key):
@@ -49,6 +53,8 @@ MEASURED = textwrap.dedent("""
     MemoryEstimate.of = measured
     data, *jobs = sys.argv[1:]
     for job in map(json.loads, jobs):
+        if job["exact"]:
+            getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)(M_MMAP_THRESHOLD, 2**20)
         result = camera.compress(
             job["model"], job["method"], job["out"], memory=MemoryChoices(**job["memory"]),
             data=data, device="cpu", progress=False,
@@ -61,7 +67,7 @@ MEASURED = textwrap.dedent("""
         }))
         gc.collect()
 """)
-ON_DISK = ("on disk", "on disk again", "on disk once more")  # the same, measured three times
+PIECES = 1.1  # of what is said: what malloc, and the threads that read and write, may add to it
 MEASURABLE = Path("/proc/self/clear_refs").exists()
 
 
@@ -95,12 +101,11 @@ def took(checkpoints, data_folder, tmp_path_factory):
     pruned, quantised = ("camera_p", {"sparsity": 0.3}), ("camera_q", {"bits": 3.0})
     refitted = ("camera_p", {"sparsity": 0.3, "compensate": "layer", "target": "dense"})
     on_disk, jobs = {"experts": "disk"}, {}
-    # what takes least is measured first: pieces of the heap that larger runs leave add to it
     for name, model, (method, settings), asked in (
         ("first", "tiny", pruned, {}),
         ("second", "tiny", quantised, on_disk),
-        *((name, "wide", ("camera_p", {"sparsity": 0.75}), on_disk) for name in ON_DISK),
         ("deep", "deep", pruned, {}),
+        ("on disk", "wide", ("camera_p", {"sparsity": 0.75}), on_disk),
         ("quantised", "small", quantised, {}),
         ("compensated", "plain", refitted, {}),
         ("gradients", "worded", ("heapr", {"sparsity": 0.3}), {}),
@@ -108,7 +113,9 @@ def took(checkpoints, data_folder, tmp_path_factory):
     ):
         job = {"model": models[model], "out": folder / f"{name}-out", "method": method}
         job["samples"] = {"compensated": 256, "gradients": 64, "trials": 64}.get(name, 4)
-        jobs[name] = json.dumps(job | {"settings": settings, "memory": asked}, default=str)
+        job |= {"settings": settings, "memory": asked}
+        job["exact"] = name not in ("first", "second", "deep")
+        jobs[name] = json.dumps(job, default=str)
     script = folder / "measured.py"
     script.write_text(MEASURED)
     done = subprocess.run(
@@ -121,41 +128,46 @@ def took(checkpoints, data_folder, tmp_path_factory):
     return dict(zip(jobs, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
+def is_said(facts) -> bool:
+    """Whether what a job took was said, and not much more."""
+    return facts["took"] / PIECES <= facts["said"] <= 2 * facts["took"]
+
+
 def test_a_deep_model_takes_three_layers_and_its_hidden_states(took):
     facts = took["deep"]
     assert facts["layer"] > 45e6
-    assert facts["took"] <= 3 * facts["layer"] + HIDDEN_HELD * facts["hidden"]
-    assert facts["took"] <= facts["said"] <= 2 * facts["took"]
+    # a fourth layer would be a third more
+    assert facts["took"] <= PIECES * (3 * facts["layer"] + HIDDEN_HELD * facts["hidden"])
+    assert is_said(facts)
     # the same comparison as it stands in the report, of the whole process
     assert facts["peak"] <= facts["expected"] < facts["before"] + 1.1 * facts["said"]
 
 
 def test_what_a_quantiser_takes_is_in_the_estimate(took):
     facts = took["quantised"]
-    assert facts["method"] > facts["layer"]  # Hessians, factors
-    assert facts["took"] <= facts["said"] <= 2 * facts["took"]
+    assert facts["method"] > facts["layer"]  # Hessians, factors: without them a third were said
+    assert is_said(facts)
 
 
 def test_what_a_fit_takes_is_in_the_estimate(took):
     facts = took["compensated"]
-    assert facts["phi"] > 64e6 > 10 * facts["layer"]
-    assert facts["took"] <= facts["said"] <= 2 * facts["took"]
+    assert facts["phi"] > 64e6 > 10 * facts["layer"]  # without the fit half of it were said
+    assert is_said(facts)
 
 
 @pytest.mark.parametrize("name", ["gradients", "trials"])
 def test_what_the_head_takes_is_in_the_estimate(name, took):
     facts = took[name]
-    assert facts["logits"] > 500e6 > 10 * facts["hidden"]
-    assert facts["took"] <= facts["said"] <= 2 * facts["took"]
+    assert facts["logits"] > 500e6 > 10 * facts["hidden"]  # without them a fifth were said
+    assert is_said(facts)
 
 
 def test_experts_on_disk_take_far_less_than_the_layer(took):
-    runs = [took[name] for name in ON_DISK]
-    assert all(facts["experts_on_disk"] and facts["layer"] > 190e6 for facts in runs)
-    # threads that read ahead and write behind add to it as they are scheduled: up to a quarter more
-    assert min(facts["took"] for facts in runs) <= 0.6 * runs[0]["layer"]
-    for facts in runs:
-        assert facts["took"] <= facts["said"] <= LAYERS_HELD * facts["layer"] / 2
+    facts = took["on disk"]
+    assert facts["experts_on_disk"] and facts["layer"] > 190e6
+    # a third of the layer is measured; all its experts would be nearly all of it
+    assert facts["took"] <= 0.6 * facts["layer"]
+    assert facts["took"] <= facts["said"] <= LAYERS_HELD * facts["layer"] / 2
 
 
 def test_the_estimate_is_logged_before_and_the_fact_after(
