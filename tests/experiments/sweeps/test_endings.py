@@ -206,7 +206,9 @@ def test_a_launcher_that_starts_nothing_fails(tmp_path):
     assert [record for _, record in launches.ends(jobs)] == [None]
 
 
-def test_a_worker_killed_for_good_is_named(checkpoints, data_folder, tmp_path):
+def test_a_preset_runs_side_by_side_and_a_worker_killed_for_good_is_named(
+    checkpoints, data_folder, tmp_path
+):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     overrides = tiny(checkpoints("qwen2_moe"), data_folder, tmp_path / "out")
     deadly = (
@@ -222,7 +224,8 @@ def test_a_worker_killed_for_good_is_named(checkpoints, data_folder, tmp_path):
         + "".join(f"    {line}\n" for line in deadly.splitlines())
     )
     arguments = ["-m", *overrides, "evaluation=none", "hydra/launcher=parallel"]
-    arguments.append("method=camera_p,random,magnitude")
+    grid = "[{method:dense},{method:[camera_p,random],sparsity:0.4}]"
+    arguments += ["experiment=main", f"hydra.sweeper.grids.main={grid}"]
     done = subprocess.run(
         [sys.executable, "main.py", *arguments],
         cwd=CONF.parent,
@@ -237,6 +240,9 @@ def test_a_worker_killed_for_good_is_named(checkpoints, data_folder, tmp_path):
     )
     assert done.returncode == 1, done.stderr
     assert "2 of 3 jobs done" in done.stdout
+    with (tmp_path / "out" / "table.csv").open() as file:
+        rows = {(row["method"], row["sparsity"], row["status"]) for row in csv.DictReader(file)}
+    assert rows >= {("dense", "", "done"), ("camera_p", "40.0", "done")}
     assert "killed: it left no record" in (the_sweep(tmp_path / "out") / "table.md").read_text()
     records = (the_sweep(tmp_path / "out") / "jobs").glob("*.json")
     assert any(json.loads(file.read_text())["error"] == files.LOST for file in records)
