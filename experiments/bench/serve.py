@@ -16,6 +16,7 @@ from camera.evaluation.speed import measure_speed
 from camera.evaluation.tasks.names import NINE_TASKS
 from camera.runtime.errors import CameraError
 from camera.runtime.files import write_json
+from camera.streaming.skeleton import MetaModel
 from experiments.bench.support import llama
 from experiments.bench.support.synthetic import write_model
 from experiments.bench.support.timing import clock
@@ -30,8 +31,10 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ragged": ("camera_p", "ragged", {}),
     "uniform": ("camera_p", "uniform", UNIFORM),
     "plus": ("camera_plus", "uniform", UNIFORM),
+    "plus_routed": ("camera_plus", "uniform, shared whole", UNIFORM | {"sparsity_of": "routed"}),
     "magnitude": ("magnitude", "uniform", UNIFORM),
     "packed": ("layerwise_bits", "packed", {"sym": True}),
+    "camera_q": ("camera_q", "packed", {"bits": 2.25}),
 }
 RANDOM = "random"  # a model with Qwen3-30B-A3B's shapes divided by 4, and 4 layers
 
@@ -126,11 +129,11 @@ class _Served:
         return json.loads(path.read_text())
 
     def _measured(self, name: str) -> dict[str, Any]:
-        method, shape, settings = ROWS[name]
+        method, shape, _ = ROWS[name]
         done = None
         checkpoint = self.source
         if name != "dense":
-            checkpoint, done = self._compressed(name, method, settings)
+            checkpoint, done = self._compressed(name)
         found = {
             "model": self.name,
             "method": method,
@@ -163,13 +166,17 @@ class _Served:
                 shutil.rmtree(out) if out.is_dir() else out.unlink()
         return found
 
-    def _compressed(self, name: str, method: str, settings: dict[str, Any]) -> tuple[str, dict]:
+    def _compressed(self, name: str) -> tuple[str, dict]:
         """A checkpoint, made unless an earlier run left it, and its report."""
         out, args = self.folder / name, self.args
-        if method == "layerwise_bits":
-            asked = settings | {"bits": args.bits}
+        method, shape, settings = ROWS[name]
+        if shape == "packed":
+            asked = {"bits": args.bits} | settings
         else:
-            asked = settings | {"sparsity": args.sparsity, "width_multiple": args.width_multiple}
+            asked = {"sparsity": args.sparsity, "width_multiple": args.width_multiple} | settings
+            if asked.get("sparsity_of") == "routed":  # as much of all experts
+                dense = MetaModel(Path(self.source)).budget.dense
+                asked["sparsity"] *= dense.moe / dense.routed
         if not out.exists():
             camera.compress(
                 self.source,
