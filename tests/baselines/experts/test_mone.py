@@ -49,7 +49,10 @@ def test_the_score_is_the_spread_of_an_experts_output_times_its_use(family):
         torch.testing.assert_close(score_E, torch.stack(expected).double(), rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "phimoe", "granitemoe"])
+PAIRS = ["qwen2_moe", "deepseek_v3", "phimoe", "granitemoe", "gpt_oss"]  # the last one has biases
+
+
+@pytest.mark.parametrize("family", PAIRS)
 def test_sums_over_pairs_use_the_weights_that_the_model_applies(family, monkeypatch):
     monkeypatch.setattr("camera.calibration.experts.outputs.RUN", 3)
     found, f_TEH, a_TE = seen(family, joint=True)
@@ -57,17 +60,16 @@ def test_sums_over_pairs_use_the_weights_that_the_model_applies(family, monkeypa
     for part, part_T in enumerate((~held_T, held_T)):
         part_TE = a_TE * part_T[:, None]
         torch.testing.assert_close(found.gram_SEE[part], part_TE.T @ a_TE, rtol=1e-4, atol=1e-7)
-        if family != "phimoe":  # whose experts have another activation than the oracle's
-            joint_EEH = torch.einsum("td,te,teh->deh", part_TE, a_TE, f_TEH).float()
-            torch.testing.assert_close(found.joint_SEEH[part], joint_EEH, rtol=1e-3, atol=1e-6)
+        joint_EEH = torch.einsum("td,te,teh->deh", part_TE, a_TE, f_TEH).float()
+        torch.testing.assert_close(found.joint_SEEH[part], joint_EEH, rtol=1e-3, atol=1e-6)
 
 
 @pytest.fixture
 def compressed(checkpoints, data_folder, tmp_path):
     """compressed(method, settings): a model of two layers, what was done to it, and where."""
 
-    def go(method, settings, source=None, out="out"):
-        source = source or checkpoints("qwen2_moe", num_hidden_layers=2)
+    def go(method, settings, source=None, out="out", family="qwen2_moe"):
+        source = source or checkpoints(family, num_hidden_layers=2)
         text = camera.Calibration(source="wikitext2", samples=4, length=32)
         options = dict(calibration=text, data=str(data_folder), device="cpu", progress=False)
         return source, camera.compress(source, method, tmp_path / out, **settings, **options)
@@ -75,10 +77,15 @@ def compressed(checkpoints, data_folder, tmp_path):
     return go
 
 
-@pytest.mark.parametrize("settings", [{}, dict(rank_scope="global", replaced_by="fitted")])
+FITTED = dict(rank_scope="global", replaced_by="fitted")
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), [("qwen2_moe", {}), ("qwen2_moe", FITTED), ("gpt_oss", FITTED)]
+)
 @torch.no_grad()
-def test_a_checkpoint_computes_what_the_plan_says(settings, compressed, tmp_path):
-    (source, done), out = compressed("mone", HALF | settings), tmp_path / "out"
+def test_a_checkpoint_computes_what_the_plan_says(family, settings, compressed, tmp_path):
+    (source, done), out = compressed("mone", HALF | settings, family=family), tmp_path / "out"
     layers = Plan.load(out).layers
     constants = {i: (layer.removed, layer.constants_RH) for i, layer in layers.items()}
     whole = replace_by_constants(AutoModelForCausalLM.from_pretrained(source), constants)
@@ -88,7 +95,8 @@ def test_a_checkpoint_computes_what_the_plan_says(settings, compressed, tmp_path
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(again(IDS).logits, loaded(IDS).logits)
     budget, counts = MetaModel(source).budget, [len(gone) for gone, _ in constants.values()]
-    freed = sum(counts) * (budget.dense.routed // 16 - budget.hidden)  # of 2 layers of 8 experts
+    stays = budget.hidden * (2 if family == "gpt_oss" else 1)  # the constant, and a bias of 0
+    freed = sum(counts) * (budget.dense.routed // 16 - stays)  # of 2 layers of 8 experts
     assert done.sparsity["routed"] == pytest.approx(freed / budget.dense.routed)
     assert sum(counts) == 8 and (settings or counts == [4, 4])
     assert not done.native and "approximate-experts" in (out / "README.md").read_text()
