@@ -98,3 +98,4 @@ def test_what_has_no_constants_or_no_names_of_experts_is_refused(checkpoints, re
     with pytest.raises(CameraError, match=r"in one tensor .*names one for each expert"):
         camera.export(folder, tmp_path / "export", format="approximate-experts")
     assert not (tmp_path / "export").exists()
+    assert camera.describe(folder).engines["vLLM"].startswith("no: ")
