@@ -269,5 +269,5 @@ class _Packer:
 def _uneven(path: str) -> CameraError:
     return CameraError(
         f"module {path} has weights of several bits or in another order, and compressed-tensors "
-        "has the same bits for all weights of a layer's experts: use gptq or rtn."
+        "has the same bits for all weights of a layer's experts: use gptq, rtn or layerwise_bits."
     )

@@ -43,14 +43,20 @@ def engines(config: Any) -> dict[str, str]:
         "llama.cpp": _llama_cpp(config),
     }
     if any(FORMATS[spec["form"]].holds_constants for spec in modules.values()):
-        no = "no: constants stand in the place of experts"
         vllm = f"after `{CONSTANTS}`" if names_each_expert(config) else f"no: {TOGETHER}"
-        return found | {"vLLM": vllm, "SGLang": no, "llama.cpp": no}
+        own = {"transformers": found["transformers"], "vLLM": vllm}
+        return engines_of_constants() | own
     if bits and _is_packable(config, modules):
         found["vLLM"] = f"after `{PACKED}`"
         if bits <= SGLANG_BITS:
             found["SGLang"] = f"after `{PACKED}`"
     return found
+
+
+def engines_of_constants() -> dict[str, str]:
+    """By engine whether it reads an export with constants in the place of experts."""
+    no = "no: constants stand in the place of experts"
+    return {"transformers": no, "vLLM": AS_IT_IS, "SGLang": no, "llama.cpp": no}
 
 
 def engines_of_outcomes(config: Any) -> dict[str, str]:
