@@ -6,8 +6,9 @@ its weights a, stay as they are. The constants of a layer's removed experts R mi
     sum_t |sum_e a_te (f_e(x_t) - c_e)|^2 + ridge * M * sum_e |c_e - mean_e|^2
 
 jointly over e in R, so that one makes up for another that is chosen with it. mean_e is the mean of
-f_e over its own tokens, M the mean over R of sum_t a_te^2. The ridge is that of `RIDGES` which
-leaves least on tokens held out; where none leaves less than the means do, these are taken.
+f_e over its own tokens, M the mean over R of sum_t a_te^2. Tokens held out judge what each of
+`RIDGES` gains over the means. They are of the same text, and on another one a small ridge loses:
+the largest is taken that gains the share `ENOUGH` of the most. Where none gains, the means stay.
 
 Shapes: S = 2 parts of the tokens (fitted to, held out), E routed experts, R removed, H hidden.
 """
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 import torch
 
 RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+ENOUGH = 0.5
 UNJUDGED = 1.0  # the ridge where nothing is held out
 
 
@@ -54,9 +56,10 @@ def _best_ridge(mean_RH: torch.Tensor, gram_SRR: torch.Tensor, pull_SRH: torch.T
         """What is left of the held-out output, less what it was."""
         return (constants_RH * (out_RR @ constants_RH - 2 * out_RH)).sum().item()
 
-    tried = {ridge: left(_solved(mean_RH, gram_RR, pull_RH, ridge)) for ridge in RIDGES}
-    best = min(RIDGES, key=tried.__getitem__)
-    return best if tried[best] < left(mean_RH) else 0.0
+    by_means = left(mean_RH)
+    gains = [by_means - left(_solved(mean_RH, gram_RR, pull_RH, ridge)) for ridge in RIDGES]
+    enough = max(ENOUGH * max(gains), torch.finfo(torch.float64).tiny)
+    return next((ridge for ridge, gain in zip(RIDGES, gains, strict=True) if gain >= enough), 0.0)
 
 
 def _solved(
