@@ -12,6 +12,7 @@ import torch
 
 import camera
 from camera.checkpoint.loading import load_model
+from camera.checkpoint.source import resolve_model
 from camera.evaluation.speed import measure_speed
 from camera.evaluation.tasks.names import NINE_TASKS
 from camera.runtime.errors import CameraError
@@ -36,13 +37,15 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "packed": ("layerwise_bits", "packed", {"sym": True}),
     "camera_q": ("camera_q", "packed", {"bits": 2.25}),
 }
+ASKED_FOR = "plus_routed"  # a row of models with routed and shared experts alone
 RANDOM = "random"  # a model with Qwen3-30B-A3B's shapes divided by 4, and 4 layers
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m experiments.bench serve`."""
     parser.add_argument("models", nargs="+", help=f"folder, hub id, {EMBEDDED} or {RANDOM}")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    rows = [row for row in ROWS if row != ASKED_FOR]
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=rows)
     parser.add_argument("--data", default="hub", help="texts: hub, or a folder in that layout")
     parser.add_argument("--sparsity", type=float, default=0.4)
     parser.add_argument("--width-multiple", type=int, default=1)
@@ -175,7 +178,11 @@ class _Served:
         else:
             asked = {"sparsity": args.sparsity, "width_multiple": args.width_multiple} | settings
             if asked.get("sparsity_of") == "routed":  # as much of all experts
-                dense = MetaModel(Path(self.source)).budget.dense
+                dense = MetaModel(resolve_model(self.source)).budget.dense
+                if not 0 < dense.routed < dense.moe:
+                    raise CameraError(
+                        f"{self.source} hasn't both kinds of experts: leave out {name}."
+                    )
                 asked["sparsity"] *= dense.moe / dense.routed
         if not out.exists():
             camera.compress(
