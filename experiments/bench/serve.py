@@ -108,6 +108,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
+def settings_of(name: str, model: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of a row's method; with sparsity_of=routed as much of all experts goes."""
+    _, shape, settings = ROWS[name]
+    if shape == "packed":
+        return {"bits": args.bits} | settings
+    asked = {"sparsity": args.sparsity, "width_multiple": args.width_multiple} | settings
+    if asked.get("sparsity_of") == "routed":
+        dense = MetaModel(resolve_model(model)).budget.dense
+        if not 0 < dense.routed < dense.moe:
+            raise CameraError(f"{model} hasn't both kinds of experts: leave out {name}.")
+        asked["sparsity"] *= dense.moe / dense.routed
+    return asked
+
+
 class _Served:
     """One model: its rows are made one after the other, each kept in a file of its own."""
 
@@ -172,18 +186,8 @@ class _Served:
     def _compressed(self, name: str) -> tuple[str, dict]:
         """A checkpoint, made unless an earlier run left it, and its report."""
         out, args = self.folder / name, self.args
-        method, shape, settings = ROWS[name]
-        if shape == "packed":
-            asked = {"bits": args.bits} | settings
-        else:
-            asked = {"sparsity": args.sparsity, "width_multiple": args.width_multiple} | settings
-            if asked.get("sparsity_of") == "routed":  # as much of all experts
-                dense = MetaModel(resolve_model(self.source)).budget.dense
-                if not 0 < dense.routed < dense.moe:
-                    raise CameraError(
-                        f"{self.source} hasn't both kinds of experts: leave out {name}."
-                    )
-                asked["sparsity"] *= dense.moe / dense.routed
+        method, _, _ = ROWS[name]
+        asked = settings_of(name, self.source, args)
         if not out.exists():
             camera.compress(
                 self.source,
