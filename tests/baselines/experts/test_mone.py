@@ -99,7 +99,8 @@ def test_a_checkpoint_computes_what_the_plan_says(family, settings, compressed, 
     freed = sum(counts) * (budget.dense.routed // 16 - stays)  # of 2 layers of 8 experts
     assert done.sparsity["routed"] == pytest.approx(freed / budget.dense.routed)
     assert sum(counts) == 8 and (settings or counts == [4, 4])
-    assert not done.native and "approximate-experts" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()  # gpt-oss' checkpoints have no tensor for each expert
+    assert not done.native and ("approximate-experts" in card) == (family == "qwen2_moe")
     assert camera.describe(out).bytes["compressed"] == done.bytes["compressed"]
 
 
