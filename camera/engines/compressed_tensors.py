@@ -80,6 +80,8 @@ def export_compressed_tensors(checkpoint: str | Path, out: Path, trust_remote_co
     if not plain.compressed:
         raise CameraError(f"{plain.folder} is not a compressed checkpoint: nothing to export.")
     require_packable(plain.modules, plain.config.model_type)
+    for key in {key for key, _ in plain.widths}:  # of layers without a spec too
+        _require_one({width for other, width in plain.widths if other == key})
     packer.names, packer.dtype = expert_names(plain, "compressed-tensors"), plain.dtype
     layers = len(plain.source.layers)
     with published(out) as partial:
@@ -114,26 +116,31 @@ def require_packable(modules: Mapping[str, Spec], model_type: str) -> None:
     family = family_of(model_type)
     kept: dict[tuple[bool, bool], set[int]] = {}  # widths by kind: routed, shared, dense
     for path, spec in modules.items():
-        widths = spec.get("widths", ())
+        widths = spec.get("widths") or [spec[key] for key in ("width",) if key in spec]
         kept.setdefault((family.is_routed(path), family.is_shared(path)), set()).update(widths)
         bits, size = bits_of(spec), spec.get("group_size")
         if len(bits) > 1:
             raise _uneven(path)
         if bits and not bits <= set(BITS):
             raise CameraError(f"module {path} has {bits.pop()} bits: engines take 2 to 8.")
-        columns = [spec["hidden"], *widths] if widths else spec.get("shape", ())[1:]
-        for row in columns if bits and size is not None else ():
+        if not bits or size is None:
+            continue
+        for row in [spec["hidden"], *widths] if widths else spec["shape"][1:]:
             if size <= row and row % size:
                 raise CameraError(
                     f"module {path}: its rows of {row} aren't whole groups of {size}: set "
                     "group_size to a divisor of hidden size and width."
                 )
-    for widths in kept.values():
-        if len(widths) > 1:
-            raise CameraError(
-                f"its experts are {min(widths)} to {max(widths)} wide and engines take one width: "
-                "quantise a model of uniform width."
-            )
+    for found in kept.values():
+        _require_one(found)
+
+
+def _require_one(widths: set[int]) -> None:
+    if len(widths) > 1:
+        raise CameraError(
+            f"its experts are {min(widths)} to {max(widths)} wide and engines take one width: "
+            "quantise a model of uniform width."
+        )
 
 
 def bits_of(spec: Spec) -> set[int]:
