@@ -197,8 +197,9 @@ class ExpertPruning(Method):
         outputs = seen.outputs if isinstance(seen, RankedOutputs) else seen
         removed = (~keep_E).nonzero().flatten().tolist()
         if self.replaced_by == "fitted":
-            sums = (outputs.mean_EH, outputs.gram_EE, outputs.joint_EEH)
-            constants_RH = fitted_constants(removed, *sums)
+            sums = (outputs.mean_EH, outputs.gram_SEE, outputs.joint_SEEH)
+            constants_RH, ridge = fitted_constants(removed, *sums)
+            report = report | {"ridge": ridge}
         else:
             constants_RH = outputs.mean_EH[removed]
         return ReplacedExperts(keep_E, constants_RH.float(), report)
