@@ -281,7 +281,7 @@ def test_the_estimate_takes_the_pass_that_needs_the_most(decide, checkpoints):
     assert decide().method == 0 and decide().logits == 0
     assert decide(method=refitted).method > 0
     model = MetaModel(checkpoints("qwen2_moe"))
-    assert decide(method=tried).method == trial_bytes(len(model.layers), 32)
+    assert decide(method=tried).method == trial_bytes(len(model.layers), 32, 4)
     assert decide(method=tried).logits > 0
     grams = replace(residual, compensate="none", target="layer")
     shape = LayerShape(model.budget.layers[0], 32, 3, TOKENS, 4)
