@@ -181,8 +181,9 @@ def workspace(method: Method, step: Pass, shape: LayerShape, left: float) -> int
 
 
 def _ffn_bytes(shape: LayerShape, batch: int) -> int:
-    """An FFN group by group: the routed experts' inputs, gate and up of all, which stay until the
-    next batch, and the activations of the group that has most."""
+    """An FFN group by group: the routed experts' inputs, gate and up of all, and the activations of
+    the group that has most. A batch's stay until the host waits in the next one, for where its
+    routed rows begin: what isn't routed may come before."""
     pairs, routed = zip(shape.pool.widths, shape.pool.routed, strict=True), shape.routed_widths
     numbers = [batch * width for width, is_routed in pairs if not is_routed]
     gathered = 0
@@ -190,7 +191,9 @@ def _ffn_bytes(shape: LayerShape, batch: int) -> int:
         rows = shape.top_k * batch + BLOCK // 2 * len(routed)  # blocks are filled up
         numbers.append(rows * max(routed))
         gathered = rows * shape.hidden * shape.itemsize
-    most = 4 * ACTIVATIONS * max(numbers)
+    most, alone = 4 * ACTIVATIONS * max(numbers), sum(numbers[: len(numbers) - bool(routed)])
     if routed:  # where a batched product is filled up
         most = max(most, int(FILLED_SHARE * (gathered + 2 * shape.itemsize * numbers[-1])))
+    if routed and shape.tokens > batch:
+        most = max(most, (2 * shape.itemsize + 4 * ACTIVATIONS) * alone)
     return gathered + 2 * shape.itemsize * sum(numbers) + most
