@@ -105,6 +105,10 @@ class ExpertPruning(Method):
             f"experts per layer; the router chooses {routing.top_k}{groups})."
         )
 
+    def share_left(self, budget: Budget) -> float:
+        routed = budget.dense.routed / budget.dense.moe
+        return 1 - routed * self.removed(budget) / self.routing(budget).experts
+
     def steps(self, routing: RouterConstraints) -> tuple[int, int]:
         """What the number of removed experts of a layer is a multiple of, and the largest one."""
         if self.native:

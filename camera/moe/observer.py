@@ -57,6 +57,10 @@ class Observer:
         """Called once a batch, before its experts: the FFN's input, and the hidden states that its
         output is added to."""
 
+    def waited(self, batch: int) -> None:
+        """Called in a batch whose experts are computed together, where the host has just waited for
+        the device: what was asked of it in earlier batches is there."""
+
     def __call__(self, call: ExpertCall) -> None:
         """Called once for every batch and expert that tokens reach."""
 

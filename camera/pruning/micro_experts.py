@@ -300,6 +300,14 @@ class MicroExpertPruning(Method):
         )
         return dict(zip(layers, keep_N.split(sizes), strict=True))
 
+    def share_left(self, budget: Budget) -> float:
+        if self.rank_scope != "layer":
+            return 1.0
+        removed = {
+            i: to_remove(self._prunable(budget, [i]), self._ratio(budget)) for i in budget.layers
+        }
+        return max(1 - count / budget.layers[i].micro_experts for i, count in removed.items())
+
     def _least_width(self, width: int) -> int:
         """What an expert of this width keeps in any case."""
         return -(-min(self.min_width, width) // self.width_multiple) * self.width_multiple

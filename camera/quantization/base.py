@@ -179,6 +179,11 @@ class Quantization(Method):
         """Inputs that share a scale: `default` for null, None for -1, the whole row."""
         return {None: default, -1: None}.get(self.group_size, self.group_size)
 
+    def share_left(self, budget: Budget) -> float:
+        if self.bits is None:
+            return 1.0
+        return min(1.0, self.bits * budget.dense.model / (8 * budget.dense.bytes))
+
     def apply_bytes(self, layer: LayerShape) -> int:
         from camera.quantization.layer import batch_bytes
 

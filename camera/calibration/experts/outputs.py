@@ -169,6 +169,9 @@ class RankedOutputsSpec(ObserverSpec):
     def nbytes(self, layer: LayerShape) -> int:
         return self.ranking.nbytes(layer) + self.outputs.nbytes(layer)
 
+    def result_bytes(self, layer: LayerShape) -> int:
+        return self.ranking.result_bytes(layer)
+
     def single_process(self) -> str | None:
         return self.ranking.single_process()
 

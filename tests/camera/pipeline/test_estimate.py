@@ -14,6 +14,7 @@ import torch
 
 import camera
 from camera.calibration.trials import trial_bytes
+from camera.method import METHODS
 from camera.moe.pool import LayerShape
 from camera.pipeline.memory.estimate import LAYERS_HELD, MemoryEstimate
 from camera.streaming.memory import HIDDEN_HELD
@@ -286,6 +287,14 @@ def test_the_peak_counts_only_what_is_in_memory(decide):
     assert replace(whole, method=10**9).peak > 10**9
 
 
+def test_methods_say_what_share_of_a_layer_they_leave(checkpoints):
+    budget = MetaModel(checkpoints("qwen2_moe")).budget  # 8 experts of 24, a shared one of 40
+    assert PRUNED.share_left(budget) == 1 - int(0.3 * 232) / 232
+    assert replace(PRUNED, rank_scope="global").share_left(budget) == 1.0
+    assert METHODS["reap"](sparsity=0.3).share_left(budget) == 1 - 2 * 24 / 232
+    assert camera.CameraQ(bits=2.9).share_left(budget) == pytest.approx(2.9 / 32)
+
+
 def test_the_estimate_takes_the_pass_that_needs_the_most(decide, checkpoints):
     """Of statistics, trials and a refit, each counts in the pass in which it is there."""
     refitted, tried = replace(PRUNED, compensate="layer"), replace(PRUNED, rank_scope="measured")
@@ -293,7 +302,7 @@ def test_the_estimate_takes_the_pass_that_needs_the_most(decide, checkpoints):
     assert decide().method == 0 and decide().logits == 0
     assert decide(method=refitted).method > 0
     model = MetaModel(checkpoints("qwen2_moe"))
-    assert decide(method=tried).method == trial_bytes(len(model.layers), 32)
+    assert decide(method=tried).method == trial_bytes(len(model.layers), 32, 4)
     assert decide(method=tried).logits > 0
     grams = replace(residual, compensate="none", target="layer")
     shape = LayerShape(model.budget.layers[0], 32, 3, TOKENS, 4)
