@@ -21,7 +21,8 @@ from camera.compensation.expert_regression import ExpertRegression
 from camera.compensation.least_squares import FitReport, fit_report, refit
 from camera.compensation.settings import CompensationSettings
 from camera.moe.experts.activation import gated
-from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
+from camera.moe.experts.group import ExpertGroup, MlpExpert
+from camera.moe.feed_forward import FeedForward
 from camera.quantization.batch import QuantizationReport, quantize_batch
 from camera.quantization.layer_bits import ExpertBits, falling
 from camera.quantization.quantizers.quantizer import Quantizer

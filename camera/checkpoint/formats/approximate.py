@@ -10,8 +10,8 @@ from torch import nn
 
 from camera.checkpoint.formats.ragged import RaggedExperts, fill
 from camera.moe.experts.activation import Activation
+from camera.moe.experts.group import RoutedExperts
 from camera.moe.experts.layout import ExpertLayout
-from camera.moe.feed_forward import RoutedExperts
 
 
 class ApproximateExperts(RaggedExperts):

@@ -21,10 +21,10 @@ from camera.checkpoint.formats.biases import ExpertBiases
 from camera.checkpoint.formats.format import Format, Spec
 from camera.checkpoint.formats.ragged_rows import RaggedRows
 from camera.moe.experts.activation import Activation, ClampedGate, gated
+from camera.moe.experts.group import RoutedExperts
 from camera.moe.experts.layout import ExpertLayout
 from camera.moe.experts.module import ExpertModule
 from camera.moe.families.family import Family
-from camera.moe.feed_forward import RoutedExperts
 from camera.moe.grouped.products import grouped_products
 from camera.moe.grouped.slots import counts_of, sorted_slots
 from camera.moe.pool import rows_on
