@@ -14,14 +14,13 @@ from camera.checkpoint.formats.packed.segments import BitSegments
 from camera.checkpoint.formats.packed.spec import experts_spec, mlp_spec, spec_bytes
 from camera.quantization.bit_plan import (
     bits_of_ranking,
-    boundaries_of,
     ranking,
-    share_corners,
     solve_boundaries,
     solve_group_size,
     solve_optimal,
     solve_shares,
 )
+from camera.quantization.shares import boundaries_of, share_corners
 from camera.runtime.errors import CameraError
 
 HIDDEN, WIDTHS = 64, (96, *[64] * 16)

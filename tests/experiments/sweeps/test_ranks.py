@@ -4,7 +4,7 @@ import textwrap
 
 import pytest
 
-from tests.helpers.processes import torchrun
+from tests.helpers.machine.processes import torchrun
 from tests.helpers.runs.composing import tiny
 
 # main.py, of which one rank dies, or fails alone, where both compress.
