@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from camera.checkpoint.formats.packed.footprint import StoredBits
     from camera.moe.budget import Budget
     from camera.moe.feed_forward import FeedForward
-    from camera.quantization.layer_bits import LayerBits
+    from camera.quantization.plans.layer_bits import LayerBits
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ class CameraQ(Quantization):
             return list(self.group_bits)
         if self.bits is None or self.ratios is not None:
             return [3, 2, 1]
-        from camera.quantization.shares import levels_around
+        from camera.quantization.plans.shares import levels_around
 
         return levels_around(self.bits, self._pools(budget))
 
     def check(self, budget: Budget) -> None:
-        from camera.quantization.bit_plan import SCOPES
-        from camera.quantization.shares import check_levels, check_shares
+        from camera.quantization.plans.bit_plan import SCOPES
+        from camera.quantization.plans.shares import check_levels, check_shares
 
         self.ranked_by()  # refuses its own settings
         levels = self.levels(budget)
@@ -211,14 +211,14 @@ class CameraQ(Quantization):
         """
         import torch
 
-        from camera.quantization.bit_plan import (
+        from camera.quantization.plans.bit_plan import (
             bits_of_ranking,
             next_stored,
             ranking,
             solve_optimal,
             solve_shares,
         )
-        from camera.quantization.shares import boundaries_of
+        from camera.quantization.plans.shares import boundaries_of
 
         order_N = ranking(energy_N, pool.widths, self.rank_scope)
 
@@ -257,7 +257,7 @@ class CameraQ(Quantization):
     def _solved_group_size(
         self, bits_N: Tensor, boundaries: Sequence[int], pool: StoredBits, levels: Sequence[int]
     ) -> int | None:
-        from camera.quantization.bit_plan import solve_group_size
+        from camera.quantization.plans.bit_plan import solve_group_size
 
         if self.bits is None:
             return self.resolved_group_size()
@@ -286,7 +286,7 @@ def _matched(
     bits_N: Tensor, energy_N: Tensor, widths: Sequence[int], group_size: int | None
 ) -> LayerBits:
     """The same bits in gate, up and down of every micro-expert."""
-    from camera.quantization.layer_bits import ExpertBits, LayerBits
+    from camera.quantization.plans.layer_bits import ExpertBits, LayerBits
 
     parts = zip(bits_N.split(list(widths)), energy_N.split(list(widths)), strict=True)
     return LayerBits([ExpertBits.matched(*part) for part in parts], group_size)

@@ -21,8 +21,8 @@ from camera.compensation.settings import CompensationSettings
 from camera.moe.experts.group import ExpertGroup, MlpExpert
 from camera.moe.feed_forward import FeedForward
 from camera.quantization.batch import QuantizationReport, quantize_batch
-from camera.quantization.layer_bits import ExpertBits, falling
 from camera.quantization.ordered_expert import OrderedExpert
+from camera.quantization.plans.layer_bits import ExpertBits, falling
 from camera.quantization.quantizers.quantizer import Quantizer
 from camera.runtime.device.accelerator import has_own_memory, total_memory
 

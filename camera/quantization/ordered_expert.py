@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from camera.checkpoint.formats.narrow import PROJECTIONS
 from camera.moe.experts.activation import gated
 from camera.moe.experts.group import ExpertGroup
-from camera.quantization.layer_bits import ExpertBits
+from camera.quantization.plans.layer_bits import ExpertBits
 
 
 @dataclass(frozen=True)

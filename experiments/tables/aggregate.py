@@ -9,7 +9,7 @@ from pandas.api.types import is_numeric_dtype
 
 from experiments.records.identity import differing_settings, without_seed
 from experiments.tables.rows import named_identities, score_columns
-from experiments.tables.run_row import BLOCKS
+from experiments.tables.rows.run import BLOCKS
 
 
 def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from camera.checkpoint.formats.packed.footprint import StoredBits
-from camera.quantization.shares import share_corners
+from camera.quantization.plans.shares import share_corners
 from camera.runtime.errors import CameraError
 
 SCOPES = ("layer", "expert", "global")

@@ -17,7 +17,7 @@ from experiments.records.identity import differing_settings, measurement_key
 from experiments.tables.names.datasets import WRITTEN, with_text_named
 from experiments.tables.names.divergence import NAMES, measure_and_text
 from experiments.tables.names.methods import method_order
-from experiments.tables.run_row import BLOCKS, REALISED, row_of
+from experiments.tables.rows.run import BLOCKS, REALISED, row_of
 
 KEYS = ["model", "method", "settings", "sparsity", "sparsity_of"]
 BITS = ["bits", "bits_raw", "bits_stored", "bits_model"]
