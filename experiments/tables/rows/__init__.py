@@ -11,7 +11,7 @@ import pandas as pd
 
 from camera.calibration.corpora import CORPORA
 from camera.evaluation.tasks.names import NINE_TASKS
-from camera.runtime.errors import CameraError
+from experiments.records.failures import NoRunsError
 from experiments.records.files import OutputFolder, RunFiles
 from experiments.records.identity import differing_settings, measurement_key
 from experiments.tables.names.datasets import WRITTEN, with_text_named
@@ -126,7 +126,7 @@ def runs_below(folder: Path) -> pd.DataFrame:
     """The rows of a folder's runs; CameraError where there are none."""
     runs = read_runs(OutputFolder(folder).runs())
     if runs.empty:
-        raise CameraError(f"{folder} has no runs; give the folder that was `output`.")
+        raise NoRunsError(folder)
     return runs
 
 
