@@ -65,7 +65,8 @@ def _check(key: str, value: Any, nodes: Sequence[Any]) -> None:
         raise CameraError(told)
     shown = "null" if value is None else value
     if isinstance(refused[0], EnumNode):
-        options = [each.value for each in refused[0].enum_type]
+        types = [node.enum_type for node in refused if isinstance(node, EnumNode)]
+        options = list(dict.fromkeys(each.value for kind in types for each in kind))
         near = get_close_matches(str(value), options, n=1)
         hint = f"; did you mean {near[0]}?" if near else "."
         raise CameraError(f"{key}={shown} is none of {', '.join(options)}{hint}")

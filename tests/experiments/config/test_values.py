@@ -18,7 +18,7 @@ from tests.helpers.runs.composing import command, config_of
         ("evaluation.speed.repeats=x", "evaluation.speed.repeats=x: give a whole number."),
         ("force=maybe", "force=maybe: give true or false."),
         ("sparsity_of=exprts", "sparsity_of=exprts is none of moe, model, routed"),
-        ("method.rank_scope=globl", "none of layer, .*; did you mean global"),
+        ("method.rank_scope=globl", "none of layer, .*measured.*; did you mean global"),
         ("method=mc method.bits=few", "method.bits=few: give a number."),
         ("-m sparsity=0.2,high", "sparsity=high: give a number."),
         ("sparsity=0.2,0.4", "sparsity=0.2,0.4 are several values: `camera sweep`, or -m"),
