@@ -95,6 +95,14 @@ def test_a_fault_of_a_subcommand_is_not_hidden(monkeypatch):
         main(["tables"])
 
 
+def test_a_reader_that_has_enough_is_no_fault(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["--help"]) == 141
+
+
 def test_help_loads_nothing_heavy():
     code = (
         "import sys; from experiments.commands.subcommands import main; main([]); "
