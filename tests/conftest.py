@@ -8,10 +8,10 @@ import torch
 
 import camera
 from tests import fake_device
-from tests.helpers import gptq_problem
 from tests.helpers.golden import golden_folder, golden_values
-from tests.helpers.gpu_report import MARK, GpuReport, about_card, real_card
+from tests.helpers.machine.gpu_report import MARK, GpuReport, about_card, real_card
 from tests.helpers.models import build_model, build_tokenizer, write_layout
+from tests.helpers.quantization import gptq_problem
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")

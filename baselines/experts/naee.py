@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from camera.moe.budget import Budget
-    from camera.moe.feed_forward import ExpertGroup, FeedForward
+    from camera.moe.experts.group import ExpertGroup
+    from camera.moe.feed_forward import FeedForward
     from camera.moe.observer import ExpertCall
     from camera.moe.routing import RouterConstraints
 

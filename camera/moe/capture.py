@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert, RoutedExperts
+from camera.moe.experts.group import ExpertGroup, MlpExpert, RoutedExperts
+from camera.moe.feed_forward import FeedForward
 from camera.moe.grouped.call import GroupCall
 from camera.moe.grouped.rows import mlp_rows, routed_rows
 from camera.moe.grouped.sinks import Sink

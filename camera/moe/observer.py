@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from camera.moe.feed_forward import ExpertGroup
+    from camera.moe.experts.group import ExpertGroup
     from camera.moe.grouped.call import GroupCall
 
 

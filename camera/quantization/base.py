@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from camera.moe.budget import Budget
     from camera.moe.feed_forward import FeedForward
     from camera.moe.pool import LayerShape
-    from camera.quantization.layer_bits import LayerBits
+    from camera.quantization.plans.layer_bits import LayerBits
     from camera.quantization.quantizers.quantizer import Quantizer
 
 GROUP_SIZE = 128

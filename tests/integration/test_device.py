@@ -18,8 +18,8 @@ from experiments.config.location import CONF
 from tests import fake_device
 from tests.fake_device.build import CannotBuildError, load
 from tests.helpers.checkpoints import tensors_of
+from tests.helpers.machine.processes import python_path, torchrun
 from tests.helpers.methods import method_of
-from tests.helpers.processes import python_path, torchrun
 
 CASES = ("camera_p", "camera_q", "d2_moe")
 JOB = textwrap.dedent("""

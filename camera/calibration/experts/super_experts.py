@@ -24,7 +24,8 @@ from camera.runtime.distributed import all_combined, world
 
 if TYPE_CHECKING:
     from camera.calibration.experts.coverage import BySource
-    from camera.moe.feed_forward import ExpertGroup, FeedForward
+    from camera.moe.experts.group import ExpertGroup
+    from camera.moe.feed_forward import FeedForward
     from camera.moe.grouped.call import GroupCall
     from camera.moe.observer import ExpertCall
 

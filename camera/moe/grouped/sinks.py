@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
+from camera.moe.experts.group import ExpertGroup, MlpExpert
+from camera.moe.feed_forward import FeedForward
 from camera.moe.grouped.call import GroupCall
 from camera.moe.grouped.products import filling_pays, grouped_products
 from camera.moe.grouped.rows import GroupRows

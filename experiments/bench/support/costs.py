@@ -10,8 +10,8 @@ import torch
 
 from camera.checkpoint.quantized.fp8 import STEP
 from camera.compensation.least_squares import at_once
+from camera.moe.experts.group import MlpExpert
 from camera.moe.families import family_of
-from camera.moe.feed_forward import MlpExpert
 from camera.pipeline.memory.config_model import ConfigModel
 from camera.streaming.memory import BATCH_TOKENS
 from experiments.bench.support.cards import BANDWIDTH_SHARE, LAUNCH_SECONDS, WAIT_SECONDS, Card

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
+from camera.moe.experts.group import ExpertGroup, MlpExpert
+from camera.moe.feed_forward import FeedForward
 from camera.moe.grouped.rows import BLOCK
 from camera.moe.pool import PoolIndex
 from camera.pipeline.memory.estimate import PhiKept

@@ -19,9 +19,9 @@ from camera.moe.feed_forward import FeedForward
 from camera.pipeline.compression import refuse_unshared
 from camera.runtime import distributed
 from camera.runtime.errors import CameraError
-from tests.helpers.damage import damage
+from tests.helpers.machine.processes import torchrun
 from tests.helpers.models import build_model
-from tests.helpers.processes import torchrun
+from tests.helpers.quantization.damage import damage
 
 LAYERS = 4
 JOBS = {

@@ -12,7 +12,7 @@ from camera.streaming.settings import MemoryChoices
 from experiments.bench.support.costs import run_cost
 from experiments.bench.support.traffic import Ways
 from tests.fake_device.counts import counting
-from tests.helpers.elementwise import ElementwiseBytes
+from tests.helpers.machine.elementwise import ElementwiseBytes
 from tests.helpers.models import build_model, build_tokenizer
 
 SAMPLES, LENGTH, SPARSITY, BATCHES = 16, 64, 0.2, 2

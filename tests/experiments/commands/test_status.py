@@ -141,7 +141,7 @@ def test_nothing_is_written(output, capsys):
 
 def test_a_folder_without_runs_is_refused(tmp_path, capsys):
     assert "has no runs" in printed(capsys, tmp_path, code=1)
-    assert "has no runs" in printed(capsys, tmp_path / "nowhere", code=1)
+    assert "no such folder" in printed(capsys, tmp_path / "nowhere", code=1)
 
 
 def test_time_left_is_by_the_nearest_finished_runs(output):

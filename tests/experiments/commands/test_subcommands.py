@@ -95,6 +95,14 @@ def test_a_fault_of_a_subcommand_is_not_hidden(monkeypatch):
         main(["tables"])
 
 
+def test_a_reader_that_has_enough_is_no_fault(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["--help"]) == 141
+
+
 @pytest.mark.parametrize("arguments", [["evaluate"], ["evaluate", "evaluation=none"]])
 def test_evaluate_without_a_model_shows_how_it_is_called(arguments, capsys):
     assert main(arguments) == 2

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -152,10 +153,17 @@ def test_an_interrupted_sweep_ends_in_its_table(number, code, sweep, tmp_path, m
 def test_output_that_can_not_be_written_is_one_sentence(sweep, tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("")
-    for arguments in (sweep, sweep[1:]):
-        assert command(*arguments, f"output={file}") == 1
+    absent = Path("/proc/nowhere")  # of which no folder can be made
+    embedded = ["data=embedded", "evaluation=perplexity"]  # whose texts are written there
+    for arguments, output in (
+        (sweep, file),
+        (sweep[1:], file),
+        ([*sweep[1:], *embedded], absent),
+        ([*sweep[1:], *embedded, "dry_run=true"], absent),
+    ):
+        assert command(*arguments, f"output={output}") == 1
         said = "".join(capsys.readouterr())
-        assert f"output={file}: " in said and "can't be written" in said
+        assert f"output={output}: " in said and "can't be written" in said
         assert "Traceback" not in said
 
 

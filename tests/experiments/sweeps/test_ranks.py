@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.checkpoints import tensors_of
-from tests.helpers.processes import torchrun
+from tests.helpers.machine.processes import torchrun
 from tests.helpers.runs.composing import command, tiny
 
 # main.py, of which one rank dies, or fails alone, where both compress.
