@@ -4,9 +4,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from camera.checkpoint.config import CameraConfig, build_native
+from camera.checkpoint.config import CameraConfig
 from camera.checkpoint.formats.format import Format, Spec
 from camera.checkpoint.formats.narrow import PROJECTIONS, narrow_spec
+from camera.checkpoint.quantizer import build_native
 
 
 @torch.no_grad()

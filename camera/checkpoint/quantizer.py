@@ -1,0 +1,108 @@
+"""How a compressed checkpoint becomes a model: its modules on meta, then their tensors."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from camera.checkpoint.config import NAME, NAMES, CameraConfig, auto_class, reason_of
+from camera.checkpoint.formats.format import FORMATS
+from camera.moe.families import known_family
+from camera.moe.families.family import Family
+from camera.runtime.errors import CameraError
+
+
+def build_native(config: Any, **options: Any) -> nn.Module:
+    """The model of a config on meta, its blocks as this package calls them."""
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, **options)
+    _adapt(model)
+    return model
+
+
+def _adapt(model: nn.Module) -> None:
+    family = known_family(model.config.model_type)
+    if family is not None and family.adapt is not None:
+        import_module(family.adapt).adapt(model)
+
+
+def build_forms(model: nn.Module, config: CameraConfig) -> None:
+    """Replace modules of a freshly built model (on meta) by those of a compressed checkpoint.
+
+    CameraError, with the module's path, for a spec that doesn't fit the model.
+    """
+    _adapt(model)
+    # what was compressed loads without the package that declared its family
+    family = known_family(model.config.model_type) or Family()
+    for path, spec in config.modules.items():
+        form = spec.get("form") if isinstance(spec, dict) else None
+        if not isinstance(form, str) or form not in FORMATS:
+            raise CameraError(
+                f"module {path} has the form '{form}', which this package doesn't know "
+                f"({', '.join(sorted(FORMATS))}): upgrade camera-moe."
+            )
+        try:
+            native = model.get_submodule(path)
+        except AttributeError as error:
+            raise CameraError(
+                f"quantization_config of config.json names module {path}, which the model doesn't "
+                "have: take the config.json that was written with these weights."
+            ) from error
+        try:
+            if family.is_ffn(path) and not hasattr(native, "act_fn"):
+                native.act_fn = family.activation(native)
+            module = FORMATS[form].from_spec(native, spec)
+        except Exception as error:  # a spec is data: what it leads to depends on what is wrong
+            raise CameraError(
+                f"quantization_config of config.json has no usable spec of module {path} "
+                f"({reason_of(error)}): take the config.json that was written with "
+                "these weights."
+            ) from error
+        model.set_submodule(path, module)
+
+
+@register_quantizer(NAMES[1])
+@register_quantizer(NAME)
+class CameraQuantizer(HfQuantizer):
+    """Loads and saves compressed checkpoints in transformers."""
+
+    requires_calibration = True
+    _unpacking: Sequence[Any] = ()  # rules for what stayed as a quantised source stored it
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.quantization_config.source is not None and checkpoint_files:
+            from camera.checkpoint.quantized.conversions import unpacking_rules
+
+            self._unpacking = unpacking_rules(Path(checkpoint_files[0]).parent)
+        build_forms(model, self.quantization_config)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self._unpacking:  # in memory all is plain, and so it is saved
+            rules = [c for c in model._weight_conversions if c not in self._unpacking]
+            model._weight_conversions, self.quantization_config.source = rules, None
+
+    def update_weight_conversions(self, conversions: list, model: PreTrainedModel) -> list:
+        """The rules but those that fuse native experts: compressed ones are stored as used."""
+        return [*self._unpacking, *(c for c in conversions if not _touches_experts(c))]
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def _touches_experts(conversion: Any) -> bool:
+    return any(".experts" in target for target in conversion._original_target_patterns)
