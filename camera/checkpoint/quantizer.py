@@ -1,4 +1,5 @@
-"""How a compressed checkpoint becomes a model: its modules on meta, then their tensors."""
+"""How a compressed checkpoint becomes a model: its modules on meta, then their tensors; and plain
+weights in their place."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -12,7 +13,8 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from camera.checkpoint.config import NAME, NAMES, CameraConfig, auto_class, reason_of
-from camera.checkpoint.formats.format import FORMATS
+from camera.checkpoint.formats.format import FORMATS, Format, Spec
+from camera.checkpoint.formats.narrow import PROJECTIONS, narrow_spec
 from camera.moe.families import known_family
 from camera.moe.families.family import Family
 from camera.runtime.errors import CameraError
@@ -106,3 +108,38 @@ class CameraQuantizer(HfQuantizer):
 
 def _touches_experts(conversion: Any) -> bool:
     return any(".experts" in target for target in conversion._original_target_patterns)
+
+
+@torch.no_grad()
+def dequantize(model: PreTrainedModel) -> PreTrainedModel:
+    """Unpack a loaded compressed model, in place: ragged experts and ordinary linear layers remain.
+
+    It is larger and, where unpacking takes time (small batches, CPUs), faster. What it computes is
+    the same. A model that isn't compressed is returned as it is.
+    """
+    stored = getattr(model.config, "quantization_config", None)
+    if not isinstance(stored, CameraConfig):
+        return model
+    plain_config = type(model.config).from_dict(model.config.to_dict())
+    del plain_config.quantization_config
+    native = build_native(plain_config)
+    for path in list(stored.modules):
+        module = model.get_submodule(path)
+        if not isinstance(module, Format):  # a narrower native module
+            continue
+        plain = module.dequantize(native.get_submodule(path))
+        model.set_submodule(path, plain)
+        spec = _spec_of(plain)
+        if spec is None:
+            del stored.modules[path]
+        else:
+            stored.modules[path] = spec
+    return model
+
+
+def _spec_of(plain: nn.Module) -> Spec | None:
+    """The spec of a dequantised module; None for a native one of the width in config.json."""
+    if isinstance(plain, Format):
+        return plain.spec()
+    is_mlp = all(hasattr(plain, name) for name in PROJECTIONS)
+    return narrow_spec(plain) if is_mlp else None

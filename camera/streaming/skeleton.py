@@ -32,9 +32,8 @@ from camera.streaming.disk_experts import (
     single_expert_module,
     single_expert_places,
 )
-from camera.streaming.meta_build import build_on_meta, decoder_of, tied_names
+from camera.streaming.meta_build import StoredDtypes, build_on_meta, decoder_of, tied_names
 from camera.streaming.recorder import ArgumentRecorder
-from camera.streaming.stored import StoredDtypes
 
 
 class MetaModel:

@@ -21,12 +21,11 @@ from camera.compensation.experts import output_weights
 from camera.method import Pass, PassKind, Plan, Seen
 from camera.moe.experts.module import ExpertModule
 from camera.moe.pool import KeptRows
-from camera.pipeline.context import OUTLIERS, SOURCES, PassContext
+from camera.pipeline.context import OUTLIERS, SOURCES, PassContext, RunState
 from camera.pipeline.passes.measured import of_layer
 from camera.pipeline.passes.tokens import CompressedTokens
 from camera.pipeline.passes.weights import observe_weights
 from camera.pipeline.resume import PassProgress
-from camera.pipeline.state import RunState
 from camera.runtime import distributed
 from camera.runtime.buffers import trim_heap
 from camera.runtime.errors import CameraError
