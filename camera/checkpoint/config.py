@@ -6,6 +6,7 @@ module formats.
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PretrainedConfig,
+    PreTrainedModel,
 )
 from transformers.activations import ACT2FN
-from transformers.quantizers.auto import register_quantization_config
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from camera.checkpoint.source import INDEX
@@ -84,6 +87,49 @@ class CameraConfig(QuantizationConfigMixin):
             "modules": self.modules,
         }
         return told if self.source is None else told | {"source": self.source}
+
+
+@register_quantizer(NAMES[1])
+@register_quantizer(NAME)
+class CameraQuantizer(HfQuantizer):
+    """Loads and saves compressed checkpoints in transformers."""
+
+    requires_calibration = True
+    _unpacking: Sequence[Any] = ()  # rules for what stayed as a quantised source stored it
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.quantization_config.source is not None and checkpoint_files:
+            from camera.checkpoint.quantized.conversions import unpacking_rules
+
+            self._unpacking = unpacking_rules(Path(checkpoint_files[0]).parent)
+        from camera.checkpoint.modules import build_forms
+
+        build_forms(model, self.quantization_config)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self._unpacking:  # in memory all is plain, and so it is saved
+            rules = [c for c in model._weight_conversions if c not in self._unpacking]
+            model._weight_conversions, self.quantization_config.source = rules, None
+
+    def update_weight_conversions(self, conversions: list, model: PreTrainedModel) -> list:
+        """The rules but those that fuse native experts: compressed ones are stored as used."""
+        return [*self._unpacking, *(c for c in conversions if not _touches_experts(c))]
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def _touches_experts(conversion: Any) -> bool:
+    return any(".experts" in target for target in conversion._original_target_patterns)
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> Any:

@@ -20,7 +20,7 @@ MODEL_BASE = "transformers.modeling_utils"  # loads the configurations while it 
 def register() -> None:
     """Make transformers know the format `camera` and the model types that it lacks."""
     import_module(MODELS)
-    import_module("camera.checkpoint.quantizer")  # registers as it is imported
+    import_module("camera.checkpoint.config")  # registers as it is imported
     for family in FAMILIES.values():
         if family.register is not None:
             import_module(family.register).register()

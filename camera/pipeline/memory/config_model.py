@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from camera.checkpoint.modules import build_native
 from camera.checkpoint.quantized.fp8 import STEP
-from camera.checkpoint.quantizer import build_native
 from camera.method import METHODS
 from camera.moe.budget import budget_of
 from camera.moe.families import family_of

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import camera
 from camera.checkpoint.loading import load_model
-from camera.checkpoint.quantizer import dequantize
+from camera.checkpoint.modules import dequantize
 from camera.runtime.errors import CameraError
 from tests.helpers.checkpoints import config_of, tensors_of
 from tests.helpers.models import build_model, build_tokenizer

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from camera.checkpoint.config import CameraConfig
+from camera.checkpoint.config import CameraConfig, CameraQuantizer
 from camera.checkpoint.formats.packed.experts import PackedExperts
 from camera.checkpoint.formats.packed.linear import PackedLinear, PackedRouter
 from camera.checkpoint.formats.packed.mlp import PackedMlp
@@ -22,7 +22,6 @@ from camera.checkpoint.formats.packed.spec import (
     spec_bytes,
 )
 from camera.checkpoint.loading import load_model
-from camera.checkpoint.quantizer import CameraQuantizer
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.runtime.errors import CameraError

@@ -1,18 +1,13 @@
-"""How a compressed checkpoint becomes a model: its modules on meta, then their tensors; and plain
-weights in their place."""
+"""The modules of a compressed checkpoint in the place of native ones, and plain ones in theirs."""
 
-from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantizer
-from transformers.quantizers.base import HfQuantizer
 
-from camera.checkpoint.config import NAME, NAMES, CameraConfig, auto_class, reason_of
+from camera.checkpoint.config import CameraConfig, auto_class, reason_of
 from camera.checkpoint.formats.format import FORMATS, Format, Spec
 from camera.checkpoint.formats.narrow import PROJECTIONS, narrow_spec
 from camera.moe.families import known_family
@@ -67,47 +62,6 @@ def build_forms(model: nn.Module, config: CameraConfig) -> None:
                 "these weights."
             ) from error
         model.set_submodule(path, module)
-
-
-@register_quantizer(NAMES[1])
-@register_quantizer(NAME)
-class CameraQuantizer(HfQuantizer):
-    """Loads and saves compressed checkpoints in transformers."""
-
-    requires_calibration = True
-    _unpacking: Sequence[Any] = ()  # rules for what stayed as a quantised source stored it
-
-    def _process_model_before_weight_loading(
-        self,
-        model: PreTrainedModel,
-        checkpoint_files: Sequence[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if self.quantization_config.source is not None and checkpoint_files:
-            from camera.checkpoint.quantized.conversions import unpacking_rules
-
-            self._unpacking = unpacking_rules(Path(checkpoint_files[0]).parent)
-        build_forms(model, self.quantization_config)
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        if self._unpacking:  # in memory all is plain, and so it is saved
-            rules = [c for c in model._weight_conversions if c not in self._unpacking]
-            model._weight_conversions, self.quantization_config.source = rules, None
-
-    def update_weight_conversions(self, conversions: list, model: PreTrainedModel) -> list:
-        """The rules but those that fuse native experts: compressed ones are stored as used."""
-        return [*self._unpacking, *(c for c in conversions if not _touches_experts(c))]
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-
-def _touches_experts(conversion: Any) -> bool:
-    return any(".experts" in target for target in conversion._original_target_patterns)
 
 
 @torch.no_grad()
