@@ -29,7 +29,7 @@ _MODULES = {
     "Plan": "camera.method",
     "apply": "camera.api",
     "compress": "camera.api",
-    "dequantize": "camera.checkpoint.dequantize",
+    "dequantize": "camera.checkpoint.modules",
     "describe": "camera.api",
     "description": "camera.inspection",
     "evaluate": "camera.evaluation.evaluate",

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from camera.method import METHODS, Method, Plan, Propagate
 from camera.runtime.errors import CameraError
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from camera.pipeline.context import CompressionListener
     from camera.pipeline.result import CompressionResult
     from camera.streaming.settings import MemoryChoices
+
+Store = Literal["bfloat16", "source"]
 
 
 def compress(
@@ -32,6 +34,7 @@ def compress(
     device: str = "auto",
     dtype: str = "auto",
     save_dtype: str = "auto",
+    store: Store = "bfloat16",
     statistics: str | Path | None = None,
     memory: MemoryChoices | None = None,
     measures: EvaluationRequest | None = None,
@@ -50,17 +53,18 @@ def compress(
     together or need gradients always do that). `memory` says what is kept in RAM. `measures` are
     evaluated on the way, while a layer is in memory, and stand in evaluation.json (not where a
     killed run goes on). `dtype` is what is computed in; the checkpoint has the dtype of the
-    original unless `save_dtype` names another. `name` is what model card and report call the base
-    model (default: its hub id, or the name of its folder). `progress` shows a bar, or where there
-    is no terminal a line a minute in the log (logger `camera`, level INFO); `listener` is told of
-    each layer as it is done. Raises CameraError for what a user can fix; `out` appears only when
-    it is complete.
+    original unless `save_dtype` names another. Of a source that is stored quantised, all is written
+    unpacked, or with `store="source"` what nobody changed as it was stored. `name` is what model
+    card and report call the base model (default: its hub id, or the name of its folder). `progress`
+    shows a bar, or where there is no terminal a line a minute in the log (logger `camera`, level
+    INFO); `listener` is told of each layer as it is done. Raises CameraError for what a user can
+    fix; `out` appears only when it is complete.
     """
     method = as_method(method, settings)
     options = dict(calibration=calibration, propagate=propagate, data=data, seed=seed)
-    options |= dict(device=device, dtype=dtype, save_dtype=save_dtype, statistics=statistics)
-    options |= dict(memory=memory, name=name, measures=measures, progress=progress)
-    options |= dict(trust_remote_code=trust_remote_code)
+    options |= dict(device=device, dtype=dtype, save_dtype=save_dtype, store=store)
+    options |= dict(statistics=statistics, memory=memory, name=name, measures=measures)
+    options |= dict(progress=progress, trust_remote_code=trust_remote_code)
     return _run(model, method, out, None, **options, listener=listener)
 
 
@@ -76,6 +80,7 @@ def apply(
     device: str = "auto",
     dtype: str = "auto",
     save_dtype: str = "auto",
+    store: Store = "bfloat16",
     memory: MemoryChoices | None = None,
     trust_remote_code: bool = False,
     name: str | None = None,
@@ -89,9 +94,9 @@ def apply(
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     method = as_method(plan.method, plan.settings)
     options = dict(calibration=calibration, propagate=propagate, data=data, seed=seed)
-    options |= dict(device=device, dtype=dtype, save_dtype=save_dtype, statistics=None)
-    options |= dict(memory=memory, name=name, measures=None, progress=progress)
-    options |= dict(trust_remote_code=trust_remote_code)
+    options |= dict(device=device, dtype=dtype, save_dtype=save_dtype, store=store)
+    options |= dict(statistics=None, memory=memory, name=name, measures=None)
+    options |= dict(progress=progress, trust_remote_code=trust_remote_code)
     return _run(model, method, out, plan, **options)
 
 
@@ -108,6 +113,7 @@ def _run(
     device: str,
     dtype: str,
     save_dtype: str,
+    store: Store,
     statistics: str | Path | None,
     memory: MemoryChoices | None,
     measures: EvaluationRequest | None,
@@ -133,6 +139,8 @@ def _run(
     if propagate not in get_args(Propagate):
         choices = ", ".join(get_args(Propagate))
         raise CameraError(f"propagate={propagate} is none of {choices}.")
+    if store not in get_args(Store):
+        raise CameraError(f"store={store} is none of {', '.join(get_args(Store))}.")
     if out.exists():
         raise CameraError(f"{out} exists already: delete it or choose another folder.")
     if not method.compresses:
@@ -141,6 +149,8 @@ def _run(
     meta = MetaModel(folder, resolve_device(device), dtype, trust_remote_code, save_dtype)
     make_current(meta.device)
     method.check(meta.budget)
+    if store == "source":
+        meta.keep_as_stored(method.native)
     _check_plan(plan, method, meta)
     name = name or base_name(model)
     request = CompressionRequest(name, method, out, propagate, plan=plan)

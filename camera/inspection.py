@@ -15,11 +15,14 @@ from camera.engines.fit import engines, engines_of_constants, engines_of_outcome
 from camera.moe.budget import Budget
 from camera.moe.pool import LayerPool
 from camera.pipeline.memory.config_model import ConfigModel
+from camera.pipeline.time.cards import CARDS
+from camera.pipeline.time.costs import DISK, EFFICIENCY, run_cost, ways_on
+from camera.runtime.errors import CameraError
 from camera.runtime.files import CheckpointFiles
 from camera.runtime.progress import format_bytes
 
 SAMPLES, LENGTH = 128, 2048  # of the calibration that memory is estimated for
-CARD = 80 * 10**9  # bytes of the accelerator that memory is estimated on
+CARD = "a100_40gb"  # that memory and time are estimated on, where none is named
 BITS = (4.0, 3.0, 2.5)
 OWN_FORMAT = "in Camera's format"
 PARTS = ("embeddings", "attention and norms", "router", "routed experts", "shared experts")
@@ -61,6 +64,7 @@ class Description:
     parts: dict[str, int]
     left: list[Remainder]
     memory: dict[str, str]
+    time: dict[str, float]  # seconds on a card, by its data sheet; of the disk those beside it
     engines: dict[str, str]
     compressed: str | None = None  # how a checkpoint was made
     of_original: bool = False  # whether the counts are those of the model it was made from
@@ -96,6 +100,8 @@ class Description:
         ]
         lines += ["", f"memory of camera_p, {SAMPLES} samples of {LENGTH} tokens"]
         lines += [f"  {place:18} {told}" for place, told in self.memory.items()]
+        lines += ["", "time of it, computed from data sheets"]
+        lines += [f"  {part:18} {took:,.1f} s" for part, took in self.time.items()]
         lines += ["", "engines"]
         lines += [f"  {name:18} {told}" for name, told in self.engines.items()]
         return "\n".join(lines)
@@ -112,14 +118,20 @@ class Description:
 
 
 def description(
-    model: str | Path, sparsity: float = 0.4, trust_remote_code: bool = False
+    model: str | Path,
+    sparsity: float = 0.4,
+    trust_remote_code: bool = False,
+    card: str = CARD,
 ) -> Description:
     """Count a model by its config, and say what methods would leave of it at `sparsity`, which
-    memory compressing it takes, and which engines could serve it: no weights are read.
+    memory and time compressing it takes on a card (one of `CARDS`), and which engines could serve
+    it: no weights are read.
 
     Of a compressed checkpoint that isn't native the model it was made from is counted. CameraError
-    for a model that isn't supported, and for a sparsity out of reach.
+    for a model that isn't supported, for an unknown card, and for a sparsity out of reach.
     """
+    if card not in CARDS:
+        raise CameraError(f"card={card} is none of {', '.join(CARDS)}.")
     folder = resolve_model(str(model), weights=False)
     config, file = load_config(folder, trust_remote_code), folder / CheckpointFiles.REPORT
     report = json_object(file) if file.exists() else None
@@ -130,7 +142,7 @@ def description(
         taken = engines_of_constants()
     else:
         taken = engines(config) if report or ours else engines_of_outcomes(config)
-    if quantised is not None:
+    if ours:
         del config.quantization_config
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     meta = ConfigModel(config, dtype)
@@ -167,8 +179,9 @@ def description(
         left=_left(budget, sparsity, widest(routed) or widest(dense)),
         memory={
             "on this machine": _memory(meta, sparsity, None),
-            f"on a card of {format_bytes(CARD)}": _memory(meta, sparsity, CARD),
+            f"on {card}": _memory(meta, sparsity, CARDS[card].bytes),
         },
+        time=_time(meta, sparsity, card),
         engines=taken,
         compressed=_made(report) if report else OWN_FORMAT if ours else _constants(replaced),
         of_original=ours or bool(replaced),
@@ -199,6 +212,16 @@ def _memory(model: ConfigModel, sparsity: float, card: int | None) -> str:
     found = model.memory(SAMPLES * LENGTH, LENGTH, sparsity, card)
     more = card is not None and found.peak > card
     return f"{found}{'; that is more than it has: set memory.experts=disk' if more else ''}"
+
+
+def _time(model: ConfigModel, sparsity: float, name: str) -> dict[str, float]:
+    """Seconds of Camera-P on a card, and of the disk beside it: the longer of both decides."""
+    tokens, card = SAMPLES * LENGTH, CARDS[name]
+    ways = ways_on(card, model.memory(tokens, LENGTH, sparsity, card.bytes))
+    found = run_cost(
+        model.config, tokens, LENGTH, sparsity=sparsity, ways=ways, dtype=model.dtype
+    ).seconds(card, EFFICIENCY, DISK)
+    return {f"on {name}": found.total, "disk, beside it": found.disk}
 
 
 def _told(quantised: Any) -> str | None:

@@ -1,18 +1,17 @@
 """The checkpoint format: a quantization_config with quant_method NAME, registered on import.
 
 A compressed checkpoint is a transformers folder whose config.json maps module paths to specs of
-module formats. `from_pretrained` builds these modules on meta and loads their tensors.
+module formats.
 """
 
 import json
 import re
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,10 +24,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from camera.checkpoint.formats.format import FORMATS
 from camera.checkpoint.source import INDEX
-from camera.moe.families import FAMILIES, family_of, known_family
-from camera.moe.families.family import Family
+from camera.moe.families import FAMILIES, family_of
 from camera.runtime.errors import CameraError
 from camera.runtime.files import content_key
 
@@ -49,7 +46,8 @@ class CameraConfig(QuantizationConfigMixin):
     """The modules of a compressed checkpoint, and the method that made it.
 
     `modules` maps a module's path to its spec, {"form": name of the format, ...}. `made_by` is the
-    method's name and settings.
+    method's name and settings. `source` is the quantization_config by which the other modules are
+    stored, where they are as a quantised source had them; those that aren't are named in it.
     """
 
     def __init__(
@@ -57,12 +55,14 @@ class CameraConfig(QuantizationConfigMixin):
         modules: dict[str, dict[str, Any]] | None = None,
         made_by: dict[str, Any] | None = None,
         format: int = FORMAT,
+        source: dict[str, Any] | None = None,
         **_: Any,
     ):
         self.quant_method = NAME
         self.format = format
         self.modules = {} if modules is None else modules
         self.made_by = {} if made_by is None else made_by
+        self.source = source
         if not isinstance(self.modules, dict) or type(format) is not int:
             raise CameraError(
                 "quantization_config of config.json has no modules by path, or no format number: "
@@ -80,61 +80,13 @@ class CameraConfig(QuantizationConfigMixin):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        told = {
             "quant_method": self.quant_method,
             "format": self.format,
             "made_by": self.made_by,
             "modules": self.modules,
         }
-
-
-def build_native(config: Any, **options: Any) -> nn.Module:
-    """The model of a config on meta, its blocks as this package calls them."""
-    with torch.device("meta"):
-        model = auto_class(config).from_config(config, **options)
-    _adapt(model)
-    return model
-
-
-def _adapt(model: nn.Module) -> None:
-    family = known_family(model.config.model_type)
-    if family is not None and family.adapt is not None:
-        import_module(family.adapt).adapt(model)
-
-
-def build_forms(model: nn.Module, config: CameraConfig) -> None:
-    """Replace modules of a freshly built model (on meta) by those of a compressed checkpoint.
-
-    CameraError, with the module's path, for a spec that doesn't fit the model.
-    """
-    _adapt(model)
-    # what was compressed loads without the package that declared its family
-    family = known_family(model.config.model_type) or Family()
-    for path, spec in config.modules.items():
-        form = spec.get("form") if isinstance(spec, dict) else None
-        if not isinstance(form, str) or form not in FORMATS:
-            raise CameraError(
-                f"module {path} has the form '{form}', which this package doesn't know "
-                f"({', '.join(sorted(FORMATS))}): upgrade camera-moe."
-            )
-        try:
-            native = model.get_submodule(path)
-        except AttributeError as error:
-            raise CameraError(
-                f"quantization_config of config.json names module {path}, which the model doesn't "
-                "have: take the config.json that was written with these weights."
-            ) from error
-        try:
-            if family.is_ffn(path) and not hasattr(native, "act_fn"):
-                native.act_fn = family.activation(native)
-            module = FORMATS[form].from_spec(native, spec)
-        except Exception as error:  # a spec is data: what it leads to depends on what is wrong
-            raise CameraError(
-                f"quantization_config of config.json has no usable spec of module {path} "
-                f"({reason_of(error)}): take the config.json that was written with "
-                "these weights."
-            ) from error
-        model.set_submodule(path, module)
+        return told if self.source is None else told | {"source": self.source}
 
 
 @register_quantizer(NAMES[1])
@@ -143,13 +95,30 @@ class CameraQuantizer(HfQuantizer):
     """Loads and saves compressed checkpoints in transformers."""
 
     requires_calibration = True
+    _unpacking: Sequence[Any] = ()  # rules for what stayed as a quantised source stored it
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.quantization_config.source is not None and checkpoint_files:
+            from camera.checkpoint.quantized.conversions import unpacking_rules
+
+            self._unpacking = unpacking_rules(Path(checkpoint_files[0]).parent)
+        from camera.checkpoint.modules import build_forms
+
         build_forms(model, self.quantization_config)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self._unpacking:  # in memory all is plain, and so it is saved
+            rules = [c for c in model._weight_conversions if c not in self._unpacking]
+            model._weight_conversions, self.quantization_config.source = rules, None
 
     def update_weight_conversions(self, conversions: list, model: PreTrainedModel) -> list:
         """The rules but those that fuse native experts: compressed ones are stored as used."""
-        return [c for c in conversions if not _touches_experts(c)]
+        return [*self._unpacking, *(c for c in conversions if not _touches_experts(c))]
 
     def is_serializable(self) -> bool:
         return True
@@ -163,21 +132,20 @@ def _touches_experts(conversion: Any) -> bool:
     return any(".experts" in target for target in conversion._original_target_patterns)
 
 
-def read_config(source: str | Path, trust_remote_code: bool = False, **hub: Any) -> Any:
-    """config.json of a folder or hub id as transformers reads it; CameraError if it can't.
+def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """config.json as transformers reads it; CameraError if it can't.
 
-    hub: how it is fetched, in the terms of `from_pretrained`. What a forward pass is to return
-    beside logits is no property of the weights: it is left out.
+    What a forward pass is to return beside logits is no property of the weights: it is left out.
     """
     try:
-        config = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code, **hub)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except CameraError:
         raise
     except Exception as error:  # a value of another type leads to any of a dozen types
         reason = reason_of(error)
         if "custom code" in reason:
             reason = "it needs code of its own; set trust_remote_code=true if you trust that code"
-        raise CameraError(f"{Path(source) / 'config.json'} can't be used: {reason}.") from error
+        raise CameraError(f"{folder / 'config.json'} can't be used: {reason}.") from error
     for switch in ("output_attentions", "output_hidden_states"):
         setattr(config, switch, False)
     return config

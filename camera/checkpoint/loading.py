@@ -26,7 +26,7 @@ from camera.checkpoint.matching import empty_model, require_runnable, require_wh
 from camera.checkpoint.places import AnyPlace, PackedPlace, Place, read_places
 from camera.checkpoint.quantized.opening import open_weights
 from camera.checkpoint.shards import ShardReader
-from camera.checkpoint.source import refuse_adapter, refuse_no_model
+from camera.checkpoint.source import refuse_adapter, resolve_model
 from camera.runtime import distributed
 from camera.runtime.device.accelerator import all_cards, resolve_device
 from camera.runtime.device.finite import all_finite
@@ -78,19 +78,20 @@ def load_model(
     placement = "auto" if all_cards(device) > 1 else {"": place}
     on_cpu = torch.device(place).type == "cpu"
     precision = resolve_dtype(dtype) or (torch.float32 if on_cpu else "auto")
-    folder, weights = _local(path), None
-    if isinstance(folder, Path) and not options.get("subfolder"):
-        if not (folder / "config.json").exists():
-            raise CameraError(f"{folder} is no model: it has no config.json.")
-        config = load_config(folder, trust_remote_code)
+    hub = {key: options.pop(key) for key in OF_THE_HUB if key in options}
+    folder, weights = _local(path, **hub), None
+    if not (folder / "config.json").exists():
+        raise CameraError(f"{folder} is no model: it has no config.json.")
+    config = load_config(folder, trust_remote_code)
+    if not options.get("variant"):
         reader = open_weights(folder, config)  # sentences of our own tell more than transformers'
         require_runnable(config, folder, trust_remote_code)
         if isinstance(getattr(config, "quantization_config", None), CameraConfig):
             require_whole(config, reader, trust_remote_code)
-        weights = _unpacking(reader)
+        else:
+            weights = _unpacking(reader)
     if weights is None:
-        hub = {key: value for key, value in options.items() if key in OF_THE_HUB}
-        config = read_config(folder, trust_remote_code, **hub)
+        config = read_config(folder, trust_remote_code)
     choose_kernels(config)
     built_by = auto_class(config)
     if weights is not None:  # which Auto classes don't take
@@ -111,9 +112,8 @@ def load_model(
     except CameraError:
         raise
     except Exception as error:  # what a wrong size leads to depends on the model's code
-        if isinstance(folder, Path):  # a tensor: which one?
-            config = load_config(folder, trust_remote_code)
-            require_whole(config, open_weights(folder, config), trust_remote_code)
+        config = load_config(folder, trust_remote_code)  # a tensor: which one?
+        require_whole(config, open_weights(folder, config), trust_remote_code)
         raise CameraError(f"model {path} can't be loaded: {reason_of(error)}.") from error
     for name, found, asked in sorted(info["mismatched_keys"]):
         raise CameraError(
@@ -243,7 +243,7 @@ def compute_dtype(dtype: str, stored: torch.dtype, device: str) -> torch.dtype:
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id; CameraError if it has none."""
-    folder = _local(path)
+    folder = _local(path, weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -255,11 +255,15 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     return tokenizer
 
 
-def _local(path: str | Path) -> Path | str:
-    """The folder of a model, or its id on the hub; CameraError for what is neither."""
+def _local(
+    path: str | Path, revision: str | None = None, subfolder: str | None = None, **how: Any
+) -> Path:
+    """The folder of a model, fetched from the hub if need be; CameraError for what is neither a
+    folder nor a hub id."""
     folder = Path(path).expanduser()
     if folder.is_dir():
+        folder = folder / (subfolder or "")
         refuse_adapter(folder)
         return folder
-    refuse_no_model(str(path))
-    return str(path)
+    name = f"{path}@{revision}" if revision else str(path)
+    return resolve_model(name, subfolder=subfolder, **how)

@@ -19,15 +19,9 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from camera.checkpoint.config import (
-    CameraConfig,
-    CameraQuantizer,
-    build_forms,
-    build_native,
-    look_at,
-    reason_of,
-)
+from camera.checkpoint.config import CameraConfig, CameraQuantizer, look_at, reason_of
 from camera.checkpoint.formats.format import Format
+from camera.checkpoint.modules import build_forms, build_native
 from camera.checkpoint.places import AnyPlace
 from camera.checkpoint.shards import ShardReader
 from camera.moe.budget import owner_of

@@ -27,6 +27,8 @@ from camera.runtime.files import digest_of, replace_durably
 from camera.runtime.mapped import release_pages
 
 log = logging.getLogger("camera")
+Sizes = dict[str, tuple[int, int]]
+"""Of each tensor how many numbers and bytes it has."""
 
 
 class ShardReader:
@@ -63,6 +65,8 @@ class ShardReader:
             )
         found = places_of(single) if names is None else self._indexed(names)
         self.places: dict[str, AnyPlace] = dict(found)
+        self.held = found  # by the names in the files
+        self.quantisation: dict[str, Any] | None = None  # by which places are unpacked
         self._files = {place.file for place in self.places.values()}
 
     def _indexed(self, names: dict[str, str]) -> dict[str, Place]:
@@ -143,7 +147,7 @@ class ShardWriter:
     def __init__(self, folder: Path, shards: int):
         self.folder, self.shards = folder, shards
         self.weight_map: dict[str, str] = {}
-        self.sizes: dict[str, tuple[int, int]] = {}
+        self.sizes: Sizes = {}
         self.files: dict[str, int] = {}
         self.digests: dict[str, str] = {}
 
@@ -151,9 +155,9 @@ class ShardWriter:
         self,
         index: int,
         tensors: dict[str, torch.Tensor],
-        counted: dict[str, torch.Tensor] | None = None,
+        sizes: Sizes | None = None,
     ) -> None:
-        """Write shard `index` (from 0); `counted` are the same numbers by their names in memory."""
+        """Write shard `index` (from 0); `sizes` are those of the tensors' names in memory."""
         name = f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
         twice = [key for key in tensors if self.weight_map.get(key, name) != name]
         if twice:
@@ -169,8 +173,7 @@ class ShardWriter:
             ) from error
         self.files[name], self.digests[name] = path.stat().st_size, digest_of(path)
         self.weight_map |= dict.fromkeys(tensors, name)
-        for key, tensor in (counted or tensors).items():
-            self.sizes[key] = (tensor.numel(), tensor.numel() * tensor.element_size())
+        self.sizes |= sizes or sizes_of(tensors)
 
     def state(self) -> dict[str, Any]:
         """The shards written so far, for `restore`."""
@@ -207,6 +210,11 @@ class ShardWriter:
             "weight_map": dict(sorted(self.weight_map.items())),
         }
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def sizes_of(tensors: dict[str, torch.Tensor]) -> Sizes:
+    """Numbers and bytes of each tensor."""
+    return {key: (t.numel(), t.numel() * t.element_size()) for key, t in tensors.items()}
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

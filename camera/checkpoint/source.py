@@ -6,6 +6,7 @@ import shutil
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from camera.runtime.errors import CameraError
 from camera.runtime.files import CheckpointFiles, known_digest
@@ -23,12 +24,15 @@ TOKENIZER = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "a
 TOKENIZER += ["chat_template*", "*.model"]
 
 
-def resolve_model(model: str, *, weights: bool = True) -> Path:
+def resolve_model(
+    model: str, *, weights: bool = True, subfolder: str | None = None, **hub: Any
+) -> Path:
     """The local folder of a model given by path or hub id; downloads from the hub.
 
     A hub id may end in `@` and a branch, tag or commit; without, it is the main branch as it stood
-    when this process first asked. Without `weights` only the other files are fetched. CameraError:
-    a folder without config.json or with an adapter, a name that is no hub id, a failed download.
+    when this process first asked. Without `weights` only the other files are fetched; `hub` says
+    how, in the terms of `snapshot_download`. CameraError: a folder without config.json or with an
+    adapter, a name that is no hub id, a failed download.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -37,26 +41,27 @@ def resolve_model(model: str, *, weights: bool = True) -> Path:
             raise CameraError(f"model.path={model} is a folder without config.json.")
         return folder
     refuse_no_model(model)
-    left = [*PICKLED, "*/*.safetensors", "consolidated*.safetensors"]
+    left = [*PICKLED, "consolidated*.safetensors", *["*/*.safetensors"] * (not subfolder)]
     left += ["*.safetensors"] * (not weights)
-    folder = _fetched(model, _commit(model), ignore_patterns=left)
+    folder = _fetched(model, _commit(model, **hub), ignore_patterns=left, **hub)
+    folder = folder / (subfolder or "")
     refuse_adapter(folder)
     return folder
 
 
 @cache
-def _commit(model: str) -> str:
+def _commit(model: str, **hub: Any) -> str:
     """The commit that a hub id stands for, the same for all that this process does."""
     revision = model.partition("@")[2] or None
-    return revision_of(_fetched(model, revision, allow_patterns=["config.json"])) or ""
+    return revision_of(_fetched(model, revision, allow_patterns=["config.json"], **hub)) or ""
 
 
-def _fetched(model: str, revision: str | None, **patterns: list[str]) -> Path:
+def _fetched(model: str, revision: str | None, **how: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     name = model.partition("@")[0]
     try:
-        return Path(snapshot_download(name, revision=revision or None, **patterns))
+        return Path(snapshot_download(name, revision=revision or None, **how))
     except Exception as error:  # the hub client raises a dozen types; none can be handled further
         raise CameraError(
             f"model.path={model} can't be fetched from the hub ({type(error).__name__}): check the "

@@ -7,7 +7,7 @@ from pathlib import Path
 from camera.checkpoint.config import save_config
 from camera.checkpoint.formats.native import native_state
 from camera.checkpoint.matching import require_whole
-from camera.checkpoint.shards import ShardReader, ShardWriter
+from camera.checkpoint.shards import ShardReader, ShardWriter, sizes_of
 from camera.checkpoint.source import copy_companions
 from camera.engines.plain import PlainModel
 from camera.runtime.errors import CameraError
@@ -26,9 +26,9 @@ def export_native(plain: PlainModel, out: Path) -> None:
         partial.mkdir()
         writer = ShardWriter(partial, layers + 1)
         for index, tensors in plain.layers():
-            writer.add(index, native_state(plain.model, tensors), counted=tensors)
+            writer.add(index, native_state(plain.model, tensors), sizes_of(tensors))
         rest = plain.rest()
-        writer.add(layers, native_state(plain.model, rest), counted=rest)
+        writer.add(layers, native_state(plain.model, rest), sizes_of(rest))
         writer.close()
         plain.config.architectures = [type(plain.model).__name__]
         plain.config.dtype = plain.dtype

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from camera.checkpoint.config import CameraConfig, build_native
+from camera.checkpoint.config import CameraConfig
 from camera.checkpoint.formats.format import FORMATS, Format
 from camera.checkpoint.formats.narrow import PROJECTIONS, padded_mlp
+from camera.checkpoint.modules import build_native
 from camera.checkpoint.source import resolve_model
 from camera.moe.experts.layout import ExpertLayout
 from camera.moe.families import layer_of

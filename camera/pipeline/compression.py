@@ -215,4 +215,6 @@ def _fingerprint(context: PassContext, step: Pass) -> dict[str, object]:
         "dtype": str(model.dtype),
         "stored_dtype": str(model.stored_dtype),
     }
+    if model.kept is not None:
+        settings["store"] = "source"
     return settings | computed_by(model, type(request.method))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Protocol
 
 import torch
@@ -13,11 +16,10 @@ from camera.calibration.experts.coverage import BySource
 from camera.calibration.experts.super_experts import WithOutliers, super_experts
 from camera.calibration.observers import ObserverSpec
 from camera.calibration.tokens import CalibrationTokens
-from camera.method import Method, Plan, Propagate
+from camera.method import Method, Plan, Propagate, Spec
 from camera.moe.budget import Budget
 from camera.pipeline.memory.estimate import MemoryEstimate
 from camera.pipeline.result import versions
-from camera.pipeline.state import RunState
 from camera.runtime import distributed
 from camera.runtime.device.peak_memory import PeakMemory
 from camera.runtime.files import partial_of
@@ -77,6 +79,50 @@ class CompressionRequest:
     def private_statistics(self) -> Path:
         """Private statistics cache, removed when the checkpoint is complete."""
         return self.out.with_name(f".{self.out.name}.statistics")
+
+
+@dataclass
+class RunState:
+    """What the finished layers of a run left to know."""
+
+    modules: dict[str, Spec] = field(default_factory=dict)  # path -> spec of what stands there now
+    widths: dict[str, list[int]] = field(default_factory=dict)  # of every expert, by path
+    full_widths: dict[str, int] = field(default_factory=dict)  # before compression
+    routed: list[str] = field(default_factory=list)  # paths of routed experts
+    layer_reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)  # of each layer
+    seconds: dict[str, float] = field(default_factory=lambda: {"calibrate": 0.0, "compress": 0.0})
+    cached: dict[str, float] = field(default_factory=dict)  # `cached_statistics` of the report
+    sources: dict[str, Any] = field(default_factory=dict)  # by source, what reached whom
+    outliers: dict[str, Any] = field(default_factory=dict)  # largest outputs of experts
+    shards: dict[str, Any] = field(default_factory=dict)  # of checkpoint.shards.ShardWriter
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able copy."""
+        return copy.deepcopy({f.name: getattr(self, f.name) for f in fields(self)})
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> RunState:
+        """The inverse of `to_dict`."""
+        return cls(**found)
+
+    def report(self, index: int, facts: dict[str, Any]) -> None:
+        """Add facts to the report of a layer."""
+        if facts:
+            self.layer_reports.setdefault(str(index), {}).update(facts)
+
+    def used(self, seconds: float, peak_memory_bytes: int) -> None:
+        """Add what statistics cost another run, which this one read."""
+        self.cached["seconds"] = self.cached.get("seconds", 0.0) + seconds
+        peak = max(self.cached.get("peak_memory_bytes", 0), peak_memory_bytes)
+        self.cached["peak_memory_bytes"] = peak
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Count the time of a block to a part of the run."""
+        start = perf_counter()
+        yield
+        self.seconds[part] += perf_counter() - start
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,8 @@ from camera.runtime.files import CheckpointFiles, replace_durably, write_json
 from camera.streaming.meta_build import tied_names
 from camera.streaming.skeleton import MetaModel
 
+log = logging.getLogger("camera")
+
 
 def publish(
     context: PassContext, done: CompressedPass, progress: PassProgress, writer: ShardWriter
@@ -38,7 +41,7 @@ def publish(
         write_json(partial / CheckpointFiles.EVALUATION, listener.results(context.memory.bytes))
     with context.state.timed("compress"):
         _write_rest(context, done, writer)
-        _write_config(context, done.plan)
+        _write_config(context, done.plan, writer)
         copy_companions(context.streamer.model.folder, partial)
         _plan(context, done.plan).save(partial / CheckpointFiles.PLAN)
         if done.statistics is not None and done.statistics.travels:
@@ -78,15 +81,21 @@ def _modules(context: PassContext) -> dict[str, Any]:
     return {**({} if before is None else before.modules), **context.state.modules}
 
 
-def _write_config(context: PassContext, plan: Plan) -> None:
+def _write_config(context: PassContext, plan: Plan, writer: ShardWriter) -> None:
     model, method = context.streamer.model, context.method
-    config = model.config
+    config, stored = model.config, None
+    if model.kept is not None:
+        stored = model.kept.quantisation(writer.weight_map)
+        if stored is None:
+            log.warning("%s: nothing stays as its source stored it.", context.request.out.name)
     if method.native:
         for key, value in method.native_config(config, context.budget, plan).items():
             setattr(model.text_config, key, value)
+        if stored is not None:
+            config.quantization_config = stored
     else:
         made_by: dict[str, Any] = {"method": method.name, **method.settings()}
-        config.quantization_config = CameraConfig(_modules(context), made_by)
+        config.quantization_config = CameraConfig(_modules(context), made_by, source=stored)
     config.architectures = [type(model.model).__name__]
     config.dtype = model.stored_dtype
     if type(model.model).__module__.startswith(("transformers.", "camera.")):
@@ -103,6 +112,8 @@ def _read_back(context: PassContext) -> None:
     except CameraError as error:
         raise CameraError(f"what was written is no whole checkpoint ({error}): {fix}.") from error
     for name in written.reader.left_out:
+        if model.kept is not None and model.kept.holds(name):
+            continue  # scales of activations, beside what is kept as it was stored
         raise CameraError(f"what was written holds tensor '{name}', which has no use: {fix}.")
     tied = tied_names(written.model)
     for name, tensor in written.model.state_dict().items():

@@ -1,6 +1,5 @@
 """A model on meta whose layers are loaded from shards and freed."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from camera.checkpoint.loading import (
 )
 from camera.checkpoint.matching import convert, refuse_missing
 from camera.checkpoint.places import read_places
+from camera.checkpoint.quantized.kept import KeptAsStored
 from camera.checkpoint.quantized.opening import open_weights
 from camera.moe.budget import Budget, budget_of, require_counts
 from camera.moe.capture import replaced_submodule
@@ -33,10 +33,8 @@ from camera.streaming.disk_experts import (
     single_expert_module,
     single_expert_places,
 )
-from camera.streaming.meta_build import build_on_meta, decoder_of, tied_names
+from camera.streaming.meta_build import StoredDtypes, build_on_meta, decoder_of, tied_names
 from camera.streaming.recorder import ArgumentRecorder
-
-log = logging.getLogger("camera")
 
 
 class MetaModel:
@@ -55,7 +53,8 @@ class MetaModel:
         save_dtype: str = "auto",
     ):
         self.folder, self.device = folder, torch.device(device)
-        self.trust_remote_code, self._asked = trust_remote_code, dtype
+        self.trust_remote_code, self._asked = trust_remote_code, (dtype, save_dtype)
+        self.kept: KeptAsStored | None = None
         self.config = load_config(folder, trust_remote_code)
         self.text_config = self.config.get_text_config()
         choose_kernels(self.config)
@@ -74,19 +73,18 @@ class MetaModel:
             asked or self.reader.main_dtype(),
             trust_remote_code,
         )
-        self.stored_dtype = asked or self.reader.main_dtype()
         self.dtype = compute_dtype(dtype, self.reader.main_dtype(), device)
+        self._dtypes = StoredDtypes(self.model, self.reader, asked, self.dtype)
+        self.stored_dtype = self._dtypes.main
         self.compressed = getattr(self.config, "quantization_config", None)
         self.base = decoder_of(self.model, self.family)
         layers = self.base.layers
         self.root = next(name for name, part in self.model.named_modules() if part is layers)
         self._layer_of_key: dict[str, int | None] = {}
-        self._stored: dict[str, torch.dtype] = {}  # of the tensors that the files hold
         if asked:
             self.model.to(asked)
         else:
-            self._stored = {name: t.dtype for name, t in self.model.state_dict().items()}
-            self._warn_of_another_dtype(told)
+            self._dtypes.warn_of_another(folder, told)
         self.budget: Budget = budget_of(self.model, self.layers, self.family, self.root)
         self._refuse_other_sums()
         self.model.to(self.dtype)
@@ -103,12 +101,25 @@ class MetaModel:
         """The model as its files have it; this object holds no memory from then on."""
         self.prefetcher.drop()
         self.free(self.model)
-        return MetaModel(self.folder, str(self.device), self._asked, self.trust_remote_code)
+        dtype, save_dtype = self._asked
+        again = MetaModel(self.folder, str(self.device), dtype, self.trust_remote_code, save_dtype)
+        if self.kept is not None:
+            again.keep_as_stored(self.kept.native)
+        return again
+
+    def keep_as_stored(self, native: bool) -> None:
+        """Have what nobody changes of a quantised source written as it is stored, in a native
+        checkpoint or in one of this package; CameraError where its config.json couldn't say so."""
+        if self.reader.quantisation is not None:
+            names = self.family.checkpoint_names
+            self.kept = KeptAsStored(self.reader, names, self.name_of, native)
 
     @property
     def unpacking(self) -> int:
-        """Bytes that reading a tensor takes at most beside it, where the source is quantised."""
-        return self.reader.unpacking
+        """Bytes that reading tensors takes at most beside them, where the source is quantised, and
+        that what is written as it was stored takes beside the layer."""
+        kept = 0 if self.kept is None else self.reader.unpacking + self.kept.nbytes
+        return self.reader.unpacking + kept
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -186,7 +197,7 @@ class MetaModel:
         tied = tied_names(self.model)
         self._load(
             self.reader.read(
-                lambda key: self._layer_of(key) is None and only in self._name_of(key),
+                lambda key: self._layer_of(key) is None and only in self.name_of(key),
                 self.device,
             ),
             lambda name: self._found_layer(name) is None and only in name and name not in tied,
@@ -196,7 +207,7 @@ class MetaModel:
         """The decoder layer of a tensor of the checkpoint; None for all outside, those of other
         towers' layers too."""
         if key not in self._layer_of_key:
-            self._layer_of_key[key] = self._found_layer(self._name_of(key))
+            self._layer_of_key[key] = self._found_layer(self.name_of(key))
         return self._layer_of_key[key]
 
     def _found_layer(self, name: str) -> int | None:
@@ -205,59 +216,24 @@ class MetaModel:
         # a model that was saved without its head lacks the first part of the names
         return layer_of(name) if f".{self.root}".removesuffix(".layers").endswith(before) else None
 
-    def _name_of(self, key: str) -> str:
+    def name_of(self, key: str) -> str:
         """The model's name of a checkpoint's tensor; of one of several that are put together."""
         for rule in self._conversions:
             key = rule.rename_source_key(key)[0]
         return key
 
     def take_out(self, module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
-        """Free a module; its tensors, by their names with `prefix`, as its checkpoint holds them.
-
-        No more than one is there in both precisions.
-        """
+        """Free a module; its tensors, by their names with `prefix`, as they are written."""
         held = {prefix + name: tensor for name, tensor in module.state_dict().items()}
         held = {name: tensor for name, tensor in held.items() if not tensor.is_meta}
         self.free(module)
-        found, check = {}, FiniteCheck()
-        for name in list(held):
-            tensor = held.pop(name)
-            found[name] = self._as_stored(name, tensor, check)
-        self._require_storable(check, found)
+        found = self._dtypes.cast(held)
         trim_heap()
         return found
 
     def dtype_on_disk(self, name: str) -> torch.dtype:
         """What a floating-point tensor of this name is written in."""
-        if name in self._stored:
-            return self._stored[name]
-        exempt = self.model._get_dtype_plan(self.stored_dtype)  # what the family keeps in fp32
-        return torch.float32 if any(part in name for part in exempt) else self.stored_dtype
-
-    def _as_stored(self, name: str, tensor: torch.Tensor, check: FiniteCheck) -> torch.Tensor:
-        """A tensor in the dtype of its place on disk, entered in `check` unless it is as it was."""
-        if not tensor.is_floating_point():
-            return tensor
-        dtype = self.dtype_on_disk(name)
-        if torch.promote_types(dtype, self.dtype) != self.dtype and name in self.reader.places:
-            # computed in a coarser dtype: what nobody changed is written as it was
-            original = self.reader.read(lambda key: key == name, tensor.device)[name]
-            if torch.equal(original.to(tensor), tensor):
-                return original.to(dtype)
-        check.add(name, tensor)
-        return tensor.to(dtype)
-
-    def _require_storable(self, check: FiniteCheck, stored: dict[str, torch.Tensor]) -> None:
-        """CameraError for a tensor that doesn't fit the dtype in which it is stored."""
-        name = check.first_broken({name: tensor.dtype for name, tensor in stored.items()})
-        if name is None:
-            return
-        dtype = stored[name].dtype
-        told = f"doesn't fit {dtype}, in which it is stored: set save_dtype=bfloat16 or float32"
-        if check.first_broken() is not None:
-            name = check.first_broken()
-            told = "holds NaN or inf when it is compressed: run with dtype=float32"
-        raise CameraError(f"tensor '{name}' {told}.".replace("torch.", ""))
+        return self._dtypes.of(name)
 
     def free(self, module: nn.Module) -> None:
         """Give a module's memory back."""
@@ -300,14 +276,6 @@ class MetaModel:
             if "inv_freq" in str(module._non_persistent_buffers_set):  # in code, not on disk
                 real = type(module)(config=self.text_config).to(self.device)
                 self.base.set_submodule(name, real)
-
-    def _warn_of_another_dtype(self, told: Any) -> None:
-        if isinstance(told, torch.dtype) and told != self.stored_dtype:
-            log.warning(
-                "%s: config.json says %s, most weights are %s, and so they are written.",
-                self.folder,
-                *(str(dtype).removeprefix("torch.") for dtype in (told, self.stored_dtype)),
-            )
 
 
 class _Once:

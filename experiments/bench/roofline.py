@@ -1,6 +1,7 @@
 """FLOPs and bytes of compressing a model, and the time on a device: computed, not measured."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ from transformers import AutoConfig
 
 from camera.compensation.settings import CompensationSettings
 from camera.pipeline.memory.config_model import ConfigModel
+from camera.pipeline.time.cards import CARDS, Card
+from camera.pipeline.time.costs import DISK, EFFICIENCY, RunCost, run_cost, ways_on
 from camera.runtime.errors import CameraError
 from experiments.bench.support.architectures import ARCHITECTURES
-from experiments.bench.support.cards import CARDS, Card
-from experiments.bench.support.costs import RunCost, fit_flops, run_cost
+from experiments.bench.support.refit import fit_flops
 from experiments.bench.support.timing import matmul_peak, take_turns
-from experiments.bench.support.traffic import Ways
 from experiments.config.location import CONF, EMBEDDED_MODEL
 
 COPIED = 2**28  # bytes
@@ -28,9 +29,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--sparsity", type=float, default=0.2, help="share of the pool removed")
-    parser.add_argument("--efficiency", type=float, default=0.4)
+    parser.add_argument("--efficiency", type=float, default=EFFICIENCY)
     parser.add_argument("--host", type=float, default=256.0, help="GB of the system that are free")
-    parser.add_argument("--disk", type=float, default=3.0, help="GB/s, read and written")
+    parser.add_argument("--disk", type=float, default=DISK / 1e9, help="GB/s, read and written")
     parser.add_argument("--phi", default="auto", choices=("auto", "keep", "routed", "recompute"))
     parser.add_argument("--eager", action="store_true", help="as without a compiler for kernels")
     parser.add_argument("--sweeps", type=int, default=3, help="of compensation, for each ridge")
@@ -85,13 +86,8 @@ def _on_device(
     model, host = ConfigModel(config, dtype), int(args.host * 1e9)
     said = model.memory(*sizes[1:], args.sparsity, card.bytes or None, host)
     asked = {"auto": said.phi_kept, "keep": "all", "routed": "routed", "recompute": "none"}
-    ways = Ways(
-        phi=asked[args.phi],
-        on_device=not card.bytes or said.hidden_place == "device",
-        experts_on_disk=said.experts_on_disk,
-        compiled=bool(card.bytes) and not args.eager,
-        grouped=card.grouped,
-    )
+    ways = replace(ways_on(card, said), phi=asked[args.phi])
+    ways = replace(ways, compiled=ways.compiled and not args.eager)
     cost = run_cost(*sizes, sparsity=args.sparsity, ways=ways, dtype=dtype)
     spent = cost.seconds(card, args.efficiency, args.disk * 1e9)
     rate, flops = args.efficiency * card.flops, cost.total("flops")

@@ -35,6 +35,7 @@ _group_types: dict[str, dict[str, type]] = {}
 Fraction = choice("moe", "model", "routed")
 Propagate = choice("compressed", "dense")
 Dtype = choice("auto", "float32", "bfloat16", "float16")
+Store = choice("bfloat16", "source")
 Stream = choice("auto", "always", "never")
 Retry = choice("none", "failed")
 Corpus = choice("wikitext2", "c4")
@@ -126,6 +127,7 @@ class Config:
     device: str = "auto"
     dtype: Dtype = Dtype.auto
     save_dtype: Dtype = Dtype.auto
+    store: Store = Store.bfloat16
     output: str = "outputs"
     force: bool = False
     dry_run: bool = False

@@ -44,6 +44,7 @@ class Settings:
     device: str
     dtype: str
     save_dtype: str
+    store: str
     output: str
     force: bool
     dry_run: bool

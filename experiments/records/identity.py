@@ -49,6 +49,8 @@ def compression_identity(settings: Settings) -> dict[str, Any]:
     if settings.dtype != "auto" or settings.save_dtype != "auto":
         # also of an asked dtype: it was what the checkpoint had, before there was a save_dtype
         identity["save_dtype"] = settings.save_dtype
+    if settings.store != "bfloat16":  # what there was before it could be chosen
+        identity["store"] = settings.store
     if settings.calibrates:
         asked = arguments(settings.calibration)
         if asked.get("sources") is None:  # as before there were any

@@ -105,6 +105,7 @@ def camera_compress(
         device=settings.device,
         dtype=settings.dtype,
         save_dtype=settings.save_dtype,
+        store=settings.store,
         statistics=folders.output.statistics,
         memory=MemoryChoices(**settings.memory),
         measures=evaluation_during_compression(settings),

@@ -56,6 +56,18 @@ def test_what_is_left_is_what_methods_leave(folder):
     assert found["quantisation"].bytes == 4 * (model.num_parameters() - pool) + pool * 2.5 / 8
 
 
+def test_the_time_is_that_of_the_card_that_is_named(folder):
+    """A faster card takes less; as much is read and written."""
+    path, _ = folder("mixtral")
+    found = {card: description(path, card=card) for card in ("a100_40gb", "h100")}
+    slow, fast = (found[card].time for card in found)
+    assert 0 < fast["on h100"] < slow["on a100_40gb"]
+    assert fast["disk, beside it"] == slow["disk, beside it"]
+    assert "on h100" in found["h100"].memory and "on h100" in str(found["h100"])
+    with pytest.raises(CameraError, match="card=abacus is none of a100_40gb, "):
+        description(path, card="abacus")
+
+
 def test_a_sparsity_out_of_reach_is_refused(folder):
     path, _ = folder("mixtral")
     with pytest.raises(CameraError, match="sparsity=1"):

@@ -1,7 +1,7 @@
 """The weights of a folder as plain tensors, whatever they are stored as."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from camera.checkpoint.places import PackedPlace, Place
 from camera.checkpoint.quantized import awq, compressed_tensors, fp8, gptq, mxfp4
 from camera.checkpoint.quantized.stored import StoredWeights
 from camera.checkpoint.shards import ShardReader
+from camera.moe.budget import owner_of
 from camera.runtime.errors import CameraError
 
 log = logging.getLogger("camera")
@@ -34,9 +35,9 @@ def open_weights(folder: Path, config: Any) -> ShardReader:
 
     CameraError for a quantisation that isn't read, and for packed tensors without their scales.
     """
-    told = _take_off(config)
+    told, compressed = _take_off(config)
     plain = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    return _opened(folder, told, plain)
+    return _opened(folder, told, plain, compressed)
 
 
 def weights_of(folder: Path) -> ShardReader:
@@ -44,26 +45,58 @@ def weights_of(folder: Path) -> ShardReader:
     config = json_object(folder / "config.json")
     parts = [config, *(inner for inner in [config.get("text_config")] if isinstance(inner, dict))]
     told = next((part[QUANTIZED] for part in parts if isinstance(part.get(QUANTIZED), dict)), None)
+    compressed = None
+    if told is not None and told.get("quant_method") in NAMES:
+        told, compressed = told.get("source"), told.get("modules", {})
     named = (part.get(key) for part in parts for key in ("dtype", "torch_dtype"))
     plain = getattr(torch, str(next(filter(None, named), "bfloat16")), torch.bfloat16)
-    return _opened(folder, told, plain)
+    return _opened(folder, told, plain, compressed)
 
 
-def _opened(folder: Path, told: dict[str, Any] | None, plain: torch.dtype) -> ShardReader:
+def names_on_disk(reader: ShardReader) -> dict[str, tuple[list[str], list[str]]]:
+    """Of each tensor that is unpacked the names of its parts, and of what lies beside them: scales
+    of activations, which a plain model has no use for."""
+    names = {place: key for key, place in reader.held.items()}
+    beside: dict[str, list[str]] = {}
+    for key in reader.left_out.keys() & reader.held.keys():
+        beside.setdefault(f"{key.rpartition('.')[0]}.", []).append(key)
+    return {
+        key: ([names[part] for part in place.stored], sorted(beside.get(base_of(key), [])))
+        for key, place in reader.places.items()
+        if isinstance(place, PackedPlace)
+    }
+
+
+def base_of(key: str) -> str:
+    """What the names of a plain tensor and of its parts begin with."""
+    return key.removesuffix("weight") if key.endswith(".weight") else key
+
+
+def _opened(
+    folder: Path,
+    told: dict[str, Any] | None,
+    plain: torch.dtype,
+    compressed: Collection[str] | None,
+) -> ShardReader:
+    """compressed: paths of modules whose tensors their formats read; None: there are no formats."""
     reader = ShardReader(folder)
     if told is None:
-        _refuse_packed(reader, "config.json has no quantization_config")
+        if compressed is None:
+            _refuse_packed(reader, "config.json has no quantization_config")
         return reader
-    method = told.get("quant_method")
-    if method in NAMES:
-        return reader
+    method = told.get("quant_method") if isinstance(told, dict) else told
     if method not in FORMATS:
         raise CameraError(
             f"{folder} is quantised by {method!r}, and only {', '.join(FORMATS)} can be unpacked: "
             "start from its unquantised weights."
         )
     unpacked, beside = FORMATS[method]
-    stored = {key: place for key, place in reader.places.items() if isinstance(place, Place)}
+    reader.quantisation = told
+    stored = {
+        key: place
+        for key, place in reader.held.items()
+        if not compressed or owner_of(key, compressed) is None
+    }
     found = unpacked(StoredWeights(folder, stored, told, plain))
     parts = {part for place in found.values() for part in place.stored}
     for key, place in stored.items():
@@ -75,7 +108,7 @@ def _opened(folder: Path, told: dict[str, Any] | None, plain: torch.dtype) -> Sh
                 f"{folder} holds tensor '{key}' plain and packed: download the model again."
             )
     reader.places |= found
-    reader.leave_out([key for key in reader.places if key.endswith(beside)])
+    reader.leave_out([key for key in stored if key in reader.places and key.endswith(beside)])
     _refuse_packed(reader, f"its parts for {method} are missing")
     log.info(
         "%s is stored as %s: %d tensors are unpacked to %s as they are read.",
@@ -84,12 +117,17 @@ def _opened(folder: Path, told: dict[str, Any] | None, plain: torch.dtype) -> Sh
     return reader
 
 
-def _take_off(config: Any) -> dict[str, Any] | None:
-    """What a config says of another tool's quantisation, which it then no longer says."""
-    told = None
+def _take_off(config: Any) -> tuple[dict[str, Any] | None, Collection[str] | None]:
+    """What a config says of another tool's quantisation, which it then no longer says; and which
+    modules have a format of this package, in a checkpoint of it."""
+    told, compressed = None, None
     for part in (config, config.get_text_config()):
         found = getattr(part, QUANTIZED, None)
-        if found is None or isinstance(found, CameraConfig):
+        if isinstance(found, CameraConfig):
+            told, compressed = found.source or told, found.modules
+            found.source = None
+            continue
+        if found is None:
             continue
         if not isinstance(found, dict):
             raise CameraError(
@@ -98,7 +136,7 @@ def _take_off(config: Any) -> dict[str, Any] | None:
             )
         told = found
         delattr(part, QUANTIZED)
-    return told
+    return told, compressed
 
 
 def _refuse_packed(reader: ShardReader, why: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from camera.checkpoint.config import build_native
+from camera.checkpoint.modules import build_native
 from camera.checkpoint.quantized.fp8 import STEP
 from camera.method import METHODS
 from camera.moe.budget import budget_of

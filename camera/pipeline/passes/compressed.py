@@ -16,17 +16,16 @@ import torch
 
 from camera.calibration.statistics import LayerStatistics, Statistics
 from camera.checkpoint.formats.native import native_modules, native_state
-from camera.checkpoint.shards import ShardWriter
+from camera.checkpoint.shards import ShardWriter, sizes_of
 from camera.compensation.experts import output_weights
 from camera.method import Pass, PassKind, Plan, Seen
 from camera.moe.experts.module import ExpertModule
 from camera.moe.pool import KeptRows
-from camera.pipeline.context import OUTLIERS, SOURCES, PassContext
+from camera.pipeline.context import OUTLIERS, SOURCES, PassContext, RunState
 from camera.pipeline.passes.measured import of_layer
 from camera.pipeline.passes.tokens import CompressedTokens
 from camera.pipeline.passes.weights import observe_weights
 from camera.pipeline.resume import PassProgress
-from camera.pipeline.state import RunState
 from camera.runtime import distributed
 from camera.runtime.buffers import trim_heap
 from camera.runtime.errors import CameraError
@@ -264,10 +263,12 @@ class CompressedPass:
 
     def add(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
         """Write the tensors of a layer, or, under the number after the last, of what is outside."""
-        on_disk = tensors
+        model, on_disk, sizes = self._context.streamer.model, tensors, sizes_of(tensors)
         if self._context.method.native:
-            on_disk = native_state(self._context.streamer.model.model, tensors)
-        self._writer.add(index, on_disk, counted=tensors)
+            on_disk = native_state(model.model, tensors)
+        if model.kept is not None:
+            on_disk, sizes = model.kept.restored(dict(on_disk))
+        self._writer.add(index, on_disk, sizes)
 
     def _restore(self) -> None:
         progress, context = self._progress, self._context

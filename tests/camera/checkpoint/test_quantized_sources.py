@@ -3,6 +3,7 @@
 import json
 import logging
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -17,29 +18,9 @@ from camera.runtime.errors import CameraError
 from camera.streaming.settings import MemoryChoices
 from camera.streaming.skeleton import MetaModel
 from tests.helpers.checkpoints import changed, config_of, shards_of, tensors_of
-from tests.helpers.quantization.quantized_sources import SOURCES, write_pair
+from tests.helpers.quantization.quantized_sources import SOURCES
 
-SIZES = dict(num_hidden_layers=2, moe_intermediate_size=48)
-FAMILIES = {"fp8": "deepseek_v3"}  # of the others qwen3_moe
-DTYPES = {"gptq": torch.float16, "awq": torch.float16}  # of the others bfloat16
 DOWN = "model.layers.1.mlp.experts.2.down_proj"
-
-
-@pytest.fixture(scope="module")
-def pair(checkpoints, tmp_path_factory):
-    """pair(tool): a checkpoint as this tool stores it, and the plain one that it holds."""
-    made = {}
-
-    def folders(name):
-        if name.startswith("compressed"):
-            pytest.importorskip("compressed_tensors", reason="needs compressed-tensors")
-        if name not in made:
-            source = checkpoints(FAMILIES.get(name, "qwen3_moe"), **SIZES)
-            folder, dtype = tmp_path_factory.mktemp(name), DTYPES.get(name, torch.bfloat16)
-            made[name] = write_pair(source, name, folder, dtype)
-        return made[name]
-
-    return folders
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -55,6 +36,23 @@ def test_a_quantised_source_is_read_as_its_plain_weights(pair, name):
     logits = [load_model(folder, "cpu")(ids).logits for folder in (quantised, plain)]
     assert torch.equal(*logits)
     assert weight_bytes(quantised, "cpu") == weight_bytes(plain, "cpu")
+
+
+def test_a_model_of_the_hub_is_unpacked_as_its_folder_is(pair, monkeypatch):
+    """By no quantiser that a tool of its own brings: a revision of it, and the main branch."""
+    asked, folder = [], pair("awq")[0]
+
+    def snapshot_download(name, *, revision=None, **how):
+        asked.append((name, revision, how.get("token")))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    ids = torch.arange(3, 19)[None]
+    expected = load_model(folder, "cpu")(ids).logits
+    for options in ({}, {"revision": "v1", "token": "t"}):
+        found = camera.load("own/quantised-moe", device="cpu", **options)
+        assert torch.equal(found(ids).logits, expected)
+    assert ("own/quantised-moe", "v1", "t") in asked
 
 
 @pytest.mark.parametrize(("name", "experts"), [("fp8", "disk"), ("awq", "ram")])

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import camera
-from camera.checkpoint.dequantize import dequantize
 from camera.checkpoint.loading import load_model
+from camera.checkpoint.modules import dequantize
 from camera.engines.compressed_tensors import require_packable
 from camera.runtime.errors import CameraError
 from tests.helpers.checkpoints import config_of, tensors_of

@@ -17,14 +17,15 @@ from camera.compensation.expert_regression import ExpertRegression
 from camera.compensation.least_squares import refit
 from camera.compensation.settings import CompensationSettings
 from camera.pipeline.memory.config_model import ConfigModel
+from camera.pipeline.time.cards import BANDWIDTH_SHARE, LAUNCH_SECONDS, WAIT_SECONDS, Card
+from camera.pipeline.time.costs import LayerCost, RunCost, run_cost
+from camera.pipeline.time.traffic import LayerTraffic, Ways
 from camera.runtime.errors import CameraError
 from camera.runtime.files import CheckpointFiles
 from camera.streaming.settings import MemoryChoices
 from experiments.bench import roofline
 from experiments.bench.support.architectures import ARCHITECTURES
-from experiments.bench.support.cards import BANDWIDTH_SHARE, LAUNCH_SECONDS, WAIT_SECONDS, Card
-from experiments.bench.support.costs import LayerCost, RunCost, fit_flops, run_cost
-from experiments.bench.support.traffic import LayerTraffic, Ways
+from experiments.bench.support.refit import fit_flops
 
 SAMPLES, LENGTH, SPARSITY = 8, 64, 0.4
 FLOPS_OF = ("qwen2_moe", "qwen3_moe", "deepseek", "deepseek_v2", "llama")

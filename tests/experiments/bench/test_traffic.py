@@ -7,10 +7,10 @@ import torch
 
 import camera
 from camera.calibration.statistics import Statistics
+from camera.pipeline.time.costs import run_cost
+from camera.pipeline.time.traffic import Ways
 from camera.runtime.files import CheckpointFiles
 from camera.streaming.settings import MemoryChoices
-from experiments.bench.support.costs import run_cost
-from experiments.bench.support.traffic import Ways
 from tests.fake_device.counts import counting
 from tests.helpers.machine.elementwise import ElementwiseBytes
 from tests.helpers.models import build_model, build_tokenizer

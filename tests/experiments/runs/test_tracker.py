@@ -87,7 +87,7 @@ def test_settings_that_a_method_ignores_are_null(name, ignored, runs):
     folder, kept = runs[name]
     asked = json.loads((folder / "settings.json").read_text())["settings"]
     null = {key for key, value in kept.config.items() if value is None}
-    assert null - {"memory", "save_dtype"} == ignored
+    assert null - {"memory", "save_dtype", "store"} == ignored
     for key in kept.config.keys() - null - {"_wandb", "method", "calibration"}:
         assert kept.config[key] == asked[key]
     told = {field.name for field in fields(Settings)}

@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import torch
 
 from camera.checkpoint.quantized.fp8 import STEP
-from camera.compensation.least_squares import at_once
 from camera.moe.experts.group import MlpExpert
-from camera.moe.families import family_of
 from camera.pipeline.memory.config_model import ConfigModel
+from camera.pipeline.memory.estimate import MemoryEstimate
+from camera.pipeline.time.cards import BANDWIDTH_SHARE, LAUNCH_SECONDS, WAIT_SECONDS, Card
+from camera.pipeline.time.traffic import LayerTraffic, Ways, layer_traffic
 from camera.streaming.memory import BATCH_TOKENS
-from experiments.bench.support.cards import BANDWIDTH_SHARE, LAUNCH_SECONDS, WAIT_SECONDS, Card
-from experiments.bench.support.traffic import LayerTraffic, Ways, layer_traffic
 
 FP8 = 1 + 4 / 128**2  # bytes of a weight, with its share of a block's scale
 UNPACKED = 23  # bytes moved for a weight in FP8: to fp32, its scale, their product, rounded
+EFFICIENCY, DISK = 0.4, 3e9  # of the card's peak; bytes/s, read and written: where none are given
 LAUNCHES_STEP = 5  # of unpacking so many weights as are in fp32 at a time
 
 
@@ -106,6 +106,17 @@ class RunCost:
         )
 
 
+def ways_on(card: Card, said: MemoryEstimate) -> Ways:
+    """How a run computes on a card, or a CPU (of 0 bytes), whose estimate of memory said this."""
+    return Ways(
+        phi=said.phi_kept,
+        on_device=not card.bytes or said.hidden_place == "device",
+        experts_on_disk=said.experts_on_disk,
+        compiled=bool(card.bytes),
+        grouped=card.grouped,
+    )
+
+
 def run_cost(
     config: Any,
     tokens: int,
@@ -144,62 +155,6 @@ def run_cost(
     return RunCost(costs, (size - inside) * dtype.itemsize, size)
 
 
-def fit_flops(
-    config: Any,
-    tokens: int,
-    *,
-    sparsity: float,
-    ridges: int,
-    sweeps: int,
-    held_out: float,
-    attention: bool = False,
-) -> int:
-    """fp32 FLOPs of the refit of every layer, all experts pruned alike; with `attention` also its
-    output weights (target=dense).
-
-    Where K micro-experts in all are solved at once: 2 T K (K + H) for the sums over T tokens; for
-    each ridge and the last fit K^3 / 3 and 2 K^2 H to solve, for each ridge 2 K^2 H to judge;
-    2 N w H to change the residual of N tokens. Else each of `ridges` and the last fit take `sweeps`
-    over the experts. Of an expert with N tokens and w kept micro-experts: 2 N w^2 for its Gram
-    matrix, of the tokens fitted to and of all; for each ridge w^3 / 3, and a sweep
-    2 N w H (1 - held_out) to read the residual, 2 w^2 H to solve, 2 N w H to change it.
-    Either way 2 N (W - w) H for the output that was removed.
-    Source: the counts of the operations in camera/compensation.
-    """
-    paper = ConfigModel(config, torch.float32)
-    hidden, seen, total = config.hidden_size, 1 - held_out, 0.0
-
-    def solved(used: int, kept: int) -> float:
-        """At once: of `kept` in all, of which each of `used` tokens of experts moves its own."""
-        tried = (ridges + 1) * (kept**3 / 3 + 2 * kept**2 * hidden) + ridges * 2 * kept**2 * hidden
-        return 2 * tokens * kept * (kept + hidden) + 2 * used * hidden + tried
-
-    def descended(used: int, kept: int, experts: int) -> float:
-        solve = 2 * experts * kept**2 * hidden
-        tried = ridges * (2 * used * kept * hidden * (1 + seen) + solve)
-        last = 4 * used * kept * hidden + solve
-        grams = 2 * used * kept**2 * (1 + seen)
-        return grams + sweeps * (tried + last) + (ridges + 1) * experts * kept**3 / 3
-
-    for i, layer in enumerate(paper.layers):
-        ffn = paper.feed_forward(i)
-        found = []  # tokens, width, kept width and number of each group's experts
-        for group in ffn.groups if i in paper.budget.layers else ():
-            used = tokens if isinstance(group, MlpExpert) else tokens * ffn.family.top_k(config)
-            width = max(group.widths)
-            found.append((used, width, width - int(sparsity * width), len(group.widths)))
-        total += sum(2 * used * (width - kept) * hidden for used, width, kept, _ in found)
-        widths = [kept for _, _, kept, experts in found for _ in range(experts)]
-        if widths and at_once(widths):
-            total += solved(sum(used * kept for used, _, kept, _ in found), sum(widths))
-        else:
-            total += sum(descended(used, kept, experts) for used, _, kept, experts in found)
-        if attention:
-            heads = layer.get_submodule(ffn.family.attention_output).in_features
-            total += solved(tokens * heads, heads)
-    return int(total)
-
-
 def _layer(
     paper: ConfigModel,
     index: int,
@@ -212,7 +167,7 @@ def _layer(
     batch: int,
 ) -> LayerCost:
     config, layer, ffn = paper.config, paper.layers[index], paper.feed_forward(index)
-    in_pool, size, hidden = index in paper.budget.layers, paper.dtype.itemsize, config.hidden_size
+    in_pool, size, hidden = index in paper.budget.layers, paper.dtype.itemsize, paper.budget.hidden
     if not in_pool:
         sparsity, still_used = 0.0, 1.0
     phi = ways.phi if sparsity else "all"
@@ -248,7 +203,7 @@ def _layer(
         in_pool=in_pool,
     )
     return LayerCost(
-        attention=sum(2 * tokens * p.numel() for p in outside) + _scores(config, tokens, length),
+        attention=sum(2 * tokens * p.numel() for p in outside) + _scores(paper, tokens, length),
         router=sum(2 * tokens * p.numel() for p in routers) * (1 + (phi == "none")),
         gate_up=gate_up,
         down=down,
@@ -268,7 +223,7 @@ def _is_fp8(config: Any) -> bool:
     return (getattr(config, "quantization_config", None) or {}).get("quant_method") == "fp8"
 
 
-def _scores(config: Any, tokens: int, length: int) -> int:
+def _scores(paper: ConfigModel, tokens: int, length: int) -> int:
     """Queries times keys, and probabilities times values."""
-    each = family_of(config.model_type).attention_width(config)
-    return 2 * tokens * length * config.num_attention_heads * each
+    each = paper.family.attention_width(paper.text_config)
+    return 2 * tokens * length * paper.text_config.num_attention_heads * each
