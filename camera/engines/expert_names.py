@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from camera.checkpoint.config import build_native
 from camera.checkpoint.formats.native import native_state
+from camera.checkpoint.modules import build_native
 from camera.engines.plain import PlainModel
 from camera.moe.families import family_of
 from camera.runtime.errors import CameraError
