@@ -14,7 +14,9 @@ from tests.helpers.methods import method_of
 from tests.helpers.models import build_model, build_tokenizer
 
 SAMPLES, LENGTH = 192, 16  # short: else attention takes more than any method
-SLACK = 5 * 10**5  # bytes: of the three layers that are held a model of two has only two
+# bytes of a layer and a half: of the three that are stated a model of two holds two, and one at a
+# time where the thread that reads ahead is late
+SLACK = 15 * 10**5
 WAYS = ["camera_p measured", "camera_p fit", "magnitude global", "gptq sequential"]
 CASES = [
     *((name, {}) for name in METHODS if METHODS[name].compresses),
