@@ -10,7 +10,8 @@ import torch
 
 from camera.checkpoint.config import CameraConfig, json_object, load_config
 from camera.checkpoint.source import resolve_model
-from camera.engines.fit import engines, engines_of_outcomes
+from camera.engines.approximate_experts import KEY
+from camera.engines.fit import engines, engines_of_constants, engines_of_outcomes
 from camera.moe.budget import Budget
 from camera.moe.pool import LayerPool
 from camera.pipeline.memory.config_model import ConfigModel
@@ -136,7 +137,11 @@ def description(
     report = json_object(file) if file.exists() else None
     quantised = getattr(config, "quantization_config", None)
     ours = isinstance(quantised, CameraConfig)
-    taken = engines(config) if report or ours else engines_of_outcomes(config)
+    replaced = getattr(config, KEY, None)  # an export of ours, or of another program
+    if replaced:
+        taken = engines_of_constants()
+    else:
+        taken = engines(config) if report or ours else engines_of_outcomes(config)
     if ours:
         del config.quantization_config
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
@@ -178,9 +183,16 @@ def description(
         },
         time=_time(meta, sparsity, card),
         engines=taken,
-        compressed=_made(report) if report else OWN_FORMAT if ours else None,
-        of_original=ours,
+        compressed=_made(report) if report else OWN_FORMAT if ours else _constants(replaced),
+        of_original=ours or bool(replaced),
     )
+
+
+def _constants(replaced: dict[str, list[int]] | None) -> str | None:
+    if not replaced:
+        return None
+    experts = sum(map(len, replaced.values()))
+    return f"{experts} of its experts are constants, in vLLM's format"
 
 
 def _made(report: dict[str, Any]) -> str:

@@ -270,6 +270,11 @@ class Method(ABC):
         """Bytes of workspace that planning and applying take beside the layer, at most."""
         return 0
 
+    def share_left(self, budget: Budget) -> float:
+        """The share of its pool's bytes that a layer keeps at most, as far as settings tell: 1
+        where one ranking of all layers may spare one of them."""
+        return 1.0
+
     def native_config(self, config: Any, budget: Budget, plan: Plan) -> dict[str, Any]:
         """The keys of config.json that a native checkpoint of a finished plan changes."""
         return {}

@@ -27,6 +27,7 @@ from experiments.config.reference import help_text
 from experiments.config.schema import naming_valid_keys
 from experiments.config.spelling import check_spelling
 from experiments.config.started import start
+from experiments.config.values import check_typed
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -45,6 +46,7 @@ def command() -> None:
     try:
         sys.argv[1:] = as_typed(sys.argv[1:])
         check_spelling(sys.argv[1:])
+        check_typed(sys.argv[1:])
     except CameraError as refusal:
         sys.exit(str(refusal))
     with naming_valid_keys(), _interruptible():

@@ -8,10 +8,10 @@ import torch
 
 import camera
 from tests import fake_device
-from tests.helpers import gptq_problem
 from tests.helpers.golden import golden_folder, golden_values
-from tests.helpers.gpu_report import MARK, GpuReport, about_card, real_card
+from tests.helpers.machine.gpu_report import MARK, GpuReport, about_card, real_card
 from tests.helpers.models import build_model, build_tokenizer, write_layout
+from tests.helpers.quantization import gptq_problem
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -22,8 +22,41 @@ os.environ.pop("COLUMNS", None)  # as wide as a line is, whatever terminal the t
 
 # Tiny matrices: more threads only wait for each other. They also sum in another order, which the
 # tests must bear: CAMERA_TEST_THREADS=8 shows whether they do.
-torch.set_num_threads(int(os.environ.get("CAMERA_TEST_THREADS", "1")))
+THREADS = os.environ.get("CAMERA_TEST_THREADS", "1")
+torch.set_num_threads(int(THREADS))
+os.environ.setdefault("OMP_NUM_THREADS", THREADS)  # of processes and kernels that tests start, too
 
+
+# What takes longest, in this order: a worker that begins one of these last leaves the others idle.
+LONGEST = (
+    "integration/test_device.py",
+    "docs/test_notebooks.py",
+    "experiments/sweeps/test_ranks.py",
+    "experiments/sweeps/test_sweep.py",
+    "experiments/runs/test_runs.py",
+    "integration/test_newer_families.py",
+    "camera/pipeline/test_estimate.py",
+    "integration/test_contract.py",
+    "camera/pipeline/test_processes.py",
+    "integration/test_checkpoint_fuzz.py",
+    "experiments/config/test_config.py",
+    "experiments/config/test_presets.py",
+    "experiments/sweeps/test_endings.py",
+    "experiments/commands/test_offline.py",
+    "docs/test_readme.py",
+    "integration/test_light_imports.py",
+    "integration/test_kills.py",
+    "experiments/runs/test_damage.py",
+    "experiments/figures/test_figures.py",
+    "docs/test_docs_examples.py",
+    "docs/test_examples.py",
+    "experiments/sweeps/test_search.py",
+    "experiments/sweeps/test_two_sweeps.py",
+    "experiments/sweeps/test_launchers.py",
+    "docs/test_extending.py",
+    "docs/test_site.py",
+    "experiments/runs/test_tracker.py",
+)
 
 _no_fake = f"none is asked for (--accelerator, or {fake_device.ASKED}): cuda, or another name"
 
@@ -58,6 +91,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     if config.option.markexpr == MARK:  # one process has the card for itself
         config.option.numprocesses = 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest first; `--no-loadscope-reorder` keeps xdist from sorting files by their tests."""
+    rank = {Path(__file__).parent / file: number for number, file in enumerate(LONGEST)}
+    assert all(file.exists() for file in rank), "LONGEST in tests/conftest.py names a missing file"
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 def _give_fake_device() -> None:

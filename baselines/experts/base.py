@@ -105,6 +105,10 @@ class ExpertPruning(Method):
             f"experts per layer; the router chooses {routing.top_k}{groups})."
         )
 
+    def share_left(self, budget: Budget) -> float:
+        routed = budget.dense.routed / budget.dense.moe
+        return 1 - routed * self.removed(budget) / self.routing(budget).experts
+
     def steps(self, routing: RouterConstraints) -> tuple[int, int]:
         """What the number of removed experts of a layer is a multiple of, and the largest one."""
         if self.native:
@@ -197,8 +201,9 @@ class ExpertPruning(Method):
         outputs = seen.outputs if isinstance(seen, RankedOutputs) else seen
         removed = (~keep_E).nonzero().flatten().tolist()
         if self.replaced_by == "fitted":
-            sums = (outputs.mean_EH, outputs.gram_EE, outputs.joint_EEH)
-            constants_RH = fitted_constants(removed, *sums)
+            sums = (outputs.mean_EH, outputs.gram_SEE, outputs.joint_SEEH)
+            constants_RH, ridge = fitted_constants(removed, *sums)
+            report = report | {"ridge": ridge}
         else:
             constants_RH = outputs.mean_EH[removed]
         return ReplacedExperts(keep_E, constants_RH.float(), report)

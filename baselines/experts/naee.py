@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from camera.moe.budget import Budget
-    from camera.moe.feed_forward import ExpertGroup, FeedForward
+    from camera.moe.experts.group import ExpertGroup
+    from camera.moe.feed_forward import FeedForward
     from camera.moe.observer import ExpertCall
     from camera.moe.routing import RouterConstraints
 
@@ -78,6 +79,21 @@ class NAEE(ExpertPruning):
         # a layer's Grams are too large to keep for all layers
         spec = self.observer() if self.native else self.with_outputs(self.observer())
         return (Pass(PassKind.COMPRESSED, spec, feed=propagate),)
+
+    def apply_bytes(self, layer: LayerShape) -> int:
+        """The inner products, and four tables of as many candidates as are tried together."""
+        from math import comb
+
+        from baselines.experts.subset_search import CHUNK, TOGETHER
+
+        spec, experts = self.observer(), sum(layer.pool.routed)
+        tokens, removed = spec.sampled(layer), round(self.sparsity * experts)
+        one_by_one = self.search in ("greedy", "independent")
+        if self.search == "auto":
+            one_by_one = comb(experts, removed) > self.max_subsets
+        candidates = experts if one_by_one else min(TOGETHER, self.max_subsets)
+        tried = min(max(CHUNK, tokens * experts), tokens * experts * candidates)
+        return spec.gram_bytes(layer) + 4 * 4 * tried
 
     def steps(self, routing: RouterConstraints) -> tuple[int, int]:
         return routing.groups, routing.most  # J asks the router to do without, constants or not
@@ -149,11 +165,23 @@ class OutputSpec(ObserverSpec):
     seed: int
 
     def nbytes(self, layer: LayerShape) -> int:
-        """T (4 E^2 + H), and the outputs of one chunk of tokens."""
-        experts = sum(layer.pool.routed)
-        tokens = min(self.tokens or layer.tokens, layer.tokens)
-        sample = 2 * layer.hidden * layer.itemsize + 4 * experts**2
-        return tokens * sample + min(CHUNK_BYTES, 4 * tokens * experts * layer.hidden)
+        """T H: the sample."""
+        return self.sampled(layer) * layer.hidden * layer.itemsize
+
+    def result_bytes(self, layer: LayerShape) -> int:
+        """4 T E^2 once and, of a chunk of tokens, again; and the outputs of the chunk."""
+        experts, tokens = sum(layer.pool.routed), self.sampled(layer)
+        outputs = min(CHUNK_BYTES, 4 * tokens * experts * layer.hidden)
+        chunk = outputs // (4 * experts * layer.hidden)
+        return outputs + self.gram_bytes(layer) + 4 * chunk * experts**2
+
+    def gram_bytes(self, layer: LayerShape) -> int:
+        """4 T E^2: what the search reads."""
+        return 4 * self.sampled(layer) * sum(layer.pool.routed) ** 2
+
+    def sampled(self, layer: LayerShape) -> int:
+        """T: tokens of the sample."""
+        return min(self.tokens or layer.tokens, layer.tokens)
 
     def build(self, index: int, ffn: FeedForward) -> OutputObserver:
         return OutputObserver(ffn, self.tokens, layer_seed(self.seed, index))

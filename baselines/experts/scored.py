@@ -55,6 +55,9 @@ class ScoredExperts(ExpertPruning):
                 f"{self.share_of_one(budget):.4f} of it."
             )
 
+    def share_left(self, budget: Budget) -> float:
+        return super().share_left(budget) if self.rank_scope == "layer" else 1.0
+
     def removed_of_all(self, budget: Budget) -> int:
         """How many experts of all layers together go."""
         return math.floor(self.sparsity / self.share_of_one(budget) + 1e-9)

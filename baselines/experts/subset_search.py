@@ -14,6 +14,7 @@ import torch
 from camera.runtime.errors import CameraError
 
 SEARCHES = ("auto", "enumerate", "greedy", "random", "independent")
+TOGETHER = 4096  # sets that are made at a time
 CHUNK = 2**22  # numbers of one intermediate tensor: candidates are evaluated so many at a time
 
 Route = Callable[[torch.Tensor], torch.Tensor]
@@ -125,7 +126,7 @@ class _Places:
         starts = range(0, self.experts, self.size)
         choices = [combinations(range(s, s + self.size), drop // self.groups) for s in starts]
         sets = product(*choices)
-        while chunk := list(islice(sets, 4096)):
+        while chunk := list(islice(sets, TOGETHER)):
             drops = [[expert for part in parts for expert in part] for parts in chunk]
             yield self.without(torch.tensor(drops).view(len(chunk), drop))
 

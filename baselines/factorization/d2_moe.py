@@ -125,6 +125,11 @@ class D2Moe(Method):
         ranks = range(1, min(hidden, *(width for _, width in shapes)))
         return 1 + bisect_left(ranks, True, key=lambda rank: removed(rank) <= asked)
 
+    def share_left(self, budget: Budget) -> float:
+        return 1 - self.sparsity * Sparsity(self.sparsity, self.sparsity_of).whole(budget) / (
+            budget.dense.moe
+        )
+
     def observer(self, budget: Budget) -> DeltaSpec:
         """Sums of a layer, with gradients where they weigh the base."""
         from baselines.factorization.delta import DeltaSpec, FisherDeltaSpec

@@ -14,7 +14,7 @@ import torch
 from baselines.factorization.d2_moe import base_width
 from baselines.factorization.low_rank import low_rank, output_energy, whitener
 from baselines.factorization.merged_base import kept_first, merged_base
-from camera.moe.feed_forward import RoutedExperts
+from camera.moe.experts.group import RoutedExperts
 
 AXES = (0, 0, 1)  # of gate, up and down: where the intermediate channels lie
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from camera.calibration.statistics import LayerStatistics
     from camera.moe.budget import Budget
     from camera.moe.feed_forward import FeedForward
-    from camera.quantization.layer_bits import LayerBits
+    from camera.quantization.plans.layer_bits import LayerBits
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Gptq(Quantization):
     def solve(self, budget: Budget) -> tuple[int, int | None]:
         """Bits and group size for the target; CameraError, naming the next best, if none fits."""
         from camera.checkpoint.formats.packed.codes import MAX_BITS
-        from camera.quantization.bit_plan import solve_group_size
+        from camera.quantization.plans.bit_plan import solve_group_size
 
         if self.bits is None:
             raise CameraError(f"method {self.name} needs a target: set bits.")
@@ -89,6 +89,6 @@ class Gptq(Quantization):
         budget: Budget,
         plan: Plan,
     ) -> LayerBits:
-        from camera.quantization.layer_bits import LayerBits
+        from camera.quantization.plans.layer_bits import LayerBits
 
         return LayerBits.uniform(ffn.widths, plan.shared["bits"], plan.shared["group_size"])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from camera.checkpoint.formats.packed.footprint import StoredBits
     from camera.moe.budget import Budget
     from camera.moe.feed_forward import FeedForward
-    from camera.quantization.layer_bits import LayerBits
+    from camera.quantization.plans.layer_bits import LayerBits
     from camera.quantization.quantizers.gptq import GPTQ
 
 
@@ -134,7 +134,7 @@ class MixtureCompressor(Quantization):
         from baselines.quantization.mc_allocation import Allocations, expert_costs, reachable
         from baselines.quantization.rounding_loss import LEVELS
         from camera.checkpoint.formats.packed.footprint import StoredBits
-        from camera.quantization.layer_bits import ExpertBits, LayerBits
+        from camera.quantization.plans.layer_bits import ExpertBits, LayerBits
 
         layer, size = budget.layers[index], self.resolved_group_size()
         shape = hidden_size(ffn), tuple(ffn.widths)

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from camera.calibration.hessians import HessianObserver, HessianSpec, HessianStatistics
 from camera.moe.experts.activation import gated
-from camera.moe.feed_forward import ExpertGroup, FeedForward
+from camera.moe.experts.group import ExpertGroup
+from camera.moe.feed_forward import FeedForward
 from camera.moe.observer import ExpertCall
 from camera.moe.pool import LayerShape
 from camera.quantization.quantizers.gptq import GPTQ

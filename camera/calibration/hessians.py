@@ -77,12 +77,16 @@ class HessianSpec(ObserverSpec):
     keep: int = 0
 
     def nbytes(self, layer: LayerShape) -> int:
-        """4 sum(H^2 + W^2), and the inputs that are kept: by expert, and put together."""
+        """4 sum(H^2 + W^2), and on a CPU the inputs that are kept."""
+        hessians = 4 * sum(layer.hidden**2 + width**2 for width in layer.pool.widths)
+        return hessians + (self.host_bytes(layer) if layer.card is None else 0)
+
+    def host_bytes(self, layer: LayerShape) -> int:
+        """The inputs that are kept: by expert, and put together."""
         widths, routed = layer.pool.widths, len(layer.routed_widths)
-        hessians = 4 * sum(layer.hidden**2 + width**2 for width in widths)
         shown = layer.tokens * (len(widths) - routed + min(layer.top_k, routed))
         kept = min(len(widths) * self.keep, shown)
-        return hessians + 2 * kept * layer.hidden * layer.itemsize
+        return 2 * kept * layer.hidden * layer.itemsize
 
     def single_process(self) -> str | None:
         if not self.keep:

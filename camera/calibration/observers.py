@@ -38,8 +38,16 @@ class ObserverSpec(ABC):
         """The observer of layer `index`."""
 
     def nbytes(self, layer: LayerShape) -> int:
-        """Bytes that the observer and its result hold beside the layer, at most; vectors of a
-        number per micro-expert count as nothing."""
+        """Bytes that the observer and its result hold beside the layer, at most, where it is
+        computed; vectors of a number per micro-expert count as nothing."""
+        return 0
+
+    def result_bytes(self, layer: LayerShape) -> int:
+        """Bytes that making the result takes beside these, when the last batch is through."""
+        return 0
+
+    def host_bytes(self, layer: LayerShape) -> int:
+        """Bytes that stand in the system's memory where an accelerator computes."""
         return 0
 
     def single_process(self) -> str | None:

@@ -36,6 +36,7 @@ def trial_sample(ids_NL: torch.Tensor, processes: int) -> torch.Tensor:
     return ids_NL[: max(1, most // ids_NL.shape[1]), :most]
 
 
-def trial_bytes(layers: int, hidden: int) -> int:
-    """Bytes of the hidden states of all trials, in fp32."""
-    return 4 * TOKENS * hidden * layers * len(TRIAL_FRACTIONS)
+def trial_bytes(layers: int, hidden: int, itemsize: int) -> int:
+    """Bytes of the hidden states of all trials: inputs of a layer's FFN, and what these are added
+    to."""
+    return 2 * itemsize * TOKENS * hidden * layers * len(TRIAL_FRACTIONS)

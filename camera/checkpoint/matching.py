@@ -47,6 +47,7 @@ def convert(
     )
     with _quiet(), _one_by_one():
         info, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
+    model.requires_grad_(False)  # transformers makes parameters anew, which would keep graphs
     return info
 
 

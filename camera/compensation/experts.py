@@ -43,18 +43,25 @@ def fit_bytes(
     dense: bool = False,
     kept: float = 1.0,
 ) -> int:
-    """Peak bytes of a fit beside phi: hidden states, residual, output, new and old weights,
-    Gram matrices and their factors, in fp32; hidden states and FFN inputs of the dense model, where
-    it is aimed at; phi of the widest expert once more, where all tokens are its own, as it is put
-    together and as it is cut. `kept` is the share of the micro-experts that stays."""
-    states, widest = (4 + 2 * dense) * tokens * hidden, max(widths)
+    """Peak bytes of a fit beside phi, in fp32: new and old weights, and the largest of
+
+        - hidden states, residual, output, those of the dense model where it is aimed at; phi of the
+          widest expert once more, as it is put together and as it is cut; and the systems that are
+          solved then, or each expert's Gram matrix and its factor;
+        - residual and output, the sums over tokens of all experts, and a piece of phi.
+
+    `kept` is the share of the micro-experts that stays, at most.
+    """
+    states, widest = tokens * hidden, max(widths)
     together = int(kept * sum(widths))
     if len(widths) > 1:
         together = min(together, AT_ONCE)
-    squares = max(2 * sum(w * w for w in widths), 4 * together**2)
-    weights = 2 * hidden * (sum(widths) + 2 * together)
-    piece = min(PIECE, tokens) * max(widest, together)
-    return 4 * (states + weights + squares + piece) + itemsize * tokens * widest
+    piece = min(PIECE, tokens)
+    joining = 4 * ((4 + 2 * dense) * states + piece * widest) + itemsize * tokens * widest
+    solving = 4 * max(2 * sum(w * w for w in widths), 4 * together**2)
+    summing = 4 * (2 * states + together**2 + piece * (together + 4 * hidden))
+    weights = 4 * 2 * hidden * (sum(widths) + 2 * together)
+    return weights + max(joining + solving, summing)
 
 
 @torch.no_grad()

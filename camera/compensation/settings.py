@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from camera.moe.families import family_of
 from camera.runtime.errors import CameraError
 
 Scope = Literal["expert", "layer"]
@@ -51,6 +52,16 @@ class CompensationSettings:
             raise CameraError(
                 f"sweeps={self.sweeps} must be at least 1 and held_out={self.held_out} lie between "
                 "0 and 1."
+            )
+
+    def check(self, model_type: str) -> None:
+        """CameraError where layers of this type don't add to the hidden states what is refitted."""
+        norm = family_of(model_type).output_norm if model_type else None
+        if norm and (self.target == "dense" or self.token_weights == "relative"):
+            raise CameraError(
+                f"compensate={self.scope} refits what a layer adds to the hidden states, and a "
+                f"{model_type} model adds it through '{norm}': set target=layer and "
+                "token_weights=uniform, or compensate=none."
             )
 
     def fitted(self, samples: int, length: int) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from camera.checkpoint.config import save_config
+from camera.checkpoint.formats.format import Spec
 from camera.checkpoint.formats.narrow import PROJECTIONS
 from camera.checkpoint.formats.native import native_state
 from camera.checkpoint.formats.packed.base import PackedBuffers
@@ -31,6 +32,7 @@ from camera.checkpoint.shards import ShardWriter
 from camera.checkpoint.source import copy_companions
 from camera.engines.expert_names import expert_names
 from camera.engines.plain import PlainModel, Tensors
+from camera.moe.families import family_of
 from camera.runtime.errors import CameraError
 from camera.runtime.files import published
 
@@ -77,8 +79,10 @@ def export_compressed_tensors(checkpoint: str | Path, out: Path, trust_remote_co
     plain = PlainModel(checkpoint, 1, trust_remote_code, packer)
     if not plain.compressed:
         raise CameraError(f"{plain.folder} is not a compressed checkpoint: nothing to export.")
+    require_packable(plain.modules, plain.config.model_type)
+    for key in {key for key, _ in plain.widths}:  # of layers without a spec too
+        _require_one({width for other, width in plain.widths if other == key})
     packer.names, packer.dtype = expert_names(plain, "compressed-tensors"), plain.dtype
-    _require_one_width(plain)
     layers = len(plain.source.layers)
     with published(out) as partial:
         partial.mkdir()
@@ -106,14 +110,44 @@ def import_packing() -> Any:
     return helpers.pack_to_int32
 
 
-def _require_one_width(plain: PlainModel) -> None:
-    for key in {key for key, _ in plain.widths}:
-        widths = sorted({width for other, width in plain.widths if other == key})
-        if len(widths) > 1:
-            raise CameraError(
-                f"experts of {plain.folder} are {widths[0]} to {widths[-1]} wide and engines take "
-                "one width: quantise a model of uniform width."
-            )
+def require_packable(modules: Mapping[str, Spec], model_type: str) -> None:
+    """CameraError where the format has no place for what these specs tell, by module path: several
+    bits in a module, 1 bit, rows that aren't whole groups, experts of several widths."""
+    family = family_of(model_type)
+    kept: dict[tuple[bool, bool], set[int]] = {}  # widths by kind: routed, shared, dense
+    for path, spec in modules.items():
+        widths = spec.get("widths") or [spec[key] for key in ("width",) if key in spec]
+        kept.setdefault((family.is_routed(path), family.is_shared(path)), set()).update(widths)
+        bits, size = bits_of(spec), spec.get("group_size")
+        if len(bits) > 1:
+            raise _uneven(path)
+        if bits and not bits <= set(BITS):
+            raise CameraError(f"module {path} has {bits.pop()} bits: engines take 2 to 8.")
+        if not bits or size is None:
+            continue
+        for row in [spec["hidden"], *widths] if widths else spec["shape"][1:]:
+            if size <= row and row % size:
+                raise CameraError(
+                    f"module {path}: its rows of {row} aren't whole groups of {size}: set "
+                    "group_size to a divisor of hidden size and width."
+                )
+    for found in kept.values():
+        _require_one(found)
+
+
+def _require_one(widths: set[int]) -> None:
+    if len(widths) > 1:
+        raise CameraError(
+            f"its experts are {min(widths)} to {max(widths)} wide and engines take one width: "
+            "quantise a model of uniform width."
+        )
+
+
+def bits_of(spec: Spec) -> set[int]:
+    """The bits that a module's weights have; none where it isn't quantised."""
+    return {
+        bits for part in spec.values() if isinstance(part, Mapping) for bits in part.get("bits", ())
+    }
 
 
 class _Packer:
@@ -188,8 +222,6 @@ class _Packer:
         self, names: Sequence[str], module: PackedBuffers, codes: str, expert: int, path: str
     ) -> set[Scheme]:
         """Pack the parts of one expert's matrix under these names; their schemes."""
-        if len(module.bits(codes)) > 1:
-            raise _uneven(path)
         try:
             matrices = module.stored(codes, expert)
         except ValueError as error:
@@ -207,13 +239,6 @@ class _Packer:
         size = spec["group_size"]
         if size is not None and size > columns:
             size = None
-        if bits not in BITS:
-            raise CameraError(f"module {path} has {bits} bits: engines take 2 to 8.")
-        if size is not None and columns % size:
-            raise CameraError(
-                f"module {path}: its rows of {columns} aren't whole groups of {size}: set "
-                "group_size to a divisor of hidden size and width."
-            )
         half = 2 ** (bits - 1)
         zero_RG = matrix.zero_RG - half
         if not torch.equal(zero_RG, zero_RG.round()):
@@ -251,5 +276,5 @@ class _Packer:
 def _uneven(path: str) -> CameraError:
     return CameraError(
         f"module {path} has weights of several bits or in another order, and compressed-tensors "
-        "has the same bits for all weights of a layer's experts: use gptq or rtn."
+        "has the same bits for all weights of a layer's experts: use gptq, rtn or layerwise_bits."
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from camera.engines.approximate_experts import export_approximate_experts
-from camera.engines.compressed_tensors import export_compressed_tensors
+from camera.engines.compressed_tensors import bits_of, export_compressed_tensors
 from camera.engines.gguf.file import export_gguf
 from camera.engines.native import export_native
 from camera.engines.plain import WIDTH_MULTIPLE, PlainModel
@@ -17,6 +17,8 @@ from camera.runtime.files import CheckpointFiles, refuse_existing
 
 log = logging.getLogger("camera")
 SMALLER = 0.98  # of the original: an export above that isn't worth it
+PADDED = "every expert is padded to the widest: method.expert_widths=uniform leaves all one width"
+UNPACKED = "codes are unpacked: --format compressed-tensors keeps them, where it has their bits"
 ExportFormat = Literal["native", "gguf", "compressed-tensors", "approximate-experts"]
 
 
@@ -71,11 +73,12 @@ def _say_size(plain: PlainModel) -> None:
     """Warn, before anything is written, of an export that isn't smaller than the original."""
     original = _original_bytes(plain.folder)
     if original is not None and plain.nbytes >= SMALLER * original:
+        quantised = any(bits_of(spec) for spec in plain.modules.values())
         log.warning(
-            "this export will weigh %.1f MB and the original weighs %.1f MB, since every expert is "
-            "padded to the widest: method.expert_widths=uniform prunes all to one width.",
+            "this export will weigh %.1f MB and the original weighs %.1f MB, since %s.",
             plain.nbytes / 1e6,
             original / 1e6,
+            UNPACKED if quantised else PADDED,
         )
 
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from camera.checkpoint.config import CameraConfig
-from camera.checkpoint.formats.format import FORMATS
+from camera.checkpoint.formats.format import FORMATS, Spec
+from camera.engines.compressed_tensors import bits_of, require_packable
+from camera.engines.expert_names import names_each_expert
 from camera.engines.gguf.architectures import architecture_of
 from camera.moe.families import family_of
 from camera.runtime.errors import CameraError
 
-BITS = range(2, 9)  # that vLLM serves experts in
 SGLANG_BITS = {4, 8}
 AS_IT_IS = "as it is"
 GROUPED = 16  # bytes: rows of experts are a multiple of it, or the grouped product is refused
 NATIVE, PADDED = "camera export FROM TO", "every expert as wide as the widest"
 CONSTANTS = "camera export FROM TO --format approximate-experts"
 PACKED = "camera export FROM TO --format compressed-tensors"
+TOGETHER = "checkpoints of this type hold all experts of a layer in one tensor"
 
 
 def engines(config: Any) -> dict[str, str]:
@@ -30,9 +32,9 @@ def engines(config: Any) -> dict[str, str]:
     """
     stored = getattr(config, "quantization_config", None)
     modules = stored.modules if isinstance(stored, CameraConfig) else {}
-    native, bits = AS_IT_IS, _bits_by_module(modules)
+    native, bits = AS_IT_IS, set().union(*(bits_of(spec) for spec in modules.values()))
     if modules:
-        kind = "unpacked" if any(bits) else PADDED
+        kind = "unpacked" if bits else PADDED
         native = f"after `{NATIVE}` ({kind})"
     found = {
         "transformers": "after `import camera`" if modules else _transformers(config),
@@ -41,14 +43,20 @@ def engines(config: Any) -> dict[str, str]:
         "llama.cpp": _llama_cpp(config),
     }
     if any(FORMATS[spec["form"]].holds_constants for spec in modules.values()):
-        no = "no: constants stand in the place of experts"
-        return found | {"vLLM": f"after `{CONSTANTS}`", "SGLang": no, "llama.cpp": no}
-    used = [number for numbers in bits for number in numbers]
-    if all(len(numbers) <= 1 for numbers in bits) and used and set(used) <= set(BITS):
+        vllm = f"after `{CONSTANTS}`" if names_each_expert(config) else f"no: {TOGETHER}"
+        own = {"transformers": found["transformers"], "vLLM": vllm}
+        return engines_of_constants() | own
+    if bits and _is_packable(config, modules):
         found["vLLM"] = f"after `{PACKED}`"
-        if set(used) <= SGLANG_BITS:
+        if bits <= SGLANG_BITS:
             found["SGLang"] = f"after `{PACKED}`"
     return found
+
+
+def engines_of_constants() -> dict[str, str]:
+    """By engine whether it reads an export with constants in the place of experts."""
+    no = "no: constants stand in the place of experts"
+    return {"transformers": no, "vLLM": AS_IT_IS, "SGLang": no, "llama.cpp": no}
 
 
 def engines_of_outcomes(config: Any) -> dict[str, str]:
@@ -82,12 +90,9 @@ def _llama_cpp(config: Any) -> str:
     return f"after `{NATIVE}.gguf`"
 
 
-def _bits_by_module(modules: Mapping[str, Mapping[str, Any]]) -> list[set[int]]:
-    """The numbers of bits that each compressed module has; none where it isn't quantised."""
-    return [set(_bits(spec)) for spec in modules.values()]
-
-
-def _bits(spec: Mapping[str, Any]) -> Iterator[int]:
-    for part in spec.values():
-        if isinstance(part, Mapping):
-            yield from part.get("bits", ())
+def _is_packable(config: Any, modules: Mapping[str, Spec]) -> bool:
+    try:
+        require_packable(modules, config.model_type)
+    except CameraError:
+        return False
+    return names_each_expert(config)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert, RoutedExperts
+from camera.moe.experts.group import ExpertGroup, MlpExpert, RoutedExperts
+from camera.moe.feed_forward import FeedForward
 from camera.moe.grouped.call import GroupCall
 from camera.moe.grouped.rows import mlp_rows, routed_rows
 from camera.moe.grouped.sinks import Sink
@@ -102,6 +103,8 @@ def _together(
         a_R = None if a_R is None else rows.filled(a_R[:, None])[:, 0]
     else:
         rows = routed_rows(index_TK, len(group.widths))
+        if observer is not None:
+            observer.waited(batch)
         x_RH, a_R = rows.inputs(x_RH), rows.weights(weight_TK) * group.scale
     gates, ups = group.gates_and_ups(x_RH, rows)
     call = GroupCall(group, batch, rows, x_RH, gates, ups, a_R, keeps_phi=sink is not None)

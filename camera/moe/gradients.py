@@ -19,7 +19,8 @@ from torch import nn
 
 from camera.moe.capture import ModuleStub, replaced_submodule, unwrap
 from camera.moe.experts.activation import gated
-from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
+from camera.moe.experts.group import ExpertGroup, MlpExpert
+from camera.moe.feed_forward import FeedForward
 from camera.moe.grouped.slots import routed_slots
 from camera.moe.observer import ExpertCall
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from camera.moe.feed_forward import ExpertGroup
+    from camera.moe.experts.group import ExpertGroup
     from camera.moe.grouped.call import GroupCall
 
 
@@ -56,6 +56,10 @@ class Observer:
     ) -> None:
         """Called once a batch, before its experts: the FFN's input, and the hidden states that its
         output is added to."""
+
+    def waited(self, batch: int) -> None:
+        """Called in a batch whose experts are computed together, where the host has just waited for
+        the device: what was asked of it in earlier batches is there."""
 
     def __call__(self, call: ExpertCall) -> None:
         """Called once for every batch and expert that tokens reach."""

@@ -19,6 +19,11 @@ KeptRows = dict[str, list["torch.Tensor"]]
 """By module path and expert: the sorted rows of the micro-experts that stay."""
 
 
+def least_width(width: int, min_width: int, multiple: int) -> int:
+    """Micro-experts that an expert keeps in any case: whole blocks, as the ranking cuts them."""
+    return min(width, -(-min(width, min_width) // multiple) * multiple)
+
+
 @dataclass
 class LayerPool:
     """Micro-experts of one layer that may be removed."""
@@ -33,12 +38,20 @@ class LayerPool:
         """N of the layer."""
         return sum(self.widths)
 
+    def counted(self, *, only_routed: bool) -> int:
+        """Micro-experts that a sparsity counts: all, or those of routed experts."""
+        pairs = zip(self.widths, self.routed, strict=True)
+        return sum(width for width, routed in pairs if routed or not only_routed)
+
+    def outside_super_experts(self) -> int:
+        """Micro-experts of all others."""
+        return sum(w for e, w in enumerate(self.widths) if e not in self.super_experts)
+
     def removable(self, only_routed: bool, min_width: int, multiple: int) -> float:
         """Largest prunable share of the candidates."""
         pairs = zip(self.widths, self.routed, strict=True)
         widths = [width for width, routed in pairs if routed or not only_routed]
-        # an expert keeps whole blocks of `multiple`, as camera.pruning.ranking cuts them
-        kept = [min(width, -(-min(width, min_width) // multiple) * multiple) for width in widths]
+        kept = [least_width(width, min_width, multiple) for width in widths]
         return 1 - sum(kept) / sum(widths) if sum(widths) else 0.0
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from camera.moe.experts.group import RoutedExperts
 from camera.moe.experts.module import ExpertModule
-from camera.moe.feed_forward import FeedForward, RoutedExperts
+from camera.moe.feed_forward import FeedForward
 from camera.runtime.errors import CameraError
 
 

@@ -18,7 +18,8 @@ from camera.method import Method, Pass, PassKind
 from camera.moe.budget import Budget
 from camera.pipeline.cache import computed_by, tokens_key
 from camera.pipeline.context import CompressionRequest, PassContext
-from camera.pipeline.memory.estimate import MemoryEstimate, require_memory
+from camera.pipeline.memory.estimate import MemoryEstimate
+from camera.pipeline.memory.refusal import require_memory
 from camera.pipeline.passes.backward import BackwardPass
 from camera.pipeline.passes.compressed import CompressedPass
 from camera.pipeline.passes.dense import DensePass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from camera.pipeline.context import PassContext
 
 log = logging.getLogger("camera")
+_version = cache(version)  # parsed from a file at each call: a twentieth of a small run
 
 
 @dataclass
@@ -59,7 +61,7 @@ class CompressionResult:
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     packages = ("camera-moe", "torch", "transformers", "safetensors")
-    return {name: version(name) for name in packages} | {"mathematics": str(MATHEMATICS)}
+    return {name: _version(name) for name in packages} | {"mathematics": str(MATHEMATICS)}
 
 
 def report(

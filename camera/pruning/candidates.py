@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from camera.moe.pool import least_width
 from camera.pruning.ranking import below_floor
 from camera.runtime.errors import CameraError
 
@@ -49,21 +50,23 @@ def removable(
 
 
 def require_enough(
-    removable_N: torch.Tensor,
+    removable_N: torch.Tensor | None,
     pools: Mapping[int, LayerPool],
     remove: int,
-    least_widths: Sequence[int],
+    min_width: int,
+    multiple: int,
+    *,
     sparsity: float,
 ) -> None:
-    """CameraError where so many can't go without those of a super expert.
-
-    `least_widths` are the micro-experts that each expert keeps in any case.
-    """
+    """CameraError where so many can't go without those of a super expert."""
+    told = ", ".join(f"{e} of layer {i}" for i, p in pools.items() for e in p.super_experts)
+    if not told:
+        return
     widths = [width for pool in pools.values() for width in pool.widths]
-    parts = zip(removable_N.split(widths), least_widths, strict=True)
+    kept = [least_width(width, min_width, multiple) for width in widths]
+    parts = zip(removable_N.split(widths), kept, strict=True)
     rest = sum(max(int(part.sum()) - stay, 0) for part, stay in parts)
     if remove > rest:
-        told = ", ".join(f"{e} of layer {i}" for i, p in pools.items() for e in p.super_experts)
         raise CameraError(
             f"sparsity={sparsity} removes {remove} micro-experts, and only {rest} are "
             f"left beside the super experts (expert {told}): use a smaller sparsity, or "

@@ -23,7 +23,6 @@ from camera.method import (
     Seen,
 )
 from camera.moe.budget import SparsityOf, to_remove
-from camera.moe.families import family_of
 from camera.runtime.errors import CameraError
 
 if TYPE_CHECKING:
@@ -51,11 +50,10 @@ class MicroExpertPruning(Method):
     many as rank; uniform gives all routed experts of the model one width, and the shared ones one,
     so that the checkpoint is native: serving engines take it. With rank_scope layer both kinds then
     lose the same share; with global those widths are taken that lose the least score over all
-    layers. `width_multiple` rounds each expert's
-    kept width for kernels, `min_width` keeps every expert at least that wide, `layer_floor` every
-    layer's pool. `spare_super_experts` keeps those whole that were found
-    (`camera.calibration.experts.super_experts`). `compensate` and what follows
-    it: see `camera.compensation.settings`.
+    layers. `width_multiple` rounds each expert's kept width for kernels, `min_width` keeps every
+    expert at least that wide, `layer_floor` every layer's pool. `spare_super_experts` keeps those
+    whole that were found (`camera.calibration.experts.super_experts`). `compensate` and what
+    follows it: see `camera.compensation.settings`.
     """
 
     slices: ClassVar[bool] = True
@@ -84,14 +82,8 @@ class MicroExpertPruning(Method):
     def compensation(self) -> CompensationSettings | None:
         if self.compensate == "none":
             return None
-        return CompensationSettings(
-            self.compensate,
-            self.target,
-            self.token_weights,
-            self.ridges,
-            self.sweeps,
-            self.held_out,
-        )
+        fit = self.ridges, self.sweeps, self.held_out
+        return CompensationSettings(self.compensate, self.target, self.token_weights, *fit)
 
     @property
     def reads_text(self) -> bool:
@@ -113,11 +105,14 @@ class MicroExpertPruning(Method):
                 f"rank_scope=measured prunes on trial over calibration text, which method "
                 f"{self.name} doesn't read: use rank_scope=global or layer."
             )
-        self._refuse_compensation(budget)
+        if self.compensation:
+            self.compensation.check(budget.model_type)
         if self.expert_widths not in get_args(ExpertWidths):
             raise CameraError(f"expert_widths={self.expert_widths} is none of ragged, uniform.")
         if self.native:
-            self._refuse_with_uniform()
+            from camera.pruning.uniform import refuse_other_ranking
+
+            refuse_other_ranking(self.rank_scope, self.layer_floor)
             self.uniform(budget)
         ratio = self._ratio(budget)
         if not 0 <= self.layer_floor <= 1 - ratio:
@@ -125,28 +120,6 @@ class MicroExpertPruning(Method):
                 f"layer_floor={self.layer_floor} must lie between 0 and the {1 - ratio:.3f} of all "
                 "micro-experts that stay."
             )
-
-    def _refuse_compensation(self, budget: Budget) -> None:
-        """CameraError for settings of the refit that it can't have, or not with this family."""
-        how = self.compensation
-        norm = family_of(budget.model_type).output_norm if budget.model_type else None
-        if how and norm and (how.target == "dense" or how.token_weights == "relative"):
-            raise CameraError(
-                f"compensate={how.scope} refits what a layer adds to the hidden states, and a "
-                f"{budget.model_type} model adds it through '{norm}': set target=layer and "
-                "token_weights=uniform, or compensate=none."
-            )
-
-    def _refuse_with_uniform(self) -> None:
-        for key, wrong, right in (
-            ("rank_scope", self.rank_scope == "measured", "global or layer"),
-            ("layer_floor", self.layer_floor, "0.0"),
-        ):
-            if wrong:
-                raise CameraError(
-                    f"expert_widths=uniform ranks within each expert, which {key}="
-                    f"{getattr(self, key)} contradicts: set {key}={right}."
-                )
 
     @property
     def native(self) -> bool:
@@ -186,8 +159,10 @@ class MicroExpertPruning(Method):
 
         statistics, found = _scored(seen), {}
         for i in budget.layers:
-            free = self._free(budget, i)
-            whole = self._prunable(budget, [i])
+            pool = budget.layers[i]
+            spared = self.spare_super_experts and not self.native
+            free = pool.outside_super_experts() if spared else pool.micro_experts
+            whole = self._counted(budget, [i])
             counts = [min(to_remove(whole, share), free) for share in TRIAL_FRACTIONS]
             found[i] = [self.masks(statistics, budget, [i], count)[i] for count in counts]
         return found
@@ -209,7 +184,7 @@ class MicroExpertPruning(Method):
         counts = allocate(
             [trials[i].removed_C.tolist() for i in layers],
             [trials[i].cost_C.tolist() for i in layers],
-            to_remove(self._prunable(budget, layers), self._ratio(budget)),
+            to_remove(self._counted(budget, layers), self._ratio(budget)),
             self.width_multiple,
         )
         for i, count in zip(layers, counts, strict=True):
@@ -265,10 +240,8 @@ class MicroExpertPruning(Method):
         score = self.ranked_by()
         pools = {i: budget.layers[i] for i in layers}
         sizes = [pool.micro_experts for pool in pools.values()]
-        scores = [
-            score.of_layer(i, statistics.get(i), size)
-            for i, size in zip(layers, sizes, strict=True)
-        ]
+        pairs = zip(layers, sizes, strict=True)
+        scores = [score.of_layer(i, statistics.get(i), size) for i, size in pairs]
         if self.native:
             if self.spare_super_experts:
                 warn_of_cut_super_experts(layers, budget)
@@ -285,11 +258,11 @@ class MicroExpertPruning(Method):
             spare_super_experts=self.spare_super_experts,
         )
         if remove is None:
-            remove = to_remove(self._prunable(budget, layers), self._ratio(budget))
+            remove = to_remove(self._counted(budget, layers), self._ratio(budget))
         widths = [width for pool in pools.values() for width in pool.widths]
-        if self.spare_super_experts and any(pool.super_experts for pool in pools.values()):
-            least = [self._least_width(width) for width in widths]
-            require_enough(removable_N, pools, remove, least, self.sparsity)
+        if self.spare_super_experts:
+            floor = self.min_width, self.width_multiple
+            require_enough(removable_N, pools, remove, *floor, sparsity=self.sparsity)
         keep_N = keep_highest(
             torch.cat(scores),
             widths,
@@ -300,24 +273,18 @@ class MicroExpertPruning(Method):
         )
         return dict(zip(layers, keep_N.split(sizes), strict=True))
 
-    def _least_width(self, width: int) -> int:
-        """What an expert of this width keeps in any case."""
-        return -(-min(self.min_width, width) // self.width_multiple) * self.width_multiple
+    def share_left(self, budget: Budget) -> float:
+        if self.rank_scope != "layer":
+            return 1.0
+        removed = {
+            i: to_remove(self._counted(budget, [i]), self._ratio(budget)) for i in budget.layers
+        }
+        return max(1 - count / budget.layers[i].micro_experts for i, count in removed.items())
 
-    def _free(self, budget: Budget, index: int) -> int:
-        """Micro-experts of a layer outside its super experts, where those are spared."""
-        pool, spare = budget.layers[index], self.spare_super_experts and not self.native
-        spared = pool.super_experts if spare else []
-        return sum(width for e, width in enumerate(pool.widths) if e not in spared)
-
-    def _prunable(self, budget: Budget, layers: list[int]) -> int:
+    def _counted(self, budget: Budget, layers: list[int]) -> int:
         """Micro-experts of these layers that `sparsity` counts."""
-        return sum(
-            width
-            for pool in (budget.layers[i] for i in layers)
-            for width, routed in zip(pool.widths, pool.routed, strict=True)
-            if routed or self.sparsity_of != "routed"
-        )
+        routed = self.sparsity_of == "routed"
+        return sum(budget.layers[i].counted(only_routed=routed) for i in layers)
 
     def _ratio(self, budget: Budget) -> float:
         return budget.pool_ratio(

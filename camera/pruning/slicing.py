@@ -8,7 +8,8 @@ from typing import Any
 from camera.checkpoint.formats.format import Format
 from camera.checkpoint.formats.narrow import narrow_mlp
 from camera.checkpoint.formats.ragged import ragged_of
-from camera.moe.feed_forward import FeedForward, MlpExpert
+from camera.moe.experts.group import MlpExpert
+from camera.moe.feed_forward import FeedForward
 from camera.moe.pool import KeptRows, rows_on
 from camera.runtime.errors import CameraError
 

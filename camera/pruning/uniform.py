@@ -62,6 +62,19 @@ class UniformWidths:
         return found
 
 
+def refuse_other_ranking(rank_scope: str, layer_floor: float) -> None:
+    """CameraError for settings that need another ranking than one within each expert."""
+    for key, value, wrong, right in (
+        ("rank_scope", rank_scope, rank_scope == "measured", "global or layer"),
+        ("layer_floor", layer_floor, layer_floor, "0.0"),
+    ):
+        if wrong:
+            raise CameraError(
+                f"expert_widths=uniform ranks within each expert, which {key}={value} "
+                f"contradicts: set {key}={right}."
+            )
+
+
 def uniform_widths(
     budget: Budget, sparsity: float, sparsity_of: SparsityOf, multiple: int, min_width: int
 ) -> UniformWidths:

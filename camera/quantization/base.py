@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from camera.moe.budget import Budget
     from camera.moe.feed_forward import FeedForward
     from camera.moe.pool import LayerShape
-    from camera.quantization.layer_bits import LayerBits
+    from camera.quantization.plans.layer_bits import LayerBits
     from camera.quantization.quantizers.quantizer import Quantizer
 
 GROUP_SIZE = 128
@@ -178,6 +178,11 @@ class Quantization(Method):
     def resolved_group_size(self, default: int | None = GROUP_SIZE) -> int | None:
         """Inputs that share a scale: `default` for null, None for -1, the whole row."""
         return {None: default, -1: None}.get(self.group_size, self.group_size)
+
+    def share_left(self, budget: Budget) -> float:
+        if self.bits is None:
+            return 1.0
+        return min(1.0, self.bits * budget.dense.model / (8 * budget.dense.bytes))
 
     def apply_bytes(self, layer: LayerShape) -> int:
         from camera.quantization.layer import batch_bytes

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from camera.checkpoint.formats.packed.footprint import StoredBits
     from camera.moe.budget import Budget
     from camera.moe.feed_forward import FeedForward
-    from camera.quantization.layer_bits import LayerBits
+    from camera.quantization.plans.layer_bits import LayerBits
 
 
 @dataclass(frozen=True)
@@ -71,36 +71,26 @@ class CameraQ(Quantization):
         all. None is pruned unasked."""
         if self.group_bits is not None:
             return list(self.group_bits)
-        middle = 2
-        if self.bits is not None and self.ratios is None:
-            from camera.checkpoint.formats.packed.codes import MAX_BITS
+        if self.bits is None or self.ratios is not None:
+            return [3, 2, 1]
+        from camera.quantization.plans.shares import levels_around
 
-            pools = self._pools(budget)
-            weights = max(sum(pool.weights for pool in pools), 1)
-
-            def distance(bits: int) -> float:
-                stored = sum(pool.uniform_average(bits) * pool.weights for pool in pools)
-                return abs(stored / weights - self.bits)
-
-            middle = min(range(2, MAX_BITS), key=distance)
-        return [middle + 1, middle, middle - 1]
+        return levels_around(self.bits, self._pools(budget))
 
     def check(self, budget: Budget) -> None:
-        from camera.quantization.bit_plan import SCOPES
+        from camera.quantization.plans.bit_plan import SCOPES
+        from camera.quantization.plans.shares import check_levels, check_shares
 
         self.ranked_by()  # refuses its own settings
         levels = self.levels(budget)
-        if levels != sorted(set(levels) & set(range(9)), reverse=True) or not any(levels):
-            raise CameraError(
-                f"group_bits={levels} must be different bits from 8 to 0, the most first."
-            )
-        if self.low_share is not None and not 0 <= self.low_share <= 1:
-            raise CameraError(f"low_share={self.low_share} must lie between 0 and 1.")
+        check_levels(levels)
         if self.rank_scope not in SCOPES:
             raise CameraError(f"rank_scope={self.rank_scope} is none of {', '.join(SCOPES)}.")
         if self.align < 1:
             raise CameraError("align must be at least 1.")
-        self._check_shares(levels)
+        if self.act_order and not self.static_groups:
+            raise CameraError("act_order tears column segments apart: set static_groups=true too.")
+        check_shares(levels, self.ratios, self.low_share, self.bits, self.rank_scope)
         super().check(budget)
         if self.ratios is not None:
             import torch
@@ -108,28 +98,6 @@ class CameraQ(Quantization):
             for pool in footprints(budget, self.resolved_group_size(), self.sym).values():
                 # refuses what isn't met
                 self.allocate(torch.zeros(pool.micro_experts), pool, levels)
-
-    def _check_shares(self, levels: Sequence[int]) -> None:
-        from camera.quantization.bit_plan import share_corners
-
-        if self.act_order and not self.static_groups:
-            raise CameraError("act_order tears column segments apart: set static_groups=true too.")
-        if self.ratios is None:
-            if self.bits is None and len(levels) > 1:
-                raise CameraError("bits=null leaves the shares open: set ratios.")
-            if self.low_share is not None:
-                share_corners(levels, 0, self.low_share)  # refuses more groups than can be solved
-            elif self.rank_scope == "global" and len(levels) > 1:
-                raise CameraError(
-                    "errors are measured layer by layer: with rank_scope=global set low_share or "
-                    "ratios."
-                )
-        elif len(self.ratios) != len(levels) or min(self.ratios) < 0:
-            raise CameraError(
-                f"ratios={list(self.ratios)} must be a share for each of group_bits={levels}."
-            )
-        elif abs(sum(self.ratios) - 1) > 1e-6:
-            raise CameraError(f"ratios={list(self.ratios)} must add up to 1.")
 
     def reachable(self, budget: Budget) -> tuple[float, float]:
         import torch
@@ -243,14 +211,14 @@ class CameraQ(Quantization):
         """
         import torch
 
-        from camera.quantization.bit_plan import (
+        from camera.quantization.plans.bit_plan import (
             bits_of_ranking,
-            boundaries_of,
             next_stored,
             ranking,
             solve_optimal,
             solve_shares,
         )
+        from camera.quantization.plans.shares import boundaries_of
 
         order_N = ranking(energy_N, pool.widths, self.rank_scope)
 
@@ -289,7 +257,7 @@ class CameraQ(Quantization):
     def _solved_group_size(
         self, bits_N: Tensor, boundaries: Sequence[int], pool: StoredBits, levels: Sequence[int]
     ) -> int | None:
-        from camera.quantization.bit_plan import solve_group_size
+        from camera.quantization.plans.bit_plan import solve_group_size
 
         if self.bits is None:
             return self.resolved_group_size()
@@ -318,7 +286,7 @@ def _matched(
     bits_N: Tensor, energy_N: Tensor, widths: Sequence[int], group_size: int | None
 ) -> LayerBits:
     """The same bits in gate, up and down of every micro-expert."""
-    from camera.quantization.layer_bits import ExpertBits, LayerBits
+    from camera.quantization.plans.layer_bits import ExpertBits, LayerBits
 
     parts = zip(bits_N.split(list(widths)), energy_N.split(list(widths)), strict=True)
     return LayerBits([ExpertBits.matched(*part) for part in parts], group_size)

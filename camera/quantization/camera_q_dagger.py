@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from camera.method import Plan
     from camera.moe.budget import Budget
     from camera.moe.feed_forward import FeedForward
-    from camera.quantization.layer_bits import LayerBits
+    from camera.quantization.plans.layer_bits import LayerBits
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class CameraQDagger(CameraQ):
             return self._by_channels(index, ffn, seen, plan)
         import torch
 
-        from camera.quantization.layer_bits import ExpertBits, LayerBits
+        from camera.quantization.plans.layer_bits import ExpertBits, LayerBits
 
         matched = super().plan_layer(index, ffn, seen, budget, plan)
         generator = torch.Generator().manual_seed(layer_seed(self.seed, index))
@@ -96,8 +96,8 @@ class CameraQDagger(CameraQ):
     ) -> LayerBits:
         import torch
 
-        from camera.quantization.bit_plan import ranking
-        from camera.quantization.layer_bits import ExpertBits, LayerBits
+        from camera.quantization.plans.bit_plan import ranking
+        from camera.quantization.plans.layer_bits import ExpertBits, LayerBits
 
         energy_N, pool = self.importance(index, seen, plan), self.pool_of(ffn)
         levels = plan.shared["levels"]
@@ -129,7 +129,7 @@ def _channel_bits(
     micro-experts."""
     import torch
 
-    from camera.quantization.bit_plan import bits_of_ranking
+    from camera.quantization.plans.bit_plan import bits_of_ranking
 
     inside = [round(cut * hidden / max(micro_experts, 1)) for cut in boundaries]
     return bits_of_ranking(torch.arange(hidden), [hidden], levels, inside)

@@ -5,14 +5,12 @@ expert, M micro-experts of it that stay, N tokens.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from camera.calibration.hessians import HessianStatistics
-from camera.checkpoint.formats.narrow import PROJECTIONS
 from camera.checkpoint.formats.packed.experts import PackedExperts
 from camera.checkpoint.formats.packed.mlp import PackedMlp
 from camera.checkpoint.formats.packed.segments import BitSegments, QuantizedMatrix
@@ -20,10 +18,11 @@ from camera.checkpoint.formats.packed.spec import experts_spec, mlp_spec
 from camera.compensation.expert_regression import ExpertRegression
 from camera.compensation.least_squares import FitReport, fit_report, refit
 from camera.compensation.settings import CompensationSettings
-from camera.moe.experts.activation import gated
-from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
+from camera.moe.experts.group import ExpertGroup, MlpExpert
+from camera.moe.feed_forward import FeedForward
 from camera.quantization.batch import QuantizationReport, quantize_batch
-from camera.quantization.layer_bits import ExpertBits, falling
+from camera.quantization.ordered_expert import OrderedExpert
+from camera.quantization.plans.layer_bits import ExpertBits, falling
 from camera.quantization.quantizers.quantizer import Quantizer
 from camera.runtime.device.accelerator import has_own_memory, total_memory
 
@@ -73,7 +72,9 @@ def quantize_layer(
     for group in ffn.groups:
         pool = list(range(start, start + len(group.widths)))
         start += len(group.widths)
-        experts = [_Expert(group, e, plan[p].order(), plan[p].folded()) for e, p in enumerate(pool)]
+        experts = [
+            OrderedExpert(group, e, plan[p].order(), plan[p].folded()) for e, p in enumerate(pool)
+        ]
         module = _empty(group, experts, quantizer)
         work = LayerQuantizer(group, experts, quantizer, seen, pool, true_sequential, compensation)
         for expert, gate_up, down in work.solved():
@@ -84,58 +85,8 @@ def quantize_layer(
     return forms, report
 
 
-@dataclass(frozen=True)
-class _Expert:
-    """One expert's weights, with micro-experts in their stored order."""
-
-    group: ExpertGroup
-    number: int
-    order_M: torch.Tensor
-    bits: ExpertBits
-
-    def gate_up(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gate and up [M, H]."""
-        gate, up = self.group.gate_up(self.number)
-        rows = self.order_M.to(gate.device)
-        return gate[rows], up[rows]
-
-    def down(self) -> torch.Tensor:
-        """[H, M]."""
-        weight = self.group.down(self.number)
-        return weight[:, self.order_M.to(weight.device)]
-
-    def hidden(self, H_WW: torch.Tensor) -> torch.Tensor:
-        """The Hessian of down's inputs, [M, M]."""
-        rows = self.order_M.to(H_WW.device)
-        return H_WW[rows][:, rows]
-
-    def activations(
-        self, x_NH: torch.Tensor, gate_MH: torch.Tensor, up_MH: torch.Tensor
-    ) -> torch.Tensor:
-        """h_NM of these weights, fp32."""
-        products = [F.linear(x_NH, weight) for weight in (gate_MH, up_MH)]
-        bias_2M = self.gate_up_bias()
-        if bias_2M is not None:
-            products = [p + b for p, b in zip(products, bias_2M.float().view(2, -1), strict=True)]
-        return gated(self.group.act_fn, *products)
-
-    def gate_up_bias(self) -> torch.Tensor | None:
-        """Biases of gate and up, [2M]; None where there are none."""
-        bias_2W = self.group.gate_up_bias(self.number)
-        if bias_2W is None:
-            return None
-        return bias_2W.view(2, -1)[:, self.order_M.to(bias_2W.device)].flatten()
-
-    def biases(self) -> dict[str, torch.Tensor | None]:
-        """Biases of the three projections."""
-        both = self.gate_up_bias()
-        gate, up = (None, None) if both is None else both.chunk(2)
-        found = gate, up, self.group.down_bias(self.number)
-        return dict(zip(PROJECTIONS, found, strict=True))
-
-
 def _empty(
-    group: ExpertGroup, experts: list[_Expert], quantizer: Quantizer
+    group: ExpertGroup, experts: list[OrderedExpert], quantizer: Quantizer
 ) -> PackedExperts | PackedMlp:
     """The packed module that the solved matrices go into."""
     axis, bits = experts[0].bits.axis, [expert.bits for expert in experts]
@@ -219,7 +170,7 @@ class LayerQuantizer:
     def _tokens(self, batch: list[int]) -> torch.Tensor:
         return self.seen.tokens_E[[self.pool[e] for e in batch]]
 
-    def _gate_up(self, batch: list[int], experts: list[_Expert]) -> tuple[list, list]:
+    def _gate_up(self, batch: list[int], experts: list[OrderedExpert]) -> tuple[list, list]:
         """Solved [gate, up] of every expert, and both dequantised in their own order, [M, H]."""
         H_EHH, tokens_E, fallback = self._inputs(batch)
         pairs = [expert.gate_up() for expert in experts]
@@ -301,7 +252,7 @@ class LayerQuantizer:
         return found
 
     def _refitted(
-        self, expert: _Expert, x_NH: torch.Tensor, h_NM: torch.Tensor, down_HM: torch.Tensor
+        self, expert: OrderedExpert, x_NH: torch.Tensor, h_NM: torch.Tensor, down_HM: torch.Tensor
     ) -> torch.Tensor:
         """down_HM that makes of h what the expert was before."""
         h_NW = self.group.activations(expert.number, x_NH)

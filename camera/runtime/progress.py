@@ -148,8 +148,8 @@ def _clock(seconds: float) -> str:
 
 
 def format_bytes(size: int) -> str:
-    """A number of bytes for people, in a unit in which it isn't 0."""
+    """A number of bytes for people, in a unit that shows two digits of it or more."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if abs(size) >= unit / 100:
+        if abs(size) >= unit / 10:
             return f"{size / unit:.2f} {name}"
     return f"{size} bytes"

@@ -13,9 +13,9 @@ from torch import nn
 
 from camera.checkpoint.places import AnyPlace
 from camera.moe.capture import RoutedCall, run_expert
+from camera.moe.experts.group import RoutedExperts
 from camera.moe.experts.module import ExpertModule
 from camera.moe.families.family import ExpertNames
-from camera.moe.feed_forward import RoutedExperts
 from camera.moe.grouped.sinks import OutputSum, Sink
 from camera.moe.grouped.slots import routed_slots
 from camera.moe.observer import Observer

@@ -21,8 +21,9 @@ from camera.checkpoint.quantized.opening import open_weights
 from camera.moe.budget import Budget, budget_of, require_counts
 from camera.moe.capture import replaced_submodule
 from camera.moe.experts.block_check import refuse_other_sums
+from camera.moe.experts.group import RoutedExperts
 from camera.moe.families import family_of, layer_of
-from camera.moe.feed_forward import FeedForward, RoutedExperts
+from camera.moe.feed_forward import FeedForward
 from camera.runtime.buffers import trim_heap
 from camera.runtime.device.finite import FiniteCheck, all_finite
 from camera.runtime.errors import CameraError

@@ -1,4 +1,4 @@
-"""`python -m experiments.bench NAME [options]`: run one benchmark, print one line of JSON."""
+"""`camera bench NAME [options]`: run one benchmark, print one line of JSON."""
 
 import argparse
 import importlib
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
         if not module.ispkg and not module.name.startswith("_")
     ]
     modules = {name: importlib.import_module(f"{bench.__name__}.{name}") for name in found}
-    parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=bench.__doc__)
+    parser = argparse.ArgumentParser(prog="camera bench", description=bench.__doc__)
     names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
     for name, module in modules.items():
         about = inspect.getdoc(module.run)

@@ -12,10 +12,12 @@ import torch
 
 import camera
 from camera.checkpoint.loading import load_model
+from camera.checkpoint.source import resolve_model
 from camera.evaluation.speed import measure_speed
 from camera.evaluation.tasks.names import NINE_TASKS
 from camera.runtime.errors import CameraError
 from camera.runtime.files import write_json
+from camera.streaming.skeleton import MetaModel
 from experiments.bench.support import llama
 from experiments.bench.support.synthetic import write_model
 from experiments.bench.support.timing import clock
@@ -30,16 +32,20 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ragged": ("camera_p", "ragged", {}),
     "uniform": ("camera_p", "uniform", UNIFORM),
     "plus": ("camera_plus", "uniform", UNIFORM),
+    "plus_routed": ("camera_plus", "uniform, shared whole", UNIFORM | {"sparsity_of": "routed"}),
     "magnitude": ("magnitude", "uniform", UNIFORM),
     "packed": ("layerwise_bits", "packed", {"sym": True}),
+    "camera_q": ("camera_q", "packed", {"bits": 2.25}),
 }
+ASKED_FOR = "plus_routed"  # a row of models with routed and shared experts alone
 RANDOM = "random"  # a model with Qwen3-30B-A3B's shapes divided by 4, and 4 layers
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m experiments.bench serve`."""
     parser.add_argument("models", nargs="+", help=f"folder, hub id, {EMBEDDED} or {RANDOM}")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    rows = [row for row in ROWS if row != ASKED_FOR]
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=rows)
     parser.add_argument("--data", default="hub", help="texts: hub, or a folder in that layout")
     parser.add_argument("--sparsity", type=float, default=0.4)
     parser.add_argument("--width-multiple", type=int, default=1)
@@ -102,6 +108,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
+def settings_of(name: str, model: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of a row's method; with sparsity_of=routed as much of all experts goes."""
+    _, shape, settings = ROWS[name]
+    if shape == "packed":
+        return {"bits": args.bits} | settings
+    asked = {"sparsity": args.sparsity, "width_multiple": args.width_multiple} | settings
+    if asked.get("sparsity_of") == "routed":
+        dense = MetaModel(resolve_model(model)).budget.dense
+        if not 0 < dense.routed < dense.moe:
+            raise CameraError(f"{model} hasn't both kinds of experts: leave out {name}.")
+        asked["sparsity"] *= dense.moe / dense.routed
+    return asked
+
+
 class _Served:
     """One model: its rows are made one after the other, each kept in a file of its own."""
 
@@ -126,11 +146,11 @@ class _Served:
         return json.loads(path.read_text())
 
     def _measured(self, name: str) -> dict[str, Any]:
-        method, shape, settings = ROWS[name]
+        method, shape, _ = ROWS[name]
         done = None
         checkpoint = self.source
         if name != "dense":
-            checkpoint, done = self._compressed(name, method, settings)
+            checkpoint, done = self._compressed(name)
         found = {
             "model": self.name,
             "method": method,
@@ -163,13 +183,11 @@ class _Served:
                 shutil.rmtree(out) if out.is_dir() else out.unlink()
         return found
 
-    def _compressed(self, name: str, method: str, settings: dict[str, Any]) -> tuple[str, dict]:
+    def _compressed(self, name: str) -> tuple[str, dict]:
         """A checkpoint, made unless an earlier run left it, and its report."""
         out, args = self.folder / name, self.args
-        if method == "layerwise_bits":
-            asked = settings | {"bits": args.bits}
-        else:
-            asked = settings | {"sparsity": args.sparsity, "width_multiple": args.width_multiple}
+        method, _, _ = ROWS[name]
+        asked = settings_of(name, self.source, args)
         if not out.exists():
             camera.compress(
                 self.source,

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from camera.runtime.errors import CameraError
 from experiments.config.location import add_output_folder
+from experiments.records.failures import NoRunsError
 from experiments.records.files import COMPRESSION, OutputFolder, RunFiles, is_locked
 from experiments.records.outcome import size_of
 
@@ -104,7 +105,7 @@ def clean(folder: Path, kinds: Sequence[str]) -> None:
     output = OutputFolder(folder)
     found = items_of(output)
     if not any(found.values()) and not (folder / "runs").is_dir():
-        raise CameraError(f"{folder} has no runs: give the folder that was `output`.")
+        raise NoRunsError(folder)
     freed = 0
     for kind, items in found.items():
         total = sum(item.size for item in items)

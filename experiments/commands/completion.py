@@ -24,14 +24,11 @@ SETTINGS = {"run": 2, "sweep": 2, "evaluate": 3}  # the words before the first s
 def main(arguments: Sequence[str], commands: Sequence[str]) -> int:
     """The command, told the names of all; its exit code."""
     parser = argparse.ArgumentParser(prog="camera completion", description=__doc__)
-    parser.add_argument(
-        "what", choices=["bash", "zsh", "answers"], help="the shell to print the script for"
-    )
-    what = parser.parse_args(arguments).what
-    if what == "answers":
+    parser.add_argument("shell", choices=["bash", "zsh"], help="whose script to print")
+    if list(arguments) == ["answers"]:  # asked by the script, not by people
         print("\n".join(answers(os.environ.get("COMP_LINE", ""), commands)))
         return 0
-    if what == "zsh":
+    if parser.parse_args(arguments).shell == "zsh":
         print("autoload -U +X bashcompinit && bashcompinit")
     print(SCRIPT, end="")
     return 0

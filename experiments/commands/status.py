@@ -16,7 +16,7 @@ from rich.table import Table
 
 from camera.runtime.errors import CameraError
 from experiments.config.location import add_output_folder
-from experiments.records.failures import DamagedFileError
+from experiments.records.failures import DamagedFileError, NoRunsError
 from experiments.records.files import OutputFolder, RunFiles, SweepFiles
 from experiments.sweeps.durations import Durations, elapsed, format_duration
 from experiments.sweeps.jobs import SweepJob, read_plan
@@ -90,9 +90,7 @@ def sweeps_of(folder: Path) -> list[Sweep]:
     if single:
         shown.append(Sweep(SINGLE, [(job, state(job)) for job in single]))
     if not shown:
-        raise CameraError(
-            f"{folder} has no runs: give the folder that was `output`, or one of its sweeps/."
-        )
+        raise NoRunsError(folder, "the folder that was `output`, or one of its sweeps/")
     return shown
 
 

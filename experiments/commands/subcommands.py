@@ -10,6 +10,8 @@ Modules are loaded by the subcommand that needs them, so that help comes at once
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,7 +41,17 @@ class Subcommand:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out a subcommand; its exit code, 2 for a name that isn't one."""
-    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        code = _carried_out(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough; at exit Python would flush once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def _carried_out(arguments: Sequence[str]) -> int:
+    name, *rest = arguments or ["--help"]
     if name in ("--help", "-h", "help"):
         print(usage())
         return 0

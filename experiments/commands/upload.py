@@ -18,6 +18,7 @@ from pathlib import Path
 
 from camera.runtime.errors import CameraError
 from experiments.config.location import add_output_folder
+from experiments.records.failures import NoRunsError
 from experiments.records.files import OutputFolder, RunFiles, SweepFiles
 
 UPLOADED, KEPT, BEFORE, OPEN = "uploaded", "kept offline", "uploaded before", "not finished"
@@ -51,7 +52,7 @@ class Upload:
         """Every finished run, then every sweep; how many became what."""
         runs = [files for files in map(RunFiles, output.runs()) if files.is_run]
         if not runs:
-            raise CameraError(f"{output.folder} has no runs; give the folder that was `output`.")
+            raise NoRunsError(output.folder)
         counts = Counter(self._run(files) for files in runs)
         for sweep in output.sweeps():
             counts[self._sweep(sweep, output)] += 1

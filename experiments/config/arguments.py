@@ -39,8 +39,8 @@ def _as_typed(argument: str) -> str:
     kind = _kinds().get(key.lstrip("+"))
     if not equals or kind is None:
         return argument
-    value = _parsed(argument)
-    if value is _UNREADABLE or (kind in (TEXT, NULLABLE_TEXT) and isinstance(value, list | dict)):
+    value = parsed(argument)
+    if value is UNREADABLE or (kind in (TEXT, NULLABLE_TEXT) and isinstance(value, list | dict)):
         raise CameraError(
             f"{argument}: {key} can't be read without quotes: write {_for_shell(_quoted(argument))}"
         )
@@ -84,23 +84,24 @@ def _text(value: Any) -> Any:
     return getattr(value, "text", value)  # of a text in quotes
 
 
-_UNREADABLE = object()
+UNREADABLE = object()
 
 
-def _parsed(argument: str) -> Any:
+def parsed(argument: str) -> Any:
+    """What Hydra makes of the value of an argument; UNREADABLE where its grammar refuses."""
     try:
         return OverridesParser.create().parse_override(argument)._value
     except HydraException:
-        return _UNREADABLE
+        return UNREADABLE
 
 
 def _quoted(argument: str) -> str:
     """The argument with quotes around what needs them: parts of a sweep, or all of it."""
     key, _, typed = argument.partition("=")
     parts = typed.split(",")
-    each = [p if _parsed(f"{key}={p}") is not _UNREADABLE else _in_quotes(p) for p in parts]
+    each = [p if parsed(f"{key}={p}") is not UNREADABLE else _in_quotes(p) for p in parts]
     mended = f"{key}={','.join(each)}"
-    whole = len(parts) == 1 or _parsed(mended) is _UNREADABLE or mended == argument
+    whole = len(parts) == 1 or parsed(mended) is UNREADABLE or mended == argument
     return f"{key}={_in_quotes(typed)}" if whole else mended
 
 

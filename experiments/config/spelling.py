@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
+from itertools import pairwise
 from typing import get_type_hints
 
 from camera.runtime.errors import CameraError
@@ -17,6 +18,8 @@ from experiments.config.schema import Config, group_types
 SIMPLE = re.compile(r"[\w.-]+(,[\w.-]+)*")
 HYDRA = ("hydra.", "hydra/", "+", "~", "-")  # its own, and what it is asked to add or delete
 ELSEWHERE = ("hydra.searchpath", "--config-dir", "-cd", "--config-path", "-cp")
+PLAIN = ("-m", "--multirun", "-r", "--run", "--resolve")  # options without a value
+OWN_PATH = {"model": "path", "calibration": "source"}
 ABSENT = ("null", "none", "")
 TARGET = "_target_"  # Hydra's: a class of one's own in place of the one of the YAML
 
@@ -28,10 +31,12 @@ def check_spelling(arguments: Sequence[str]) -> None:
     """
     if any(argument.startswith(ELSEWHERE) for argument in arguments):
         return
-    for argument in arguments:
+    for before, argument in pairwise(["", *arguments]):
         key, equals, value = argument.partition("=")
-        if not equals or key.startswith(HYDRA):
-            continue
+        if key.startswith(HYDRA) or (before.startswith("-") and before not in PLAIN):
+            continue  # or the value of an option of Hydra's
+        if not equals:
+            raise CameraError(_without_value(argument))
         if (CONF / key).is_dir():
             _check_choices(key, value)
             continue
@@ -61,8 +66,23 @@ def _of_chosen(group: str, arguments: Sequence[str]) -> set[str] | None:
     return set.union(*(_names(known[name]) for name in names)) - {TARGET}
 
 
+def _without_value(argument: str) -> str:
+    if argument in _keys()[""] or argument in _keys() or (CONF / argument).is_dir():
+        return f"{argument} has no value: write {argument}=VALUE, without spaces."
+    return (
+        f"'{argument}' is no setting: write SETTING=VALUE, without spaces; `camera --help` lists "
+        "the other commands."
+    )
+
+
 def _check_choices(group: str, value: str) -> None:
     known = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    if group == "experiment" and "," in value and value[0] not in "[{'\"":
+        raise CameraError(f"experiment={value}: for several presets write experiment=[{value}].")
+    if "/" in value and group in OWN_PATH and ":" not in value:
+        raise CameraError(
+            f"{group}={value} is no choice: a path is set by {group}.{OWN_PATH[group]}={value}."
+        )
     for name in value.split(",") if SIMPLE.fullmatch(value) else ():
         if name not in (*known, *ABSENT):
             raise CameraError(_unknown(f"{group}={name} is no choice", name, known))

@@ -6,6 +6,7 @@ import io
 import logging
 import re
 import textwrap
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ STYLE = {
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 HEAD_POINTS, WORDS_POINTS = 8.5, 6.8
 LEGEND_LINE = 0.15  # inches
+HANDLE = 6  # letters that a line and its marker take beside a label
 PAD = 0.07
 LEADING = 1.3 / 72  # inches of a line for each point of its letters
 # Okabe & Ito's colours without the yellow, which is too light on paper.
@@ -148,12 +150,14 @@ def _write_heading(figure: plt.Figure, head: str, words: Sequence[str]) -> None:
 def legend(figure: plt.Figure, spare: int = 2) -> None:
     """Below the figure, so that it hides nothing, in as many columns as labels leave room for.
 
-    Beyond `spare` lines the figure grows with it, so that what it shows keeps its size.
+    Beyond `spare` lines the figure grows with it, so that what it shows keeps its size. A label
+    that is longer than the figure is wide goes on in another line.
     """
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    longest = max(map(len, labels), default=0)
-    columns = max(1, min(4, int(17 * figure.get_figwidth()) // (longest + 6)))
-    lines = -(-len(labels) // columns)
+    longest, room = max(map(len, labels), default=0), int(17 * figure.get_figwidth())
+    columns = max(1, min(4, room // (longest + HANDLE)))
+    labels = [textwrap.fill(label, room - HANDLE) for label in labels]
+    lines = -(-len(labels) // columns) + sum(label.count("\n") for label in labels)
     _grow(figure, LEGEND_LINE * max(lines - spare, 0))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
@@ -180,17 +184,20 @@ def save(figure: plt.Figure, file: Path) -> Path:
     dark.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # found once, it serves all files
     told = {"Title": figure.get_label()}
-    # The date would make files differ that show the same.
-    for kind, metadata in (("pdf", told | {"CreationDate": None}), ("png", told)):
-        target = file.with_suffix(f".{kind}")
-        part = target.with_name(f".{target.name}")
-        figure.savefig(part, format=kind, metadata=metadata)
-        part.replace(target)
     drawing = io.StringIO()
-    figure.savefig(drawing, format="svg", metadata=told | {"Date": None})
+    with warnings.catch_warnings():
+        # A name in a script that the font lacks is boxes, but in the SVG: no matter of the run's.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # found once, it serves all files
+        # The date would make files differ that show the same.
+        for kind, metadata in (("pdf", told | {"CreationDate": None}), ("png", told)):
+            target = file.with_suffix(f".{kind}")
+            part = target.with_name(f".{target.name}")
+            figure.savefig(part, format=kind, metadata=metadata)
+            part.replace(target)
+        figure.savefig(drawing, format="svg", metadata=told | {"Date": None})
     write_text(file.with_suffix(".svg"), for_both_schemes(drawing.getvalue()))
     plt.close(figure)
     return file

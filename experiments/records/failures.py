@@ -33,6 +33,14 @@ class DamagedFileError(CameraError):
         self.path = path
 
 
+class NoRunsError(CameraError):
+    """A folder of runs that was named and holds none."""
+
+    def __init__(self, folder: Path, wanted: str = "the folder that was `output`"):
+        where = "" if folder.is_dir() else " (there is no such folder)"
+        super().__init__(f"{folder} has no runs{where}: give {wanted}.")
+
+
 def one_line(error: BaseException) -> str:
     """What went wrong, in one line."""
     text = " ".join(str(error).split())
@@ -50,13 +58,19 @@ def naming_output(output: Path) -> Iterator[None]:
         place = Path(error.filename) if isinstance(error.filename, str) else None
         if error.errno in FULL:
             mend = "free space on that disk, or set output to another."
-        elif error.errno in FORBIDDEN and place is not None and _on_the_way(place, output):
+        elif place is not None and _on_the_way(place, output) and _is_refused(error, output):
             mend = "set output to a folder that can be written."
         else:
             raise
         raise CameraError(
             f"output={output}: {place or 'a file'} can't be written ({error.strerror}): {mend}"
         ) from error
+
+
+def _is_refused(error: OSError, output: Path) -> bool:
+    """Whether the place can't be written; a missing one only where no folder can be made."""
+    missing = error.errno == errno.ENOENT and not output.exists()
+    return missing or error.errno in FORBIDDEN
 
 
 def _on_the_way(place: Path, output: Path) -> bool:

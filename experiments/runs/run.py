@@ -153,7 +153,9 @@ def _start_anew(settings: Settings, folders: Folders, begun: dict[str, str]) -> 
 def _measure(settings: Settings, folders: Folders, tracking: RunTracking) -> dict[str, Any]:
     if evaluation_during_compression(settings) is not None and not folders.is_compressed:
         predict_densely(settings, folders, settings.measures())
-    compressed = _part(folders, COMPRESSION, partial(compression, settings, folders, tracking))
+    makes = partial(compression, settings, folders, tracking)
+    said = "compress" if settings.compresses else "the model as it is"
+    compressed = _part(folders, COMPRESSION, makes, said)
     tracking.compressed(compressed)
     tracking.figures(_draw(settings, folders))
     results = {}
@@ -166,11 +168,13 @@ def _measure(settings: Settings, folders: Folders, tracking: RunTracking) -> dic
     return assemble(settings, compressed, results)
 
 
-def _part(folders: Folders, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _part(
+    folders: Folders, name: str, make: Callable[[], dict[str, Any]], said: str | None = None
+) -> dict[str, Any]:
     file = folders.files.part(name)
     if not is_json(file):
         again = " again, what was written is damaged" if file.exists() else ""
-        log.info("%s: %s%s", folders.name, name, again)
+        log.info("%s: %s%s", folders.name, said or name, again)
         write_json(file, make())
     return read_json(file)
 

@@ -8,7 +8,8 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from experiments.records.identity import differing_settings, without_seed
-from experiments.tables.rows import BLOCKS, named_identities, score_columns
+from experiments.tables.rows import named_identities, score_columns
+from experiments.tables.rows.run import BLOCKS
 
 
 def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:

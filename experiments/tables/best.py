@@ -15,7 +15,8 @@ from experiments.tables.comparable import ComparableRuns, comparable_runs
 from experiments.tables.layouts.cells import Column, cell
 from experiments.tables.names.datasets import dataset_label
 from experiments.tables.names.methods import display_name, is_ranked
-from experiments.tables.rows import BLOCKS, perplexity_columns
+from experiments.tables.rows import perplexity_columns
+from experiments.tables.rows.run import BLOCKS
 
 Run = dict[str, Any]
 

@@ -79,10 +79,10 @@ def waits(counts: Counts) -> int:
 
 
 @pytest.mark.parametrize("hidden", ["device", "ram"])
-def test_the_host_waits_a_few_times_a_layer_and_twice_a_batch(hidden, pruned):
+def test_the_host_waits_a_few_times_a_layer_and_once_a_batch(hidden, pruned):
     one, four = (a_layer(pruned, waits, batches=n, hidden=hidden) for n in (1, 4))
     assert one <= 14
-    assert (four - one) / 3 <= 2  # where rows begin; whether a super expert may be among them
+    assert (four - one) / 3 <= 1  # where rows begin
 
 
 def test_the_host_waits_no_more_for_more_experts(pruned):
@@ -141,6 +141,15 @@ def test_launches_for_an_expert_and_a_batch_are_bounded(grouped, pruned, fake):
     finally:
         fake_device.activate(fake, devices)
     assert (more[2] - more[1]) / (8 * 2) <= (0 if grouped else 4)
+
+
+def test_launches_of_a_batch_are_as_many_for_more_experts_of_few_rows(pruned):
+    """One batched product fills them up, on a card without grouped products too."""
+    few, many = (
+        [pruned(batches=n, experts=experts)[1].times("launch") for n in (2, 4)]
+        for experts in (32, 48)
+    )
+    assert many[1] - many[0] == few[1] - few[0]
 
 
 @pytest.mark.parametrize("batches", [1, 3])

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.helpers.gpu_report import MARK, NO_CARD, PROPERTY, Measured, real_card
+from tests.helpers.machine.gpu_report import MARK, NO_CARD, PROPERTY, Measured, real_card
 
 
 @pytest.fixture(scope="session")

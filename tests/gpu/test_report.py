@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.gpu.layers import FORMS, compressed, speeds, write_layers
-from tests.helpers.gpu_report import (
+from tests.helpers.machine.gpu_report import (
     JSON,
     MARKDOWN,
     NO_CARD,

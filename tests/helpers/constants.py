@@ -3,6 +3,8 @@
 Shapes: T tokens, K experts per token, E experts, H hidden, R replaced.
 """
 
+from copy import deepcopy
+
 import torch
 
 from tests.helpers.oracles import ffn_of, layers_of
@@ -13,7 +15,9 @@ def replace_by_constants(model, layers):
     """Silence the experts {layer: (experts, constants_RH)}, and add weight * constant instead."""
     for index, (gone, constants_RH) in layers.items():
         experts = ffn_of(layers_of(model)[index]).experts
-        experts.down_proj[gone] = 0
+        for name in ("down_proj", "down_proj_bias"):
+            if hasattr(experts, name):
+                getattr(experts, name)[gone] = 0
         table_EH = experts.down_proj.new_zeros(len(experts.down_proj), constants_RH.shape[1])
         table_EH[gone] = constants_RH.to(table_EH)
 
@@ -25,13 +29,16 @@ def replace_by_constants(model, layers):
     return model
 
 
+@torch.no_grad()
 def outputs_of(experts, x_TH):
-    """f_e(x) of every expert on every token, fp64 [T, E, H]."""
-    found = []
-    for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):
-        gate, up = (x_TH.double() @ gate_up.double().T).chunk(2, -1)
-        found.append((torch.nn.functional.silu(gate) * up) @ down.double().T)
-    return torch.stack(found, 1).detach()
+    """f_e(x) of every expert on every token, fp64 [T, E, H]: each is given all tokens alone."""
+    exact, weight_T1 = deepcopy(experts).double(), torch.ones(len(x_TH), 1, dtype=torch.float64)
+    exact.config._experts_implementation = "eager"
+    found = [
+        exact(x_TH.double(), torch.full((len(x_TH), 1), expert), weight_T1)
+        for expert in range(len(experts.down_proj))
+    ]
+    return torch.stack(found, 1)
 
 
 def weights_of(routing, experts):

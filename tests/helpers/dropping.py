@@ -15,7 +15,7 @@ GROUPED_V2 = dict(topk_method="group_limited_greedy", n_group=2, topk_group=1)
 def family_and_overrides(case):
     if case == "deepseek_v2 in groups":
         return "deepseek_v2", GROUPED_V2
-    return case, CASES[case]
+    return case, CASES.get(case, {})
 
 
 def build(case, **more):

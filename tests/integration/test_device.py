@@ -1,6 +1,7 @@
 """A second device in every run of the tests: a fake one, in processes that have it.
 
-tests/device runs on it, once as `cuda` and in part under another name; torchrun's ranks share it.
+tests/device runs on it as `cuda`, and under another name in `make test-device`; torchrun's ranks
+share it.
 """
 
 import json
@@ -17,20 +18,9 @@ from experiments.config.location import CONF
 from tests import fake_device
 from tests.fake_device.build import CannotBuildError, load
 from tests.helpers.checkpoints import tensors_of
+from tests.helpers.machine.processes import python_path, torchrun
 from tests.helpers.methods import method_of
-from tests.helpers.processes import python_path, torchrun
 
-# Under another name: what depends on the name, and few methods.
-SUITES = {
-    "cuda:2": ["tests/device"],
-    "camdev:2": [
-        *(
-            f"tests/device/test_{name}.py"
-            for name in ("fake_device", "accelerator", "forms", "methods")
-        ),
-        *("-k", "not test_methods or memory or bytes"),
-    ],
-}
 CASES = ("camera_p", "camera_q", "d2_moe")
 JOB = textwrap.dedent("""
     import json, os, sys
@@ -77,13 +67,10 @@ def _library() -> None:
         pytest.skip(f"no fake device: {error}")
 
 
-@pytest.mark.parametrize("asked", SUITES)
-def test_the_tests_of_a_device_pass_on_the_fake(asked):
+def test_the_tests_of_a_device_pass_on_the_fake():
+    asked = ("-n", "0", "-rs", "--accelerator=cuda:2", "tests/device")
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-n", "0", "-rs", f"--accelerator={asked}"),
-            *SUITES[asked],
-        ],
+        [sys.executable, "-m", "pytest", *asked],
         cwd=CONF.parent,
         capture_output=True,
         text=True,

@@ -6,7 +6,7 @@ Where a method rightly does something else now, raise the number and write down 
 import pytest
 
 import camera
-from tests.helpers.damage import damage
+from tests.helpers.quantization.damage import damage
 
 PRUNE, DROP = dict(sparsity=0.4), dict(sparsity=0.5, sparsity_of="routed")
 METHODS = {

@@ -1,6 +1,7 @@
 """Sums of what a layer's routed experts put out: the constants that replace some come from them.
 
-Shapes: E routed experts of a layer, H hidden, N tokens of one expert.
+Shapes: E routed experts of a layer, H hidden, N tokens of one expert, T tokens of a batch, S = 2
+parts of all tokens: those that constants are fitted to, and those held out.
 """
 
 from __future__ import annotations
@@ -20,28 +21,30 @@ if TYPE_CHECKING:
     from camera.moe.observer import ExpertCall
     from camera.moe.pool import LayerShape
 
+RUN, EVERY = 256, 8  # of so many runs of so many neighbouring tokens the last is held out
+
 
 @dataclass
 class OutputSums(LayerStatistics):
     """Sums over the calibration tokens, f_e an expert's output and a_e its routing weight.
 
     Over the expert's own tokens gate_E = sum of a_e, output_EH = sum of f_e, square_EH = sum of
-    f_e^2 (fp64). Where experts are fitted jointly, over all tokens, a_e being 0 where e isn't
-    chosen, gram_EE = sum of a_d a_e (fp64) and joint_EEH[d, e] = sum of a_d a_e f_e (fp32); else
-    these are empty. tokens_E counts, over the whole pool (shared expert first).
+    f_e^2 (fp64). Where experts are fitted jointly, over all tokens of a part, a_e being 0 where e
+    isn't chosen, gram_SEE = sum of a_d a_e (fp64) and joint_SEEH[s, d, e] = sum of a_d a_e f_e
+    (fp32); else these are empty. tokens_E counts, over the whole pool (shared expert first).
     """
 
     kind: ClassVar[str] = "output_sums"
     travels: ClassVar[bool] = False
     reduced: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("tokens_E", "gate_E", "output_EH", "square_EH", "gram_EE", "joint_EEH"), "sum"
+        ("tokens_E", "gate_E", "output_EH", "square_EH", "gram_SEE", "joint_SEEH"), "sum"
     )
     tokens_E: torch.Tensor
     gate_E: torch.Tensor
     output_EH: torch.Tensor
     square_EH: torch.Tensor
-    gram_EE: torch.Tensor
-    joint_EEH: torch.Tensor
+    gram_SEE: torch.Tensor
+    joint_SEEH: torch.Tensor
 
     @property
     def routed_tokens(self) -> torch.Tensor:
@@ -54,7 +57,7 @@ class OutputSums(LayerStatistics):
         return self.output_EH / self.routed_tokens.clamp(min=1)[:, None]
 
     def stored(self) -> OutputSums:
-        return replace(self, gram_EE=self.gram_EE[:0], joint_EEH=self.joint_EEH[:0])
+        return replace(self, gram_SEE=self.gram_SEE[:0], joint_SEEH=self.joint_SEEH[:0])
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,10 @@ class OutputSumsSpec(ObserverSpec):
     joint: bool = False
 
     def nbytes(self, layer: LayerShape) -> int:
-        """H numbers of fp64 for the sum and the squares of each expert, and E^2 (H + 2) of fp32."""
+        """H numbers of fp64 for the sum and the squares of each expert, and for each part of the
+        tokens E^2 (H + 2) of fp32."""
         experts = sum(layer.pool.routed)
-        joint = 4 * experts**2 * (layer.hidden + 2) * self.joint
+        joint = 2 * 4 * experts**2 * (layer.hidden + 2) * self.joint
         return 16 * experts * layer.hidden + joint
 
     def build(self, index: int, ffn: FeedForward) -> OutputSumsObserver:
@@ -88,9 +92,14 @@ class OutputSumsObserver(LayerObserver):
         self._gate_E = torch.zeros(experts, **exact)
         self._output_EH = torch.zeros(experts, hidden, **exact)
         self._square_EH = torch.zeros(experts, hidden, **exact)
-        rows = experts if joint else 0
-        self._gram_EE = torch.zeros(rows, experts, **exact)
-        self._joint_EEH = torch.zeros(rows, experts, hidden, device=device)
+        parts = 2 if joint else 0
+        self._gram_SEE = torch.zeros(parts, experts, experts, **exact)
+        self._joint_SEEH = torch.zeros(parts, experts, experts, hidden, device=device)
+        self._starts, self._seen = {0: 0}, 0  # of each batch among all tokens
+
+    def ffn_input(self, batch: int, x_TH: torch.Tensor, *_: Any) -> None:
+        self._starts[batch] = self._seen
+        self._seen += len(x_TH)
 
     @torch.no_grad()
     def __call__(self, call: ExpertCall) -> None:
@@ -108,15 +117,25 @@ class OutputSumsObserver(LayerObserver):
             _, weight_NK, index_NK = routed(self._ffn, x_NH)
             a_NE = gates(weight_NK, index_NK, len(group.widths))
             a_NE[:, expert] = a_N
-            self._gram_EE[:, expert] += a_NE.T @ a_N
-            self._joint_EEH[:, expert] += a_NE.T @ (a_N[:, None] * f_NH)
+            for part, part_N in enumerate(self._parts(call)):
+                part_EN = (a_NE * part_N[:, None]).T
+                self._gram_SEE[part, :, expert] += part_EN @ a_N
+                self._joint_SEEH[part, :, expert] += part_EN @ (a_N[:, None] * f_NH)
+
+    def _parts(self, call: ExpertCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of these tokens are fitted to, and which are held out."""
+        place_N = call.tokens_N
+        if place_N is None:
+            place_N = torch.arange(len(call.x_NH), device=call.x_NH.device)
+        held_N = (place_N + self._starts[call.batch]) // RUN % EVERY == EVERY - 1
+        return ~held_N, held_N
 
     def result(self) -> OutputSums:
         """The sums so far, on the CPU."""
-        exact = (self._gate_E, self._output_EH, self._square_EH, self._gram_EE)
+        exact = (self._gate_E, self._output_EH, self._square_EH, self._gram_SEE)
         sums = (tensor.cpu().double() for tensor in exact)
         tokens_E = torch.tensor(self._tokens)
-        return OutputSums(self._index.groups, tokens_E, *sums, self._joint_EEH.cpu())
+        return OutputSums(self._index.groups, tokens_E, *sums, self._joint_SEEH.cpu())
 
 
 @dataclass
@@ -150,6 +169,9 @@ class RankedOutputsSpec(ObserverSpec):
     def nbytes(self, layer: LayerShape) -> int:
         return self.ranking.nbytes(layer) + self.outputs.nbytes(layer)
 
+    def result_bytes(self, layer: LayerShape) -> int:
+        return self.ranking.result_bytes(layer)
+
     def single_process(self) -> str | None:
         return self.ranking.single_process()
 
@@ -166,6 +188,7 @@ class RankedOutputsObserver(LayerObserver):
 
     def ffn_input(self, *arguments: Any) -> None:
         self._ranking.ffn_input(*arguments)
+        self._outputs.ffn_input(*arguments)
 
     def __call__(self, call: ExpertCall) -> None:
         self._ranking(call)

@@ -19,11 +19,13 @@ import torch
 from camera.calibration.observers import LayerObserver, ObserverSpec
 from camera.calibration.statistics import LayerStatistics
 from camera.moe.pool import PoolIndex
+from camera.runtime.device.accelerator import current_stream, has_own_memory
 from camera.runtime.distributed import all_combined, world
 
 if TYPE_CHECKING:
     from camera.calibration.experts.coverage import BySource
-    from camera.moe.feed_forward import ExpertGroup, FeedForward
+    from camera.moe.experts.group import ExpertGroup
+    from camera.moe.feed_forward import FeedForward
     from camera.moe.grouped.call import GroupCall
     from camera.moe.observer import ExpertCall
 
@@ -79,12 +81,17 @@ class OutlierObserver(LayerObserver):
         self._largest_E = torch.zeros(self._pool.experts, device=device)
         self._reach: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._group_reach: dict[str, list[torch.Tensor]] = {}
-        self._bounds: list[tuple[GroupCall, torch.Tensor]] = []  # of the rows of a batch's groups
+        self._routes = any(group.routed for group in ffn.groups)
+        # of a batch's groups: the bounds of their rows, and whether any is massive, on its way
+        self._bounds: list[tuple[GroupCall, torch.Tensor, torch.Tensor]] = []
+        self._asked: torch.Event | None = None  # after the last of these
 
     def ffn_input(self, *arguments: Any) -> None:
-        if self._bounds:
-            self._look_back()
         self._inner.ffn_input(*arguments)
+
+    def waited(self, batch: int) -> None:
+        self._look_back(batch)
+        self._inner.waited(batch)
 
     @torch.no_grad()
     def __call__(self, call: ExpertCall) -> None:
@@ -103,24 +110,32 @@ class OutlierObserver(LayerObserver):
 
     @torch.no_grad()
     def together(self, call: GroupCall) -> None:
-        if self._bounds and self._bounds[-1][0].batch != call.batch:
-            self._look_back()
+        if not self._routes:  # nobody says where the host waits
+            self._look_back(call.batch)
         self._inner.together(call)
         norm_E, bias_E = self._reach_of(call.group)
         bound_R = call.h2_R.sqrt() * call.rows.of_experts(norm_E)
         if call.group.down_bias(0) is not None:
             bias_R = call.rows.of_experts(bias_E)
             bound_R += bias_R.where(call.rows.token_R < call.rows.tokens, 0.0)
-        self._bounds.append((call, bound_R))
+        massive = (bound_R > MASSIVE).any().to("cpu", non_blocking=True)
+        if has_own_memory(bound_R.device):
+            self._asked = current_stream(bound_R.device).record_event()
+        self._bounds.append((call, bound_R, massive))
 
-    def _look_back(self) -> None:
-        """Look at the rows of the last batch whose bound doesn't clear them; waits once, to know
-        which they are."""
-        calls, bounds = zip(*self._bounds, strict=True)
-        self._bounds.clear()
-        row_N, first = (torch.cat(bounds) > MASSIVE).nonzero().squeeze(1), 0
-        if not len(row_N):
+    def _look_back(self, batch: int | None = None) -> None:
+        """Look at the rows of batches before this one (None: of all) whose bound doesn't clear
+        them; waits only where the device isn't there yet, or to know which rows these are."""
+        past = [bound for bound in self._bounds if bound[0].batch != batch]
+        self._bounds = [bound for bound in self._bounds if bound[0].batch == batch]
+        if not past:
             return
+        if self._asked is not None and not self._asked.query():
+            self._asked.synchronize()
+        calls, bounds, massive = zip(*past, strict=True)
+        if not any(map(bool, massive)):
+            return
+        row_N, first = (torch.cat(bounds) > MASSIVE).nonzero().squeeze(1), 0
         rows = row_N.tolist()
         for call, bound_R in zip(calls, bounds, strict=True):
             last = first + len(bound_R)
@@ -148,8 +163,7 @@ class OutlierObserver(LayerObserver):
 
     def result(self) -> LayerStatistics:
         """What `inner` says; the outliers of all processes go to `found`."""
-        if self._bounds:
-            self._look_back()
+        self._look_back()
         largest_E = self._largest_E.cpu()
         if world() > 1:
             largest_E = all_combined(largest_E, "max")

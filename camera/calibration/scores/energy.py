@@ -14,7 +14,8 @@ import torch
 from camera.calibration.observers import LayerObserver, ObserverSpec
 from camera.calibration.scores.base import Score
 from camera.calibration.statistics import LayerStatistics
-from camera.moe.feed_forward import ExpertGroup, FeedForward
+from camera.moe.experts.group import ExpertGroup
+from camera.moe.feed_forward import FeedForward
 from camera.moe.grouped.call import GroupCall
 from camera.moe.observer import ExpertCall
 from camera.moe.pool import PoolIndex, sum_dtype

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from camera.checkpoint.formats.ragged import RaggedExperts, fill
+from camera.checkpoint.formats.ragged import RaggedExperts
+from camera.checkpoint.formats.ragged_tables import fill
 from camera.moe.experts.activation import Activation
+from camera.moe.experts.group import RoutedExperts
 from camera.moe.experts.layout import ExpertLayout
-from camera.moe.feed_forward import RoutedExperts
 
 
 class ApproximateExperts(RaggedExperts):

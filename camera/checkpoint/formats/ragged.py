@@ -1,33 +1,26 @@
-"""Experts of unequal width in two tables per layer, and their fast implementations.
+"""Experts of unequal width: what they compute, by the fastest way for the tokens at hand.
 
 Shapes: T tokens, K experts per token, H hidden, E experts, W kept width of one expert, S = sum of
 the kept widths, N tokens of one expert.
-
-A row of `down_proj` is one micro-expert's output vector, so that an expert is one block of memory
-in both tables. Experts stand in them by width, the narrowest first (ties by index): experts of one
-width are neighbours, and a run of them is a uniform [n, W, H] view. The rows of `gate_up_proj` are
-an expert's W gate rows, then its W up rows, so that one matrix product serves both.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby, pairwise
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from camera.checkpoint.formats.biases import ExpertBiases
 from camera.checkpoint.formats.format import Format, Spec
-from camera.checkpoint.formats.ragged_rows import RaggedRows
-from camera.moe.experts.activation import Activation, ClampedGate, gated
+from camera.checkpoint.formats.ragged_tables import RaggedTables, fill
+from camera.moe.experts.activation import ClampedGate, gated
+from camera.moe.experts.group import RoutedExperts
 from camera.moe.experts.layout import ExpertLayout
 from camera.moe.experts.module import ExpertModule
 from camera.moe.families.family import Family
-from camera.moe.feed_forward import RoutedExperts
 from camera.moe.grouped.products import grouped_products
 from camera.moe.grouped.slots import counts_of, sorted_slots
-from camera.moe.pool import rows_on
 from camera.runtime.device.accelerator import has_grouped_products
 
 # A CPU without instructions for half precision multiplies such matrices many times slower.
@@ -38,7 +31,7 @@ LOOP_STEP, READING_TOKENS = 2_000_000, 16
 FEW = 4  # experts of a width, on average, from which a CPU runs them by width
 
 
-class RaggedExperts(ExpertBiases, nn.Module, Format):
+class RaggedExperts(RaggedTables, Format):
     """Drop-in for any native experts module whose experts kept different numbers of micro-experts.
 
     y = sum over the top-k experts e of weight_e * down_e(act(gate_e x) * (up_e x)); an expert of
@@ -49,30 +42,6 @@ class RaggedExperts(ExpertBiases, nn.Module, Format):
     """
 
     name = "ragged"
-
-    def __init__(
-        self,
-        hidden: int,
-        widths: list[int],
-        act_fn: Activation,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        layout: ExpertLayout = ExpertLayout(),  # noqa: B008 (frozen)
-    ):
-        super().__init__()
-        self.hidden_dim, self.num_experts = hidden, len(widths)
-        self.layout = layout
-        self.widths = list(widths)
-        self._rows = RaggedRows(widths)
-        self.order, self.starts = self._rows.order, self._rows.starts
-        self.micro_experts = self._rows.total
-        self.few_widths = len(set(self.widths)) * FEW <= len(widths)
-        rows = self.micro_experts
-        self.gate_up_proj = nn.Parameter(torch.empty(2 * rows, hidden, device=device, dtype=dtype))
-        self.down_proj = nn.Parameter(torch.empty(rows, hidden, device=device, dtype=dtype))
-        biases = (2 * rows, len(widths), hidden) if layout.biased else None
-        self._register_biases(biases, device, dtype)
-        self.act_fn = act_fn
 
     def spec(self) -> Spec:
         return {"form": self.name, "widths": self.widths}
@@ -94,36 +63,10 @@ class RaggedExperts(ExpertBiases, nn.Module, Format):
     def select(self, rows: Sequence[torch.Tensor]) -> "RaggedExperts":
         return ragged_of(self, rows)
 
-    def to_native(self, width: int) -> dict[str, torch.Tensor]:
-        """The tensors of the native module, zero-padded, on the tables' device."""
-        count, hidden, biased = self.num_experts, self.hidden_dim, self.layout.biased
-        gate_up = self.gate_up_proj.new_zeros(count, 2, width, hidden)
-        down = self.down_proj.new_zeros(count, hidden, width)
-        bias = self.gate_up_proj.new_zeros(count, 2, width) if biased else None
-        for e, kept in enumerate(self.widths):
-            gate_up[e, :, :kept] = self.gate_up(e).detach().unflatten(0, (2, kept))
-            down[e, :, :kept] = self.down(e).detach()
-            if bias is not None:
-                bias[e, :, :kept] = self.gate_up_bias(e).unflatten(0, (2, kept))
-        bias = None if bias is None else bias.flatten(1)
-        return self.layout.native(gate_up.flatten(1, 2), down, bias, self.down_proj_bias)
-
-    def gate_up(self, expert: int) -> torch.Tensor:
-        """Rows of one expert, [2W, H]: gate first, then up."""
-        start = self.starts[expert]
-        return self.gate_up_proj[2 * start : 2 * (start + self.widths[expert])]
-
-    def gate_up_bias(self, expert: int) -> torch.Tensor | None:
-        """Biases of these rows, [2W]; None where there are none."""
-        if self.gate_up_proj_bias is None:
-            return None
-        start = self.starts[expert]
-        return self.gate_up_proj_bias[2 * start : 2 * (start + self.widths[expert])]
-
-    def down(self, expert: int) -> torch.Tensor:
-        """Columns of one expert, [H, W], as a view of its rows."""
-        start = self.starts[expert]
-        return self.down_proj[start : start + self.widths[expert]].t()
+    @cached_property
+    def few_widths(self) -> bool:
+        """Whether many experts share a width."""
+        return len(set(self.widths)) * FEW <= len(self.widths)
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         return gated(self.act_fn, *gate_up.chunk(2, dim=-1))
@@ -290,12 +233,6 @@ class RaggedExperts(ExpertBiases, nn.Module, Format):
         work = max(tokens, READING_TOKENS) * 3 * self.micro_experts * self.hidden_dim
         return work <= LOOP_STEP * steps
 
-    def extra_repr(self) -> str:
-        return (
-            f"hidden={self.hidden_dim}, experts={self.num_experts}, "
-            f"micro_experts={self.micro_experts}, widths={min(self.widths)}..{max(self.widths)}"
-        )
-
 
 def ragged_of(
     experts: ExpertModule | RoutedExperts, rows: Sequence[torch.Tensor] | None = None
@@ -307,34 +244,6 @@ def ragged_of(
     plain = RaggedExperts(*shape, like.device, like.dtype, experts.layout)
     fill(plain, experts, rows)
     return plain
-
-
-def fill(
-    plain: RaggedExperts,
-    experts: ExpertModule | RoutedExperts,
-    rows: Sequence[torch.Tensor] | None = None,
-) -> None:
-    """Copy the weights of other experts into tables of their widths; `rows`: of these alone."""
-    plain.requires_grad_(False)
-    if rows is not None:
-        (rows,) = rows_on({"": list(rows)}, plain.down_proj.device).values()
-    for e, width in enumerate(plain.widths):
-        if not width and not plain.layout.biased:
-            continue
-        whole, bias_2W = experts.gate_up(e), experts.gate_up_bias(e)
-        if bias_2W is not None:
-            kept = bias_2W if rows is None else bias_2W.view(2, -1)[:, rows[e]].flatten()
-            plain.gate_up_bias(e).copy_(kept)
-            plain.down_bias(e).copy_(experts.down_bias(e))
-        if rows is None:
-            plain.gate_up(e).copy_(whole)
-            plain.down(e).copy_(experts.down(e))
-            continue
-        halves = whole if isinstance(whole, tuple) else whole.chunk(2)
-        for half, part in zip(halves, plain.gate_up(e).chunk(2), strict=True):
-            torch.index_select(half, 0, rows[e], out=part)
-        # written row by row: a copy into the transposed view would take several times as long
-        plain.down(e).t().copy_(experts.down(e).index_select(1, rows[e]).t())
 
 
 def _wide(x_TH: torch.Tensor) -> torch.Tensor:

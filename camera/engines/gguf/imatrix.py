@@ -32,7 +32,8 @@ from camera.streaming.skeleton import MetaModel
 from camera.streaming.streamer import LayerStreamer
 
 if TYPE_CHECKING:
-    from camera.moe.feed_forward import ExpertGroup, FeedForward
+    from camera.moe.experts.group import ExpertGroup
+    from camera.moe.feed_forward import FeedForward
     from camera.moe.observer import ExpertCall
 
 log = logging.getLogger("camera")

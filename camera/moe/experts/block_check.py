@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from camera.moe.capture import ModuleStub, unwrap
-from camera.moe.feed_forward import FeedForward, MlpExpert
+from camera.moe.experts.group import MlpExpert
+from camera.moe.feed_forward import FeedForward
 from camera.runtime.errors import CameraError
 
 TOKENS = 5

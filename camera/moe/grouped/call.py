@@ -11,7 +11,7 @@ from functools import cached_property
 
 import torch
 
-from camera.moe.feed_forward import ExpertGroup
+from camera.moe.experts.group import ExpertGroup
 from camera.moe.grouped.phi import Phi, phi_of
 from camera.moe.grouped.rows import GroupRows
 from camera.moe.observer import ExpertCall

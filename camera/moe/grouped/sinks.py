@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
+from camera.moe.experts.group import ExpertGroup, MlpExpert
+from camera.moe.feed_forward import FeedForward
 from camera.moe.grouped.call import GroupCall
-from camera.moe.grouped.products import grouped_products
+from camera.moe.grouped.products import filling_pays, grouped_products
 from camera.moe.grouped.rows import GroupRows
 from camera.moe.pool import KeptRows
 from camera.runtime.device.accelerator import has_grouped_products
@@ -161,11 +162,13 @@ class PhiProjection:
 
     def _routed(self, call: GroupPhi, group: ExpertGroup, kept: list[torch.Tensor]) -> torch.Tensor:
         phi_RW = call.phi_RW
-        if has_grouped_products(phi_RW.device, phi_RW.dtype):
+        hidden, bounds = group.down(0).shape[0], call.rows.bounds
+        at_once = has_grouped_products(phi_RW.device, phi_RW.dtype)
+        if at_once or filling_pays(phi_RW.device, bounds, phi_RW.shape[1] * hidden):
             down_EWH = self._whole_down(group, kept, phi_RW.shape[1])
-            return grouped_products(phi_RW, down_EWH, call.rows.bounds)
-        out_RH = phi_RW.new_empty(len(phi_RW), group.down(0).shape[0])
-        for expert, (first, last) in enumerate(call.rows.bounds):
+            return grouped_products(phi_RW, down_EWH, bounds)
+        out_RH = phi_RW.new_empty(len(phi_RW), hidden)
+        for expert, (first, last) in enumerate(bounds):
             if last > first:
                 phi_NW = phi_RW[first:last].index_select(1, kept[expert])
                 torch.mm(phi_NW, group.down(expert).t(), out=out_RH[first:last])

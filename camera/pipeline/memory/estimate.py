@@ -1,4 +1,4 @@
-"""The estimate of peak memory over all passes of a run, and its refusal.
+"""The estimate of peak memory over all passes of a run.
 
 Shapes: T calibration tokens, H hidden.
 """
@@ -7,26 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import torch
-
-from camera.calibration.trials import trial_bytes
-from camera.compensation.experts import fit_bytes
+from camera.calibration.trials import TOKENS, trial_bytes
 from camera.method import Method, Pass, PassKind
 from camera.moe.pool import LayerShape
 from camera.pipeline.memory.device import (
     DEVICE_SHARE,
-    GRAPH_TABLES,
     LAYERS_HELD,
     OUTSIDE_HELD,
     DeviceMemory,
     layers_bytes,
+    workspace,
 )
-from camera.runtime.device.accelerator import free_memory, has_own_memory, total_memory
+from camera.runtime.device.accelerator import has_own_memory, total_memory
 from camera.runtime.device.host_memory import free_host_memory
 from camera.runtime.device.staging import STAGED
-from camera.runtime.errors import CameraError
 from camera.runtime.progress import format_bytes
 from camera.streaming.hidden_states import HiddenPlace
 from camera.streaming.lm_head import HEAD_LOGITS, HEAD_TABLES
@@ -47,12 +43,8 @@ PHI_LIMIT = 8 * 2**30  # bytes of phi of one layer that `phi=auto` keeps
 # each; and, per expert of a token, when a whole FFN runs on it.
 BATCH_TABLES = 8
 SLOT_TABLES = 4
-TOKEN_BYTES = 16  # of a calibration token: its id, and once more as it is hashed
-SAMPLE_BYTES = 512  # of a sample's objects while it is drawn
 PhiKept = Literal["all", "routed", "none"]
-UNEVEN = 1.1  # of the share that stays: what a layer keeps of it where one ranking is for all
-FEWER = "lower calibration.samples"
-LARGER = "it takes a machine with more memory"
+GRAPH_TABLES = 12  # of a layer's graph, of hidden states and of phi each
 
 
 @dataclass(frozen=True)
@@ -174,8 +166,9 @@ class MemoryEstimate:
         on_disk = on_disk and max(experts) > 0 and not model.compressed
         outside = parameters_of(model.model) * size - sum(layers)
         kinds = {step.kind for step in passes}
-        asks_head = bool(kinds & {PassKind.BACKWARD, PassKind.TRIAL})
-        logits = 4 * min(HEAD_LOGITS, HEAD_TABLES * tokens * config.vocab_size) * asks_head
+        reaching = {PassKind.BACKWARD: tokens, PassKind.TRIAL: min(tokens, TOKENS)}
+        at_head = max((reaching.get(kind, 0) for kind in kinds), default=0)
+        logits = 4 * min(HEAD_LOGITS, HEAD_TABLES * at_head * config.vocab_size)
         apart = card is not None or has_own_memory(model.device)
 
         def on_device(there: int, kept: int) -> DeviceMemory:
@@ -251,78 +244,10 @@ def _method_bytes(step: Pass, model: MetaModel, method: Method, tokens: int) -> 
     """Statistics and workspace of a pass beside the layer, of the layer that takes the most."""
     hidden, size, most = model.budget.hidden, model.dtype.itemsize, 0
     if step.kind == PassKind.TRIAL:
-        most = trial_bytes(len(model.budget.layers), hidden)
-    top_k = model.family.top_k(model.text_config)
+        most = trial_bytes(len(model.budget.layers), hidden, size)
+    top_k, left = model.family.top_k(model.text_config), method.share_left(model.budget)
     for pool in model.budget.layers.values():
         layer = LayerShape(pool, hidden, top_k, tokens, size)
         found = step.observer.nbytes(layer) if step.observer is not None else 0
-        if step.kind == PassKind.COMPRESSED:
-            found += method.apply_bytes(layer)
-            if method.compensation is not None:
-                dense = method.compensation.target == "dense"
-                kept = min(1.0, UNEVEN * (1 - (getattr(method, "sparsity", None) or 0.0)))
-                found += fit_bytes(tokens, hidden, pool.widths, size, dense, kept)
-        most = max(most, found)
+        most = max(most, found + workspace(method, step, layer, left))
     return most
-
-
-class Part(NamedTuple):
-    """What stands in memory together with others, and what can be done about it."""
-
-    name: str
-    bytes: int
-    way_out: str
-
-
-def require_memory(
-    estimate: MemoryEstimate, method: Method, device: torch.device, tokens: int, samples: int
-) -> None:
-    """CameraError where a run over so many tokens takes more memory than is free.
-
-    Host and device are two sums: on an accelerator everything is computed and waits there, but for
-    hidden states that have no room, and for what is read and written.
-    """
-    ids = Part("the calibration tokens", TOKEN_BYTES * tokens + SAMPLE_BYTES * samples, FEWER)
-    hidden = Part("the hidden states", estimate.states, f"set memory.hidden=disk, or {FEWER}")
-    saved = estimate.experts and not estimate.experts_on_disk and method.compensation is None
-    on_disk = "set memory.experts=disk" if saved else LARGER
-    way = "set memory.phi=recompute" if method.compensation is None else FEWER
-    other = f"choose another method, or {FEWER}"
-    if estimate.device is not None:
-        staged = Part("buffers of layers", estimate.staged, LARGER)
-        _require([ids, hidden, staged], torch.device("cpu"), "the system's memory")
-        named = {
-            "layers": ("the layers", on_disk),
-            "hidden": ("the hidden states", "set memory.hidden=ram"),
-            "phi": ("a layer's activations", way),
-            "batch": ("a batch", LARGER),
-            "method": (f"method {method.name}", other),
-            "outside": ("embeddings and head", LARGER),
-            "logits": ("logits", LARGER),
-        }
-        for parts in estimate.device.moments.values():
-            found = [Part(named[key][0], size, named[key][1]) for key, size in parts.items()]
-            _require(found, device, f"the memory of {device}")
-        return
-    most = estimate.method > estimate.working
-    computing = [
-        Part("a layer's activations", estimate.phi_held, way),
-        Part(
-            f"method {method.name}" if most else "a batch", estimate.work, other if most else LARGER
-        ),
-    ]
-    layers = Part("the layers", estimate.layers(LAYERS_HELD), on_disk)
-    outside = Part("embeddings and head", int(OUTSIDE_HELD * estimate.outside), LARGER)
-    logits = Part("logits", estimate.logits, LARGER)
-    _require([ids, hidden, layers, *computing], device, "memory")
-    _require([ids, hidden._replace(bytes=0), outside, logits], device, "memory")
-
-
-def _require(parts: list[Part], device: torch.device, what: str) -> None:
-    needed, free = sum(part.bytes for part in parts), free_memory(device)
-    if needed > free:
-        most = max(parts, key=lambda part: part.bytes)
-        raise CameraError(
-            f"this takes about {format_bytes(needed)} of {what}, where {format_bytes(free)} are "
-            f"free; the most, {format_bytes(most.bytes)}, goes to {most.name}: {most.way_out}."
-        )

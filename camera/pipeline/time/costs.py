@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from camera.checkpoint.quantized.fp8 import STEP
-from camera.moe.feed_forward import MlpExpert
+from camera.moe.experts.group import MlpExpert
 from camera.pipeline.memory.config_model import ConfigModel
 from camera.pipeline.memory.estimate import MemoryEstimate
 from camera.pipeline.time.cards import BANDWIDTH_SHARE, LAUNCH_SECONDS, WAIT_SECONDS, Card

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from camera.moe.feed_forward import ExpertGroup, FeedForward, MlpExpert
+from camera.moe.experts.group import ExpertGroup, MlpExpert
+from camera.moe.feed_forward import FeedForward
 from camera.moe.grouped.rows import BLOCK
 from camera.moe.pool import PoolIndex
 from camera.pipeline.memory.estimate import PhiKept
@@ -29,7 +30,7 @@ EXPERT, WHOLE_DOWN = 8, 4
 BATCH, NORMED, MLP, GATE, ROUTED = 60, 12, 27, 10, 85
 AGAIN = {"all": 0, "routed": 5, "none": 16}
 LAYER, OUTSIDE_POOL = 90, 40
-WAITS_LAYER = 8
+WAITS_LAYER = 9
 NORM = 36  # bytes a number of bf16: to fp32, squared, averaged, divided, back, times its weight
 ROTARY = 28  # of queries and keys: turned, multiplied twice, added, put in order
 JOINED = 4  # of a query or a key: read and written
@@ -127,7 +128,7 @@ def layer_traffic(
         up=numbers * (2 - (phi == "none")) + (0 if ways.on_device else (3 + again) * table),
         down=ENERGY * pool.micro_experts + table + (0 if ways.on_device else 2 * table),
         launches=launches,
-        waits=WAITS_LAYER + batches * (2 + (phi == "none")),
+        waits=WAITS_LAYER + batches * (1 + (phi == "none")),
     )
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from camera.calibration.statistics import LayerStatistics
     from camera.moe.budget import Budget
     from camera.moe.feed_forward import FeedForward
-    from camera.quantization.layer_bits import LayerBits
+    from camera.quantization.plans.layer_bits import LayerBits
 
 GROUP_SIZES = (128, 64, 32)  # that kernels take
 log = logging.getLogger("camera")
@@ -152,7 +152,7 @@ class LayerwiseBits(Quantization):
         budget: Budget,
         plan: Plan,
     ) -> LayerBits:
-        from camera.quantization.layer_bits import LayerBits
+        from camera.quantization.plans.layer_bits import LayerBits
 
         return LayerBits.uniform(
             ffn.widths, plan.shared["bits"][str(index)], plan.shared["group_size"]

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from camera.calibration.observers import LayerObserver, ObserverSpec
 from camera.calibration.statistics import LayerStatistics
 from camera.moe.experts.activation import gated
-from camera.moe.feed_forward import ExpertGroup, FeedForward
+from camera.moe.experts.group import ExpertGroup
+from camera.moe.feed_forward import FeedForward
 from camera.moe.observer import ExpertCall
 from camera.moe.pool import LayerShape
 from camera.quantization.quantizers.grids import CLIPS

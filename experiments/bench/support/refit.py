@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from camera.compensation.least_squares import at_once
-from camera.moe.feed_forward import MlpExpert
+from camera.moe.experts.group import MlpExpert
 from camera.pipeline.memory.config_model import ConfigModel
 
 

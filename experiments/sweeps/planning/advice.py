@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config.settings import Settings, check_machine, check_values
+from experiments.records.failures import naming_output
 from experiments.records.files import RunFiles
 from experiments.sweeps.jobs import SweepJob
 
@@ -21,7 +22,8 @@ def check_planned(settings: Settings, run: Path, *, here: bool) -> None:
     check_values(settings)
     if not here:
         return
-    check_machine(settings)
+    with naming_output(Path(settings.output)):  # the embedded model's texts are written there
+        check_machine(settings)
     if Path(settings.model_path).is_dir():  # of a hub's model the weights aren't there yet
         from experiments.runs.compression import check_method
 
@@ -39,8 +41,13 @@ def advice(
     refused = [job for job in jobs if job.refused]
     if refused:
         said.append(f"{_count(len(refused), len(jobs))} refused, the others run:")
-        said += [f"  {' '.join(job.overrides)}: {job.refused}" for job in refused]
+        said += [f"  {_words(job)}: {job.refused}" for job in refused]
     return said
+
+
+def _words(job: SweepJob) -> str:
+    """The job's overrides but the one that lists jobs."""
+    return " ".join(text for text in job.overrides if not text.startswith("dry_run="))
 
 
 def _replaced(

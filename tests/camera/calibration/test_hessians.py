@@ -9,7 +9,7 @@ import torch
 from camera.calibration.scores.energy import EnergyObserver
 from camera.moe.capture import run_ffn
 from tests.helpers.oracles import shared_of
-from tests.helpers.quantizing import layer_of, seen_by
+from tests.helpers.quantization.quantizing import layer_of, seen_by
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers.quantized_sources import write_pair
+from tests.helpers.quantization.quantized_sources import write_pair
 
 SIZES = dict(num_hidden_layers=2, moe_intermediate_size=48)
 FAMILIES = {"fp8": "deepseek_v3"}  # of the others qwen3_moe

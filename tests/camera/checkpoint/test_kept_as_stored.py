@@ -9,7 +9,7 @@ from camera.checkpoint.loading import load_model
 from camera.checkpoint.quantized.opening import weights_of
 from camera.runtime.errors import CameraError
 from tests.helpers.checkpoints import changed, config_of, tensors_of
-from tests.helpers.quantized_sources import SOURCES
+from tests.helpers.quantization.quantized_sources import SOURCES
 
 IDS = torch.arange(3, 19)[None]
 EXPERTS = ".mlp.experts"

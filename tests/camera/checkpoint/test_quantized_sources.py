@@ -18,7 +18,7 @@ from camera.runtime.errors import CameraError
 from camera.streaming.settings import MemoryChoices
 from camera.streaming.skeleton import MetaModel
 from tests.helpers.checkpoints import changed, config_of, shards_of, tensors_of
-from tests.helpers.quantized_sources import SOURCES
+from tests.helpers.quantization.quantized_sources import SOURCES
 
 DOWN = "model.layers.1.mlp.experts.2.down_proj"
 
@@ -152,7 +152,7 @@ def test_mxfp4_blocks_are_unpacked(tmp_path):
 @pytest.mark.parametrize("bits", [2, 8])
 def test_gptq_of_other_bits(bits):
     from camera.checkpoint.quantized import gptq
-    from tests.helpers.quantized_sources import gptq as write
+    from tests.helpers.quantization.quantized_sources import gptq as write
 
     weight = torch.randn(32, 48, generator=torch.Generator().manual_seed(0))
     stored, plain = write(weight, torch.float16, bits)

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import camera
+from camera.inspection import description
 from camera.pruning.plan import ReplacedExperts
 from camera.runtime.errors import CameraError
 from camera.streaming.skeleton import MetaModel
@@ -88,6 +89,10 @@ def test_no_other_program_is_given_what_it_would_misread(replaced, tmp_path):
         AutoModelForCausalLM.from_pretrained(out)
     with pytest.raises(CameraError):
         camera.describe(out)
+    said = description(out)
+    assert said.compressed == "2 of its experts are constants, in vLLM's format"
+    assert said.engines.pop("vLLM") == "as it is" and said.of_original
+    assert all(how.startswith("no: ") for how in said.engines.values())
     assert not (tmp_path / "other").exists()
 
 
@@ -98,3 +103,4 @@ def test_what_has_no_constants_or_no_names_of_experts_is_refused(checkpoints, re
     with pytest.raises(CameraError, match=r"in one tensor .*names one for each expert"):
         camera.export(folder, tmp_path / "export", format="approximate-experts")
     assert not (tmp_path / "export").exists()
+    assert camera.describe(folder).engines["vLLM"].startswith("no: ")

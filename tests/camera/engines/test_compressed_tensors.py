@@ -1,6 +1,7 @@
 """Exports in compressed-tensors' format: other readers get the weights of the checkpoint."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import camera
 from camera.checkpoint.loading import load_model
 from camera.checkpoint.modules import dequantize
+from camera.engines.compressed_tensors import require_packable
 from camera.runtime.errors import CameraError
 from tests.helpers.checkpoints import config_of, tensors_of
 from tests.helpers.models import build_model, build_tokenizer
@@ -142,7 +144,6 @@ def test_bits_by_layer_are_a_scheme_for_each(tmp_path, data_folder, calibration,
             dict(family="granitemoe", sizes=dict(intermediate_size=32)),
             "hold all experts of a layer in one",
         ),
-        (dict(group_size=24, bits=5), "aren't whole groups of 24"),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused(settings, said, tmp_path, data_folder, calibration):
@@ -152,6 +153,36 @@ def test_what_the_format_cannot_hold_is_refused(settings, said, tmp_path, data_f
     with pytest.raises(CameraError, match=said):
         camera.export(folder, tmp_path / "out", format="compressed-tensors")
     assert not (tmp_path / "out").exists()
+
+
+SPEC = dict(hidden=32, group_size=16, gate_up={"bits": [4]}, down={})
+ONE_WIDTH = SPEC | dict(form="packed", widths=[16, 16])
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({}, None),
+        (dict(gate_up={"bits": [8]}), None),  # bits may differ by layer
+        (dict(group_size=64, widths=[16, 16]), None),  # one scale a row
+        (dict(widths=[16, 8], group_size=8), "its experts are 8 to 16 wide"),  # the same maximum
+        (dict(widths=[32, 32]), "its experts are 16 to 32 wide"),
+        (dict(down={"bits": [3]}), "weights of several bits"),
+        (dict(gate_up={"bits": [1]}), "has 1 bits"),
+        (dict(hidden=40), "rows of 40 aren't whole groups of 16"),
+        (dict(form="ragged", hidden=None, gate_up=None), None),  # not quantised
+        (dict(form="ragged", gate_up=None, widths=[16, 20]), "its experts are 16 to 20 wide"),
+    ],
+)
+def test_what_specs_tell_decides_before_a_weight_is_read(other, said):
+    shared = SPEC | dict(form="packed_mlp", widths=[64])  # of a width of its own
+    modules = {
+        "model.layers.0.mlp.experts": ONE_WIDTH,
+        "model.layers.0.mlp.shared_expert": shared,
+        "model.layers.1.mlp.experts": {k: v for k, v in (ONE_WIDTH | other).items() if v},
+    }
+    with pytest.raises(CameraError, match=said) if said else nullcontext():
+        require_packable(modules, "qwen2_moe")
 
 
 def test_the_schemes_stand_in_the_config(tmp_path):

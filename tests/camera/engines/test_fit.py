@@ -20,6 +20,7 @@ CASES = {
     "uniform": ("qwen3_moe", "magnitude", dict(sparsity=0.5, expert_widths="uniform")),
     "ragged": ("qwen2_moe", "random", dict(sparsity=0.4)),
     "one_scheme": ("qwen3_moe", "rtn", dict(bits=5, sym=True, group_size=8)),
+    "experts_in_one_tensor": ("granitemoe", "rtn", dict(bits=5, sym=True, group_size=8)),
 }
 
 

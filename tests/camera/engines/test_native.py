@@ -64,11 +64,15 @@ def test_a_native_checkpoint_weighs_what_its_parameters_do(shape, tmp_path):
 
 
 def test_an_export_that_is_not_smaller_is_warned_of(tmp_path, caplog):
-    """One expert that keeps its whole width makes all of them as wide."""
-    wide = {"hidden_size": 128, "intermediate_size": 128}
+    """One expert that keeps its whole width makes all of them as wide; codes are unpacked."""
+    wide = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1}
     folder = cut(tmp_path, "mixtral", overrides=wide, sparsity=0.02)
     camera.export(folder, tmp_path / "out")
     assert "expert_widths=uniform" in caplog.text
+    caplog.clear()
+    camera.compress(tmp_path / "source", "rtn", tmp_path / "packed", bits=4.25, device="cpu")
+    camera.export(tmp_path / "packed", tmp_path / "unpacked")
+    assert "compressed-tensors keeps them" in caplog.text and "uniform" not in caplog.text
 
 
 def test_only_a_layer_is_read_at_a_time(tmp_path, monkeypatch):

@@ -70,7 +70,7 @@ def test_a_report_tells_what_statistics_cost_the_run_that_gathered_them(
     compress, tmp_path, monkeypatch
 ):
     gather = DensePass._gather
-    monkeypatch.setattr(DensePass, "_gather", lambda *a: sleep(0.3) or gather(*a))
+    monkeypatch.setattr(DensePass, "_gather", lambda *a: sleep(1) or gather(*a))
     compress()
     compress(sparsity=0.4)
     (path,) = (tmp_path / "shared").glob("*.json")
@@ -79,10 +79,10 @@ def test_a_report_tells_what_statistics_cost_the_run_that_gathered_them(
     own, other, unknown = (
         json.loads((tmp_path / f"out-{n}" / CheckpointFiles.REPORT).read_text()) for n in range(3)
     )
-    assert own["cached_statistics"] == {} and own["seconds"]["calibrate"] >= 0.3
+    assert own["cached_statistics"] == {} and own["seconds"]["calibrate"] >= 1
     used = other["cached_statistics"]
-    assert 0.3 <= used["seconds"] <= own["seconds"]["calibrate"] + 0.01
-    assert other["seconds"]["calibrate"] < used["seconds"]
+    assert 1 <= used["seconds"] <= own["seconds"]["calibrate"] + 0.01
+    assert other["seconds"]["calibrate"] < used["seconds"]  # reading them takes milliseconds
     assert 0 < used["peak_memory_bytes"] <= own["peak_memory_bytes"]
     assert unknown["cached_statistics"] == {"seconds": 0.0, "peak_memory_bytes": 0}
 
@@ -123,22 +123,11 @@ def test_damaged_statistics_are_gathered_anew(damage, compress, passes, tmp_path
     assert path.read_bytes() == content
 
 
-METHODS = {
-    "camera_q": dict(bits=4.5, group_size=8, score="fisher"),
-    "camera_q by shares": dict(bits=4.5, group_size=8, score="hidden_share"),
-    "camera_q_dagger": dict(bits=4.5, group_size=8),
-    "camera_plus": dict(sparsity=0.3),
-    "camera_p": dict(sparsity=0.3, rank_scope="measured"),
-    "d2_moe": dict(sparsity=0.3),
-    "gptq": dict(bits=5.2),
-    "mc": dict(bits=3.2, group_size=32),
-}
+def test_a_method_object_used_before_shares_what_was_seen_of_this_model_alone(compress, tmp_path):
+    """That no method keeps anything in its object is in test_contract.py."""
 
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_method_object_used_before_gives_the_bytes_of_a_new_one(name, compress, tmp_path):
     def new():
-        return camera.api.as_method(name.partition(" ")[0], METHODS[name])
+        return camera.CameraQ(bits=4.5, group_size=8, score="hidden_share")
 
     other = tmp_path / "other"
     build_model("qwen2_moe", seed=7).save_pretrained(other)

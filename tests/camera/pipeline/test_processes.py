@@ -19,10 +19,9 @@ from camera.moe.feed_forward import FeedForward
 from camera.pipeline.compression import refuse_unshared
 from camera.runtime import distributed
 from camera.runtime.errors import CameraError
-from tests.helpers.damage import damage
+from tests.helpers.machine.processes import torchrun
 from tests.helpers.models import build_model
-from tests.helpers.processes import torchrun
-from tests.helpers.runs.composing import command, tiny
+from tests.helpers.quantization.damage import damage
 
 LAYERS = 4
 JOBS = {
@@ -35,16 +34,17 @@ JOBS = {
     ),
     "hessians": dict(method="camera_q", bits=3.0),
     "outputs": dict(method="naee", sparsity=0.25),
+    "begun": dict(method="camera_p", sparsity=0.4),
 }
-REFUSED = "outputs"
+REFUSED, BEGUN = "outputs", "begun"
 # What each process does: all jobs in turn. In its first life one is killed in the middle of the
-# first job, and torchrun starts both anew.
+# first job, and torchrun starts both anew; both stop in the middle of the last one.
 JOB = textwrap.dedent("""
     import json, os, signal, sys
     from pathlib import Path
     import camera
     from camera.pipeline import resume
-    from camera.runtime.distributed import process_group, rank
+    from camera.runtime.distributed import barrier, process_group, rank
     from camera.runtime.errors import CameraError
     from camera.streaming.streamer import LayerStreamer
 
@@ -60,10 +60,23 @@ JOB = textwrap.dedent("""
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         resume.write_json = killed
 
+    class Stopped(BaseException):
+        pass
+
+    commit = resume.PassProgress.commit
+
+    def stopped(self, done, *rest):
+        commit(self, done, *rest)
+        if done == 2:
+            barrier()
+            raise Stopped
+
     loaded, load = [], LayerStreamer.load_layer
     LayerStreamer.load_layer = lambda self, i: loaded.append(i) or load(self, i)
     with process_group():
         for name, options in jobs.items():
+            if name == "begun":
+                resume.PassProgress.commit = stopped
             try:
                 result = camera.compress(
                     source, out=folder / name, data=data, device="cpu", progress=False,
@@ -72,6 +85,8 @@ JOB = textwrap.dedent("""
                 said = result.widths
             except CameraError as error:
                 said = str(error)
+            except Stopped:
+                said = "stopped"
             line = json.dumps({"job": name, "said": said, "loaded": loaded})
             loaded.clear()
             with (folder / f"rank-{rank()}").open("a") as file:
@@ -205,67 +220,25 @@ def test_what_can_not_be_added_up_is_refused_by_both(two):
     assert not (folder / REFUSED).exists()
 
 
-def test_main_py_runs_under_torchrun(source, data_folder, tmp_path):
-    asked = ("method=camera_p", "evaluation.perplexity=[wikitext2]", "device=cpu")
-    runs = []
-    for name in ("two", "one"):
-        overrides = [*tiny(source, data_folder, tmp_path / name), *asked]
-        if name == "two":
-            succeed("main.py", *overrides)
-        else:
-            assert command(*overrides) == 0
-        (checkpoint,) = (tmp_path / name / "checkpoints").iterdir()
-        (run,) = (tmp_path / name / "runs").iterdir()
-        assert (run / "DONE").exists()
-        runs.append((run.name, weights(checkpoint), json.loads((run / "metrics.json").read_text())))
-    (name, mine, metrics), (other, theirs, expected) = runs
-    assert name == other  # how many processes is no part of a run's identity
-    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
-    # summed by two processes and by one, in fp32
-    assert metrics["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
-
-
-STOPPED = """
-    import os, sys, camera
-    from camera.pipeline.resume import PassProgress
-    from camera.runtime import distributed
-
-    source, out, data = sys.argv[1:]
-    commit = PassProgress.commit
-
-    def killed(self, done, *rest):
-        commit(self, done, *rest)
-        if done == 2:
-            distributed.barrier()
-            os._exit(9)
-
-    PassProgress.commit = killed
-    with distributed.process_group():
-        camera.compress(source, "camera_p", out, sparsity=0.4, data=data, device="cpu",
-                        calibration=camera.Calibration(samples=5, length=16), progress=False)
-"""
-
-
-def test_what_two_processes_began_one_does_anew(source, data_folder, one, tmp_path, caplog):
-    script = tmp_path / "job.py"
-    script.write_text(textwrap.dedent(STOPPED))
-    assert torchrun(script, source, tmp_path / "out", data_folder).returncode
-    assert (tmp_path / ".out.partial" / "progress" / "state-1.json").exists()
+def test_what_two_processes_began_one_does_anew(two, one, source, data_folder, caplog):
+    folder, said = two
+    assert [rank[BEGUN]["said"] for rank in said] == ["stopped"] * 2
+    assert (folder / f".{BEGUN}.partial" / "progress" / "state-1.json").exists()
     camera.compress(
         source,
-        out=tmp_path / "out",
+        out=folder / BEGUN,
         data=str(data_folder),
         device="cpu",
         progress=False,
         calibration=camera.Calibration(samples=5, length=16),
-        **JOBS["layer by layer"],
+        **JOBS[BEGUN],
     )
     assert "starting anew (processes: 2 there, 1 here)" in caplog.text
-    mine, theirs = weights(tmp_path / "out"), weights(one("layer by layer")[0])
+    alone, _ = one("layer by layer")
+    mine, theirs = weights(folder / BEGUN), weights(alone)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     seen, whole = (
-        Statistics.load(folder / "statistics.safetensors").layers
-        for folder in (tmp_path / "out", one("layer by layer")[0])
+        Statistics.load(made / "statistics.safetensors").layers for made in (folder / BEGUN, alone)
     )
     for index, layer in whole.items():
         assert torch.equal(seen[index].tokens_E, layer.tokens_E)

@@ -10,9 +10,10 @@ import torch
 
 import camera
 from camera.calibration.settings import Calibration
-from camera.pipeline.memory import estimate as estimates
+from camera.pipeline.memory import refusal
 from camera.pipeline.memory.device import DeviceMemory
-from camera.pipeline.memory.estimate import MemoryEstimate, require_memory
+from camera.pipeline.memory.estimate import MemoryEstimate
+from camera.pipeline.memory.refusal import require_memory
 from camera.runtime.errors import CameraError
 from camera.streaming.settings import MemoryChoices
 from camera.streaming.skeleton import MetaModel
@@ -35,7 +36,7 @@ def free(monkeypatch):
 
     def set_to(system, accelerator=0):
         sizes = {"cpu": system, "cuda": accelerator}
-        monkeypatch.setattr(estimates, "free_memory", lambda device: sizes[device.type])
+        monkeypatch.setattr(refusal, "free_memory", lambda device: sizes[device.type])
 
     return set_to
 
@@ -71,13 +72,13 @@ def test_a_refit_is_told_to_take_fewer_samples(estimate, free):
 
 
 def test_what_is_counted_is_the_peak(estimate, free):
-    free(estimate.peak + estimates.TOKEN_BYTES * TOKENS + estimates.SAMPLE_BYTES * 32)
+    free(estimate.peak + refusal.TOKEN_BYTES * TOKENS + refusal.SAMPLE_BYTES * 32)
     require_memory(estimate, PRUNED, CPU, TOKENS, 32)
     free(estimate.peak - 1)
     assert "of memory, where" in refused(estimate, CPU)
 
 
-DEVICE = DeviceMemory(*[10**6] * 10)
+DEVICE = DeviceMemory(*[10**6] * 11)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,7 @@ DEVICE = DeviceMemory(*[10**6] * 10)
         ("applying", "goes to method camera_p: choose another method"),
         ("finishing", "goes to a batch"),
         ("backward", "goes to a batch"),
+        ("trials", "goes to the hidden states"),
         ("outside", "goes to embeddings and head"),
         ("logits", "goes to logits"),
     ],

@@ -3,10 +3,10 @@
 import torch
 
 from camera.quantization.layer import quantize_layer
-from camera.quantization.layer_bits import ExpertBits
+from camera.quantization.plans.layer_bits import ExpertBits
 from camera.quantization.quantizers.bit_errors import bit_errors
 from camera.quantization.quantizers.gptq import GPTQ
-from tests.helpers.quantizing import dense_output, layer_of, seen_by
+from tests.helpers.quantization.quantizing import dense_output, layer_of, seen_by
 
 
 def test_bit_errors_predict_what_is_lost():

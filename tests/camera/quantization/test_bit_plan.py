@@ -12,16 +12,15 @@ from camera.checkpoint.formats.packed.footprint import StoredBits
 from camera.checkpoint.formats.packed.layout import metadata_bits
 from camera.checkpoint.formats.packed.segments import BitSegments
 from camera.checkpoint.formats.packed.spec import experts_spec, mlp_spec, spec_bytes
-from camera.quantization.bit_plan import (
+from camera.quantization.plans.bit_plan import (
     bits_of_ranking,
-    boundaries_of,
     ranking,
-    share_corners,
     solve_boundaries,
     solve_group_size,
     solve_optimal,
     solve_shares,
 )
+from camera.quantization.plans.shares import boundaries_of, share_corners
 from camera.runtime.errors import CameraError
 
 HIDDEN, WIDTHS = 64, (96, *[64] * 16)

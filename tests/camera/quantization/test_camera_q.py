@@ -16,7 +16,13 @@ from camera.moe.pool import LayerPool
 from camera.quantization.camera_q import CameraQ
 from camera.quantization.camera_q_dagger import CameraQDagger
 from camera.quantization.layer import quantize_layer
-from tests.helpers.quantizing import budget_of, dense_output, layer_of, plan_of, seen_by
+from tests.helpers.quantization.quantizing import (
+    budget_of,
+    dense_output,
+    layer_of,
+    plan_of,
+    seen_by,
+)
 
 
 def test_a_micro_expert_has_one_width_in_three_matrices():

@@ -12,7 +12,7 @@ from camera.quantization.camera_q import CameraQ
 from camera.quantization.camera_q_dagger import CameraQDagger
 from camera.runtime.errors import CameraError
 from camera.streaming.skeleton import MetaModel
-from tests.helpers.quantizing import layer_of, plan_of, seen_by
+from tests.helpers.quantization.quantizing import layer_of, plan_of, seen_by
 
 
 def test_dagger_has_the_shares_of_camera_q_along_its_own_inputs():

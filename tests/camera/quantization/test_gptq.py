@@ -10,7 +10,7 @@ from camera.quantization.quantizers.gptq import GPTQ
 from camera.quantization.quantizers.grids import CLIPS, Grid
 from camera.quantization.quantizers.hessian import Hessian, output_error
 from camera.runtime.errors import CameraError
-from tests.helpers.gptq_problem import KINDS, C, E, R, as_good, inputs, same
+from tests.helpers.quantization.gptq_problem import KINDS, C, E, R, as_good, inputs, same
 
 
 def naive(w_RC, H_CC, bits, group_size, damping=0.01):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from camera.quantization.quantizers.gptq import GPTQ
-from tests.helpers.gptq_problem import C, inputs
+from tests.helpers.quantization.gptq_problem import C, inputs
 
 
 def test_dead_columns(W_ERC, H_ECC):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from camera.quantization.quantizers.gptq import GPTQ
-from tests.helpers.gptq_problem import KINDS, C, E, R, as_good, same
+from tests.helpers.quantization.gptq_problem import KINDS, C, E, R, as_good, same
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from camera.quantization.layer import quantize_layer
-from camera.quantization.layer_bits import ExpertBits
+from camera.quantization.plans.layer_bits import ExpertBits
 from camera.quantization.quantizers.gptq import GPTQ
-from tests.helpers.gptq_problem import as_good
-from tests.helpers.quantizing import dense_output, layer_of, seen_by
+from tests.helpers.quantization.gptq_problem import as_good
+from tests.helpers.quantization.quantizing import dense_output, layer_of, seen_by
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2", "llama", "gpt_oss"])

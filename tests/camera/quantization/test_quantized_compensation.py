@@ -15,7 +15,7 @@ from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.quantization.camera_q import CameraQ
 from camera.quantization.layer import quantize_layer
-from camera.quantization.layer_bits import ExpertBits
+from camera.quantization.plans.layer_bits import ExpertBits
 from camera.quantization.quantizers.gptq import GPTQ
 from camera.runtime.errors import CameraError
 from camera.streaming.skeleton import MetaModel

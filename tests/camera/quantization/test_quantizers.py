@@ -12,7 +12,7 @@ from camera.checkpoint.formats.packed.footprint import StoredBits
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.quantization.layer import quantize_layer
-from camera.quantization.layer_bits import ExpertBits
+from camera.quantization.plans.layer_bits import ExpertBits
 from camera.quantization.quantizers.gptq import GPTQ
 from camera.quantization.quantizers.nearest import RoundToNearest
 from camera.quantization.quantizers.quantizer import QUANTIZERS

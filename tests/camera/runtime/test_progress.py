@@ -105,13 +105,15 @@ def test_a_notebook_without_widgets_is_spared_the_bar(clock, lines, monkeypatch,
     [
         (0, "0 bytes"),
         (9, "9 bytes"),
-        (10, "0.01 kB"),
+        (10, "10 bytes"),
+        (100, "0.10 kB"),
+        (11_467_000, "11.47 MB"),
         (250_000, "0.25 MB"),
         (4_000_000, "4.00 MB"),
         (93_400_000_000, "93.40 GB"),
     ],
 )
-def test_a_size_is_told_in_a_unit_in_which_it_is_not_0(size, told):
+def test_a_size_is_told_with_two_digits_at_least(size, told):
     assert format_bytes(size) == told
 
 

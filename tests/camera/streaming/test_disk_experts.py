@@ -22,8 +22,8 @@ from camera.streaming.settings import MemoryChoices
 from camera.streaming.skeleton import MetaModel
 from camera.streaming.streamer import LayerStreamer, Placement
 from tests.helpers.checkpoints import tensors_of
-from tests.helpers.damage import damage
 from tests.helpers.models import MOE_FAMILIES, build_tokenizer
+from tests.helpers.quantization.damage import damage
 
 LAYOUTS = ("as published", "fused")
 NAMES = family_of("qwen3_moe").checkpoint_names

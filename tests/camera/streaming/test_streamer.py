@@ -290,7 +290,7 @@ def test_layers_that_return_tuples_are_unwrapped():
 
 
 def test_experts_stored_in_another_layout_are_refused():
-    from camera.moe.feed_forward import RoutedExperts
+    from camera.moe.experts.group import RoutedExperts
 
     odd = nn.Module()
     odd.is_transposed, odd.down_proj = True, nn.Parameter(torch.zeros(2, 3, 4))

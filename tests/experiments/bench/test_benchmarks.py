@@ -72,6 +72,19 @@ def test_what_is_served_is_weighed_and_decoded_beside_the_dense_model(checkpoint
     assert last.startswith("| qwen3_moe") and "| Magnitude | uniform | 12 | – | 50.0% |" in last
 
 
+def test_as_much_of_all_experts_goes_where_the_shared_one_stays_whole(checkpoints):
+    folder, asked = (
+        str(checkpoints("qwen2_moe")),
+        argparse.Namespace(sparsity=0.4, width_multiple=1),
+    )
+    settings = serve.settings_of("plus_routed", folder, asked)
+    shared, *routed = 40, *8 * [24]  # widths of a layer of the model
+    assert settings["sparsity"] * sum(routed) == pytest.approx(0.4 * (shared + sum(routed)))
+    assert settings["sparsity_of"] == "routed" and settings["expert_widths"] == "uniform"
+    with pytest.raises(CameraError, match="leave out plus_routed"):
+        serve.settings_of("plus_routed", str(checkpoints("qwen3_moe")), asked)
+
+
 def test_codes_of_a_batch_are_those_of_expert_by_expert():
     found = ran(gptq, "--experts", "3", "--scale", "32", "--repeats", "1")
     assert found["same_codes"]

@@ -173,17 +173,14 @@ def test_time_is_that_of_what_binds():
 
 
 @pytest.mark.parametrize(
-    ("card", "phi", "hidden"),
-    [("a100_40gb", "routed", "device"), ("a100_80gb", "keep", "device"),
-     ("rtx_4090", "recompute", "ram")],
-)  # fmt: skip
-def test_a_card_decides_what_is_kept_on_it(card, phi, hidden, monkeypatch):
+    ("card", "phi"),
+    [("a100_40gb", "routed"), ("a100_80gb", "keep"), ("rtx_4090", "recompute")],
+)
+def test_a_card_decides_what_is_kept_on_it(card, phi, monkeypatch):
     monkeypatch.setattr("camera.pipeline.memory.estimate.free_host_memory", lambda: 10**11)
     spent = ran("qwen2_57b_a14b", card)["devices"][card]
-    assert (spent["phi"], spent["hidden"]) == (phi, hidden)
-    table = 128 * 2048 * 3584 * 2 / 1e9
-    crossed = 28 * table * (4 if hidden == "ram" else 0)
-    assert spent["gigabytes"]["to_device"] == pytest.approx(crossed, abs=0.1)
+    assert (spent["phi"], spent["hidden"]) == (phi, "device")
+    assert spent["gigabytes"]["to_device"] == pytest.approx(0, abs=0.1)
 
 
 @pytest.mark.parametrize("at_once", [True, False])

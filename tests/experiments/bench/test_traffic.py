@@ -12,7 +12,7 @@ from camera.pipeline.time.traffic import Ways
 from camera.runtime.files import CheckpointFiles
 from camera.streaming.settings import MemoryChoices
 from tests.fake_device.counts import counting
-from tests.helpers.elementwise import ElementwiseBytes
+from tests.helpers.machine.elementwise import ElementwiseBytes
 from tests.helpers.models import build_model, build_tokenizer
 
 SAMPLES, LENGTH, SPARSITY, BATCHES = 16, 64, 0.2, 2

@@ -16,10 +16,10 @@ from experiments.config.location import CONF
 from experiments.tables.names.datasets import data_name
 from experiments.tiny_moe.held_out import held_out_rows
 from experiments.tiny_moe.world import build_world
-from tests.helpers.without_network import TRIED
+from tests.helpers.machine.without_network import TRIED
 
 ROWS = 3
-WITHOUT_NETWORK = [sys.executable, "tests/helpers/without_network.py"]
+WITHOUT_NETWORK = [sys.executable, "tests/helpers/machine/without_network.py"]
 
 
 @pytest.fixture

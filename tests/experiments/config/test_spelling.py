@@ -23,6 +23,11 @@ from tests.helpers.runs.composing import choices, command
         ("method=camera_p,heapr method.alhpa=0", "did you mean method.alpha"),
         ("method=camera_p method.search=auto", "method.search is no setting; "),
         ("qqq=1", "qqq is no setting; there are alpha, "),
+        ("sparsity", "sparsity has no value: write sparsity=VALUE, without spaces"),
+        ("method = camera_p", "method has no value: write method=VALUE"),
+        ("-m status", "'status' is no setting: write SETTING=VALUE"),
+        ("experiment=main,alpha", r"write experiment=\[main,alpha\]"),
+        ("calibration=texts/own.txt", "set by calibration.source=texts/own.txt"),
     ],
 )
 def test_a_typo_is_told_with_the_nearest_names(argument, told):
@@ -39,6 +44,7 @@ def test_what_is_hydra_s_or_elsewhere_is_left_to_hydra():
     check_spelling(["hydra.job.name=x", "hydra/launcher=slurm", "+more=1", "~tracker", "-m"])
     check_spelling(["method.method=renamed", "evaluation.unpack=true", "experiment=null"][1:])
     check_spelling(["method=camera_p", "method._target_=my_camera.equal_widths.EqualWidths"])
+    check_spelling(["--cfg", "job", "-m", "sparsity=0.2", "-sc", "install=bash"])
     check_spelling(["method=own", "--config-dir=conf"])
     check_spelling(["method=own", "hydra.searchpath=[file://conf]"])
 

@@ -38,6 +38,8 @@ from experiments.records.energy_summary import (
     top_shares,
 )
 
+pytestmark = pytest.mark.drawn
+
 
 def layer(*values: float, widths: tuple[int, ...] = (), number: int = 0) -> EnergyStatistics:
     """A layer whose micro-experts have these energies at alpha 0, and none at alpha 1."""
@@ -153,6 +155,13 @@ def test_shared_and_dense_modules_stand_apart_from_routed_experts(tmp_path):
     assert by_layer(widths) == ({0: [60], 1: [10]}, {1: [4, 0, 8]})
     assert image.imread(draw_widths(widths, full, "", tmp_path / "widths.png")).size
     assert image.imread(draw_bits(widths, "", tmp_path / "bits.png")).size
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_name_in_a_script_that_the_font_lacks_is_no_warning(tmp_path):
+    widths = {"model.layers.0.mlp": [3]}
+    file = draw_widths(widths, {"model.layers.0.mlp": 4}, "模型", tmp_path / "a.png")
+    assert "模型" in file.with_suffix(".svg").read_text(encoding="utf-8")
 
 
 def test_a_dense_model_and_a_large_one_can_be_drawn(tmp_path):

@@ -25,6 +25,8 @@ from experiments.tables.rows import read_runs
 from tests.helpers.runs import browser
 from tests.helpers.runs.run_folders import add
 
+pytestmark = pytest.mark.drawn
+
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -152,10 +153,17 @@ def test_an_interrupted_sweep_ends_in_its_table(number, code, sweep, tmp_path, m
 def test_output_that_can_not_be_written_is_one_sentence(sweep, tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("")
-    for arguments in (sweep, sweep[1:]):
-        assert command(*arguments, f"output={file}") == 1
+    absent = Path("/proc/nowhere")  # of which no folder can be made
+    embedded = ["data=embedded", "evaluation=perplexity"]  # whose texts are written there
+    for arguments, output in (
+        (sweep, file),
+        (sweep[1:], file),
+        ([*sweep[1:], *embedded], absent),
+        ([*sweep[1:], *embedded, "dry_run=true"], absent),
+    ):
+        assert command(*arguments, f"output={output}") == 1
         said = "".join(capsys.readouterr())
-        assert f"output={file}: " in said and "can't be written" in said
+        assert f"output={output}: " in said and "can't be written" in said
         assert "Traceback" not in said
 
 
@@ -206,7 +214,9 @@ def test_a_launcher_that_starts_nothing_fails(tmp_path):
     assert [record for _, record in launches.ends(jobs)] == [None]
 
 
-def test_a_worker_killed_for_good_is_named(checkpoints, data_folder, tmp_path):
+def test_a_preset_runs_side_by_side_and_a_worker_killed_for_good_is_named(
+    checkpoints, data_folder, tmp_path
+):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     overrides = tiny(checkpoints("qwen2_moe"), data_folder, tmp_path / "out")
     deadly = (
@@ -222,7 +232,8 @@ def test_a_worker_killed_for_good_is_named(checkpoints, data_folder, tmp_path):
         + "".join(f"    {line}\n" for line in deadly.splitlines())
     )
     arguments = ["-m", *overrides, "evaluation=none", "hydra/launcher=parallel"]
-    arguments.append("method=camera_p,random,magnitude")
+    grid = "[{method:dense},{method:[camera_p,random],sparsity:0.4}]"
+    arguments += ["experiment=main", f"hydra.sweeper.grids.main={grid}"]
     done = subprocess.run(
         [sys.executable, "main.py", *arguments],
         cwd=CONF.parent,
@@ -237,6 +248,9 @@ def test_a_worker_killed_for_good_is_named(checkpoints, data_folder, tmp_path):
     )
     assert done.returncode == 1, done.stderr
     assert "2 of 3 jobs done" in done.stdout
+    with (tmp_path / "out" / "table.csv").open() as file:
+        rows = {(row["method"], row["sparsity"], row["status"]) for row in csv.DictReader(file)}
+    assert rows >= {("dense", "", "done"), ("camera_p", "40.0", "done")}
     assert "killed: it left no record" in (the_sweep(tmp_path / "out") / "table.md").read_text()
     records = (the_sweep(tmp_path / "out") / "jobs").glob("*.json")
     assert any(json.loads(file.read_text())["error"] == files.LOST for file in records)

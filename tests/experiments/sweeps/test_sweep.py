@@ -129,18 +129,6 @@ def test_a_run_that_fails_again_is_tried_once_in_a_sweep(sweep, capsys, monkeypa
         assert len(tried) == times
 
 
-def test_the_preset_runs_side_by_side(checkpoints, data_folder, tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    overrides = tiny(checkpoints("mixtral"), data_folder, tmp_path)
-    preset = ("experiment=main", "hydra/launcher=parallel", *overrides, "evaluation=none")
-    done = main_py(*preset)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 of 4 jobs done" in done.stdout
-    with (tmp_path / "table.csv").open() as file:
-        rows = [(row["method"], row["sparsity"]) for row in csv.DictReader(file)]
-    assert rows == [("dense", ""), *(("camera_p", text) for text in ("20.0", "40.0", "60.0"))]
-
-
 def test_a_single_run_says_one_sentence_and_fails(sweep, capsys):
     _, _, overrides = sweep
     assert command(*overrides, "sparsity=1.5") == 1

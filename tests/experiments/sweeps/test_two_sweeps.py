@@ -25,13 +25,19 @@ def finished_in_order(output):
     return sorted((output / "runs").glob("*/DONE"), key=lambda done: done.stat().st_mtime_ns)
 
 
+def processes(seen):
+    return {line.split()[0] for line in seen.read_text().splitlines()}
+
+
 def test_two_processes_share_the_runs(sweep, tmp_path, monkeypatch):
     assemble, seen = run.assemble, tmp_path / "seen.txt"
 
     def slow(settings, *parts):
         with seen.open("a") as file:
             file.write(f"{os.getpid()} {settings.seed}\n")
-        time.sleep(1)  # as long as the other needs to meet it
+        deadline = time.monotonic() + 120
+        while len(processes(seen)) < 2 and time.monotonic() < deadline:  # until they meet
+            time.sleep(0.02)
         return assemble(settings, *parts)
 
     monkeypatch.setattr(run, "assemble", slow)
@@ -44,7 +50,7 @@ def test_two_processes_share_the_runs(sweep, tmp_path, monkeypatch):
     assert [process.exitcode for process in both] == [0, 0]
     done = [line.split() for line in seen.read_text().splitlines()]
     assert sorted(seed for _, seed in done) == ["1", "2", "3", "4"]
-    assert {process for process, _ in done} == {str(process.pid) for process in both}
+    assert processes(seen) == {str(process.pid) for process in both}
     assert len(finished_in_order(tmp_path)) == 4
     for folder in (tmp_path / "sweeps").iterdir():
         records = [json.loads(file.read_text()) for file in (folder / "jobs").iterdir()]

@@ -28,7 +28,7 @@ def constants():
 
 
 def approximate(native, keep, constants):
-    from camera.moe.feed_forward import RoutedExperts
+    from camera.moe.experts.group import RoutedExperts
 
     return ApproximateExperts.of(RoutedExperts("experts", native), keep, constants)
 

@@ -23,7 +23,7 @@ from camera.checkpoint.formats.packed.spec import (
 )
 from camera.quantization.quantizers.gptq import GPTQ
 from camera.quantization.quantizers.hessian import Hessian
-from tests.helpers.packing import solver, stored_bytes
+from tests.helpers.quantization.packing import solver, stored_bytes
 
 H = 20
 BITS_OF = [[3, 2, 2, 2, 2, 1], [], [2], [4, 3, 3, 2, 2, 2, 1, 1, 1], [3] * 5, [1, 1]]

@@ -27,7 +27,7 @@ from camera.moe.feed_forward import FeedForward
 from camera.runtime.errors import CameraError
 from camera.streaming.skeleton import MetaModel
 from tests.helpers.models import build_model
-from tests.helpers.packing import solver, stored_bytes
+from tests.helpers.quantization.packing import solver, stored_bytes
 
 IDS = torch.randint(3, 250, (2, 17), generator=torch.Generator().manual_seed(5))
 

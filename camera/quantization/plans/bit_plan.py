@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from math import floor
 
 import torch
 
 from camera.checkpoint.formats.packed.footprint import StoredBits
+from camera.quantization.plans.shares import share_corners
 from camera.runtime.errors import CameraError
 
 SCOPES = ("layer", "expert", "global")
@@ -67,31 +67,6 @@ def bits_of_ranking(
 def _levels_at(rank: torch.Tensor, levels: Sequence[int], cuts: Sequence[int]) -> torch.Tensor:
     below = torch.bucketize(rank, torch.tensor(list(cuts), dtype=torch.int64), right=True)
     return torch.tensor(list(levels))[below]
-
-
-def boundaries_of(ratios: Sequence[float], micro_experts: int) -> list[int]:
-    """Where the groups of these shares end in a ranking, those below rounded down as Camera-P's."""
-    below = accumulate(reversed(ratios[1:]))
-    return [micro_experts - floor(share * micro_experts + 1e-9) for share in below][::-1]
-
-
-def share_corners(
-    levels: Sequence[int], micro_experts: int, low_share: float
-) -> list[tuple[int, ...]]:
-    """Corners of the way from all-lowest to all-highest on which shares are solved.
-
-    Two levels: the better group grows. Three: from all-lowest the middle group grows until
-    `low_share` is left of the lowest, then the highest takes over the middle, then the lowest.
-    """
-    n = micro_experts
-    if len(levels) == 1:
-        return [()]
-    if len(levels) == 2:
-        return [(0,), (n,)]
-    if len(levels) == 3:
-        kept = n - round(low_share * n)
-        return [(0, 0), (0, kept), (kept, kept), (n, n)]
-    raise CameraError("group_bits of more than three groups need their shares: set ratios too.")
 
 
 def solve_boundaries(

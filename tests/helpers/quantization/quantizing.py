@@ -11,7 +11,7 @@ from camera.moe.capture import run_ffn, unwrap
 from camera.moe.families import family_of
 from camera.moe.feed_forward import FeedForward
 from camera.moe.pool import LayerPool
-from camera.quantization.layer_bits import LayerBits
+from camera.quantization.plans.layer_bits import LayerBits
 from tests.helpers.models import build_model
 from tests.helpers.oracles import capture
 

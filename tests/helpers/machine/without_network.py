@@ -1,6 +1,6 @@
 """Run a Python script where nothing outside this machine can be reached, and say what tried.
 
-python tests/helpers/without_network.py SCRIPT ARGUMENTS
+python tests/helpers/machine/without_network.py SCRIPT ARGUMENTS
 """
 
 import errno

@@ -1,0 +1,1 @@
+"""What tests of quantisation share: layers to quantise, checkpoints of other tools, comparisons."""
