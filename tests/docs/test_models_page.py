@@ -8,7 +8,8 @@ import transformers
 from camera.moe.families import FAMILIES
 from tests.helpers.newer_families import NESTED, NEWER, REPRESENTATIVES
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "models.md"
 
 
 def rows(title: str) -> dict[str, str]:
@@ -38,6 +39,11 @@ def test_every_declared_family_has_a_row_that_says_how_it_is_tested():
         set(FAMILIES) - set(NEWER) - set(NESTED)
     )
     assert all("text and images" in told[family] for family in NESTED)
+
+
+def test_the_readme_counts_the_families():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"Models: {len(FAMILIES)} types" in text
 
 
 def test_every_family_of_transformers_with_experts_is_in_one_table():

@@ -10,7 +10,14 @@ from safetensors.torch import load_file, save_file
 
 import camera.checkpoint.places
 from camera.checkpoint.places import DTYPES, read_places
-from camera.checkpoint.shards import INDEX, SINGLE, ShardReader, ShardWriter, write_tensors
+from camera.checkpoint.shards import (
+    INDEX,
+    SINGLE,
+    ShardReader,
+    ShardWriter,
+    sizes_of,
+    write_tensors,
+)
 from camera.runtime.errors import CameraError
 
 
@@ -169,8 +176,8 @@ def test_a_written_checkpoint_is_a_checkpoint(tmp_path):
 
 def test_sizes_count_what_is_in_memory_and_names_what_is_on_disk(tmp_path):
     writer = ShardWriter(tmp_path, 1)
-    fused = {"experts": torch.zeros(2, 3)}
-    writer.add(0, {"expert.0": torch.zeros(3), "expert.1": torch.zeros(3)}, counted=fused)
+    fused = sizes_of({"experts": torch.zeros(2, 3)})
+    writer.add(0, {"expert.0": torch.zeros(3), "expert.1": torch.zeros(3)}, fused)
     assert writer.sizes == {"experts": (6, 24)}
     assert set(writer.weight_map) == {"expert.0", "expert.1"}
 
