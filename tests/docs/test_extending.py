@@ -56,7 +56,7 @@ def installed(tmp_path_factory):
     (about / "entry_points.txt").write_text("\n".join(lines))
     with pytest.MonkeyPatch.context() as patch:
         for registry in REGISTRIES:
-            list(registry)  # what ships stays when the page's are gone, which aren't to be found yet
+            list(registry)  # what ships, before the page's can be found: it stays
         patch.syspath_prepend(site)
         for registry in REGISTRIES:
             patch.setattr(registry, "_classes", dict(registry._classes))
