@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from camera.pipeline.time.cards import CARD, CARDS
 from camera.runtime.errors import CameraError
 
 
@@ -29,9 +30,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m camer
     command = commands.add_parser("describe", help="parts of a model, and what methods leave")
     command.add_argument("model", help="folder with a config.json, or an id on the hub")
     command.add_argument("--sparsity", type=float, default=0.4, help="of its experts (0.4)")
-    command.add_argument(
-        "--card", help="a100_40gb (default), a100_80gb, h100, h200, l40s, rtx_4090"
-    )
+    command.add_argument("--card", default=CARD, help=f"{', '.join(CARDS)} ({CARD})")
     command.add_argument("--json", action="store_true", help="as JSON")
     command.add_argument("--trust-remote-code", action="store_true", help="run its Python code")
     command.set_defaults(carry_out=_describe)
@@ -101,10 +100,9 @@ def _tensor_types(asked: argparse.Namespace) -> None:
 
 
 def _describe(asked: argparse.Namespace) -> None:
-    from camera.inspection import CARD, description
+    from camera.inspection import description
 
-    card = asked.card or CARD
-    found = description(asked.model, asked.sparsity, asked.trust_remote_code, card)
+    found = description(asked.model, asked.sparsity, asked.trust_remote_code, asked.card)
     print(json.dumps(found.to_dict(), indent=2) if asked.json else found)
 
 

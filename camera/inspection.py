@@ -15,14 +15,13 @@ from camera.engines.fit import engines, engines_of_constants, engines_of_outcome
 from camera.moe.budget import Budget
 from camera.moe.pool import LayerPool
 from camera.pipeline.memory.config_model import ConfigModel
-from camera.pipeline.time.cards import CARDS
+from camera.pipeline.time.cards import CARD, CARDS
 from camera.pipeline.time.costs import DISK, EFFICIENCY, run_cost, ways_on
 from camera.runtime.errors import CameraError
 from camera.runtime.files import CheckpointFiles
 from camera.runtime.progress import format_bytes
 
 SAMPLES, LENGTH = 128, 2048  # of the calibration that memory is estimated for
-CARD = "a100_40gb"  # that memory and time are estimated on, where none is named
 BITS = (4.0, 3.0, 2.5)
 OWN_FORMAT = "in Camera's format"
 PARTS = ("embeddings", "attention and norms", "router", "routed experts", "shared experts")

@@ -82,15 +82,14 @@ class NAEE(ExpertPruning):
 
     def apply_bytes(self, layer: LayerShape) -> int:
         """The inner products, and four tables of as many candidates as are tried together."""
-        from math import comb
+        from baselines.experts.subset_search import CHUNK, TOGETHER, resolve
 
-        from baselines.experts.subset_search import CHUNK, TOGETHER
-
-        spec, experts = self.observer(), sum(layer.pool.routed)
-        tokens, removed = spec.sampled(layer), round(self.sparsity * experts)
-        one_by_one = self.search in ("greedy", "independent")
-        if self.search == "auto":
-            one_by_one = comb(experts, removed) > self.max_subsets
+        spec, experts, routing = self.observer(), sum(layer.pool.routed), layer.pool.routing
+        tokens, how = spec.sampled(layer), self.search
+        if how == "auto":
+            groups = routing.groups if routing else 1
+            how = resolve(how, experts, round(self.sparsity * experts), groups, self.max_subsets)
+        one_by_one = how in ("greedy", "independent")
         candidates = experts if one_by_one else min(TOGETHER, self.max_subsets)
         tried = min(max(CHUNK, tokens * experts), tokens * experts * candidates)
         return spec.gram_bytes(layer) + 4 * 4 * tried

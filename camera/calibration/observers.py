@@ -46,10 +46,6 @@ class ObserverSpec(ABC):
         """Bytes that making the result takes beside these, when the last batch is through."""
         return 0
 
-    def host_bytes(self, layer: LayerShape) -> int:
-        """Bytes that stand in the system's memory where an accelerator computes."""
-        return 0
-
     def single_process(self) -> str | None:
         """Why several processes' results don't add up; None where they do."""
         if self.reads == "weights" or self.statistics.reduced is not None:

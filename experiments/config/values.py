@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from difflib import get_close_matches
 from enum import Enum
 from typing import Any
@@ -58,7 +59,7 @@ def _nodes(key: str, arguments: Sequence[str]) -> list[Any]:
 
 def _check(key: str, value: Any, nodes: Sequence[Any]) -> None:
     refused = [node for node in nodes if not _takes(node, value)]
-    if not nodes or len(refused) < len(nodes):
+    if len(refused) < len(nodes):
         return
     group, _, name = key.rpartition(".")
     if told := renaming(group, name, value):
@@ -79,7 +80,7 @@ def _takes(node: Any, value: Any) -> bool:
     if isinstance(value, str) and "${" in value:
         return True
     try:
-        node.__deepcopy__({})._set_value(value.value if isinstance(value, Enum) else value)
+        deepcopy(node)._set_value(value.value if isinstance(value, Enum) else value)
     except ValidationError:
         return False
     return True

@@ -63,6 +63,10 @@ class KeptAsStored:
             self._places[name] = reader.places[key]
             self._needed[name] = [part.removeprefix(base) for part in needed]
             self._parts[name] = {p.removeprefix(base): reader.held[p] for p in needed + beside}
+        self._by_kind: dict[str, list[str]] = {}  # names of a matrix, in the order of the experts
+        for name in sorted(self._places, key=lambda name: experts.number(name) or 0):
+            self._by_kind.setdefault(experts.as_first(name), []).append(name)
+        self._bases = {base_of(kind) for kind in self._by_kind}
 
     @property
     def nbytes(self) -> int:
@@ -75,8 +79,7 @@ class KeptAsStored:
 
     def holds(self, key: str) -> bool:
         """Whether a tensor on disk belongs to one that may be kept."""
-        base = f"{self._experts.as_first(key).rpartition('.')[0]}."
-        return any(base_of(self._experts.as_first(name)) == base for name in self._parts)
+        return f"{self._experts.as_first(key).rpartition('.')[0]}." in self._bases
 
     def restored(self, tensors: Tensors) -> tuple[Tensors, Sizes]:
         """Tensors as they are written, those that equal the source's by its parts; and the numbers
@@ -149,9 +152,7 @@ class KeptAsStored:
 
     def _same_numbers(self, names: list[str], tensors: Tensors) -> dict[str, Tensors]:
         """Of experts with tensors of their own, in the order of their numbers."""
-        kind, found, first = self._experts.as_first(names[0]), {}, 0
-        there = [name for name in self._places if self._experts.as_first(name) == kind]
-        there.sort(key=self._experts.number)
+        there, found, first = self._by_kind[self._experts.as_first(names[0])], {}, 0
         removed = len(there) - len(names)
         for number, name in enumerate(names):
             for at in range(first, number + removed + 1):

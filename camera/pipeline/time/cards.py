@@ -29,3 +29,4 @@ CARDS = {
     "l40s": Card(362e12, 91.6e12, 864e9, PCIE4, 48 * 10**9),
     "rtx_4090": Card(165e12, 82.6e12, 1008e9, PCIE4, 24 * 10**9),
 }
+CARD = "a100_40gb"  # that is computed for where none is named
