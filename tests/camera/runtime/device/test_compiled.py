@@ -60,7 +60,7 @@ def test_where_compiling_fails_it_runs_as_it_is_written_and_says_so(monkeypatch,
     assert all(torch.equal(one, torch.full((3,), 2.0)) for one in found)
     assert tried == [doubled]
     assert [record.getMessage() for record in caplog.records] == [
-        "torch.compile fails on cpu (Failed to find C compiler.): operators run one by one, which "
+        "compiling fails on cpu (Failed to find C compiler.): operators run one by one, which "
         "takes longer."
     ]
 
