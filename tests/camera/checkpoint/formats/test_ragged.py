@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from camera.checkpoint.formats import ragged
 from camera.checkpoint.formats.ragged import RaggedExperts
+from camera.moe.experts.layout import ExpertLayout
 
 HIDDEN, TOP_K = 16, 3
 # with empty experts, widths no multiple of 16 bytes, runs of one width, and all of one width
@@ -21,9 +22,12 @@ WIDTHS = {
 WAYS = ["forward", "by_expert", "by_width", "together", "gathered", "all_at_once", "one_token"]
 
 
-def make(widths: list[int], dtype: torch.dtype = torch.float32) -> RaggedExperts:
+def make(
+    widths: list[int], dtype: torch.dtype = torch.float32, *, biased: bool = False
+) -> RaggedExperts:
     torch.manual_seed(0)
-    experts = RaggedExperts(HIDDEN, widths, nn.SiLU(), dtype=dtype)
+    layout = ExpertLayout(biased=biased)
+    experts = RaggedExperts(HIDDEN, widths, nn.SiLU(), dtype=dtype, layout=layout)
     for table in experts.parameters():
         nn.init.normal_(table, std=0.4)
     return experts
@@ -168,7 +172,15 @@ def test_an_accelerator_gathers_few_tokens_and_groups_many(
     assert ran == [way]
 
 
-@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("way", ["by_width", "together", "gathered"])
+def test_biases_of_gate_and_up_are_those_of_each_expert(way):
+    experts, inputs = make(WIDTHS["ragged"], biased=True), routed(50)
+    with torch.no_grad():
+        expected = experts.by_expert(*inputs)
+        torch.testing.assert_close(getattr(experts, way)(*inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("widths", ["ragged", "sparse"])
 def test_many_experts_of_unequal_widths_are_three_launches(widths, interpreted):
     experts, inputs = make(WIDTHS[widths]), routed(50)
     with torch.no_grad():
