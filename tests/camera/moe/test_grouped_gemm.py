@@ -15,7 +15,6 @@ from camera.moe.grouped.products import (
     looped_ragged_products,
     ragged_products,
 )
-from tests.fake_device import counting
 
 # experts without rows, of few, of more than one tile, and of no whole number of them
 COUNTS = [[0, 5, 33, 0, 70, 1], [0, 0, 3], [200, 0, 150, 9]]
@@ -65,17 +64,6 @@ def test_experts_of_unequal_widths_are_one_launch(dtype, varies, interpreted):
     expected = looped_ragged_products(x_RC.double(), table.double(), *asked)
     assert interpreted.launched == 1
     torch.testing.assert_close(found.double(), expected, **CLOSE[dtype])
-
-
-def test_a_device_is_asked_for_the_kernel_alone(interpreted, fake):
-    bounds = bounds_of(COUNTS[0])
-    x_RC, weight_ECD = drawn(sum(COUNTS[0]), 16), drawn(len(COUNTS[0]), 16, 24)
-    inputs = [part.to(fake) for part in (x_RC, weight_ECD)]
-    with counting() as counts:
-        y_RD = grouped_products(*inputs, bounds)
-    assert interpreted.launched == 1 and counts.times("launch") == 0
-    expected = looped_products(x_RC, weight_ECD, bounds)
-    torch.testing.assert_close(y_RD.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_are_those_of_the_loop(interpreted):
