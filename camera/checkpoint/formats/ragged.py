@@ -204,8 +204,10 @@ class RaggedExperts(RaggedTables, Format):
         )
         if self.gate_up_proj_bias is not None:
             bias = self.gate_up_proj_bias[self._rows.padded(x_TH.device)[0]]
-            gate_bias, up_bias = bias.index_select(0, index_S.index_select(0, order)).chunk(2, 1)
-            gate_NW, up_NW = gate_NW + gate_bias, up_NW + up_bias
+            expert_N, missing = index_S.index_select(0, order), gate_NW.shape[1] - max(self.widths)
+            gate_bias, up_bias = (F.pad(part, (0, missing)) for part in bias.chunk(2, 1))
+            gate_NW = gate_NW + gate_bias.index_select(0, expert_N)
+            up_NW = up_NW + up_bias.index_select(0, expert_N)
         act_NW = gated(self.act_fn, gate_NW, up_NW)
         out_NH = ragged_products(act_NW, self.down_proj, self.starts, self.widths, bounds, "in")
         return self._add_up(out_NH, order, weight_TK, x_TH.dtype)

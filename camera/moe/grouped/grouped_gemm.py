@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from camera.moe.grouped.products import padded_width
 from camera.runtime.device.accelerator import current_device
 from camera.runtime.device.staging import on_device
 
@@ -131,10 +132,11 @@ def ragged_gemm(
 ) -> torch.Tensor:
     """`looped_ragged_products` in one launch."""
     if varies == "in":
-        stride, shape = table.stride(), table.shape[1]
+        strides, columns = table.stride(), table.shape[1]
     else:
-        stride, shape = table.stride()[::-1], max(widths)
-    return _launched(x_RC, table, (table.stride(0), *stride), shape, bounds, starts, widths, varies)
+        strides, columns = table.stride()[::-1], padded_width(widths)
+    strides = (table.stride(0), *strides)
+    return _launched(x_RC, table, strides, columns, bounds, starts, widths, varies)
 
 
 def _equal(

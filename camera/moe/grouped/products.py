@@ -17,6 +17,7 @@ LAUNCH_FLOPS = 1e9  # that a card multiplies in the time that a launch takes
 FILLING_LAUNCHES = 12  # of a batched product and what fills it up
 FILLED_ROWS, FILLED_SHARE = 128, 1.5  # so few that reading a matrix takes the time; else of a mean
 LARGE = 2**20  # numbers of all rows; a tiny model is done before a kernel would be compiled
+ALIGNED = 16  # numbers
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -72,9 +73,9 @@ def looped_ragged_products(
 
     An expert's matrix is the block of rows [start, start + width) of a table. varies "in": x_RC
     times the block, whatever finite numbers x has from the width on. varies "out": x_RC times the
-    block transposed; D is the widest, and y is 0 from the width on.
+    block transposed; D is `padded_width`, and y is 0 from the width on.
     """
-    y_RD = x_RC.new_zeros(len(x_RC), table.shape[1] if varies == "in" else max(widths))
+    y_RD = x_RC.new_zeros(len(x_RC), table.shape[1] if varies == "in" else padded_width(widths))
     for start, width, (first, last) in zip(starts, widths, bounds, strict=True):
         if last > first:
             block, x_NC, y_ND = table[start : start + width], x_RC[first:last], y_RD[first:last]
@@ -83,6 +84,11 @@ def looped_ragged_products(
             else:
                 y_ND[:, :width] = x_NC @ block.t()
     return y_RD
+
+
+def padded_width(widths: Sequence[int]) -> int:
+    """The widest, rounded up to rows that a kernel reads 16 bytes at once."""
+    return -(-max(widths) // ALIGNED) * ALIGNED
 
 
 def _grouped_gemm(_: Callable) -> Callable:
