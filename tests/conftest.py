@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-if (
-    not torch.accelerator.is_available()
-):  # else kernels are compiled; said before Triton is imported
+# where there is a card kernels are compiled; Triton asks for this when it is imported
+if not torch.accelerator.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import camera

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from camera.compensation.settings import Scope
+from camera.compensation.settings import Scope, Target
 from camera.method import RankScope
 from camera.pruning.micro_experts import MicroExpertPruning
 
@@ -29,6 +29,7 @@ class CameraPlus(MicroExpertPruning):
     normalize: Literal["routed", "all"] = "all"
     rank_scope: RankScope = "global"
     compensate: Literal["none", Scope] = "layer"
+    target: Target = "between"
 
     def ranked_by(self) -> Score:
         from camera.calibration.scores.base import score_of

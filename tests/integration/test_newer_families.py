@@ -153,7 +153,7 @@ def test_every_kind_of_method(family, method, compress):
     if method == "camera_plus" and family_of(family).output_norm:
         with pytest.raises(CameraError, match="adds it through 'post_mlp_layernorm'"):
             compress(family, method, **settings)
-        settings = settings | dict(token_weights="uniform")
+        settings = settings | dict(target="layer", token_weights="uniform")
     out = compress(family, method, **settings)
     model = load_model(out, "cpu", "float32")
     inputs = batch()

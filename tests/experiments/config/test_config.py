@@ -203,7 +203,7 @@ def test_an_added_key_is_refused_with_the_nearest_one():
         ("evaluation.tasks=[boolq]", "tasks/boolq.jsonl.gz"),
         ("device=tpu", "device=tpu"),
         ("data=/nowhere", "data=/nowhere"),
-        ("model.path=/nowhere", "model.path=/nowhere"),
+        ("model.path=/nowhere", "the model /nowhere"),
     ],
 )
 def test_values_that_cannot_work_are_refused_before_any_weight(
