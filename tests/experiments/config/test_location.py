@@ -16,7 +16,7 @@ from tests.helpers.runs.documents import ROOT
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NAMESPACE = "hydra_plugins"  # shared with Hydra's own plugins, so it has no __init__.py
 OWN = {"camera", "baselines", "experiments", NAMESPACE}
-LAZY = {  # of an extra or of a build of torch, imported where it is needed: tasks, GGUF, int4, kernels
+LAZY = {  # of an extra or a build of torch, where it is needed: tasks, GGUF, int4, kernels
     "camera": ["lm-eval", "gguf", "compressed-tensors", "triton"],
     "experiments": ["xllamacpp"],
 }
