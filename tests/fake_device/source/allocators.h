@@ -14,13 +14,25 @@ struct Memory {
   int64_t allocations = 0;
 };
 std::array<Memory, MAX_DEVICES> memory;
-Memory pinned;
+Memory pinned, host;  // host: all of its tensors, the pinned ones too
+void take_host(size_t size) {
+  host.now += size;
+  host.allocations += 1;
+  host.peak = std::max(host.peak, host.now);
+}
 std::map<uintptr_t, size_t> pinned_blocks;
 
 struct Block {
   void* data;
   size_t size;
   DeviceIndex device;
+};
+
+// What this thread does now is a device's: its CPU kernels' memory is none of the host's.
+thread_local int on_device_now = 0;
+struct OnDevice {
+  OnDevice() { ++on_device_now; }
+  ~OnDevice() { --on_device_now; }
 };
 
 size_t rounded(size_t size) { return (size + 511) / 512 * 512; }  // as CUDA's allocator does
@@ -33,6 +45,7 @@ void free_block(void* context) {
       memory[block->device].now -= block->size;
     } else {
       pinned.now -= block->size;
+      host.now -= block->size;
       pinned_blocks.erase(reinterpret_cast<uintptr_t>(block->data));
     }
   }
@@ -99,6 +112,7 @@ struct PinnedAllocator final : public at::HostAllocator {
       pinned.now += takes;
       pinned.allocations += 1;
       pinned.peak = std::max(pinned.peak, pinned.now);
+      take_host(takes);
       pinned_blocks[reinterpret_cast<uintptr_t>(data)] = size;
     }
     note("pin", "allocate", takes);
@@ -114,6 +128,33 @@ struct PinnedAllocator final : public at::HostAllocator {
   void reset_accumulated_stats() override {}
   void reset_peak_stats() override {}
 } pinned_allocator;
+
+// The host's tensors, in front of the allocator that they have anyway.
+struct HostTensors final : public c10::Allocator {
+  static void free(void* context) {
+    auto* block = static_cast<Block*>(context);
+    {
+      Lock lock(gate);
+      host.now -= block->size;
+    }
+    c10::free_cpu(block->data);
+    delete block;
+  }
+  c10::DataPtr allocate(size_t size) override {
+    if (size == 0 || on_device_now) return plain->allocate(size);
+    void* data = c10::alloc_cpu(size);
+    {
+      Lock lock(gate);
+      take_host(size);
+    }
+    return {data, new Block{data, size, -1}, &free, Device(DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  void copy_data(void* to, const void* from, size_t size) const override {
+    std::memcpy(to, from, size);
+  }
+  c10::Allocator* plain = nullptr;
+} host_tensors;
 
 bool is_pinned(const void* data) {
   Lock lock(gate);

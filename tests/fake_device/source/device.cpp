@@ -60,6 +60,8 @@ void activate(const std::string& type, int count, size_t total, std::pair<int, i
   settings.active = true;
   static c10::impl::DeviceGuardImplRegistrar guard(settings.type, new Guard);
   c10::SetAllocator(settings.type, &device_allocator, 255);
+  host_tensors.plain = c10::GetCPUAllocator();
+  c10::SetCPUAllocator(&host_tensors, 255);
   if (wanted == DeviceType::CUDA) {
     adopt_hooks();
   } else {
@@ -110,10 +112,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     Lock lock(gate);
     return std::make_tuple(pinned.now, pinned.peak, pinned.allocations);
   });
+  m.def("host", [] {
+    Lock lock(gate);
+    return std::make_tuple(host.now, host.peak, host.allocations);
+  });
   m.def("reset_peak", [](int device) {
     device_allocator.resetPeakStats(static_cast<DeviceIndex>(device));
     Lock lock(gate);
     pinned.peak = pinned.now;
+    host.peak = host.now;
   });
   m.def("current_device", [] { return static_cast<int>(current_device); });
   m.def("set_device", [](int device) {
