@@ -27,7 +27,7 @@ from tests.helpers.models import build_model, build_tokenizer
 CAMERA, BASELINES = Path(camera.__file__).parent, Path(baselines.__file__).parent
 SAMPLES, LENGTH = 192, 16  # short: else attention takes more than any method
 SLACK = 5 * 10**5  # bytes: of the three layers that are held a model of two has only two
-HOST_SLACK = 10**5  # bytes: of numbers by micro-expert, of which some methods have none
+HOST_SLACK = 15 * 10**4  # bytes: of numbers by micro-expert, of which some methods have none
 STAGED = 2**13  # bytes of a buffer: as large as they are they would be nearly all of it
 WAYS = ["camera_p measured", "camera_p fit", "magnitude global", "gptq sequential"]
 CASES = [
@@ -35,8 +35,8 @@ CASES = [
     *((way, {}) for way in WAYS),
     ("camera_p", {"phi": "recompute"}),
     ("camera_p", {"hidden": "ram"}),
-    ("camera_p", {"experts": "disk"}),
-    ("camera_p global", {"experts": "disk", "hidden": "disk"}),
+    ("camera_p", {"experts": "disk", "hidden": "disk"}),
+    ("camera_p global", {"experts": "disk"}),
     ("camera_p measured", {"hidden": "ram"}),
     ("camera_plus", {"hidden": "ram"}),
     ("camera_p fit", {"hidden": "disk"}),

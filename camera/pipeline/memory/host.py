@@ -20,6 +20,7 @@ HIDDEN_HELD_OF_BOTH = 7
 # Bytes of a micro-expert: of the layer its sums, energy, place in the order and bits; of all layers
 # where they are ranked together.
 RANKED, RANKED_TOGETHER = 96, 48
+BUSIEST = 2  # times as many tokens as the mean expert has
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,14 @@ class HostMemory:
         kept = max((spec.host_bytes(shape) for spec in specs for shape in shapes), default=0)
         numbers = [pool.micro_experts for pool in pools]
         together = method.slices and len(passes) > 1
-        routing = tokens * (row + top_k * (8 + size)) if experts_on_disk else 0
-        if PassKind.DENSE in kinds or any(step.feed == "dense" for step in passes):
-            routing += tokens * row * experts_on_disk
+        experts = max(sum(pool.routed) for pool in pools)
+        finishes = any(step.feed == "dense" or step.kind == PassKind.DENSE for step in passes)
+        routing = 0
+        if experts_on_disk:
+            busiest = min(tokens, int(BUSIEST * tokens * top_k / experts))
+            routing = tokens * (row + top_k * (8 + size)) + busiest * row
+            if finishes:  # outputs of all tokens; those of an expert, what they are added to, a sum
+                routing += tokens * row * (place != "disk") + 2 * busiest * row
         in_ram, backward = place == "ram", PassKind.BACKWARD in kinds
         return cls(
             staged=2 * STAGED * (3 if experts_on_disk else 2),  # read ahead, written; an expert
