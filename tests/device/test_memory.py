@@ -40,7 +40,7 @@ CASES = [
     ("camera_p measured", {"hidden": "ram"}),
     ("camera_plus", {"hidden": "ram"}),
     ("camera_p fit", {"hidden": "disk"}),
-    ("d2_moe freq", {"hidden": "disk"}),
+    ("d2_moe freq", {}),
 ]
 
 
@@ -80,12 +80,12 @@ def compress(model, fake, data_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(host, "STAGED", STAGED)
     monkeypatch.setattr(staging.Staging.__init__, "__defaults__", (STAGED,))
 
-    def go(case: str, **memory: str):
+    def go(case: str, where: str = fake, **memory: str):
         return camera.compress(
             model,
             method_of(case),
             tmp_path / "out",
-            device=fake,
+            device=where,
             data=str(data_folder),
             calibration=camera.Calibration(samples=SAMPLES, length=LENGTH),
             memory=MemoryChoices(**memory),
@@ -107,6 +107,16 @@ def test_the_estimate_is_what_is_taken_within_a_fifth(case, memory, compress, fa
     took, said = counts.peak_host, estimates[0].host.peak
     told = f"{estimates[0].host.moments}\n{counts.on_host(CAMERA)}"
     assert (took - HOST_SLACK) / 1.2 <= said <= 1.2 * took + HOST_SLACK, told
+
+
+@pytest.mark.parametrize(
+    "case", ["camera_plus", "d2_moe", "mone", "naee", "gptq sequential", "rtn"]
+)
+def test_a_cpu_takes_no_more_than_is_said_and_half_of_it_at_least(case, compress, estimates):
+    with fake_device.counting(CAMERA, BASELINES) as counts:
+        compress(case, "cpu")
+    took, said = counts.peak_host, estimates[0].host_peak
+    assert took <= said <= 2 * took, counts.on_host(CAMERA)
 
 
 def test_a_card_that_is_too_small_is_refused_before_it_starts(compress, fake, tmp_path):
