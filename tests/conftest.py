@@ -6,9 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
+if (
+    not torch.accelerator.is_available()
+):  # else kernels are compiled; said before Triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import camera
 from tests import fake_device
 from tests.helpers.golden import golden_folder, golden_values
+from tests.helpers.machine import interpreter
 from tests.helpers.machine.gpu_report import MARK, GpuReport, about_card, real_card
 from tests.helpers.models import build_model, build_tokenizer, write_layout
 from tests.helpers.quantization import gptq_problem
@@ -133,6 +139,14 @@ def accelerator(request) -> str:
     if torch.accelerator.is_available():
         return torch.accelerator.current_accelerator().type
     return request.getfixturevalue("fake")
+
+
+@pytest.fixture
+def interpreted(monkeypatch) -> interpreter.Interpreted:
+    """Grouped products by the kernel that a card has, interpreted; skips without Triton."""
+    if reason := interpreter.missing():
+        pytest.skip(reason)
+    return interpreter.Interpreted(monkeypatch)
 
 
 @pytest.fixture

@@ -38,7 +38,9 @@ def resolve_model(
     if folder.is_dir():
         refuse_adapter(folder)
         if not (folder / "config.json").exists():
-            raise CameraError(f"model.path={model} is a folder without config.json.")
+            raise CameraError(
+                f"the model {model} is a folder without config.json: name one that holds a model."
+            )
         return folder
     refuse_no_model(model)
     left = [*PICKLED, "consolidated*.safetensors", *["*/*.safetensors"] * (not subfolder)]
@@ -64,7 +66,7 @@ def _fetched(model: str, revision: str | None, **how: Any) -> Path:
         return Path(snapshot_download(name, revision=revision or None, **how))
     except Exception as error:  # the hub client raises a dozen types; none can be handled further
         raise CameraError(
-            f"model.path={model} can't be fetched from the hub ({type(error).__name__}): check the "
+            f"the model {model} can't be fetched from the hub ({type(error).__name__}): check the "
             "name and the network, or give a local folder."
         ) from error
 
@@ -73,7 +75,7 @@ def refuse_no_model(model: str) -> None:
     """CameraError for what is neither a folder nor may be the id of a model on the hub."""
     if model.startswith(("/", ".", "~")) or model.partition("@")[0].count("/") != 1:
         raise CameraError(
-            f"model.path={model} is neither a folder nor a hub id of the form owner/name."
+            f"the model {model} is neither a folder nor a hub id of the form owner/name."
         )
 
 

@@ -78,9 +78,10 @@ def compensate(
     """Refit the pruned layer `ffn` in place: its output y_TH on all tokens, and what the fit did.
 
     `phi` holds tokens and calls of every batch of the unpruned layer; the calls are emptied;
-    tokens from `fitted` on are held out. What the layer is to put out is `target_TH`, else what it
-    did. With `stream_TH`, the hidden states that its output is added to, errors count relative to
-    the sum. Both, fp32, are used up.
+    tokens from `fitted` on are held out. What the layer is to put out is what it did; where the
+    dense model is the target, `how.dense_share` of the way from there to `target_TH`. With
+    `stream_TH`, the hidden states that its output is added to, errors count relative to the sum.
+    Both, fp32, are used up.
     """
     tokens = sum(count for count, _ in phi)
     first = next(iter(before.values()))
@@ -97,7 +98,7 @@ def compensate(
     else:
         if biases_TH is not None:
             target_TH -= biases_TH
-        residual_TH = target_TH if scale_T1 is None else target_TH.mul_(scale_T1)
+        residual_TH = target_TH.mul_(how.dense_share * (1.0 if scale_T1 is None else scale_T1))
     blocks: dict[tuple[str, int], ExpertRegression] = {}
     fits: list[FitReport] = []
     for place, down_HW in before.items():
@@ -108,12 +109,7 @@ def compensate(
         everywhere = scale_T1 is None or tokens_N is None
         scale_N1 = scale_T1 if everywhere else scale_T1[tokens_N]
         block = ExpertRegression(tokens_N, phi_NF[:, stays], down_HW[:, stays].T, scale_N1)
-        if target_TH is None:
-            gone_NH = ExpertRegression(
-                tokens_N, phi_NF[:, ~stays], down_HW[:, ~stays].T, scale_N1
-            ).output()
-        else:
-            gone_NH = block.output().neg_()
+        gone_NH = _gone(block, phi_NF[:, ~stays], down_HW[:, ~stays].T, how.dense_share)
         del phi_NF
         blocks[place] = block
         if how.scope == "expert":
@@ -136,6 +132,19 @@ def compensate(
     if biases_TH is not None:
         output.y_TH += biases_TH
     return output.y_TH, fit_report(fits)
+
+
+def _gone(
+    block: ExpertRegression, phi_NR: torch.Tensor, weight_RH: torch.Tensor, dense_share: float
+) -> torch.Tensor:
+    """What one expert adds to the residual: what of it was removed, and, for the part of the target
+    that is the dense model's, what its rest puts out already."""
+    if dense_share == 1:
+        return block.output().neg_()
+    removed_NH = ExpertRegression(block.tokens_N, phi_NR, weight_RH, block.scale_N1).output()
+    if dense_share:
+        removed_NH.mul_(1 - dense_share).sub_(block.output(), alpha=dense_share)
+    return removed_NH
 
 
 def _of_biases(

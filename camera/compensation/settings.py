@@ -10,7 +10,7 @@ from camera.moe.families import family_of
 from camera.runtime.errors import CameraError
 
 Scope = Literal["expert", "layer"]
-Target = Literal["layer", "dense"]
+Target = Literal["layer", "between", "dense"]
 TokenWeights = Literal["relative", "uniform"]
 
 
@@ -21,7 +21,8 @@ class CompensationSettings:
     `scope` layer fits all experts of a layer together, expert each to its own removed output.
     `target` layer is the output of the unpruned layer on the same input; dense is the dense model's
     hidden states after the layer, which also corrects errors of the layers before, and refits the
-    output weights of attention too (`camera.compensation.attention`). `token_weights` relative
+    output weights of attention too (`camera.compensation.attention`); between is half way from the
+    one to the other, attention as it is. `token_weights` relative
     weighs a token's error by the inverse squared norm of its hidden state, uniform weighs all
     equally. `ridges` are tried from the largest, with at most `sweeps` over the experts each, as
     long as the error on the share `held_out` of the calibration samples falls.
@@ -42,9 +43,10 @@ class CompensationSettings:
         ):
             if value not in known:
                 raise CameraError(f"{key}={value} is none of {', '.join(known)}.")
-        if self.scope == "expert" and self.target == "dense":
+        if self.scope == "expert" and self.dense_share:
             raise CameraError(
-                "target=dense needs compensate=layer: with compensate=expert set target=layer."
+                f"target={self.target} needs compensate=layer: with compensate=expert set "
+                "target=layer."
             )
         if not self.ridges or min(self.ridges) <= 0:
             raise CameraError(f"ridges={list(self.ridges)} must be positive numbers.")
@@ -54,10 +56,15 @@ class CompensationSettings:
                 "0 and 1."
             )
 
+    @property
+    def dense_share(self) -> float:
+        """How much of what is missing to the dense model's hidden states a layer makes up for."""
+        return {"layer": 0.0, "between": 0.5, "dense": 1.0}[self.target]
+
     def check(self, model_type: str) -> None:
         """CameraError where layers of this type don't add to the hidden states what is refitted."""
         norm = family_of(model_type).output_norm if model_type else None
-        if norm and (self.target == "dense" or self.token_weights == "relative"):
+        if norm and (self.dense_share or self.token_weights == "relative"):
             raise CameraError(
                 f"compensate={self.scope} refits what a layer adds to the hidden states, and a "
                 f"{model_type} model adds it through '{norm}': set target=layer and "

@@ -8,6 +8,7 @@ import torch
 import camera
 from camera.checkpoint.places import read_places
 from camera.checkpoint.shards import ShardReader, write_tensors
+from camera.moe.grouped.products import grouped_products, looped_products
 from camera.runtime.device.staging import Staging, on_host
 from camera.streaming.settings import MemoryChoices
 from tests import fake_device
@@ -150,6 +151,17 @@ def test_launches_of_a_batch_are_as_many_for_more_experts_of_few_rows(pruned):
         for experts in (32, 48)
     )
     assert many[1] - many[0] == few[1] - few[0]
+
+
+def test_products_by_the_kernel_ask_for_nothing_beside_it(interpreted, fake):
+    bounds = [(0, 5), (5, 5), (5, 75)]
+    x_RC, weight_ECD = torch.randn(75, 16), torch.randn(3, 16, 24)
+    inputs = [part.to(fake) for part in (x_RC, weight_ECD)]
+    with counting(ROOT) as counts:
+        y_RD = grouped_products(*inputs, bounds)
+    assert interpreted.launched == 1 and counts.times("launch") == 0
+    expected = looped_products(x_RC, weight_ECD, bounds)
+    torch.testing.assert_close(y_RD.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("batches", [1, 3])

@@ -19,7 +19,7 @@ from camera.moe.experts.group import RoutedExperts
 from camera.moe.experts.layout import ExpertLayout
 from camera.moe.experts.module import ExpertModule
 from camera.moe.families.family import Family
-from camera.moe.grouped.products import grouped_products
+from camera.moe.grouped.products import KERNEL_DTYPES, grouped_products, ragged_products
 from camera.moe.grouped.slots import counts_of, sorted_slots
 from camera.runtime.device.accelerator import has_grouped_products
 
@@ -79,7 +79,8 @@ class RaggedExperts(RaggedTables, Format):
         All are equal up to the order of summation. On a CPU one token reads its K experts, and
         layers that are too small for a loop run in one product; the others run by width where few
         differ, else by expert. On an accelerator few tokens gather their experts' rows; many run
-        by width where few differ or grouped products are one kernel, else by expert.
+        by width where few differ, else together where it has a compiler, by width where grouped
+        products are one kernel, or by expert.
         """
         tokens, top_k = top_k_index.shape
         routing = top_k_index, top_k_weights
@@ -89,6 +90,8 @@ class RaggedExperts(RaggedTables, Format):
         if hidden_states.device.type != "cpu":
             if tokens * top_k <= self.num_experts:
                 run = self.gathered
+            elif not self.few_widths and self._goes_together(hidden_states):
+                run = self.together
             elif self.few_widths or has_grouped_products(hidden_states.device, hidden_states.dtype):
                 run = self.by_width
         elif hidden_states.dtype == torch.float32:
@@ -184,6 +187,31 @@ class RaggedExperts(RaggedTables, Format):
             first = last
         return self._add_up(torch.cat(outs), order, weight_TK, x_TH.dtype)
 
+    def together(
+        self, x_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Sorted by expert: three products, each of all experts at their own widths; without
+        gradients."""
+        index_S = index_TK.reshape(-1)
+        order, end_E = sorted_slots(index_S, self.num_experts)
+        bounds = list(pairwise([0, *end_E.tolist()]))
+        x_sorted = x_TH.index_select(0, order // index_TK.shape[1])
+        gates = [2 * start for start in self.starts]
+        ups = [start + width for start, width in zip(gates, self.widths, strict=True)]
+        gate_NW, up_NW = (
+            ragged_products(x_sorted, self.gate_up_proj, starts, self.widths, bounds, "out")
+            for starts in (gates, ups)
+        )
+        if self.gate_up_proj_bias is not None:
+            bias = self.gate_up_proj_bias[self._rows.padded(x_TH.device)[0]]
+            expert_N, missing = index_S.index_select(0, order), gate_NW.shape[1] - max(self.widths)
+            gate_bias, up_bias = (F.pad(part, (0, missing)) for part in bias.chunk(2, 1))
+            gate_NW = gate_NW + gate_bias.index_select(0, expert_N)
+            up_NW = up_NW + up_bias.index_select(0, expert_N)
+        act_NW = gated(self.act_fn, gate_NW, up_NW)
+        out_NH = ragged_products(act_NW, self.down_proj, self.starts, self.widths, bounds, "in")
+        return self._add_up(out_NH, order, weight_TK, x_TH.dtype)
+
     def gathered(
         self, x_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> torch.Tensor:
@@ -211,6 +239,10 @@ class RaggedExperts(RaggedTables, Format):
         bias, basis = self.gate_up_bias(expert), self.down_proj[start:end].to(x_NH.dtype)
         bias = None if bias is None else bias.to(x_NH.dtype)
         return torch.mm(self._apply_gate(F.linear(x_NH, gate_up, bias)), basis)
+
+    def _goes_together(self, x_TH: torch.Tensor) -> bool:
+        known = x_TH.dtype == self.down_proj.dtype and x_TH.dtype in KERNEL_DTYPES
+        return known and not torch.is_grad_enabled() and ragged_products.compiles(x_TH)
 
     @staticmethod
     def _add_up(

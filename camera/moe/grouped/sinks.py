@@ -13,10 +13,9 @@ import torch
 from camera.moe.experts.group import ExpertGroup, MlpExpert
 from camera.moe.feed_forward import FeedForward
 from camera.moe.grouped.call import GroupCall
-from camera.moe.grouped.products import filling_pays, grouped_products
+from camera.moe.grouped.products import filling_pays, grouped_products, in_one_kernel
 from camera.moe.grouped.rows import GroupRows
 from camera.moe.pool import KeptRows
-from camera.runtime.device.accelerator import has_grouped_products
 
 
 class Sink:
@@ -163,8 +162,8 @@ class PhiProjection:
     def _routed(self, call: GroupPhi, group: ExpertGroup, kept: list[torch.Tensor]) -> torch.Tensor:
         phi_RW = call.phi_RW
         hidden, bounds = group.down(0).shape[0], call.rows.bounds
-        at_once = has_grouped_products(phi_RW.device, phi_RW.dtype)
-        if at_once or filling_pays(phi_RW.device, bounds, phi_RW.shape[1] * hidden):
+        filled = filling_pays(phi_RW.device, bounds, phi_RW.shape[1] * hidden)
+        if filled or in_one_kernel(phi_RW):
             down_EWH = self._whole_down(group, kept, phi_RW.shape[1])
             return grouped_products(phi_RW, down_EWH, bounds)
         out_RH = phi_RW.new_empty(len(phi_RW), hidden)

@@ -173,7 +173,7 @@ def workspace(method: Method, step: Pass, shape: LayerShape, left: float) -> int
         return result
     found = method.apply_bytes(shape)
     if method.compensation is not None:
-        dense = method.compensation.target == "dense"
+        dense = method.compensation.dense_share > 0
         found += fit_bytes(
             shape.tokens, shape.hidden, shape.pool.widths, shape.itemsize, dense, left
         )

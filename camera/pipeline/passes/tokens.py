@@ -1,7 +1,7 @@
 """Calibration tokens of the compressed pass, and the refits that they serve.
 
-Where the dense model's hidden states are the target, its tokens go through every layer before it is
-compressed, beside those of the compressed model.
+Where the target is the dense model's hidden states, or half way to them, its tokens go through
+every layer before it is compressed, beside those of the compressed model.
 
 Shapes: T tokens of all batches, H hidden, A width of all attention heads together.
 """
@@ -31,7 +31,7 @@ class CompressedTokens:
         self._streamer, self._settings = context.streamer, context.method.compensation
         self.batches = embedded(context)
         self.dense: list[LayerInput] | None = None
-        if self._settings is not None and self._settings.target == "dense":
+        if self._settings is not None and self._settings.dense_share:
             self.dense = list(self.batches)
         if progress.done:
             everything = resumed([*self.batches, *(self.dense or [])], progress)
@@ -50,6 +50,9 @@ class CompressedTokens:
         if self.dense is None:
             return self._streamer.attend(index, self.batches), {}
         dense = self._streamer.attend(index, self.dense)
+        if self._settings.target == "between":
+            self.dense = self._streamer.forward(index, dense)
+            return self._streamer.attend(index, self.batches), {}
         entered = list(self.batches)
         output = self._attention_output(index)
         if output is None:

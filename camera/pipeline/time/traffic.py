@@ -20,10 +20,10 @@ from camera.pipeline.memory.estimate import PhiKept
 NUMBER = 8  # bytes of a row's or a token's number
 ENERGY = 12  # bytes of a micro-expert's energy: sum, maximum, basis
 # Launches for each expert and batch, by what is kept of phi: its products, and a choice of columns;
-# none where grouped products are one kernel.
+# none where products of all experts are one kernel.
 EACH = {"all": 3, "routed": 3, "none": 5}
 EACH_ALONE = 17.5  # of one that is computed by itself
-# For each expert: norms and cut; and a table with zeros for grouped products.
+# For each expert: norms and cut; and a table with zeros for these.
 EXPERT, WHOLE_DOWN = 8, 4
 # For each batch: attention and sums, norms of queries and keys, an MLP and its gate, routed experts
 # however many, and what runs again; and for each layer.
@@ -55,14 +55,19 @@ class LayerTraffic:
 @dataclass(frozen=True)
 class Ways:
     """How a layer is computed: what is kept of phi, whether hidden states stay on the device and
-    routed experts on disk, whether phi and its squares are compiled, and grouped products one
-    kernel."""
+    routed experts on disk, whether there is a compiler for phi, its squares and the products of all
+    experts, and whether torch has a kernel of its own for these."""
 
     phi: PhiKept = "all"
     on_device: bool = True
     experts_on_disk: bool = False
     compiled: bool = True
     grouped: bool = False
+
+    @property
+    def one_launch(self) -> bool:
+        """Whether products of all experts are one kernel, however many they are."""
+        return self.grouped or self.compiled
 
     def together(self, group: ExpertGroup) -> bool:
         """Whether all experts of a group are computed at once."""
@@ -143,7 +148,7 @@ def _launches(
     batch = BATCH + normed + MLP * len(mlps) + GATE * gates + ROUTED * ffn.is_moe + AGAIN[phi]
     launches = batch * batches + LAYER
     for group in ffn.groups:
-        each, expert = (0, EXPERT + WHOLE_DOWN) if ways.grouped else (EACH[phi], EXPERT)
+        each, expert = (0, EXPERT + WHOLE_DOWN) if ways.one_launch else (EACH[phi], EXPERT)
         if not ways.together(group):
             each, expert = EACH_ALONE, EXPERT
         launches += int((each * batches + expert) * len(group.widths))

@@ -4,6 +4,8 @@ Any accelerator that torch sees counts, whatever its name. A CPU, and an acceler
 system's memory (mps), has no memory of its own: nothing is copied to it beside the computing.
 """
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch.nn import functional as F
 
@@ -68,6 +70,11 @@ def make_current(device: torch.device) -> None:
     """
     if _card is not None and device.index is not None:
         torch.accelerator.set_device_index(device.index)
+
+
+def current_device(device: torch.device) -> AbstractContextManager:
+    """A block whose kernels, if they aren't torch's own, are launched on this device."""
+    return torch.accelerator.device_index(device.index)
 
 
 def has_own_memory(device: torch.device) -> bool:

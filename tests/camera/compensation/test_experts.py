@@ -160,7 +160,7 @@ def output_rows(layer, model_type):
     return torch.cat(rows).double().detach()
 
 
-@pytest.mark.parametrize("target", ["layer", "dense"])
+@pytest.mark.parametrize("target", ["layer", "between", "dense"])
 @pytest.mark.parametrize("method", ["random", "magnitude", "heapr", "camera_plus"])
 def test_every_score_and_scope_can_be_compensated(method, target, checkpoints, compress, tmp_path):
     source = checkpoints("qwen2_moe")
@@ -200,11 +200,11 @@ def test_aiming_at_the_dense_model_ends_closer_to_it(checkpoints, compress, toke
     ids, distances = tokens(source), []
     with torch.no_grad():
         want = AutoModelForCausalLM.from_pretrained(source).eval().model(ids).last_hidden_state
-        for target in ("layer", "dense"):
+        for target in ("layer", "between", "dense"):
             compress(source, target, compensate="layer", target=target)
             model = load_model(tmp_path / target, "cpu", "float32")
             distances.append((model.model(ids).last_hidden_state - want).norm().item())
-    assert distances[1] < distances[0]
+    assert distances[2] < distances[1] < distances[0]
 
 
 @pytest.mark.parametrize("phi", ["recompute", "routed"])

@@ -163,6 +163,7 @@ def test_experts_without_tokens_or_micro_experts_are_left_alone():
         dict(target="none"),
         dict(token_weights="none"),
         dict(scope="expert", target="dense"),
+        dict(scope="expert", target="between"),
         dict(ridges=[]),
         dict(ridges=[0.1, 0.0]),
         dict(sweeps=0),

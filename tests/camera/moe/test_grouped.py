@@ -1,5 +1,7 @@
 """Experts computed together, as an accelerator does it, are the experts one by one."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
@@ -66,11 +68,15 @@ def test_energies_and_outputs_are_those_of_experts_one_by_one(family, layer, bot
     torch.testing.assert_close(other_TH, one_TH, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("routed", [False, True])
-@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize(
+    ("family", "routed", "kernel"),
+    [
+        *product(SHAPES, (False, True), (None, "torch's")),
+        ("qwen2_moe", False, "ours"),
+    ],
+)
 def test_a_pruned_layer_is_finished_from_any_phi_that_was_kept(
-    family, routed, grouped, layer, both, monkeypatch
+    family, routed, kernel, layer, both, monkeypatch, request
 ):
     draw = torch.Generator().manual_seed(1)
 
@@ -92,9 +98,10 @@ def test_a_pruned_layer_is_finished_from_any_phi_that_was_kept(
             projection.add_rest(x_BLH, output)
         return output.y_TH, ffn.module(x_BLH)
 
-    if grouped:
-        for where in ("camera.moe.grouped.sinks", "camera.moe.grouped.products"):
-            monkeypatch.setattr(f"{where}.has_grouped_products", lambda *_: True)
+    if kernel == "torch's":
+        monkeypatch.setattr(products, "has_grouped_products", lambda *_: True)
+    if kernel == "ours":
+        request.getfixturevalue("interpreted")
     (one, module), (other, _) = both(run)
     module = (module[0] if isinstance(module, tuple) else module).flatten(0, 1)
     torch.testing.assert_close(one, module, rtol=1e-5, atol=1e-6)

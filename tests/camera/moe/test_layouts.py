@@ -197,7 +197,7 @@ def test_factors_of_full_rank_are_the_experts(ffn):
         torch.testing.assert_close(plain(x_TH, *routing), expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("target", [True, False])
+@pytest.mark.parametrize("target", ["layer", "between", "dense"])
 def test_a_refit_that_has_nothing_to_mend_changes_nothing(ffn, target):
     """Biases are no part of what output weights are fitted to."""
     x_BLH, record = drawn(2, 40, 32), PhiRecord()
@@ -205,10 +205,30 @@ def test_a_refit_that_has_nothing_to_mend_changes_nothing(ffn, target):
     expected, before = output(ffn, x_BLH), output_weights(ffn)
     kept = {group.path: [torch.arange(width) for width in group.widths] for group in ffn.groups}
     before = {place: down_HW.clone() for place, down_HW in before.items()}
-    aim = expected.float().clone() if target else None
-    how = CompensationSettings(token_weights="uniform")
+    aim = None if target == "layer" else expected.float().clone()
+    how = CompensationSettings(target=target, token_weights="uniform")
     found, _ = compensate(ffn, [(80, record.calls)], kept, before, 60, how, aim)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     for (path, expert), down_HW in before.items():
         group = next(group for group in ffn.groups if group.path == path)
         torch.testing.assert_close(group.down(expert), down_HW, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [*ODD, "qwen2_moe"])
+def test_half_way_to_the_dense_model_the_weights_are_half_way_too(name):
+    """Least squares with one ridge are linear in what is aimed at."""
+    x_BLH, found = drawn(2, 40, 32), {}
+    for target in ("layer", "dense", "between"):
+        ffn, record = view(name), PhiRecord()
+        run_ffn(ffn, x_BLH, sink=record)
+        before = {place: down_HW.clone() for place, down_HW in output_weights(ffn).items()}
+        kept = {g.path: [torch.arange(0, width, 2) for width in g.widths] for g in ffn.groups}
+        slice_layer(ffn, kept)
+        ffn = FeedForward(ffn.layer, ffn.family, ffn.path)
+        how = CompensationSettings(target=target, token_weights="uniform", ridges=[1.0])
+        aim = None if target == "layer" else drawn(80, 32, seed=2)
+        compensate(ffn, [(80, record.calls)], kept, before, 80, how, aim)
+        found[target] = [down_HW.clone() for down_HW in output_weights(ffn).values()]
+    assert not all(torch.equal(*pair) for pair in zip(found["layer"], found["dense"], strict=True))
+    for layer_HW, dense_HW, between_HW in zip(*found.values(), strict=True):
+        torch.testing.assert_close(between_HW, (layer_HW + dense_HW) / 2, rtol=1e-3, atol=1e-4)

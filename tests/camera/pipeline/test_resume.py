@@ -111,7 +111,7 @@ def test_a_dense_pass_goes_on_too(compress, tmp_path, monkeypatch):
     assert one.read_bytes() == other.read_bytes()
 
 
-@pytest.mark.parametrize("target", ["layer", "dense"])
+@pytest.mark.parametrize("target", ["layer", "between", "dense"])
 def test_a_compensated_run_goes_on_too(target, compress, tmp_path, monkeypatch):
     options = dict(compensate="layer", target=target)
     compress("whole", **options)

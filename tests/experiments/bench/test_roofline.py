@@ -127,7 +127,7 @@ def test_the_largest_model_fits_a_card_of_80_gb_with_its_experts_on_disk():
     )
     again = 58 * 256 * 3 * 7168 * 2048  # routed experts, once more, a byte each
     assert disk.total("bytes_read") - ram.total("bytes_read") == pytest.approx(again, rel=0.001)
-    assert disk.moved("launches") > 2 * ram.moved("launches")  # one by one
+    assert disk.moved("launches") > 1.5 * ram.moved("launches")  # one by one
     latent = 7168 * (1536 + 576) + 1536 * 128 * 192 + 512 * 128 * 256 + 128 * 128 * 7168
     products = 2 * tokens * (latent + length * 128 * (192 + 128))
     assert ram.layers[-1].attention == pytest.approx(products, rel=1e-6)

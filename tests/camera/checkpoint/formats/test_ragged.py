@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from camera.checkpoint.formats import ragged
 from camera.checkpoint.formats.ragged import RaggedExperts
+from camera.moe.experts.layout import ExpertLayout
 
 HIDDEN, TOP_K = 16, 3
 # with empty experts, widths no multiple of 16 bytes, runs of one width, and all of one width
@@ -18,12 +19,15 @@ WIDTHS = {
     "uniform": [12] * 8,
     "sparse": [0, 0, 1, 0, 0, 9, 2, 7],
 }
-WAYS = ["forward", "by_expert", "by_width", "gathered", "all_at_once", "one_token"]
+WAYS = ["forward", "by_expert", "by_width", "together", "gathered", "all_at_once", "one_token"]
 
 
-def make(widths: list[int], dtype: torch.dtype = torch.float32) -> RaggedExperts:
+def make(
+    widths: list[int], dtype: torch.dtype = torch.float32, *, biased: bool = False
+) -> RaggedExperts:
     torch.manual_seed(0)
-    experts = RaggedExperts(HIDDEN, widths, nn.SiLU(), dtype=dtype)
+    layout = ExpertLayout(biased=biased)
+    experts = RaggedExperts(HIDDEN, widths, nn.SiLU(), dtype=dtype, layout=layout)
     for table in experts.parameters():
         nn.init.normal_(table, std=0.4)
     return experts
@@ -146,23 +150,44 @@ def test_a_cpu_runs_few_tokens_small_layers_and_the_rest_each_in_its_way(
 
 
 @pytest.mark.parametrize(
-    ("widths", "tokens", "grouped", "way"),
+    ("widths", "tokens", "grouped", "compiler", "way"),
     [
-        ("ragged", 2, True, "gathered"),
-        ("ragged", 40, True, "by_width"),
-        ("ragged", 40, False, "by_expert"),
-        ("uniform", 40, False, "by_width"),
+        ("ragged", 2, True, True, "gathered"),
+        ("ragged", 40, True, True, "together"),
+        ("ragged", 40, True, False, "by_width"),
+        ("ragged", 40, False, False, "by_expert"),
+        ("uniform", 40, False, True, "by_width"),
     ],
 )
 def test_an_accelerator_gathers_few_tokens_and_groups_many(
-    widths, tokens, grouped, way, monkeypatch
+    widths, tokens, grouped, compiler, way, monkeypatch
 ):
     experts, ran = make(WIDTHS[widths]).to("meta"), []
     for name in WAYS[1:]:
         monkeypatch.setattr(experts, name, lambda x, *_, name=name: ran.append(name))
     monkeypatch.setattr(ragged, "has_grouped_products", lambda device, dtype: grouped)
-    experts(*(part.to("meta") for part in routed(tokens)))
+    monkeypatch.setattr(ragged.ragged_products, "compiles", lambda tensor: compiler)
+    with torch.no_grad():
+        experts(*(part.to("meta") for part in routed(tokens)))
     assert ran == [way]
+
+
+@pytest.mark.parametrize("way", ["by_width", "together", "gathered"])
+def test_biases_of_gate_and_up_are_those_of_each_expert(way):
+    experts, inputs = make(WIDTHS["ragged"], biased=True), routed(50)
+    with torch.no_grad():
+        expected = experts.by_expert(*inputs)
+        torch.testing.assert_close(getattr(experts, way)(*inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("widths", ["ragged", "sparse"])
+def test_many_experts_of_unequal_widths_are_three_launches(widths, interpreted):
+    experts, inputs = make(WIDTHS[widths]), routed(50)
+    with torch.no_grad():
+        y_TH = experts.together(*inputs)
+        expected = one_by_one(experts, *inputs)
+    assert interpreted.launched == 3
+    torch.testing.assert_close(y_TH.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_expert_is_one_block_of_both_tables_and_all_of_them_fill_these():

@@ -60,9 +60,25 @@ def test_where_compiling_fails_it_runs_as_it_is_written_and_says_so(monkeypatch,
     assert all(torch.equal(one, torch.full((3,), 2.0)) for one in found)
     assert tried == [doubled]
     assert [record.getMessage() for record in caplog.records] == [
-        "torch.compile fails on cpu (Failed to find C compiler.): operators run one by one, which "
+        "compiling fails on cpu (Failed to find C compiler.): operators run one by one, which "
         "takes longer."
     ]
+
+
+def test_a_kernel_that_fails_for_other_tensors_is_given_up_then(monkeypatch, caplog):
+    monkeypatch.setattr(compiled, "has_compiler", lambda device: True)
+
+    def kernel(tensor):
+        if tensor.dtype == torch.bfloat16:
+            raise RuntimeError("no bfloat16 before SM 8.0")
+        return 3 * tensor
+
+    run, tensor = Compiled(doubled, lambda _: kernel), torch.ones(3)
+    assert torch.equal(run(tensor), 3 * tensor) and run.compiles(tensor)
+    with caplog.at_level("WARNING", "camera"):
+        assert torch.equal(run(tensor.bfloat16()), 2 * tensor.bfloat16())
+    assert torch.equal(run(tensor), 2 * tensor) and not run.compiles(tensor)
+    assert len(caplog.records) == 1
 
 
 def test_no_memory_for_it_is_no_missing_compiler(monkeypatch):
