@@ -14,9 +14,10 @@ from camera.runtime.device.staging import STAGED
 from camera.streaming.memory import BACKWARD_TOKENS, BATCH_TOKENS, HIDDEN_HELD
 from camera.streaming.skeleton import MetaModel
 
-# Tables of hidden states where the dense model's are the target: its layer's inputs and the
-# compressed one's, as they are recorded, the inputs of both FFNs and residuals, and an output.
-HIDDEN_HELD_OF_BOTH = 7
+# Tables of hidden states by target. Where the dense model's are asked for: its layer's inputs and
+# the compressed one's, as they are recorded, the inputs of both FFNs and residuals, and an output;
+# between, one model goes through the layer after the other.
+TABLES = {"layer": HIDDEN_HELD, "between": 5, "dense": 7}
 # Bytes of a micro-expert: of the layer its sums, energy, place in the order and bits; of all layers
 # where they are ranked together.
 RANKED, RANKED_TOGETHER = 96, 48
@@ -104,7 +105,7 @@ class HostMemory:
 def hidden_held(method: Method) -> int:
     """Tables of hidden states that wait between layers, at most."""
     settings = method.compensation
-    return HIDDEN_HELD_OF_BOTH if settings and settings.target == "dense" else HIDDEN_HELD
+    return TABLES[settings.target] if settings else HIDDEN_HELD
 
 
 def _pinned(tokens: int, length: int, row: int) -> int:
