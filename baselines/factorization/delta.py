@@ -98,6 +98,12 @@ class DeltaSpec(ObserverSpec):
         one = 8 * (4 * hidden**2 + 4 * widest**2 + 6 * hidden * widest)
         return grams + one + 3 * hidden * sum(widths) * layer.itemsize
 
+    def host_bytes(self, layer: LayerShape) -> int:
+        """The factors of gate, up and down, and those of gate and up put together."""
+        widths, hidden = layer.routed_widths, layer.hidden
+        deltas = self.how.rank * (len(widths) * hidden + sum(widths))
+        return 5 * (deltas + hidden * max(widths, default=0)) * layer.itemsize
+
     def build(self, index: int, ffn: FeedForward) -> DeltaObserver:
         return DeltaObserver(ffn)
 

@@ -79,10 +79,10 @@ class HessianSpec(ObserverSpec):
     def nbytes(self, layer: LayerShape) -> int:
         """4 sum(H^2 + W^2), and on a CPU the inputs that are kept."""
         hessians = 4 * sum(layer.hidden**2 + width**2 for width in layer.pool.widths)
-        return hessians + (self._kept_bytes(layer) if layer.card is None else 0)
+        return hessians + (self.host_bytes(layer) if layer.card is None else 0)
 
-    def _kept_bytes(self, layer: LayerShape) -> int:
-        """The inputs that are kept, always on the host: by expert, and put together."""
+    def host_bytes(self, layer: LayerShape) -> int:
+        """The inputs that are kept: by expert, and put together."""
         widths, routed = layer.pool.widths, len(layer.routed_widths)
         shown = layer.tokens * (len(widths) - routed + min(layer.top_k, routed))
         kept = min(len(widths) * self.keep, shown)

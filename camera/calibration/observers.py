@@ -42,6 +42,11 @@ class ObserverSpec(ABC):
         computed; vectors of a number per micro-expert count as nothing."""
         return 0
 
+    def host_bytes(self, layer: LayerShape) -> int:
+        """Bytes that observer, result and what is made of it hold on the host, wherever the layer
+        is computed; vectors of a number per micro-expert count as nothing."""
+        return 0
+
     def result_bytes(self, layer: LayerShape) -> int:
         """Bytes that making the result takes beside these, when the last batch is through."""
         return 0

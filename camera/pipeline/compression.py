@@ -33,7 +33,7 @@ from camera.runtime.device.peak_memory import PeakMemory
 from camera.runtime.errors import CameraError
 from camera.runtime.files import require_space
 from camera.runtime.progress import format_bytes
-from camera.streaming.memory import BATCH_TOKENS, HIDDEN_HELD
+from camera.streaming.memory import BATCH_TOKENS
 from camera.streaming.settings import MemoryChoices
 from camera.streaming.skeleton import MetaModel
 from camera.streaming.streamer import LayerStreamer, Placement
@@ -193,7 +193,7 @@ def bytes_to_come(
     """What a run may still write: the dense size, less what a killed run wrote already, and the
     hidden states that it keeps there."""
     written = sum(path.stat().st_size for path in request.partial.glob("*.safetensors"))
-    tables = 2 + (HIDDEN_HELD if estimate.hidden_on_disk else 0)
+    tables = 2 + (estimate.tables if estimate.hidden_on_disk else 0)
     if any(step.kind == PassKind.BACKWARD for step in passes):
         tables += len(model.layers)  # every layer's input waits for the way back
     left = max(model.budget.dense.bytes - written, 0)

@@ -138,8 +138,7 @@ class LayerStreamer:
     ) -> list[LayerInput]:
         """Finish the layer expert by expert, and show each one's activations on the way."""
         if self._on_disk(index):  # all batches' outputs at once
-            likes = [torch.empty_like(batch.x_BLH, device="cpu") for batch in batches]
-            outputs = [OutputSum(x_BLH) for x_BLH in likes]
+            outputs = [OutputSum(torch.empty_like(at.x_BLH, device="cpu")) for at in batches]
             for output in outputs:
                 output.y_TH = self.hidden.keep(output.y_TH)
             self._run(index, batches, observer, outputs)

@@ -268,3 +268,14 @@ def test_grouped_products_wait_below_hopper(fake):
             found = torch.nn.functional.grouped_mm(a, b, offs=ends)
         fake_device.activate(fake, devices=2, capability=(8, 0))
         assert counts.times("wait") == 0 and counts.times("launch") == 1 and (found == 16).all()
+
+
+def test_tensors_of_the_host_are_counted_and_no_kernels_of_a_device(fake):
+    with fake_device.counting() as counts:
+        plain = torch.empty(BIG, dtype=torch.uint8)
+        pinned = torch.empty(BIG - 1, dtype=torch.uint8, pin_memory=True)
+        a = torch.ones(BIG, device=fake)
+        (a.sort().values + a).sum()
+        del plain, pinned
+    assert counts.peak_host == 2 * BIG
+    assert "test_tensors_of_the_host" in counts.on_host()

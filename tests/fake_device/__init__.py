@@ -4,7 +4,7 @@ Its devices say `cuda`, or another name, and compute the CPU's values. They refu
 refuses: tensors of two devices in one operator, `.numpy()`, a device that isn't there, more memory
 than it has. Non-blocking copies come late: until somebody waited for them, the destination holds
 NaN (integers 0x55...), and what a pinned source holds then is what arrives. Launches, waits, copies
-and bytes are counted by the line of Python that asked for them.
+and bytes are counted by the line of Python that asked for them, and so are the host's tensors.
 
     fake_device.activate("cuda", devices=2)
     with fake_device.counting("camera") as counts:

@@ -25,6 +25,8 @@ class Counts:
     def __init__(self) -> None:
         self.rows: list[Row] = []
         self.peak = self.peak_pinned = 0  # bytes, over the block
+        self.peak_host = 0  # bytes that the block added to the host's tensors, the pinned ones too
+        self._held: dict[tuple[str, int, str], int] = {}
 
     def times(self, kind: str, where: str = "") -> int:
         """How often: kinds that begin with `kind`, lines whose file or function has `where`."""
@@ -46,6 +48,15 @@ class Counts:
             times, size = found[row[:3]][row.kind]
             found[row[:3]][row.kind] = (times + row.times, size + row.bytes)
         return {line: dict(kinds) for line, kinds in found.items()}
+
+    def on_host(self, root: str | Path = "") -> str:
+        """The lines whose tensors the host held at its peak, largest first."""
+        rows = sorted(self._held.items(), key=lambda row: -row[1])
+        return "\n".join(
+            f"{size / 1e6:8.2f} MB  {_short(file, root)}:{line} {function}"
+            for (file, line, function), size in rows
+            if size > 0
+        )
 
     def table(self, by: str = "launch", most: int = 20, root: str | Path = "") -> str:
         """The lines with most of `by` (launch, wait, h2d, d2h, alloc), largest first."""
@@ -91,17 +102,20 @@ def counting(*project: str | Path) -> Iterator[Counts]:
     core().project([str(folder) for folder in project] or [""])
     core().reset()
     core().reset_peak(core().current_device())
-    was = core().count(True)
-    found = Counts()
+    was, traced = core().count(True), core().trace(True)
+    found, before = Counts(), core().host()[0]
     try:
         yield found
     finally:
         core().count(was)
+        core().trace(traced)
         found.rows = [Row(*row) for row in core().report()]
         found.peak, found.peak_pinned = (
             core().memory(core().current_device())[1],
             core().pinned()[1],
         )
+        found.peak_host = core().host()[1] - before
+        found._held = {(file, line, name): size for file, line, name, size in core().host_at_peak()}
 
 
 def _short(file: str, root: str | Path) -> str:

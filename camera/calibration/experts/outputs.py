@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from camera.moe.pool import LayerShape
 
 RUN, EVERY = 256, 8  # of so many runs of so many neighbouring tokens the last is held out
+# Joint sums on the host: of this layer, of the one before until this one is seen, and what is taken
+# from them for the experts that go.
+JOINT_HELD = 2.75
 
 
 @dataclass
@@ -71,9 +74,15 @@ class OutputSumsSpec(ObserverSpec):
     def nbytes(self, layer: LayerShape) -> int:
         """H numbers of fp64 for the sum and the squares of each expert, and for each part of the
         tokens E^2 (H + 2) of fp32."""
-        experts = sum(layer.pool.routed)
-        joint = 2 * 4 * experts**2 * (layer.hidden + 2) * self.joint
-        return 16 * experts * layer.hidden + joint
+        return 16 * sum(layer.pool.routed) * layer.hidden + self._joint_bytes(layer)
+
+    def host_bytes(self, layer: LayerShape) -> int:
+        """The result, of two layers for a moment, and what constants are fitted to."""
+        sums = 16 * sum(layer.pool.routed) * layer.hidden
+        return 2 * sums + int(JOINT_HELD * self._joint_bytes(layer))
+
+    def _joint_bytes(self, layer: LayerShape) -> int:
+        return 2 * 4 * sum(layer.pool.routed) ** 2 * (layer.hidden + 2) * self.joint
 
     def build(self, index: int, ffn: FeedForward) -> OutputSumsObserver:
         return OutputSumsObserver(ffn, self.joint)
@@ -168,6 +177,9 @@ class RankedOutputsSpec(ObserverSpec):
 
     def nbytes(self, layer: LayerShape) -> int:
         return self.ranking.nbytes(layer) + self.outputs.nbytes(layer)
+
+    def host_bytes(self, layer: LayerShape) -> int:
+        return self.ranking.host_bytes(layer) + self.outputs.host_bytes(layer)
 
     def result_bytes(self, layer: LayerShape) -> int:
         return self.ranking.result_bytes(layer)

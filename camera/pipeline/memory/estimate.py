@@ -20,16 +20,15 @@ from camera.pipeline.memory.device import (
     layers_bytes,
     workspace,
 )
+from camera.pipeline.memory.host import HostMemory, hidden_held
 from camera.runtime.device.accelerator import has_own_memory, total_memory
 from camera.runtime.device.host_memory import free_host_memory
-from camera.runtime.device.staging import STAGED
 from camera.runtime.progress import format_bytes
 from camera.streaming.hidden_states import HiddenPlace
 from camera.streaming.lm_head import HEAD_LOGITS, HEAD_TABLES
 from camera.streaming.memory import (
     BACKWARD_TOKENS,
     BATCH_TOKENS,
-    HIDDEN_HELD,
     HIDDEN_SHARE,
     active_width,
     attention_numbers,
@@ -55,6 +54,7 @@ class MemoryEstimate:
     experts: int  # of the largest layer, routed
     outside: int  # embeddings, final norm, head
     hidden: int  # one table of hidden states
+    tables: int  # such tables that wait between layers
     phi: int  # of the widest layer
     phi_routed: int  # of its routed experts alone
     working: int  # what computing one batch takes
@@ -65,6 +65,7 @@ class MemoryEstimate:
     hidden_place: HiddenPlace
     experts_on_disk: bool
     device: DeviceMemory | None = None  # where the device has memory of its own
+    host: HostMemory | None = None  # beside such a device
 
     @property
     def phi_held(self) -> int:
@@ -79,14 +80,7 @@ class MemoryEstimate:
     @property
     def host_peak(self) -> int:
         """What the run adds to the process at most."""
-        if self.device is None:
-            return self.peak
-        return self.staged + self.states
-
-    @property
-    def staged(self) -> int:
-        """Pinned buffers that layers are read and written through."""
-        return 0 if self.device is None else 4 * STAGED
+        return self.peak if self.host is None else self.host.peak
 
     @property
     def peak(self) -> int:
@@ -97,7 +91,7 @@ class MemoryEstimate:
         """
         if self.device is not None:
             return self.device.peak
-        head = self.logits + HIDDEN_HELD * self.hidden if self.logits else 0
+        head = self.logits + self.tables * self.hidden if self.logits else 0
         in_layers = self.layers(LAYERS_HELD) + self.states + self.work + self.phi_held
         return max(in_layers, int(OUTSIDE_HELD * self.outside) + head)
 
@@ -108,10 +102,8 @@ class MemoryEstimate:
 
     @property
     def states(self) -> int:
-        """Hidden states in RAM; pinned, and then of a power of two each, for a device to read."""
-        if self.hidden_place != "ram":
-            return 0
-        return HIDDEN_HELD * (self.hidden if self.device is None else 2 * self.hidden)
+        """Hidden states in RAM, where the device's memory is the system's."""
+        return self.tables * self.hidden if self.hidden_place == "ram" else 0
 
     @property
     def work(self) -> int:
@@ -169,6 +161,7 @@ class MemoryEstimate:
         reaching = {PassKind.BACKWARD: tokens, PassKind.TRIAL: min(tokens, TOKENS)}
         at_head = max((reaching.get(kind, 0) for kind in kinds), default=0)
         logits = 4 * min(HEAD_LOGITS, HEAD_TABLES * at_head * config.vocab_size)
+        tables = hidden_held(method)
         apart = card is not None or has_own_memory(model.device)
 
         def on_device(there: int, kept: int) -> DeviceMemory:
@@ -192,7 +185,7 @@ class MemoryEstimate:
         hidden_place = memory.hidden
         if memory.hidden == "auto":
             free = free_host_memory() if host is None else host
-            hidden_place = "disk" if HIDDEN_HELD * hidden > HIDDEN_SHARE * free else "ram"
+            hidden_place = "disk" if tables * hidden > HIDDEN_SHARE * free else "ram"
             asked = "keep" if method.compensation is not None else memory.phi
             needed = serves * {"keep": phi, "routed": phi_routed}.get(asked, 0)
             if apart and not on_disk and fits(hidden, needed):
@@ -214,19 +207,23 @@ class MemoryEstimate:
         if not apart and hidden_place == "device":
             hidden_place = "ram"  # the device's memory is the system's
         top_k = model.family.top_k(config) if max(experts) else 1
-        tables = BATCH_TABLES + SLOT_TABLES * top_k * (phi_kept == "none")
+        of_batch = BATCH_TABLES + SLOT_TABLES * top_k * (phi_kept == "none")
         numbers = config.hidden_size + max(
-            attention_numbers(model), config.hidden_size * (tables - 1)
+            attention_numbers(model), config.hidden_size * (of_batch - 1)
         )
         working = min(tokens, BATCH_TOKENS) * size * numbers
         if PassKind.BACKWARD in kinds:
             graph = GRAPH_TABLES * (config.hidden_size + width) * size
             working = max(working, int(min(tokens, BACKWARD_TOKENS) * graph))
+        beside = HostMemory.of(
+            *(model, method, passes, tokens, length), place=hidden_place, experts_on_disk=on_disk
+        )
         return cls(
             layer=max(layers),
             experts=max(experts),
             outside=outside,
             hidden=hidden,
+            tables=tables,
             phi=phi,
             phi_routed=phi_routed,
             working=working,
@@ -237,6 +234,7 @@ class MemoryEstimate:
             hidden_place=hidden_place,
             experts_on_disk=on_disk,
             device=on_device(there, sizes[phi_kept]) if apart else None,
+            host=beside if apart else None,
         )
 
 

@@ -31,7 +31,7 @@ def require_memory(
     """CameraError where a run over so many tokens takes more memory than is free.
 
     Host and device are two sums: on an accelerator everything is computed and waits there, but for
-    hidden states that have no room, and for what is read and written.
+    hidden states that have no room, for what is read and written, and for what a method keeps.
     """
     ids = Part("the calibration tokens", TOKEN_BYTES * tokens + SAMPLE_BYTES * samples, FEWER)
     hidden = Part("the hidden states", estimate.states, f"set memory.hidden=disk, or {FEWER}")
@@ -40,8 +40,17 @@ def require_memory(
     way = "set memory.phi=recompute" if method.compensation is None else FEWER
     other = f"choose another method, or {FEWER}"
     if estimate.device is not None:
-        staged = Part("buffers of layers", estimate.staged, LARGER)
-        _require([ids, hidden, staged], torch.device("cpu"), "the system's memory")
+        beside = {
+            "staged": ("buffers of layers", LARGER),
+            "hidden": hidden[::2],
+            "routing": ("tokens of experts on disk", f"set memory.experts=ram, or {FEWER}"),
+            "method": (f"method {method.name}", other),
+            "sample": ("a batch", LARGER),
+            "gradients": ("the gradients of all tokens", FEWER),
+        }
+        for parts in estimate.host.moments.values():
+            found = [Part(beside[key][0], size, beside[key][1]) for key, size in parts.items()]
+            _require([ids, *found], torch.device("cpu"), "the system's memory")
         named = {
             "layers": ("the layers", on_disk),
             "hidden": ("the hidden states", "set memory.hidden=ram"),

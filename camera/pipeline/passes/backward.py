@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from camera.calibration.experts.super_experts import WithOutliers
 from camera.calibration.observers import ObserverSpec
 from camera.calibration.statistics import LayerStatistics, Statistics
+from camera.checkpoint.shards import write_tensors
 from camera.method import Pass, Seen
 from camera.moe.gradients import backpropagate
 from camera.pipeline.cache import gathered_once
@@ -245,7 +245,7 @@ class _Inputs:
         path = self._path(index)
         partial = partial_of(path)
         try:
-            save_file({str(i): h.contiguous() for i, h in enumerate(hidden)}, partial)
+            write_tensors({str(i): h for i, h in enumerate(hidden)}, partial)
             replace_durably(partial, path)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)

@@ -87,8 +87,8 @@ class CompressedTokens:
         )
         with hook:
             inputs = self._streamer.attend(index, self.batches)
-        target_TH, scale = _joined(model.device, dense), model.feed_forward(index).residual_scale
-        missing_TH = _joined(model.device, inputs).float().sub_(target_TH).div_(-scale)
+        target_TH, scale = _residuals(model.device, dense), model.feed_forward(index).residual_scale
+        missing_TH = _residuals(model.device, inputs).float().sub_(target_TH).div_(-scale)
         fitted = _fitted(settings, inputs)
         heads_TA = torch.cat(heads)
         return inputs, refit_attention(output, heads_TA, missing_TH, target_TH, fitted, settings)
@@ -100,10 +100,9 @@ class CompressedTokens:
         """Refit a pruned layer to the output of the layer `before`; its outputs, and a report."""
         model, settings = self._streamer.model, self._settings
         ffn, inputs = model.feed_forward(index), [batch.at for batch in phi]
-        stream_TH, target_TH = _joined(model.device, inputs).float(), None
+        stream_TH, target_TH = _residuals(model.device, inputs).float(), None
         if self.dense is not None:
-            after = [batch.hidden_BLH.flatten(0, 1) for batch in self.dense]
-            target_TH = torch.cat(after).to(model.device).float()
+            target_TH = _joined(model.device, [batch.hidden_BLH for batch in self.dense]).float()
             target_TH = target_TH.sub_(stream_TH).div_(ffn.residual_scale)
         stream_TH = stream_TH if settings.token_weights == "relative" else None
         y_TH, report = compensate(
@@ -120,9 +119,17 @@ class CompressedTokens:
         return [FfnOutput(at, part) for at, part in zip(inputs, parts, strict=True)], report
 
 
-def _joined(device: torch.device, inputs: list[FfnInput]) -> torch.Tensor:
-    """A copy of the residuals of all batches, [T, H]."""
-    return torch.cat([batch.residual_BLH.flatten(0, 1) for batch in inputs]).to(device)
+def _residuals(device: torch.device, inputs: list[FfnInput]) -> torch.Tensor:
+    return _joined(device, [batch.residual_BLH for batch in inputs])
+
+
+def _joined(device: torch.device, states: list[torch.Tensor]) -> torch.Tensor:
+    """A copy of all batches' hidden states, [T, H], put together where they go to."""
+    counts = [hidden_BLH[..., 0].numel() for hidden_BLH in states]
+    joined_TH = states[0].new_empty(sum(counts), states[0].shape[-1], device=device)
+    for part_TH, hidden_BLH in zip(joined_TH.split(counts), states, strict=True):
+        part_TH.copy_(hidden_BLH.flatten(0, 1))
+    return joined_TH
 
 
 def _fitted(settings: CompensationSettings, inputs: list[FfnInput]) -> int:

@@ -13,6 +13,7 @@ from camera.calibration.settings import Calibration
 from camera.pipeline.memory import refusal
 from camera.pipeline.memory.device import DeviceMemory
 from camera.pipeline.memory.estimate import MemoryEstimate
+from camera.pipeline.memory.host import HostMemory
 from camera.pipeline.memory.refusal import require_memory
 from camera.runtime.errors import CameraError
 from camera.streaming.settings import MemoryChoices
@@ -79,6 +80,7 @@ def test_what_is_counted_is_the_peak(estimate, free):
 
 
 DEVICE = DeviceMemory(*[10**6] * 11)
+HOST = HostMemory(*[10**6] * 9)
 
 
 @pytest.mark.parametrize(
@@ -99,20 +101,33 @@ DEVICE = DeviceMemory(*[10**6] * 11)
 )
 def test_what_has_no_room_on_a_device_is_named(part, told, estimate, free):
     free(4 * 10**9, 4 * 10**8)
-    require_memory(replace(estimate, device=DEVICE), PRUNED, GPU, TOKENS, 32)
-    large = replace(estimate, device=replace(DEVICE, **{part: 10**9}))
+    require_memory(replace(estimate, device=DEVICE, host=HOST), PRUNED, GPU, TOKENS, 32)
+    large = replace(estimate, device=replace(DEVICE, **{part: 10**9}), host=HOST)
     said = refused(large, GPU)
     assert "of the memory of cuda:0, where" in said and told in said
 
 
-def test_host_and_device_are_two_sums(estimate, free):
-    large = replace(estimate, device=DEVICE, hidden=10**9)
-    free(10**10, 4 * 10**8)
-    require_memory(large, PRUNED, GPU, TOKENS, 32)  # hidden states wait in the system's memory
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ("staged", "goes to buffers of layers: it takes a machine with more memory."),
+        ("ranking", "goes to method camera_p: choose another method"),
+        ("hidden", "goes to the hidden states: set memory.hidden=disk, or lower cal"),
+        ("routing", "goes to tokens of experts on disk: set memory.experts=ram, or lower cal"),
+        ("kept", "goes to method camera_p: choose another method"),
+        ("sample", "goes to a batch"),
+        ("gradients", "goes to the gradients of all tokens: lower calibration.samples."),
+        ("batch", "goes to the gradients of all tokens"),
+        ("trials", "goes to the hidden states: set memory.hidden=disk"),
+    ],
+)
+def test_what_has_no_room_beside_a_device_is_named(part, told, estimate, free):
+    large = replace(estimate, device=DEVICE, host=replace(HOST, **{part: 10**9}))
+    free(2 * 10**9, 4 * 10**8)
+    require_memory(large, PRUNED, GPU, TOKENS, 32)  # the device's sum has none of it
     free(4 * 10**8, 4 * 10**9)
-    assert "of the system's memory, where" in refused(large, GPU)
-    assert "set memory.hidden=disk" in refused(large, GPU)
-    require_memory(replace(large, hidden_place="device"), PRUNED, GPU, TOKENS, 32)
+    said = refused(large, GPU)
+    assert "of the system's memory, where" in said and told in said
 
 
 def test_calibration_is_weighed_before_it_is_drawn(checkpoints, data_folder, tmp_path, monkeypatch):

@@ -14,13 +14,47 @@ struct Memory {
   int64_t allocations = 0;
 };
 std::array<Memory, MAX_DEVICES> memory;
-Memory pinned;
+Memory pinned, host;  // host: all of its tensors, the pinned ones too
+struct Held {
+  size_t size;
+  int site;
+};
+std::unordered_map<const void*, Held> on_host;
+std::map<int, int64_t> held_by, held_at_peak;  // bytes by site
+
+// Call all three with the gate closed.
+void take_host(const void* data, size_t size, int site) {
+  on_host[data] = {size, site};
+  held_by[site] += size;
+  host.now += size;
+  host.allocations += 1;
+  if (host.now <= host.peak) return;
+  host.peak = host.now;
+  if (tracing) held_at_peak = held_by;
+}
+void give_host(const void* data) {
+  auto found = on_host.find(data);
+  if (found == on_host.end()) return;
+  host.now -= found->second.size;
+  held_by[found->second.site] -= found->second.size;
+  on_host.erase(found);
+}
+void reset_host_peak() {
+  host.peak = host.now;
+  held_at_peak = held_by;
+}
 std::map<uintptr_t, size_t> pinned_blocks;
 
 struct Block {
   void* data;
   size_t size;
   DeviceIndex device;
+};
+
+thread_local int kernels_running = 0;
+struct OnDevice {  // what this thread does meanwhile is the device's work
+  OnDevice() { ++kernels_running; }
+  ~OnDevice() { --kernels_running; }
 };
 
 size_t rounded(size_t size) { return (size + 511) / 512 * 512; }  // as CUDA's allocator does
@@ -33,6 +67,7 @@ void free_block(void* context) {
       memory[block->device].now -= block->size;
     } else {
       pinned.now -= block->size;
+      give_host(block->data);
       pinned_blocks.erase(reinterpret_cast<uintptr_t>(block->data));
     }
   }
@@ -94,11 +129,13 @@ struct PinnedAllocator final : public at::HostAllocator {
     size_t takes = 1;  // as CUDA's host allocator does
     while (takes < size) takes *= 2;
     void* data = c10::alloc_cpu(size);
+    int where = tracing ? site() : 0;
     {
       Lock lock(gate);
       pinned.now += takes;
       pinned.allocations += 1;
       pinned.peak = std::max(pinned.peak, pinned.now);
+      take_host(data, takes, where);
       pinned_blocks[reinterpret_cast<uintptr_t>(data)] = size;
     }
     note("pin", "allocate", takes);
@@ -114,6 +151,30 @@ struct PinnedAllocator final : public at::HostAllocator {
   void reset_accumulated_stats() override {}
   void reset_peak_stats() override {}
 } pinned_allocator;
+
+// Tensors of the host; what CPU kernels take in a device's place is not counted.
+struct HostAllocator final : public c10::Allocator {
+  static void free(void* data) {
+    {
+      Lock lock(gate);
+      give_host(data);
+    }
+    c10::free_cpu(data);
+  }
+  c10::DataPtr allocate(size_t size) override {
+    void* data = c10::alloc_cpu(size);
+    if (size && !kernels_running) {
+      int where = tracing ? site() : 0;
+      Lock lock(gate);
+      take_host(data, size, where);
+    }
+    return {data, data, &free, Device(DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &free; }
+  void copy_data(void* to, const void* from, size_t size) const override {
+    std::memcpy(to, from, size);
+  }
+} host_allocator;
 
 bool is_pinned(const void* data) {
   Lock lock(gate);

@@ -16,6 +16,7 @@ void poison(const Tensor& tensor) {  // what memory might hold before a copy arr
 }
 
 Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
+  OnDevice here;
   at::AutoDispatchBelowADInplaceOrView below;
   bool in = !ours(from.device()), out = !ours(to.device());
   TORCH_CHECK((!in || from.is_cpu()) && (!out || to.is_cpu()), "copy_ between ", from.device(),
@@ -61,6 +62,7 @@ Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
 }
 
 at::Scalar local_scalar(const Tensor& self) {
+  OnDevice here;
   note("wait", "item");
   note("d2h pageable", "item", self.itemsize());
   settle(self.device().index(), current_streams[self.device().index()], true);

@@ -23,6 +23,7 @@ std::unordered_map<PyCodeObject*, bool>
     in_project;                        // its keys are owned: an address stays one code
 std::vector<std::string> project{""};  // prefixes of file names
 bool counting = true;
+bool tracing = false;  // memory of the host, by site
 
 bool is_project(PyCodeObject* code) {
   auto found = in_project.find(code);

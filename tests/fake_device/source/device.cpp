@@ -60,6 +60,7 @@ void activate(const std::string& type, int count, size_t total, std::pair<int, i
   settings.active = true;
   static c10::impl::DeviceGuardImplRegistrar guard(settings.type, new Guard);
   c10::SetAllocator(settings.type, &device_allocator, 255);
+  c10::SetCPUAllocator(&host_allocator, 255);
   if (wanted == DeviceType::CUDA) {
     adopt_hooks();
   } else {
@@ -110,10 +111,25 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     Lock lock(gate);
     return std::make_tuple(pinned.now, pinned.peak, pinned.allocations);
   });
+  m.def("host", [] {
+    Lock lock(gate);
+    return std::make_tuple(host.now, host.peak, host.allocations);
+  });
+  m.def("trace", [](bool on) { return std::exchange(tracing, on); });
+  m.def("host_at_peak", [] {
+    Lock lock(gate);
+    py::list rows;
+    for (const auto& [where, bytes] : held_at_peak) {
+      const auto& [file, line, function] = sites[where];
+      rows.append(py::make_tuple(file, line, function, bytes));
+    }
+    return rows;
+  });
   m.def("reset_peak", [](int device) {
     device_allocator.resetPeakStats(static_cast<DeviceIndex>(device));
     Lock lock(gate);
     pinned.peak = pinned.now;
+    reset_host_peak();
   });
   m.def("current_device", [] { return static_cast<int>(current_device); });
   m.def("set_device", [](int device) {

@@ -14,6 +14,7 @@ namespace fake {
 
 // CUDA counts integers too, which the CPU's kernel does not.
 Tensor histc(const Tensor& self, int64_t bins, const at::Scalar& least, const at::Scalar& most) {
+  OnDevice here;
   at::AutoDispatchBelowADInplaceOrView below;
   settle(self.device().index(), current_streams[self.device().index()], false);
   note("launch", "aten::histc");
@@ -29,6 +30,7 @@ Tensor histc(const Tensor& self, int64_t bins, const at::Scalar& least, const at
 // elsewhere.
 Tensor grouped_mm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& offsets,
                   const std::optional<Tensor>& bias, std::optional<at::ScalarType> dtype) {
+  OnDevice here;
   bool fast = (settings.major == 9 || settings.major == 10) && a.scalar_type() == at::kBFloat16 &&
               b.scalar_type() == at::kBFloat16;
   if (!fast || settings.type != DeviceType::CUDA)
@@ -143,6 +145,7 @@ struct Call {
 };
 
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  OnDevice here;
   at::AutoDispatchBelowADInplaceOrView below;
   const auto& schema = op.schema();
   const auto& arguments = schema.arguments();

@@ -41,6 +41,7 @@ c10::Storage new_storage(size_t size) {
 
 // What a CPU kernel made, on the device.
 Tensor moved(const Tensor& made, Device device) {
+  OnDevice here;
   c10::DeviceGuard guard(device);
   size_t bytes = made.storage().nbytes();
   c10::Storage storage = new_storage(bytes);
@@ -87,6 +88,7 @@ Tensor unfold(const Tensor& self, int64_t dim, int64_t size, int64_t step) {
 }
 
 const Tensor& resize_(const Tensor& self, at::IntArrayRef size, std::optional<at::MemoryFormat>) {
+  OnDevice here;
   c10::DeviceGuard guard(self.device());
   at::native::resize_impl_cpu_(self.unsafeGetTensorImpl(), size, std::nullopt, true);
   return self;
