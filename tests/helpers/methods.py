@@ -13,7 +13,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "camera_p": ("camera_p", PRUNE),
     "camera_p global": ("camera_p", dict(**PRUNE, rank_scope="global")),
     "camera_p measured": ("camera_p", dict(**PRUNE, rank_scope="measured")),
-    "camera_p fit": ("camera_p", dict(**FIT, compensate="layer")),
+    "camera_p fit": ("camera_p", dict(**FIT, compensate="layer", target="between")),
     "camera_plus": ("camera_plus", dict(**FIT, rank_scope="measured", target="dense")),
     "camera_plus hidden_share": (
         "camera_plus",
