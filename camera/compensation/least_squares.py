@@ -1,4 +1,4 @@
-"""Compensation: the output weights of what stays of a layer, refitted to what the layer put out.
+"""Compensation: the output weights of what stays of a layer, refitted to what it put out.
 
     min over w  sum_t c_t |y_t - sum_i phi_ti w_i|^2
                 + ridge * E * sum_i |w_i - w_i^old|^2 / |w_i^old|^2
