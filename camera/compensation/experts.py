@@ -1,4 +1,5 @@
-"""Refit of the remaining output weights to the unpruned layer's output.
+"""Refit of the remaining output weights: to the unpruned layer's output, the dense model's hidden
+states, or half way.
 
 Shapes: T calibration tokens, H hidden, N tokens of one expert, W its kept width, R removed.
 """

@@ -53,6 +53,8 @@ def check_spelling(arguments: Sequence[str]) -> None:
             chosen = next(a for a in arguments if a.startswith(f"{group}="))
             raise CameraError(f"{chosen} has no settings of its own: leave {key} out.")
         prefix = f"{group}." if group else ""
+        if not group and name in (_of_chosen("method", arguments) or ()):
+            raise CameraError(f"{key} is no setting; did you mean method.{key}? --help has all.")
         raise CameraError(_unknown(f"{key} is no setting", key, [prefix + k for k in known]))
 
 

@@ -97,7 +97,7 @@ class CompressedTokens:
     def compensate(
         self, index: int, phi: list[FfnPhi], kept: KeptRows, before: Weights
     ) -> tuple[list[FfnOutput], dict[str, Any]]:
-        """Refit a pruned layer to the output of the layer `before`; its outputs, and a report."""
+        """Refit a pruned layer, whose output weights were `before`; its outputs, and a report."""
         model, settings = self._streamer.model, self._settings
         ffn, inputs = model.feed_forward(index), [batch.at for batch in phi]
         stream_TH, target_TH = _residuals(model.device, inputs).float(), None
