@@ -15,6 +15,7 @@ from camera.method import Method, Pass, PassKind
 from camera.moe.grouped.products import FILLED_SHARE
 from camera.moe.grouped.rows import BLOCK
 from camera.moe.pool import LayerShape
+from camera.pipeline.memory.moments import Moments
 from camera.streaming.memory import (
     BACKWARD_TOKENS,
     BATCH_TOKENS,
@@ -42,9 +43,7 @@ GRAPH_STATES, GRAPH_SLOTS, GRAPH_PHI, GRAPH_HEADS = 8, 3, 10, 2
 
 
 @dataclass(frozen=True)
-class DeviceMemory:
-    """Bytes of each part; a part that a run doesn't have is 0."""
-
+class DeviceMemory(Moments):
     layers: int
     outside: int
     hidden: int  # tables of hidden states that wait on the device
@@ -59,7 +58,6 @@ class DeviceMemory:
 
     @property
     def moments(self) -> dict[str, dict[str, int]]:
-        """The parts that stand in memory together, by what is done then."""
         held = {"layers": self.layers, "hidden": self.hidden}
         found = {
             "attention": {**held, "batch": self.attention},
@@ -73,11 +71,6 @@ class DeviceMemory:
         if self.trials:
             found["trials"] = {"layers": self.layers, "hidden": self.trials}
         return found
-
-    @property
-    def peak(self) -> int:
-        """The most that stands there together."""
-        return max(sum(parts.values()) for parts in self.moments.values())
 
     @classmethod
     def of(

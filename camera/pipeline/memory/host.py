@@ -10,6 +10,7 @@ from camera.calibration.experts.super_experts import SAMPLED
 from camera.calibration.trials import trial_bytes
 from camera.method import Method, Pass, PassKind
 from camera.moe.pool import LayerShape
+from camera.pipeline.memory.moments import Moments
 from camera.runtime.device.staging import STAGED
 from camera.streaming.memory import BACKWARD_TOKENS, BATCH_TOKENS, HIDDEN_HELD
 from camera.streaming.skeleton import MetaModel
@@ -25,9 +26,7 @@ BUSIEST = 2  # times as many tokens as the mean expert has
 
 
 @dataclass(frozen=True)
-class HostMemory:
-    """Bytes of each part; a part that a run doesn't have is 0."""
-
+class HostMemory(Moments):
     staged: int  # pinned buffers that layers are read and written through
     ranking: int  # numbers of micro-experts
     hidden: int  # tables of hidden states that wait here
@@ -40,7 +39,6 @@ class HostMemory:
 
     @property
     def moments(self) -> dict[str, dict[str, int]]:
-        """The parts that stand in memory together, by what is done then."""
         always = {"staged": self.staged, "method": self.ranking}
         seen = {**always, "method": self.ranking + self.kept}
         found = {
@@ -53,11 +51,6 @@ class HostMemory:
         if self.trials:
             found["trials"] = {**always, "hidden": self.trials}
         return found
-
-    @property
-    def peak(self) -> int:
-        """The most that stands there together."""
-        return max(sum(parts.values()) for parts in self.moments.values())
 
     @classmethod
     def of(

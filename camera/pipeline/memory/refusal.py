@@ -1,5 +1,6 @@
 """The refusal of a run that takes more memory than is free, before it starts."""
 
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from camera.method import Method
 from camera.pipeline.memory.device import LAYERS_HELD, OUTSIDE_HELD
 from camera.pipeline.memory.estimate import MemoryEstimate
+from camera.pipeline.memory.moments import Moments
 from camera.runtime.device.accelerator import free_memory
 from camera.runtime.errors import CameraError
 from camera.runtime.progress import format_bytes
@@ -40,29 +42,23 @@ def require_memory(
     way = "set memory.phi=recompute" if method.compensation is None else FEWER
     other = f"choose another method, or {FEWER}"
     if estimate.device is not None:
-        beside = {
-            "staged": ("buffers of layers", LARGER),
-            "hidden": hidden[::2],
-            "routing": ("tokens of experts on disk", f"set memory.experts=ram, or {FEWER}"),
-            "method": (f"method {method.name}", other),
-            "sample": ("a batch", LARGER),
-            "gradients": ("the gradients of all tokens", FEWER),
-        }
-        for parts in estimate.host.moments.values():
-            found = [Part(beside[key][0], size, beside[key][1]) for key, size in parts.items()]
-            _require([ids, *found], torch.device("cpu"), "the system's memory")
         named = {
+            "staged": ("buffers of layers", LARGER),
             "layers": ("the layers", on_disk),
-            "hidden": ("the hidden states", "set memory.hidden=ram"),
+            "routing": ("tokens of experts on disk", f"set memory.experts=ram, or {FEWER}"),
             "phi": ("a layer's activations", way),
             "batch": ("a batch", LARGER),
+            "sample": ("a batch", LARGER),
             "method": (f"method {method.name}", other),
+            "gradients": ("the gradients of all tokens", FEWER),
             "outside": ("embeddings and head", LARGER),
             "logits": ("logits", LARGER),
         }
-        for parts in estimate.device.moments.values():
-            found = [Part(named[key][0], size, named[key][1]) for key, size in parts.items()]
-            _require(found, device, f"the memory of {device}")
+        for parts in _by_moment(estimate.host, named | {"hidden": hidden[::2]}):
+            _require([ids, *parts], torch.device("cpu"), "the system's memory")
+        away = hidden.name, "set memory.hidden=ram"
+        for parts in _by_moment(estimate.device, named | {"hidden": away}):
+            _require(parts, device, f"the memory of {device}")
         return
     most = estimate.method > estimate.working
     computing = [
@@ -76,6 +72,12 @@ def require_memory(
     logits = Part("logits", estimate.logits, LARGER)
     _require([ids, hidden, layers, *computing], device, "memory")
     _require([ids, hidden._replace(bytes=0), outside, logits], device, "memory")
+
+
+def _by_moment(memory: Moments, named: Mapping[str, tuple[str, str]]) -> Iterator[list[Part]]:
+    """The parts of each moment, with their names and ways out."""
+    for parts in memory.moments.values():
+        yield [Part(named[key][0], size, named[key][1]) for key, size in parts.items()]
 
 
 def _require(parts: list[Part], device: torch.device, what: str) -> None:
