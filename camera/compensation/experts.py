@@ -110,7 +110,7 @@ def compensate(
         everywhere = scale_T1 is None or tokens_N is None
         scale_N1 = scale_T1 if everywhere else scale_T1[tokens_N]
         block = ExpertRegression(tokens_N, phi_NF[:, stays], down_HW[:, stays].T, scale_N1)
-        gone_NH = _gone(block, phi_NF[:, ~stays], down_HW[:, ~stays].T, how.dense_share)
+        gone_NH = _gone(block, phi_NF, down_HW, ~stays, how.dense_share)
         del phi_NF
         blocks[place] = block
         if how.scope == "expert":
@@ -136,13 +136,18 @@ def compensate(
 
 
 def _gone(
-    block: ExpertRegression, phi_NR: torch.Tensor, weight_RH: torch.Tensor, dense_share: float
+    block: ExpertRegression,
+    phi_NF: torch.Tensor,
+    down_HF: torch.Tensor,
+    gone_F: torch.Tensor,
+    dense_share: float,
 ) -> torch.Tensor:
     """What one expert adds to the residual: what of it was removed, and, for the part of the target
     that is the dense model's, what its rest puts out already."""
     if dense_share == 1:
         return block.output().neg_()
-    removed_NH = ExpertRegression(block.tokens_N, phi_NR, weight_RH, block.scale_N1).output()
+    removed = phi_NF[:, gone_F], down_HF[:, gone_F].T
+    removed_NH = ExpertRegression(block.tokens_N, *removed, block.scale_N1).output()
     if dense_share:
         removed_NH.mul_(1 - dense_share).sub_(block.output(), alpha=dense_share)
     return removed_NH

@@ -22,10 +22,10 @@ class CompensationSettings:
     `target` layer is the output of the unpruned layer on the same input; dense is the dense model's
     hidden states after the layer, which also corrects errors of the layers before, and refits the
     output weights of attention too (`camera.compensation.attention`); between is half way from the
-    one to the other, attention as it is. `token_weights` relative
-    weighs a token's error by the inverse squared norm of its hidden state, uniform weighs all
-    equally. `ridges` are tried from the largest, with at most `sweeps` over the experts each, as
-    long as the error on the share `held_out` of the calibration samples falls.
+    one to the other, attention as it is. `token_weights` relative weighs a token's error by the
+    inverse squared norm of its hidden state, uniform weighs all equally. `ridges` are tried from
+    the largest, with at most `sweeps` over the experts each, as long as the error on the share
+    `held_out` of the calibration samples falls.
     """
 
     scope: Scope = "layer"
