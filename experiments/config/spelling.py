@@ -53,9 +53,10 @@ def check_spelling(arguments: Sequence[str]) -> None:
             chosen = next(a for a in arguments if a.startswith(f"{group}="))
             raise CameraError(f"{chosen} has no settings of its own: leave {key} out.")
         prefix = f"{group}." if group else ""
-        if not group and name in (_of_chosen("method", arguments) or ()):
-            raise CameraError(f"{key} is no setting; did you mean method.{key}? --help has all.")
-        raise CameraError(_unknown(f"{key} is no setting", key, [prefix + k for k in known]))
+        elsewhere = [] if group else _grouped(name, arguments)
+        raise CameraError(
+            _unknown(f"{key} is no setting", key, [prefix + k for k in known], elsewhere)
+        )
 
 
 def _of_chosen(group: str, arguments: Sequence[str]) -> set[str] | None:
@@ -66,6 +67,12 @@ def _of_chosen(group: str, arguments: Sequence[str]) -> set[str] | None:
     if not names or not {*names} <= {*known}:
         return None
     return set.union(*(_names(known[name]) for name in names)) - {TARGET}
+
+
+def _grouped(name: str, arguments: Sequence[str]) -> list[str]:
+    """A setting of this name in every group that has one, by the choices that are named."""
+    groups = {group: _of_chosen(group, arguments) or known for group, known in _keys().items()}
+    return [f"{group}.{name}" for group, known in groups.items() if group and name in known]
 
 
 def _without_value(argument: str) -> str:
@@ -90,9 +97,9 @@ def _check_choices(group: str, value: str) -> None:
             raise CameraError(_unknown(f"{group}={name} is no choice", name, known))
 
 
-def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+def _unknown(what: str, name: str, known: Iterable[str], near: Sequence[str] = ()) -> str:
     known = sorted(known)
-    near = get_close_matches(name, known, n=3)
+    near = near or get_close_matches(name, known, n=3)
     if near:
         return f"{what}; did you mean {' or '.join(near)}? --help has all."
     return f"{what}; there are {', '.join(known)}."

@@ -23,6 +23,7 @@ from tests.helpers.runs.composing import choices, command
         ("method=camera_p,heapr method.alhpa=0", "did you mean method.alpha"),
         ("method=camera_p method.search=auto", "method.search is no setting; "),
         ("method=camera_plus target=layer", "target is no setting; did you mean method.target"),
+        ("samples=64", "samples is no setting; did you mean calibration.samples?"),
         ("qqq=1", "qqq is no setting; there are alpha, "),
         ("sparsity", "sparsity has no value: write sparsity=VALUE, without spaces"),
         ("method = camera_p", "method has no value: write method=VALUE"),
