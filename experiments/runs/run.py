@@ -31,6 +31,7 @@ from experiments.records.files import (
     read_json,
 )
 from experiments.records.folders import Folders
+from experiments.records.interruptions import deferred_interruptions
 from experiments.records.origin import origin_of
 from experiments.runs import ranks
 from experiments.runs.compression import (
@@ -200,7 +201,8 @@ def _error_file(files: RunFiles) -> Iterator[None]:
         yield
     except BaseException as error:
         try:
-            files.fail(one_line(error), traceback.format_exc())
+            with deferred_interruptions():
+                files.fail(one_line(error), traceback.format_exc())
         except OSError as full:  # the reason is raised, and so in the log, all the same
             log.error("%s can't be written: %s", files.error, one_line(full))
         raise

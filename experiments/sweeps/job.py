@@ -17,6 +17,7 @@ from experiments.config.settings import Settings
 from experiments.records.failures import naming_output, one_line
 from experiments.records.files import LOST, RunFiles, SweepFiles, is_json, read_json
 from experiments.records.folders import Folders, cost_class
+from experiments.records.interruptions import deferred_interruptions
 from experiments.records.outcome import outcome
 from experiments.runs.summary import numbers_of
 from experiments.sweeps.jobs import BUSY, SweepJob, read_plan
@@ -175,6 +176,7 @@ def _record(sweep: SweepFiles, number: int, folder: Path | None, error: str | No
     if distributed.rank() > 0:
         return
     try:
-        sweep.record(number, folder, error)
+        with deferred_interruptions():
+            sweep.record(number, folder, error)
     except OSError as full:  # the job's end is in the log, and in the table of this process
         log.error("%s can't be written: %s", sweep.job(number), one_line(full))

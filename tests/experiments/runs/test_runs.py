@@ -187,17 +187,6 @@ def test_a_failure_is_in_the_folder_and_the_next_try_goes_on(make, tasks, monkey
     assert (folder / "DONE").exists() and not (folder / "error.txt").exists()
 
 
-def test_an_interrupt_is_recorded_and_goes_through(make, monkeypatch):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(measurements, "perplexity", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run(make("method=dense"))
-    folder = Folders.of(make("method=dense")).run
-    assert (folder / "error.txt").read_text().startswith("KeyboardInterrupt")
-
-
 @pytest.mark.parametrize(
     ("refused", "told"),
     [
