@@ -72,8 +72,8 @@ class ExpertPruning(Method):
         if not self.native and family_of(budget.model_type).weighs_inputs:
             raise CameraError(
                 f"replaced_by={self.replaced_by} puts a constant times its routing weight in the "
-                f"place of an expert, and a {budget.model_type} model scales what experts read by "
-                "that weight: set method.replaced_by=none."
+                f"place of an expert, and a model of type {budget.model_type} scales what experts "
+                "read by that weight: set method.replaced_by=none."
             )
 
     def require_choice(self, key: str, choices: Any) -> None:

@@ -176,8 +176,8 @@ class _Kinds:
         tied = bool(routed and shared) and one_key
         if tied and sparsity_of == "routed":
             raise CameraError(
-                f"expert_widths=uniform: a {budget.model_type} model has one width for routed and "
-                "shared experts: use sparsity_of=moe."
+                f"expert_widths=uniform: a model of type {budget.model_type} has one width for "
+                "routed and shared experts: use sparsity_of=moe."
             )
         all_routed = [is_routed for pool in budget.layers.values() for is_routed in pool.routed]
         experts = {kind: all_routed.count(kind) for kind in (True, False)}

@@ -233,7 +233,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if model.config.model_type != "llama":
         raise SystemExit(
-            f"error: {given.dense} is a {model.config.model_type}: only a llama can be split."
+            f"error: {given.dense} is of type {model.config.model_type}: only a llama can be split."
         )
     require_memory(model, given.samples * given.length)
     ids_NL = own_text(model, given.samples, given.length, given.seed)

@@ -19,6 +19,7 @@ from camera.runtime.files import write_json
 from experiments.config.constructor import build
 from experiments.config.settings import Settings, check
 from experiments.figures.run import draw_run
+from experiments.records.card import enter_scores
 from experiments.records.energy_summary import keep_energies
 from experiments.records.failures import FailedBeforeError, naming_output, one_line
 from experiments.records.files import (
@@ -133,6 +134,8 @@ def _run(
             try:
                 metrics = _measure(settings, folders, tracking)
                 files.finish(metrics)
+                if settings.compresses and settings.keep_checkpoint:
+                    enter_scores(folders.checkpoint, metrics)
                 tracking.finish(metrics)
             except BaseException as error:
                 tracking.fail(one_line(error))  # which raises nothing

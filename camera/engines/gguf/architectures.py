@@ -184,7 +184,7 @@ def architecture_of(config: Config) -> Architecture:
     kind = config.model_type
     if kind not in ARCHITECTURES:
         why = REFUSED.get(kind, "it isn't among " + ", ".join(sorted(ARCHITECTURES)))
-        raise CameraError(f"a {kind} model can't be written as GGUF: {why}.")
+        raise CameraError(f"a model of type {kind} can't be written as GGUF: {why}.")
     found = ARCHITECTURES[kind]
     found.require(config)
     return found

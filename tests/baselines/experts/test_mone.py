@@ -145,5 +145,5 @@ def test_constants_are_refused_where_a_routing_weight_scales_what_experts_read(
     checkpoints, rank_scope
 ):
     budget = replace(MetaModel(checkpoints("qwen2_moe"), "cpu").budget, model_type="llama4")
-    with pytest.raises(CameraError, match=r"llama4 model scales what .* method.replaced_by=none"):
+    with pytest.raises(CameraError, match=r"of type llama4 scales what .* method.replaced_by=none"):
         MoNE(**HALF, rank_scope=rank_scope).check(budget)

@@ -115,7 +115,7 @@ def test_every_quantised_matrix_of_the_gguf_has_its_values(checkpoints, data_fol
 
 
 def test_what_is_not_measured_is_refused(checkpoints, tmp_path):
-    with pytest.raises(CameraError, match="a phimoe model can't be written as GGUF"):
+    with pytest.raises(CameraError, match="a model of type phimoe can't be written as GGUF"):
         camera.imatrix(checkpoints("phimoe"), tmp_path / "out.gguf", device="cpu")
     source = checkpoints("olmoe", num_hidden_layers=2)
     camera.compress(source, "rtn", tmp_path / "packed", bits=5.15, device="cpu", progress=False)
