@@ -166,12 +166,15 @@ class PassContext:
         self.state.outliers = about.get(OUTLIERS, {})
 
     def mark_super_experts(self) -> None:
-        """Mark in the pools of the model the super experts that are known so far."""
+        """Mark in the pools of the model the super experts that are known so far.
+
+        A layer's only expert, a dense FFN, is none: there is no other to cut in its stead.
+        """
         layers = self.budget.layers
         experts = sum(len(pool.widths) for pool in layers.values())
         known = super_experts(self.state.outliers, experts, len(self.streamer.model.layers))
         for index, pool in layers.items():
-            pool.super_experts = known.get(index, [])
+            pool.super_experts = known.get(index, []) if len(pool.widths) > 1 else []
 
     def batch_size(self, tokens: int) -> int:
         """How many samples make a batch of so many tokens."""

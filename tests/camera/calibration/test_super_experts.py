@@ -168,6 +168,25 @@ def test_a_cut_that_leaves_nothing_else_is_refused(source, least_used, options, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("rank_scope", ["layer", "global"])
+def test_the_only_expert_of_a_layer_is_cut_like_any_other(
+    rank_scope, checkpoints, options, tmp_path
+):
+    """Of a dense model a whole FFN would be spared, and nothing else of its layer could go."""
+    name = f"model.layers.{LAYER}.mlp.down_proj.weight"
+
+    def change(tensors):
+        tensors[name][5] *= 1e7
+        return tensors
+
+    source = changed(checkpoints("llama"), tmp_path / "source", change)
+    result = camera.compress(
+        source, "camera_p", tmp_path / "cut", **CUT, rank_scope=rank_scope, **options
+    )
+    assert abs(result.sparsity["moe"] - 0.4) < 0.02
+    assert result.super_experts == {}
+
+
 @pytest.mark.parametrize("method", ["camera_p", "frequency"])
 def test_a_model_without_any_is_cut_as_before(method, checkpoints, options, tmp_path):
     asked = CUT if method == "camera_p" else DROP
