@@ -28,25 +28,33 @@ def enter_scores(checkpoint: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def _results(metrics: Mapping[str, Any]) -> Iterator[EvalResult]:
-    """Perplexities and the headline accuracies, in percent, in the hub's form (model-index)."""
-    data = metrics["data"]
+    """Perplexities and the headline accuracies, in percent, in the hub's form (model-index).
 
-    def result(name: str, metric: str, value: float) -> EvalResult:
+    What bounds them (blocks, their length, questions of a task) stands there as `args`.
+    """
+    data, asked = metrics["data"], metrics["settings"]["evaluation"]
+    texts = {key: asked[key] for key in ("length", "stride", "blocks") if asked[key] is not None}
+    tasks = {} if asked["limit"] is None else {"limit": asked["limit"]}
+    limit = (asked.get("generative") or {}).get("limit")
+    written = {} if limit is None else {"limit": limit}
+
+    def result(name: str, metric: str, value: float, bounds: dict[str, int]) -> EvalResult:
         return EvalResult(
             task_type="text-generation",
             dataset_type=dataset_key(name, data),
             dataset_name=dataset_label(name, data),
+            dataset_args=bounds or None,
             metric_type=metric,
             metric_value=round(value, 4),
         )
 
     for text, perplexity in metrics["perplexity"].items():
-        yield result(text, "perplexity", perplexity)
+        yield result(text, "perplexity", perplexity, texts)
     for task, scores in metrics["tasks"].items():
         metric = "acc" if scores["acc_norm"] is None else "acc_norm"
-        yield result(task, metric, 100 * scores[metric])
+        yield result(task, metric, 100 * scores[metric], tasks)
     for task, found in metrics["generative"].items():
-        yield result(f"{WRITTEN}{task}", found["metric"], 100 * found["score"])
+        yield result(f"{WRITTEN}{task}", found["metric"], 100 * found["score"], written)
 
 
 def _section(metrics: Mapping[str, Any]) -> str:

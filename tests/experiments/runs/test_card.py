@@ -56,8 +56,10 @@ def test_the_card_has_what_the_run_reports(make, data_folder):
 
 
 def test_the_hub_reads_the_same_numbers_from_its_head(make, data_folder):
-    metrics, text = make("evaluation.tasks=[piqa]")
+    metrics, text = make("evaluation.tasks=[piqa]", "evaluation.limit=7", "evaluation.blocks=2")
     card = ModelCard(text)
+    bounds = {r.metric_type: r.dataset_args for r in card.data.eval_results}
+    assert bounds["acc_norm"] == {"limit": 7} and bounds["perplexity"]["blocks"] == 2
     found = {r.dataset_name: (r.metric_type, r.metric_value) for r in card.data.eval_results}
     assert found.pop(f"{data_folder.name}/piqa") == ("acc_norm", 75.0)
     assert found == {
