@@ -19,7 +19,6 @@ from camera.runtime.files import write_json
 from experiments.config.constructor import build
 from experiments.config.settings import Settings, check
 from experiments.figures.run import draw_run
-from experiments.records.card import enter_scores
 from experiments.records.energy_summary import keep_energies
 from experiments.records.failures import FailedBeforeError, naming_output, one_line
 from experiments.records.files import (
@@ -53,6 +52,7 @@ from experiments.runs.metrics import assemble
 from experiments.runs.summary import check_objective
 from experiments.runs.tracker import CarefulTracker
 from experiments.runs.tracking import RunTracking, replay
+from experiments.tables.layouts.card import enter_scores
 
 log = logging.getLogger("camera")
 
