@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from camera.calibration.corpora import HUB
-from camera.evaluation.tasks.names import headline, task_name
+from camera.evaluation.tasks.names import headline, headline_metric, task_name
 from camera.runtime.errors import CameraError
 from experiments.records.files import GENERATIVE, PERPLEXITY, TASK
 from experiments.tables.names.datasets import WRITTEN, data_name, dataset_label
@@ -185,7 +185,7 @@ def _divergence_row(metrics: Mapping[str, Any], text: str) -> dict[str, float]:
 
 
 def _task_row(task: str, found: dict[str, float | None]) -> dict[str, Any]:
-    metric = "acc" if found["acc_norm"] is None else "acc_norm"
+    metric = headline_metric(found)
     shares = {"score": headline(found), "standard error": found[f"{metric}_stderr"]} | found
     percent = {key: None if share is None else 100 * share for key, share in shares.items()}
     return {"task": task, "metric": metric} | percent

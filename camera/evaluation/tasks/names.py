@@ -43,10 +43,14 @@ def task_name(task: str) -> str:
     return Path(task).stem if task.endswith((".yaml", ".yml")) else task
 
 
-def headline(task_result: Mapping[str, Any]) -> float:
+def headline_metric(task_result: Mapping[str, Any]) -> str:
     """The headline metric of a task: acc_norm if present, else acc, as in the CAMERA paper."""
-    acc_norm = task_result.get("acc_norm")
-    return task_result["acc"] if acc_norm is None else acc_norm
+    return "acc" if task_result.get("acc_norm") is None else "acc_norm"
+
+
+def headline(task_result: Mapping[str, Any]) -> float:
+    """The value of a task's headline metric."""
+    return task_result[headline_metric(task_result)]
 
 
 def average(results: Mapping[str, Mapping[str, Any]]) -> float:

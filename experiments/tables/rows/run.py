@@ -7,7 +7,7 @@ from typing import Any
 
 from camera.calibration.corpora import HUB
 from camera.calibration.settings import source_name
-from camera.evaluation.tasks.names import headline
+from camera.evaluation.tasks.names import headline, headline_metric
 from experiments.records.failures import DamagedFileError
 from experiments.records.files import COMPRESSION, PERPLEXITY, RunFiles, read_json
 from experiments.tables.names.datasets import WRITTEN
@@ -148,8 +148,7 @@ def _standard_errors(tasks: dict[str, dict[str, Any]]) -> dict[str, float | None
     """Of each task's headline, and of their mean as that of independent scores; in percent."""
     errors = {}
     for task, result in tasks.items():
-        metric = "acc" if result["acc_norm"] is None else "acc_norm"
-        error = result[f"{metric}_stderr"]
+        error = result[f"{headline_metric(result)}_stderr"]
         errors[f"{task}_se"] = None if error is None else 100 * error
     known = None not in errors.values() and errors
     mean = math.hypot(*errors.values()) / len(errors) if known else None
