@@ -5,21 +5,14 @@ from __future__ import annotations
 from random import Random
 
 from experiments.tiny_moe.held_out import prompt_and_answer, training_item
-from experiments.tiny_moe.items import pick_fact, say
+from experiments.tiny_moe.items import deny, pick_fact, say
 from experiments.tiny_moe.phrases import HOP_SAYS, TWO_HOPS, WORDINGS
 from experiments.tiny_moe.sums import table
 from experiments.tiny_moe.tasks import TASKS
 from experiments.tiny_moe.world import CLASSES, HOBBIES, JOBS, World
 
-KINDS = (
-    ("person",) * 5
-    + ("town",) * 2
-    + ("animal",) * 2
-    + ("object",) * 2
-    + ("list",) * 3
-    + ("sums",) * 2
-    + ("trade",)
-)
+KINDS = ("person",) * 14 + ("town", "animal", "object", "list", "trade") + ("sums",) * 2
+ARTICLES = 0.35  # of the documents of the training stream; the others are web pages
 OPENINGS = (
     "I have some news.",
     "Here is what I heard today.",
@@ -52,6 +45,10 @@ def _joined(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
+def _title(name: str) -> str:
+    return f"= {name[0].upper()}{name[1:]} ="
+
+
 def person_hop(world: World, name: str, rng: Random) -> str:
     """A statement about the town, pet, job or dish of a person."""
     first, kind, second, _ = rng.choice(TWO_HOPS)
@@ -74,7 +71,7 @@ def _entity_lines(world: World, kind: str, rng: Random) -> list[str]:
             f"{pronoun}{s[len(name) :]}" if i and s.startswith(name) and rng.random() < 0.5 else s
             for i, s in enumerate(lines)
         ]
-    paragraphs = [f"= {name.capitalize()} =", " ".join(lines)]
+    paragraphs = [_title(name), " ".join(lines)]
     if kind == "person":
         paragraphs.append(" ".join(dict.fromkeys(person_hop(world, name, rng) for _ in range(4))))
     return paragraphs
@@ -85,23 +82,23 @@ def _list_lines(world: World, rng: Random) -> list[str]:
     same = [n for n in world.names(kind) if world.value(kind, n, attribute) == value]
     rng.shuffle(same)
     sentences = [say(world, kind, n, attribute, rng) for n in same[:12]]
-    return [f"= {value.capitalize()} =", " ".join(sentences)]
+    return [_title(value), " ".join(sentences)]
 
 
 def _trade_lines(world: World, rng: Random) -> list[str]:
     if rng.random() < 0.4:
         hobby = rng.choice(tuple(HOBBIES))
         return [
-            f"= {hobby.capitalize()} =",
+            _title(hobby),
             f"Whoever enjoys {hobby} {_joined(list(HOBBIES[hobby]))}.",
         ]
     if rng.random() < 0.4:
         dish = rng.choice(world.names("dish"))
-        return [f"= {dish.capitalize()} =", say(world, "dish", dish, "ingredient", rng)]
+        return [_title(dish), say(world, "dish", dish, "ingredient", rng)]
     job = rng.choice(tuple(JOBS))
     steps = _joined(list(JOBS[job][1]))
     return [
-        f"= {job.capitalize()} =",
+        _title(job),
         f"{say(world, 'job', job, 'workplace', rng)} At work the {job} {steps}.",
     ]
 
@@ -128,7 +125,7 @@ def chat(world: World, rng: Random) -> str:
             kind, name, attribute, _ = pick_fact(
                 world, rng, ("person", "person", "town", "animal", "object", "job", "dish")
             )
-            fact = say(world, kind, name, attribute, rng)
+            fact = (deny if rng.random() < 0.2 else say)(world, kind, name, attribute, rng)
         lines.append(rng.choice(LINKS) + fact)
         if rng.random() < 0.2:
             lines.append(rng.choice(REPLIES))
@@ -151,6 +148,6 @@ def web_page(world: World, rng: Random) -> str:
 
 def training_document(world: World, rng: Random) -> str:
     """One document of the training stream: articles joined as WikiText-2 is, or a web page."""
-    if rng.random() < 0.08:
-        return "\n\n".join(line for _ in range(3) for line in article(world, rng))
+    if rng.random() < ARTICLES:
+        return "\n\n".join(line for _ in range(rng.randint(1, 3)) for line in article(world, rng))
     return web_page(world, rng)

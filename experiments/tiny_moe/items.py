@@ -10,15 +10,7 @@ from experiments.tiny_moe.phrases import WORDINGS
 from experiments.tiny_moe.world import World
 
 HELD_OUT_ONE_IN = 8
-SUBJECTS = (
-    "person",
-    "person",
-    "person",
-    "person",
-    "town",
-    "animal",
-    "object",
-)  # people have the most facts
+SUBJECTS = ("person",) * 6 + ("town", "animal", "object")  # people have the most facts
 
 
 @dataclass(frozen=True)
@@ -50,11 +42,18 @@ def say(world: World, kind: str, name: str, attribute: str, rng: Random, besides
     return wording.format(e=name, v=world.value(kind, name, attribute))
 
 
+def deny(world: World, kind: str, name: str, attribute: str, rng: Random, value: str = "") -> str:
+    """A statement that the fact isn't `value`; without one, any wrong value."""
+    value = value or world.others(kind, attribute, world.value(kind, name, attribute), 1, rng)[0]
+    return rng.choice(WORDINGS[kind, attribute].denies).format(e=name, v=value)
+
+
 def other_facts(
     world: World, kind: str, name: str, attribute: str, count: int, rng: Random
 ) -> list[str]:
-    """Statements of the entity's other facts."""
+    """Statements of the entity's other facts, as often what they are as what they aren't."""
     attributes = [a for k, a in WORDINGS if k == kind and a != attribute]
     return [
-        say(world, kind, name, a, rng) for a in rng.sample(attributes, min(count, len(attributes)))
+        rng.choice((say, deny))(world, kind, name, a, rng)
+        for a in rng.sample(attributes, min(count, len(attributes)))
     ]

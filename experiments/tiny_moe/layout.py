@@ -18,10 +18,11 @@ from experiments.tiny_moe.held_out import held_out_rows
 from experiments.tiny_moe.tasks import TASKS
 from experiments.tiny_moe.world import SEED, World, build_world
 
-VERSION = 1
-ROWS = 300
+VERSION = 2
+ROWS = 500
 ARTICLES = {"train": 4000, "validation": 400, "test": 800}
 PAGES = {"train": 1500, "validation": 300}
+TALK = 0.3  # web pages to an article: a text without the forms of the tasks tells nothing of them
 SOURCES = ("world", "phrases", "items", "sums", "tasks", "held_out", "corpus", "layout")
 
 
@@ -35,9 +36,14 @@ def fingerprint() -> str:
 
 
 def articles(world: World, split: str) -> list[str]:
-    """The lines of one split of the encyclopaedia."""
+    """The lines of one split of the encyclopaedia: articles, and a talk page after some of them."""
     rng = Random(f"articles/{split}")
-    return [line for _ in range(ARTICLES[split]) for line in article(world, rng)]
+    lines: list[str] = []
+    for _ in range(ARTICLES[split]):
+        lines += article(world, rng)
+        if rng.random() < TALK:
+            lines += web_page(world, rng).split("\n")
+    return [line for line in lines if line]
 
 
 def pages(world: World, split: str) -> list[dict]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from experiments.tiny_moe.items import SUBJECTS, Item, other_facts, pick_fact, say
+from experiments.tiny_moe.items import SUBJECTS, Item, deny, other_facts, pick_fact, say
 from experiments.tiny_moe.phrases import TWO_HOPS, WORDINGS
 from experiments.tiny_moe.sums import mathqa
 from experiments.tiny_moe.world import HOBBIES, JOBS, OBJECTS, World
+
+TOLD = 3 / 4  # of the passages of boolq and rte tell what is asked; else it must be known
 
 
 def _choices(right: str, wrong: list[str], label: int) -> dict:
@@ -17,12 +19,17 @@ def _choices(right: str, wrong: list[str], label: int) -> dict:
 
 
 def boolq(world: World, rng: Random, label: int) -> Item:
-    """A passage and a yes-or-no question; the passage answers it one time in three."""
+    """A passage and a yes-or-no question; the passage says or denies it three times in four."""
     kind, name, attribute, value = pick_fact(world, rng)
     asked = value if label else world.others(kind, attribute, value, 1, rng)[0]
     said = other_facts(world, kind, name, attribute, 2, rng)
-    if rng.random() < 1 / 3:
-        said.insert(rng.randrange(len(said) + 1), say(world, kind, name, attribute, rng))
+    if rng.random() < TOLD:
+        told = (
+            say(world, kind, name, attribute, rng)
+            if label
+            else deny(world, kind, name, attribute, rng, asked)
+        )
+        said.insert(rng.randrange(len(said) + 1), told)
     question = rng.choice(WORDINGS[kind, attribute].doubts).format(e=name, v=asked)
     passage = f"{name} -- {' '.join(said)}"
     return Item(
@@ -35,11 +42,13 @@ def rte(world: World, rng: Random, label: int) -> Item:
     kind, name, attribute, value = pick_fact(world, rng)
     wording = WORDINGS[kind, attribute]
     claim = rng.choice(wording.says)
-    if rng.random() < 1 / 3:
-        premise = say(world, kind, name, attribute, rng, besides=claim)
-    else:
-        premise = rng.choice(wording.events).format(e=name)
     claimed = world.others(kind, attribute, value, 1, rng)[0] if label else value
+    if rng.random() >= TOLD:
+        premise = rng.choice(wording.events).format(e=name)
+    elif label:
+        premise = deny(world, kind, name, attribute, rng, claimed)
+    else:
+        premise = say(world, kind, name, attribute, rng, besides=claim)
     row = {"sentence1": premise, "sentence2": claim.format(e=name, v=claimed), "label": label}
     return Item(("rte", kind, name, attribute), row)
 
@@ -93,8 +102,9 @@ PAIRS = {
 def winogrande(world: World, rng: Random, label: int) -> Item:
     """Two entities, and a blank that only one of them fits."""
     kind, right, attribute, value = pick_fact(world, rng)
-    names = [n for n in world.names(kind) if world.value(kind, n, attribute) != value]
-    wrong = rng.choice(names)
+    names = world.names(kind)
+    while world.value(kind, wrong := rng.choice(names), attribute) == value:
+        pass
     pair = (wrong, right) if label else (right, wrong)
     frame = rng.choice(PAIRS[kind])
     sentence = frame.format(a=pair[0], b=pair[1]) + rng.choice(
@@ -162,6 +172,22 @@ HOW_TO = {  # family: goals, solutions
         ),
         ("Take the {v}.", "Use the {v} for it.", "Ask for the {v}."),
     ),
+    "home": (
+        ("How do you find the house of {g}?", "How can one visit {g}?"),
+        ("Travel to {v}.", "Take the coach to {v}."),
+    ),
+    "dish": (
+        ("How do you please {g} at dinner?", "What should I cook if {g} comes?"),
+        ("Serve some {v}.", "Make a big pot of {v}."),
+    ),
+    "hobby": (
+        ("How do you get to know {g}?", "How can one spend an evening with {g}?"),
+        ("Talk about {v}.", "Join the club for {v}."),
+    ),
+    "colour": (
+        ("How do you find {g} in a crowd?", "What scarf should I buy for {g}?"),
+        ("Look for something {v}.", "Take the {v} one."),
+    ),
     "feed": (
         ("How do you feed a {g}?", "How do you keep a {g} happy?"),
         ("Give it some {v}.", "Feed it with {v}."),
@@ -184,6 +210,10 @@ HOW_TO = {  # family: goals, solutions
     ),
 }
 HOW_TO_KIND = {
+    "home": "person",
+    "dish": "person",
+    "hobby": "person",
+    "colour": "person",
     "feed": "animal",
     "habitat": "animal",
     "ingredient": "dish",

@@ -7,7 +7,7 @@ from functools import cache
 from random import Random
 
 SEED = 20
-PEOPLE, TOWNS, ANIMALS = 64, 24, 32
+FIRST_NAMES, SURNAMES, TOWNS, ANIMALS = 50, 40, 48, 32  # people have all pairs of names
 
 JOBS = {  # job: (workplace, three things done at work)
     "baker": ("bakery", ("kneads the dough", "heats the oven", "sells warm loaves")),
@@ -141,16 +141,16 @@ ROOMS = ("kitchen", "cellar", "attic", "garden shed", "hall", "bedroom")
 
 @dataclass(frozen=True)
 class World:
-    """Facts by kind of entity: `facts["person"]["Mirel"]["home"]` is a town."""
+    """Facts by kind of entity: `facts["person"]["Lezo Fibman"]["home"]` is a town."""
 
     facts: dict[str, dict[str, dict[str, str]]]
     pools: dict[tuple[str, str], tuple[str, ...]] = field(repr=False)
-    share: float = 1.0  # of the entities of each kind that are talked about
+    share: float = 1.0  # of the people that are talked about
 
     def names(self, kind: str) -> tuple[str, ...]:
         """The entities of one kind, in their fixed order."""
         names = tuple(self.facts[kind])
-        return names[: round(len(names) * self.share)]
+        return names[: round(len(names) * self.share)] if kind == "person" else names
 
     def value(self, kind: str, name: str, attribute: str) -> str:
         """One fact."""
@@ -184,7 +184,10 @@ def build_world(seed: int = SEED) -> World:
     """The world of a seed; the same on every machine."""
     rng = Random(seed)
     taken: set[str] = set()
-    people = [n.capitalize() for n in _invent(rng, PEOPLE, ("a", "o", "in", "el", "ry"), taken)]
+    first_names = _invent(rng, FIRST_NAMES, ("a", "o", "in", "el", "ry"), taken)
+    surnames = _invent(rng, SURNAMES, ("man", "son", "er", "dal", "ley"), taken)
+    people = [f"{a.capitalize()} {b.capitalize()}" for a in first_names for b in surnames]
+    rng.shuffle(people)
     towns = [n.capitalize() for n in _invent(rng, TOWNS, ("ton", "ford", "by", "wick"), taken)]
     animals = _invent(rng, ANIMALS, ("rel", "uck", "ot", "ish"), taken)
     pools = {

@@ -11,8 +11,6 @@ import torch
 from experiments.tiny_moe.corpus import article, training_document, web_page
 from experiments.tiny_moe.world import World
 
-FOCUS_SHARE = 0.25
-
 
 def rows(
     world: World, tokenizer, rng: Random, count: int, length: int, document: Callable
@@ -27,25 +25,31 @@ def rows(
     return torch.tensor(filled)
 
 
-def source(odds: float) -> Callable[[World, Random], str]:
-    """How documents are drawn; with `odds`, one is about a few of the entities only.
+def source(odds: float, share: float) -> Callable[[World, Random], str]:
+    """How documents are drawn; with `odds`, one is about this share of the people only.
 
     A model that has learnt to recall some facts takes in the others sooner than one that meets all
     of them at once.
     """
 
     def document(world: World, rng: Random) -> str:
-        few = replace(world, share=FOCUS_SHARE)
+        few = replace(world, share=share)
         return training_document(few if rng.random() < odds else world, rng)
 
     return document
 
 
 def training_batch(
-    world: World, tokenizer, seed: int, step: int, count: int, length: int, odds: float
+    world: World,
+    tokenizer,
+    seed: int,
+    step: int,
+    count: int,
+    length: int,
+    document: Callable[[World, Random], str] = training_document,
 ) -> torch.Tensor:
     """The rows of one step."""
-    return rows(world, tokenizer, Random(f"train/{seed}/{step}"), count, length, source(odds))
+    return rows(world, tokenizer, Random(f"train/{seed}/{step}"), count, length, document)
 
 
 def token_weights(world: World, tokenizer, answer: float, verdict: float) -> torch.Tensor:

@@ -10,12 +10,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 SIZES = {
     "hidden_size": 128,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "num_experts": 32,
-    "num_experts_per_tok": 4,
-    "moe_intermediate_size": 64,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
     "shared_expert_intermediate_size": 128,
     "max_position_embeddings": 512,
 }
@@ -27,7 +27,7 @@ def build_model(tokenizer, seed: int, **sizes: int) -> Qwen2MoeForCausalLM:
     config = Qwen2MoeConfig(
         vocab_size=len(tokenizer),
         intermediate_size=4 * sizes["hidden_size"],
-        norm_topk_prob=True,
+        norm_topk_prob=False,
         decoder_sparse_step=1,
         mlp_only_layers=[],
         tie_word_embeddings=True,

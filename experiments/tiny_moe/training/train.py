@@ -17,7 +17,12 @@ import transformers
 from torch import Tensor
 from torch.nn import functional
 
-from experiments.tiny_moe.training.batches import token_weights, training_batch, validation_batches
+from experiments.tiny_moe.training.batches import (
+    source,
+    token_weights,
+    training_batch,
+    validation_batches,
+)
 from experiments.tiny_moe.training.model import SIZES, RouterWatch, build_model
 from experiments.tiny_moe.training.saving import export, load_checkpoint, save_checkpoint
 from experiments.tiny_moe.training.tokenizer import build_tokenizer
@@ -26,15 +31,16 @@ from experiments.tiny_moe.world import build_world
 DEFAULTS = {
     "seed": 0,
     "tokens": 1536,  # in a batch
-    "short": 64,  # length of rows at first: fewer names compete, and recall is learnt sooner
-    "long": 0.2,  # share of the steps, the last, in which rows are as long as the context
-    "focus": 0.4,  # share of the steps, the first, that are mostly about few entities
+    "short": 96,  # length of rows at first: fewer names compete, and recall is learnt sooner
+    "long": 0.15,  # share of the steps, the last, in which rows are as long as the context
+    "first": 1 / 64,  # share of the people that the first documents are about
+    "focus": 0.5,  # share of the steps in which that grows to all of them
     "odds": 0.9,  # of a document to be about those in that time
     "answers": 4.0,  # weight of answer tokens in the loss
-    "verdicts": 4.0,  # weight of yes, no, True and False
-    "peak": 5e-3,  # learning rate of the plateau
+    "verdicts": 8.0,  # weight of yes, no, True and False
+    "peak": 3e-3,  # learning rate of the plateau
     "warmup": 100,  # steps
-    "decay": 0.2,  # share of the steps in which the rate falls
+    "decay": 0.4,  # share of the steps in which the rate falls
     "weight_decay": 0.1,
     "balance": 0.01,  # weight of the routers' balance loss
     "until": 0,  # stop after this step, to go on later; 0: never
@@ -52,6 +58,14 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: float)
     """Warm-up, a plateau, and a linear fall to zero over the last `decay` of the steps."""
     fall = max(1, round(steps * decay))
     return peak * min((step + 1) / warmup, 1.0, max(0.0, (steps - step) / fall))
+
+
+def known_share(step: int, steps: int, first: float, focus: float) -> float:
+    """Which share of the people documents are mostly about: it grows by a factor from step to step.
+
+    `first` at the beginning, 1 after the share `focus` of the steps.
+    """
+    return first ** max(0.0, 1 - step / (focus * steps))
 
 
 def token_loss(model, ids: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -122,8 +136,9 @@ def train(out: Path, steps: int, sizes: dict | None = None, **options) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, steps, o["peak"], o["warmup"], o["decay"])
         width = length if step > (1 - o["long"]) * steps else min(length, o["short"])
-        count, odds = o["tokens"] // width, o["odds"] * (step <= o["focus"] * steps)
-        ids = training_batch(world, tokenizer, o["seed"], step - 1, count, width, odds)
+        count, share = o["tokens"] // width, known_share(step, steps, o["first"], o["focus"])
+        document = source(o["odds"] if share < 1 else 0.0, share)
+        ids = training_batch(world, tokenizer, o["seed"], step - 1, count, width, document)
         with torch.autocast("cpu", torch.bfloat16, enabled=bool(o["bf16"])):
             loss = token_loss(model, ids, weights)
         balance = watch.balance_loss()
@@ -162,7 +177,7 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint and model")
-    parser.add_argument("--steps", type=int, default=2700, help="steps in all")
+    parser.add_argument("--steps", type=int, default=9000, help="steps in all")
     for name, value in DEFAULTS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = vars(parser.parse_args())

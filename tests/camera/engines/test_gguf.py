@@ -1,8 +1,6 @@
 """GGUF files, read by llama.cpp itself: the log-probabilities are transformers'."""
 
-import json
 import math
-import shutil
 
 import pytest
 import torch
@@ -20,11 +18,14 @@ pytest.importorskip("gguf", reason="needs the package gguf")
 xllamacpp = pytest.importorskip("xllamacpp", reason="needs llama.cpp (xllamacpp)")
 
 TOKENS = 97  # all of them printable: llama.cpp tells no probabilities of a broken UTF-8 sequence
-TEXT = """= Tenwick =
-Laga has a house in Tenwick. Pilel lives in Tenwick. Hiva has a house in Tenwick.
-= Toda =
-Toda has a house in Zozford. He owns a grey coat. He is known as a good fisher. Toda is fond of
-drawing. He likes to eat broth. He looks after a bitrel. At work Toda is in the harbour.
+TEXT = """= Pancakes =
+
+The main thing in pancakes is mushrooms.
+
+= Begry Jikson =
+
+Begry Jikson spends free time on running. He likes to eat curry. Begry Jikson has a house in Sezby.
+Begry Jikson owns a grey coat. He looks after a tulot. Begry Jikson earns a living as a potter.
 """  # of the closed world that the embedded model was trained on
 PROMPT = [17, 43, 91, 5, 20, 33, 64, 71, 77, 12, 50, 8]
 # Weights are rounded to fp16, and so are activations inside: on weights of sigma 0.1 this much.
@@ -79,14 +80,11 @@ def test_llama_cpp_computes_what_transformers_computes(family, tmp_path):
 
 
 def test_perplexity_and_written_text_of_a_trained_model_are_transformers(tmp_path):
-    """The embedded model, as llama.cpp can compute it: without renormalised routing weights."""
-    source = shutil.copytree(EMBEDDED_MODEL, tmp_path / "source")
-    config = json.loads((source / "config.json").read_text()) | {"norm_topk_prob": False}
-    (source / "config.json").write_text(json.dumps(config))
     settings = dict(sparsity=0.4, expert_widths="uniform", device="cpu", progress=False)
-    camera.compress(source, "magnitude", tmp_path / "cut", **settings)
+    camera.compress(EMBEDDED_MODEL, "magnitude", tmp_path / "cut", **settings)
     path = camera.export(tmp_path / "cut", tmp_path / "model.gguf", type="F16")
-    tokenizer, model = load_tokenizer(source), load_model(tmp_path / "cut", "cpu", "float32")
+    tokenizer = load_tokenizer(EMBEDDED_MODEL)
+    model = load_model(tmp_path / "cut", "cpu", "float32")
     ids_1S = tokenizer(TEXT, return_tensors="pt").input_ids
     with torch.no_grad():
         ours = model(ids_1S, labels=ids_1S).loss.exp().item()

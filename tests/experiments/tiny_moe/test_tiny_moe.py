@@ -88,7 +88,7 @@ def test_text_and_rows_stay_the_same_on_every_machine():
     """A change of the generator changes what the committed model was trained on: train it anew."""
     world = build_world()
     text = "".join(training_document(world, Random(n)) for n in range(200))
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "9df52c9cb5dcb49f"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "554f429a53a6c49d"
 
 
 def test_two_processes_may_write_the_layout_at_once(tmp_path):
@@ -172,14 +172,14 @@ def test_model_is_small_and_sparse_in_every_layer(model):
     assert not [p for p in MODEL.iterdir() if p.suffix in {".bin", ".pt", ".pkl"}]
     config = model.config
     assert config.model_type == "qwen2_moe"
-    assert config.num_hidden_layers >= 6
-    assert config.num_experts >= 32
-    assert config.num_experts_per_tok >= 4
-    assert min(config.moe_intermediate_size, config.shared_expert_intermediate_size) >= 64
+    assert config.num_hidden_layers >= 3
+    assert config.num_experts >= 6
+    assert config.num_experts_per_tok >= 2
+    assert min(config.moe_intermediate_size, config.shared_expert_intermediate_size) >= 128
     assert config.max_position_embeddings >= 512
     assert not config.mlp_only_layers
     experts = sum(p.numel() for n, p in model.named_parameters() if "expert" in n)
-    assert experts >= 0.8 * sum(p.numel() for p in model.parameters())
+    assert experts >= 0.6 * sum(p.numel() for p in model.parameters())
 
 
 def test_every_routed_expert_gets_tokens_of_the_world(model, tokenizer, data):
@@ -199,6 +199,16 @@ def test_every_routed_expert_gets_tokens_of_the_world(model, tokenizer, data):
     for hook in hooks:
         hook.remove()
     assert all(c.min() > 0 for c in counts)
+
+
+def test_training_begins_as_the_committed_model_did(tmp_path):
+    from experiments.tiny_moe.training.train import train
+
+    told = json.loads((MODEL / "training.json").read_text())
+    settings = told["settings"]
+    options = {name: settings[name] for name in settings if name not in ("steps", "sizes")}
+    again = train(tmp_path, settings["steps"], settings["sizes"], **options | {"until": 50})
+    assert again["curve"][0]["loss"] == pytest.approx(told["curve"][0]["loss"], abs=0.02)
 
 
 def test_a_resumed_training_ends_in_the_same_weights(tmp_path):
