@@ -15,6 +15,6 @@ print(f"{result.bytes['dense'] / 1e6:.1f} MB -> {result.bytes['compressed'] / 1e
 # `import camera` has taught transformers the format.
 model = AutoModelForCausalLM.from_pretrained(OUT / "smaller")
 tokenizer = AutoTokenizer.from_pretrained(OUT / "smaller")
-prompt = tokenizer("Laga likes to eat", return_tensors="pt")
-tokens = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+prompt = tokenizer("= Nifry Weler =\n\nNifry Weler likes to eat", return_tensors="pt")
+tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False)
 print(tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
