@@ -25,15 +25,15 @@ def rows(
     return torch.tensor(filled)
 
 
-def source(odds: float, share: float) -> Callable[[World, Random], str]:
+def source(world: World, odds: float, share: float) -> Callable[[World, Random], str]:
     """How documents are drawn; with `odds`, one is about this share of the people only.
 
     A model that has learnt to recall some facts takes in the others sooner than one that meets all
     of them at once.
     """
+    few = replace(world, share=share)
 
     def document(world: World, rng: Random) -> str:
-        few = replace(world, share=share)
         return training_document(few if rng.random() < odds else world, rng)
 
     return document
@@ -46,7 +46,7 @@ def training_batch(
     step: int,
     count: int,
     length: int,
-    document: Callable[[World, Random], str] = training_document,
+    document: Callable[[World, Random], str],
 ) -> torch.Tensor:
     """The rows of one step."""
     return rows(world, tokenizer, Random(f"train/{seed}/{step}"), count, length, document)
