@@ -115,6 +115,11 @@ def article(world: World, rng: Random) -> list[str]:
     return _entity_lines(world, kind, rng)
 
 
+def articles(world: World, rng: Random, count: int) -> str:
+    """So many articles, joined as WikiText-2 is."""
+    return "\n\n".join(line for _ in range(count) for line in article(world, rng))
+
+
 def chat(world: World, rng: Random) -> str:
     """A chatty page: facts in no order, with small talk between them."""
     lines = [rng.choice(OPENINGS)]
@@ -149,5 +154,5 @@ def web_page(world: World, rng: Random) -> str:
 def training_document(world: World, rng: Random) -> str:
     """One document of the training stream: articles joined as WikiText-2 is, or a web page."""
     if rng.random() < ARTICLES:
-        return "\n\n".join(line for _ in range(rng.randint(1, 3)) for line in article(world, rng))
+        return articles(world, rng, rng.randint(1, 3))
     return web_page(world, rng)

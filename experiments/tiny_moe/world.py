@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from random import Random
 
 SEED = 20
@@ -141,16 +141,21 @@ ROOMS = ("kitchen", "cellar", "attic", "garden shed", "hall", "bedroom")
 
 @dataclass(frozen=True)
 class World:
-    """Facts by kind of entity: `facts["person"]["Lezo Fibman"]["home"]` is a town."""
+    """Facts by kind of entity: `facts["person"]["Nifry Weler"]["home"]` is a town."""
 
     facts: dict[str, dict[str, dict[str, str]]]
     pools: dict[tuple[str, str], tuple[str, ...]] = field(repr=False)
     share: float = 1.0  # of the people that are talked about
 
+    @cached_property
+    def _names(self) -> dict[str, tuple[str, ...]]:
+        names = {kind: tuple(facts) for kind, facts in self.facts.items()}
+        people = names["person"]
+        return names | {"person": people[: round(len(people) * self.share)]}
+
     def names(self, kind: str) -> tuple[str, ...]:
         """The entities of one kind, in their fixed order."""
-        names = tuple(self.facts[kind])
-        return names[: round(len(names) * self.share)] if kind == "person" else names
+        return self._names[kind]
 
     def value(self, kind: str, name: str, attribute: str) -> str:
         """One fact."""

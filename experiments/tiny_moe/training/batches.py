@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from random import Random
 
 import torch
 
-from experiments.tiny_moe.corpus import article, training_document, web_page
+from experiments.tiny_moe.corpus import articles, training_document, web_page
 from experiments.tiny_moe.world import World
 
 
@@ -67,11 +68,7 @@ def token_weights(world: World, tokenizer, answer: float, verdict: float) -> tor
 
 def validation_batches(world: World, tokenizer, count: int, length: int) -> dict[str, torch.Tensor]:
     """Rows drawn apart from training: articles and web pages."""
-
-    def articles(world: World, rng: Random) -> str:
-        return "\n\n".join(line for _ in range(3) for line in article(world, rng))
-
-    sources = {"articles": articles, "web": web_page}
+    sources = {"articles": partial(articles, count=3), "web": web_page}
     return {
         name: rows(world, tokenizer, Random(f"validation/{name}"), count, length, make)
         for name, make in sources.items()
