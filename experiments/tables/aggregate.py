@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from experiments.records.identity import differing_settings, without_seed
 from experiments.tables.rows import named_identities, score_columns
-from experiments.tables.rows.run import BLOCKS
+from experiments.tables.rows.run import BLOCKS, QUESTIONS
 
 
 def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
@@ -58,18 +60,20 @@ def _row(group: pd.DataFrame, scores: list[str]) -> dict[str, Any]:
         "seeds": list(group["seed"]),
         "folders": list(group["folder"]),
         "studies": sorted({study for studies in group["studies"] for study in studies}),
-        BLOCKS: _mean_blocks(list(group[BLOCKS])),
+        BLOCKS: _means(list(group[BLOCKS])),
+        QUESTIONS: _means(list(group[QUESTIONS])),
     }
     return first | means | spreads | own
 
 
-def _mean_blocks(blocks: list[Any]) -> dict[str, list[float]]:
-    """Each block's mean over the runs, of the texts whose blocks all of them have."""
-    known = [run if isinstance(run, dict) else {} for run in blocks]
-    shared = [text for text in known[0] if all(run.get(text) for run in known)]
-    of_text = {text: [run[text] for run in known] for text in shared}
-    return {
-        text: [sum(values) / len(values) for values in zip(*runs, strict=True)]
-        for text, runs in of_text.items()
-        if len({len(run) for run in runs}) == 1
-    }
+def _means(runs: list[Any]) -> dict[str, np.ndarray | None]:
+    """The mean over the runs of each block of a text, or each question of a task; None of what
+    isn't known of all of them."""
+    known = [run if isinstance(run, dict) else {} for run in runs]
+    of_each = {key: [run.get(key) for run in known] for key in known[0]}
+    return {key: _mean(singles) for key, singles in of_each.items()}
+
+
+def _mean(runs: list[Sequence[float] | None]) -> np.ndarray | None:
+    sizes = {None if singles is None else len(singles) for singles in runs}
+    return None if None in sizes or len(sizes) > 1 else np.mean(runs, axis=0)

@@ -16,7 +16,7 @@ from experiments.tables.layouts.cells import Column, cell
 from experiments.tables.names.datasets import dataset_label
 from experiments.tables.names.methods import display_name, is_ranked
 from experiments.tables.rows import perplexity_columns
-from experiments.tables.rows.run import BLOCKS
+from experiments.tables.rows.run import BLOCKS, QUESTIONS
 
 Run = dict[str, Any]
 
@@ -142,15 +142,15 @@ def is_tied(best: Run, other: Run, score: str) -> bool:
 
     Of perplexities and comparisons with the dense model it is that of their difference on the same
     blocks: with d_b the difference of the mean nll of block b (or of what is compared), √(Σ (d_b -
-    d̄)² / (B - 1) / B), against the difference of the log perplexities. Of a task, or an average,
-    it is the standard error of the best score, as the answers to single questions aren't kept.
-    Spreads s over n seeds of either add s² / n. Where nothing of this is known, only equal digits
-    tie.
+    d̄)² / (B - 1) / B), against the difference of the log perplexities. Of a task it is that of the
+    difference on the same questions, of an average of T tasks √(Σ error²) / T of these. Where runs
+    of before don't tell single answers, it is the standard error of the best score. Spreads s over
+    n seeds of either add s² / n. Where nothing of this is known, only equal digits tie.
     """
     a, b = best[score], other[score]
     if best is other or cell(Column(score), best).text == cell(Column(score), other).text:
         return True
-    paired = _paired_error(best, other, score)
+    paired = paired_error(best, other, score)
     spread = math.hypot(_of_seeds(best, score), _of_seeds(other, score))
     if paired is not None and score not in CORPORA:
         return abs(a - b) <= math.hypot(paired, spread)
@@ -170,9 +170,23 @@ def _of_seeds(run: Run, score: str) -> float:
     return 0.0 if spread is None or pd.isna(spread) else spread / math.sqrt(n)
 
 
-def _paired_error(best: Run, other: Run, score: str) -> float | None:
+def paired_error(best: Run, other: Run, score: str) -> float | None:
+    """Standard error of the difference of two rows that measured the same, in the score's unit."""
+    one, two = (run.get(QUESTIONS) or {} for run in (best, other))
+    if score == "average" and one.keys() == two.keys():
+        errors = [_error_of_difference(one[task], two[task]) for task in one]
+        return None if None in errors or not errors else 100 * math.hypot(*errors) / len(errors)
+    if score in one or score in two:
+        error = _error_of_difference(one.get(score), two.get(score))
+        return None if error is None else 100 * error
     one, two = ((run.get(BLOCKS) or {}).get(score) for run in (best, other))
-    if not one or not two or len(one) != len(two) or len(one) < 2:
-        return None
+    error = _error_of_difference(one, two)
     unit = 100 if score.startswith(("agreement_", "acceptance_")) else 1
-    return unit * float(np.std(np.subtract(one, two), ddof=1) / math.sqrt(len(one)))
+    return None if error is None else unit * error
+
+
+def _error_of_difference(one: Sequence[float] | None, two: Sequence[float] | None) -> float | None:
+    """√(Σ (d - d̄)² / (n - 1) / n) of the differences d of n pairs; None where they are no pairs."""
+    if one is None or two is None or len(one) != len(two) or len(one) < 2:
+        return None
+    return float(np.std(np.subtract(one, two, dtype=float), ddof=1) / math.sqrt(len(one)))

@@ -12,7 +12,7 @@ import pandas as pd
 
 from camera.calibration.corpora import HUB
 from experiments.tables.aggregate import over_seeds
-from experiments.tables.best import places
+from experiments.tables.best import paired_error, places
 from experiments.tables.comparable import ComparableRuns, comparable_runs
 from experiments.tables.layouts.captions import damage_caption, notes_of, scores_caption, sources
 from experiments.tables.layouts.cells import Cell, Column, cell
@@ -77,7 +77,8 @@ def paper_page(runs: pd.DataFrame, *, errors: Errors = "std", delta: bool = Fals
     The best methods of each ratio and the second are marked, with those that can't be told from
     them (`best.places`). Behind a score stands its standard deviation over the seeds, where
     there are several (`std`), or its standard error (`se`), or nothing (`none`). `delta` adds by
-    how much the average is above the dense model's. Published scores follow the run of the same
+    how much the average is above the dense model's; with `se` the error of that difference stands
+    behind it, on the same questions. Published scores follow the run of the same
     setting. A run that isn't finished is in the notes, with the reason.
     """
     means = over_seeds(runs)
@@ -106,7 +107,7 @@ def _tables(
         first = ["n"] if (runs["n"] > 1).any() else []
         first += [score for score in scores if score == "average"]
         if delta and dense is not None and "average" in scores:
-            block = replace(block, runs=runs.assign(delta=runs["average"] - dense["average"]))
+            block = replace(block, runs=_compared(runs, dense))
             first.append("delta")
         first += _realised(block)
         columns = [*named, *first, *(score for score in scores if score != "average")]
@@ -132,6 +133,13 @@ def _tables(
     size = "" if dense is None else f"Dense: {cell(Column('size_mb'), dense.to_dict()).text} MB."
     title = f"{block.title}: cost"
     yield replace(table, title=title, caption=size, notes=notes_of(table, "none", HUB))
+
+
+def _compared(runs: pd.DataFrame, dense: pd.Series) -> pd.DataFrame:
+    """With the difference of each average to the dense model's, and the error of that."""
+    found, of_dense = runs.to_dict("records"), dense.to_dict()
+    errors = [paired_error(of_dense, run, "average") for run in found]
+    return runs.assign(delta=runs["average"] - dense["average"], delta_se=errors)
 
 
 def _known(runs: pd.DataFrame, columns: list[str]) -> list[str]:

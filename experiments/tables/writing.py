@@ -102,7 +102,9 @@ def main(arguments: list[str]) -> int:
         "the standard error of a task, or nothing",
     )
     parser.add_argument(
-        "--delta", action="store_true", help="the average's difference to the dense model's"
+        "--delta",
+        action="store_true",
+        help="the average's difference to the dense model's, with its own error if --errors is se",
     )
     asked = parser.parse_args(arguments)
     try:

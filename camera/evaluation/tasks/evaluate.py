@@ -11,7 +11,7 @@ from typing import Any
 
 from camera.calibration.corpora import data_folder, layout_file
 from camera.evaluation.tasks.definitions import build_task, quiet, row_file, task_config
-from camera.evaluation.tasks.names import KEY, NINE_TASKS
+from camera.evaluation.tasks.names import KEY, NINE_TASKS, headline_metric
 from camera.runtime.errors import CameraError
 from camera.runtime.values import seed_of
 
@@ -38,8 +38,9 @@ def evaluate_tasks(
     float32 is finer. The global random generators are seeded with `seed`, as lm-eval seeds them.
 
     Returns by task acc, acc_stderr, acc_norm, acc_norm_stderr (None where the task has no acc_norm,
-    an error also for a single row), n, version, data_hash (sha256 of all rows of the split),
-    provenance, seconds.
+    an error also for a single row), right (a character for each question in its order: 1 where the
+    headline metric is 1, 0 where it is 0; None where it has other values), n, version, data_hash
+    (sha256 of all rows of the split), provenance, seconds.
     Raises CameraError for an unknown task, one without accuracy and a missing file before the first
     is run; for rows that don't fit a task and for NaN when they are met.
     """
@@ -125,7 +126,7 @@ class Task:
             lm,
             task_dict={"tasks": {self.name: self.built}},
             limit=self.limit,
-            log_samples=False,
+            log_samples=True,
         )
         scores = outcome["results"][self.name]
 
@@ -133,17 +134,30 @@ class Task:
             value = scores.get(f"{name},none")
             return float(value) if isinstance(value, int | float) else None
 
-        return {
+        accuracies = {
             "acc": score("acc"),
             "acc_stderr": score("acc_stderr"),
             "acc_norm": score("acc_norm"),
             "acc_norm_stderr": score("acc_norm_stderr"),
+        }
+        return accuracies | {
+            "right": right_answers(outcome["samples"][self.name], headline_metric(accuracies)),
             "n": outcome["n-samples"][self.name]["effective"],
             "version": outcome["versions"][self.name],
             "data_hash": self.rows_sha256,
             "provenance": self.provenance,
             "seconds": self.seconds + time.perf_counter() - started,
         }
+
+
+def right_answers(samples: Sequence[dict[str, Any]], metric: str) -> str | None:
+    """1 or 0 for each of lm-eval's samples by a metric, in the order of the questions.
+
+    None where a question can be right in part: its score is neither.
+    """
+    ordered = sorted(samples, key=lambda sample: sample["doc_id"])
+    scores = [float(sample[metric]) for sample in ordered]
+    return "".join(f"{score:.0f}" for score in scores) if {*scores} <= {0.0, 1.0} else None
 
 
 def language_model(model, tokenizer, batch_size, max_length, softmax_dtype, progress):

@@ -106,7 +106,8 @@ def cell(column: Column, run: dict[str, Any], errors: str = "none") -> Cell:
     error = run.get(f"{name}_{errors}")
     known = error is not None and not pd.isna(error)
     remark = "cached" if name in CACHED and (run.get("cached") or 0) > 0 else ""
-    return Cell(_number(name, value), float(value), _number(name, error) if known else "", remark)
+    behind = _number(name, error).lstrip("+") if known else ""
+    return Cell(_number(name, value), float(value), behind, remark)
 
 
 def _ratio(sparsity: float, bits: float) -> Cell:

@@ -17,7 +17,7 @@ from experiments.records.identity import differing_settings, measurement_key
 from experiments.tables.names.datasets import WRITTEN, with_text_named
 from experiments.tables.names.divergence import NAMES, measure_and_text
 from experiments.tables.names.methods import method_order
-from experiments.tables.rows.run import BLOCKS, REALISED, row_of
+from experiments.tables.rows.run import BLOCKS, QUESTIONS, REALISED, row_of
 
 KEYS = ["model", "method", "settings", "sparsity", "sparsity_of"]
 BITS = ["bits", "bits_raw", "bits_stored", "bits_model"]
@@ -136,5 +136,5 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
     realised = [f"sparsity_{of}" for of in REALISED]
     errors = [column for column in found if column.endswith("_se")]
     first = [*KEYS, *realised, *BITS, *CORPORA, *tasks]
-    last = ["average", *COSTS, *errors, *MADE, *OWN, "_path", "_identity", BLOCKS]
+    last = ["average", *COSTS, *errors, *MADE, *OWN, "_path", "_identity", BLOCKS, QUESTIONS]
     return [*first, *(column for column in found if column not in {*first, *last}), *last]

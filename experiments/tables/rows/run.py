@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from camera.calibration.corpora import HUB
 from camera.calibration.settings import source_name
 from camera.evaluation.tasks.names import headline, headline_metric
 from experiments.records.failures import DamagedFileError
-from experiments.records.files import COMPRESSION, PERPLEXITY, RunFiles, read_json
+from experiments.records.files import COMPRESSION, PERPLEXITY, TASK, RunFiles, read_json
 from experiments.tables.names.datasets import WRITTEN
 from experiments.tables.names.divergence import NAMES, divergence_column
 
 REALISED = ["moe", "model", "routed"]
 BLOCKS = "_blocks"  # column of the mean nll of each block, by text
+QUESTIONS = "_questions"  # column of 1 or 0 for each question by task, None where that isn't known
 UNREADABLE = (DamagedFileError, OSError, KeyError, TypeError, AttributeError)
 
 
@@ -81,6 +84,7 @@ def _measured(files: RunFiles, quantised: bool) -> dict[str, Any]:
         | _written(metrics.get("generative") or {})
         | _divergences(metrics.get("divergence") or {})
         | _of_blocks(files, metrics["perplexity"])
+        | {QUESTIONS: {task: _of_questions(files, task) for task in metrics["tasks"]}}
         | _speeds(metrics.get("speed") or {})
         | _costs(metrics)
         | {"average": metrics["average"]}
@@ -114,6 +118,11 @@ def _of_blocks(files: RunFiles, perplexities: dict[str, float]) -> dict[str, Any
     errors = {t: part.get("nll_stderr") for t, part in parts.items()}
     own = {f"{t}_se": perplexities[t] * error for t, error in errors.items() if error is not None}
     return own | {BLOCKS: means}
+
+
+def _of_questions(files: RunFiles, task: str) -> np.ndarray | None:
+    right = (files.read_part(f"{TASK}{task}") or {}).get("right")
+    return None if right is None else np.frombuffer(right.encode(), np.uint8) - ord("0")
 
 
 def _divergences(by_text: dict[str, dict[str, Any]]) -> dict[str, float]:

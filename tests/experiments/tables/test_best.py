@@ -1,5 +1,6 @@
 """Who is marked: methods only, ties within one standard error, nobody where all tie."""
 
+import json
 import math
 
 import numpy as np
@@ -85,6 +86,56 @@ def test_distances_from_the_dense_model_are_compared_on_the_same_blocks(score, u
     assert not is_tied(best, model(1.1 * error, text + noise), score)
 
 
+def paired_error(one, two):
+    d = np.subtract(one, two, dtype=float)
+    return np.sqrt(np.sum((d - d.mean()) ** 2) / (len(d) - 1) / len(d))
+
+
+def test_tasks_are_compared_on_the_same_questions():
+    draw = np.random.default_rng(0)
+    ours = {"boolq": draw.integers(0, 2, 400), "piqa": draw.integers(0, 2, 100)}
+    theirs = {  # they answer a few questions otherwise, most of these wrong
+        task: np.where(draw.random(len(right)) < 0.05, draw.random(len(right)) < 0.3, right)
+        for task, right in ours.items()
+    }
+    errors = {task: 100 * paired_error(ours[task], theirs[task]) for task in ours}
+    for task, right in ours.items():
+        assert errors[task] < 100 * np.std(right, ddof=1) / np.sqrt(len(right)) / 2
+    errors["average"] = math.hypot(*errors.values()) / 2
+    for score, error in errors.items():
+        best = run("naee", **{score: 50.0, f"{score}_se": 9.0}, _questions=ours)
+        near, far = (
+            run("reap", **{score: 50.0 - share * error}, _questions=theirs) for share in (0.9, 1.1)
+        )
+        assert is_tied(best, near, score) and not is_tied(best, far, score)
+
+
+OURS = {"boolq": np.array([1, 0, 1, 1]), "piqa": np.array([1, 0])}
+UNLIKE = {
+    "a run of before": {},
+    "a task without answers": OURS | {"boolq": None},
+    "fewer questions": OURS | {"boolq": np.array([1, 0, 1])},
+}
+
+
+@pytest.mark.parametrize("theirs", UNLIKE.values(), ids=UNLIKE)
+def test_of_other_questions_the_error_of_the_best_score_counts(theirs):
+    for score in ("boolq", "average"):
+        best = run("naee", **{score: 50.0, f"{score}_se": 1.0}, _questions=OURS)
+        near, far = (run("reap", **{score: 50.0 - d}, _questions=theirs) for d in (0.9, 1.1))
+        assert is_tied(best, near, score) and not is_tied(best, far, score)
+
+
+def test_answers_are_read_from_the_runs_and_averaged_over_seeds(tmp_path):
+    for seed, right in ((1, "0110"), (2, "0011")):
+        folder = add(tmp_path, f"s{seed}", "naee", 0.2, seed=seed, tasks={"boolq": 50.0})
+        (folder / "task-boolq.json").write_text(json.dumps({"right": right}))
+    add(tmp_path, "before", "reap", 0.2, tasks={"boolq": 50.0})
+    of_method = {row["method"]: row for row in means_of(tmp_path).to_dict("records")}
+    assert of_method["naee"]["_questions"]["boolq"].tolist() == [0.0, 0.5, 1.0, 0.5]
+    assert of_method["reap"]["_questions"] == {"boolq": None}
+
+
 def test_spread_over_seeds_counts_too():
     best = run("naee", average=50.0, average_se=0.0, average_std=3.0) | {"n": 9}
     other = run("reap", average=48.9, average_se=0.0, average_std=4.0) | {"n": 16}
@@ -97,7 +148,7 @@ def test_blocks_of_several_seeds_are_averaged(tmp_path):
     for seed, blocks in ((1, [1.0, 2.0]), (2, [3.0, 6.0])):
         add(tmp_path, f"s{seed}", "naee", 0.2, seed=seed, blocks={"wikitext2": blocks})
     (row,) = means_of(tmp_path).to_dict("records")
-    assert row["_blocks"] == {"wikitext2": [2.0, 4.0]}
+    assert row["_blocks"]["wikitext2"].tolist() == [2.0, 4.0]
     assert row["n"] == 2
 
 

@@ -120,6 +120,23 @@ def test_delta_is_the_averages_difference_to_dense(output):
     assert "Δ" not in [c.header for c in page_of(output).tables[0].columns]
 
 
+def test_deltas_error_is_that_of_the_same_questions(tmp_path):
+    answers = {"dense": {"right": "1111100000"}, "camera_p": {"right": "1111000001"}, "naee": {}}
+    for method, told in answers.items():
+        ratio = None if method == "dense" else 0.4
+        folder = add(tmp_path, method, method, ratio, tasks={"boolq": 50.0})
+        (folder / "task-boolq.json").write_text(json.dumps(told))
+
+    def behind(errors):
+        table = page_of(tmp_path, delta=True, errors=errors).tables[0]
+        at = [column.header for column in table.columns].index("Δ")
+        return [[row.cells[at].error for row in group] for group in table.groups]
+
+    # differences of 1, -1 and eight zeros: √(2 / 9 / 10)
+    assert behind("se") == [["0.0"], ["", "14.9"]]
+    assert behind("std") == [[""], ["", ""]]
+
+
 def test_delta_needs_a_dense_run_of_the_same_measurement(tmp_path):
     add(tmp_path, "a", "dense", evaluation={"limit": 5})
     add(tmp_path, "b", "camera_p", 0.2)

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from camera.calibration.corpora import rows_hash
-from camera.evaluation.tasks.evaluate import check_tasks, evaluate_tasks
+from camera.evaluation.tasks.evaluate import check_tasks, evaluate_tasks, right_answers
 from camera.evaluation.tasks.names import NINE_TASKS, average, headline
 from camera.runtime.errors import CameraError
 from tests.helpers.models import build_byte_tokenizer
@@ -127,6 +127,7 @@ def test_all_nine_run_in_order_with_their_metrics(model, tokenizer, data):
     }
     for task, result in results.items():
         assert result["n"] == 4 and 0 <= result["acc"] <= 1 and result["acc_stderr"] is not None
+        assert result["right"].count("1") == 4 * headline(result) and len(result["right"]) == 4
         assert result["data_hash"] == rows_hash(ROWS[task])
         assert result["provenance"].startswith(f"folder: tasks/{task}.jsonl.gz")
     assert results["boolq"]["version"] == 2.0
@@ -137,15 +138,22 @@ def test_all_nine_run_in_order_with_their_metrics(model, tokenizer, data):
 
 def test_scores_are_those_of_a_plain_computation(model, tokenizer, data):
     result = evaluate_tasks(model, tokenizer, ["arc_easy"], data=data)["arc_easy"]
-    right, right_norm = 0, 0
+    right, right_norm = 0, []
     for row in ROWS["arc_easy"]:
         context, texts = f"Question: {row['question']}\nAnswer:", row["choices"]["text"]
         scores = [log_likelihood(model, tokenizer, context, f" {text}") for text in texts]
         per_letter = [score / len(text) for score, text in zip(scores, texts, strict=True)]
         gold = row["choices"]["label"].index(row["answerKey"])
         right += scores.index(max(scores)) == gold
-        right_norm += per_letter.index(max(per_letter)) == gold
-    assert result["acc"] == right / 4 and result["acc_norm"] == right_norm / 4
+        right_norm.append(per_letter.index(max(per_letter)) == gold)
+    assert result["acc"] == right / 4 and result["acc_norm"] == sum(right_norm) / 4
+    assert result["right"] == "".join("1" if is_right else "0" for is_right in right_norm)
+
+
+def test_answers_that_are_right_in_part_are_no_row_of_ones_and_zeros():
+    samples = [{"doc_id": n, "acc": score} for n, score in ((1, 1.0), (0, 0.0), (2, True))]
+    assert right_answers(samples, "acc") == "011"
+    assert right_answers([*samples, {"doc_id": 3, "acc": 0.5}], "acc") is None
 
 
 def test_the_limit_takes_the_first_rows(model, tokenizer, data, tmp_path):
