@@ -71,15 +71,16 @@ class Page:
     notes: list[str]
 
 
-def paper_page(runs: pd.DataFrame, *, errors: Errors = "std", delta: bool = False) -> Page:
+def paper_page(runs: pd.DataFrame, *, errors: Errors = "std", delta: str = "") -> Page:
     """The page of `read_runs` rows: a table for each study, seeds as one row.
 
     The best methods of each ratio and the second are marked, with those that can't be told from
     them (`best.places`). Behind a score stands its standard deviation over the seeds, where
-    there are several (`std`), or its standard error (`se`), or nothing (`none`). `delta` adds by
-    how much the average is above the dense model's; with `se` the error of that difference stands
-    behind it, on the same questions. Published scores follow the run of the same
-    setting. A run that isn't finished is in the notes, with the reason.
+    there are several (`std`), or its standard error (`se`), or nothing (`none`). `delta` names
+    a method: the average's difference to that one's at the same ratio (`dense`: to the dense
+    model's) is added, with `se` with the error of that difference, on the same questions.
+    Published scores follow the run of the same setting. A run that isn't finished is in the notes,
+    with the reason.
     """
     means = over_seeds(runs)
     if means.empty:
@@ -95,7 +96,7 @@ def paper_page(runs: pd.DataFrame, *, errors: Errors = "std", delta: bool = Fals
 
 
 def _tables(
-    block: ComparableRuns, expected: pd.DataFrame, errors: Errors, delta: bool
+    block: ComparableRuns, expected: pd.DataFrame, errors: Errors, delta: str
 ) -> Iterator[Table]:
     runs, dense = block.runs, block.dense
     named = ["ratio", "method", *(["settings"] if runs["settings"].any() else [])]
@@ -106,9 +107,9 @@ def _tables(
     if scores:
         first = ["n"] if (runs["n"] > 1).any() else []
         first += [score for score in scores if score == "average"]
-        if delta and dense is not None and "average" in scores:
-            block = replace(block, runs=_compared(runs, dense))
-            first.append("delta")
+        if delta and "average" in scores:
+            block = replace(block, runs=_compared(block, delta))
+            first += _known(block.runs, ["delta"])
         first += _realised(block)
         columns = [*named, *first, *(score for score in scores if score != "average")]
         table = _table(block, columns, expected, errors)
@@ -135,11 +136,23 @@ def _tables(
     yield replace(table, title=title, caption=size, notes=notes_of(table, "none", HUB))
 
 
-def _compared(runs: pd.DataFrame, dense: pd.Series) -> pd.DataFrame:
-    """With the difference of each average to the dense model's, and the error of that."""
-    found, of_dense = runs.to_dict("records"), dense.to_dict()
-    errors = [paired_error(of_dense, run, "average") for run in found]
-    return runs.assign(delta=runs["average"] - dense["average"], delta_se=errors)
+def _compared(block: ComparableRuns, method: str) -> pd.DataFrame:
+    """The runs with their average's difference to a method's at the same ratio, and its error.
+
+    Of several rows of the method the one without settings counts.
+    """
+    differences: dict[Any, tuple[float, float | None]] = {}
+    for group in block.groups():
+        others = block.runs if method == "dense" else group
+        usual = others[(others["method"] == method) & (others["settings"] == "")]
+        for base in usual.head(1).to_dict("records"):
+            for label, run in group.to_dict("index").items():
+                error = paired_error(base, run, "average")
+                differences[label] = run["average"] - base["average"], error
+    found = pd.DataFrame.from_dict(
+        differences, orient="index", columns=["delta", "delta_se"], dtype=float
+    )
+    return block.runs.join(found)
 
 
 def _known(runs: pd.DataFrame, columns: list[str]) -> list[str]:

@@ -103,14 +103,28 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument(
         "--delta",
-        action="store_true",
+        action="store_const",
+        const="dense",
+        default="",
         help="the average's difference to the dense model's, with its own error if --errors is se",
+    )
+    parser.add_argument(
+        "--against",
+        dest="delta",
+        metavar="METHOD",
+        help="the same to the average of a method at the same ratio",
     )
     asked = parser.parse_args(arguments)
     try:
         runs = runs_below(asked.folder)
     except CameraError as error:
         print(error, file=sys.stderr)
+        return 1
+    if asked.delta and asked.delta not in set(runs["method"]):
+        known = ", ".join(sorted(set(runs["method"])))
+        print(
+            f"--against {asked.delta}: the runs have {known}; name one of these.", file=sys.stderr
+        )
         return 1
     page = paper_page(runs, errors=asked.errors, delta=asked.delta)
     write(runs, asked.folder, page)

@@ -35,7 +35,7 @@ def page(tmp_path):
     add(tmp_path, "plain", "naee", 0.4, search="auto")
     add(tmp_path, "odd", "naee", 0.4, search=ODD)
     add(tmp_path, "odd2", "camera_p", 0.2, error=ODD)
-    return paper_page(read_runs(OutputFolder(tmp_path).runs()), delta=True)
+    return paper_page(read_runs(OutputFolder(tmp_path).runs()), delta="dense")
 
 
 def test_markdown_has_a_cell_for_every_header(page):

@@ -83,7 +83,7 @@ def test_a_page_of_one_run_and_of_none(tmp_path):
 
 
 def test_the_average_stands_first_and_arrows_say_which_end_is_the_best(output):
-    headers = [c.header for c in page_of(output, delta=True).tables[0].columns]
+    headers = [c.header for c in page_of(output, delta="dense").tables[0].columns]
     assert headers == ["Ratio", "Method", "Avg↑", "Δ", "Wiki2↓", "C4↓", "BoolQ↑"]
 
 
@@ -115,7 +115,7 @@ def test_errors_are_of_the_seeds_of_the_tasks_or_none(output):
 
 
 def test_delta_is_the_averages_difference_to_dense(output):
-    table = page_of(output, delta=True).tables[0]
+    table = page_of(output, delta="dense").tables[0]
     assert texts(table, "Δ") == [["+0.0"], ["−40.0", "−30.0", "−20.0"], ["−50.0", "−40.0", "−30.0"]]
     assert "Δ" not in [c.header for c in page_of(output).tables[0].columns]
 
@@ -128,7 +128,7 @@ def test_deltas_error_is_that_of_the_same_questions(tmp_path):
         (folder / "task-boolq.json").write_text(json.dumps(told))
 
     def behind(errors):
-        table = page_of(tmp_path, delta=True, errors=errors).tables[0]
+        table = page_of(tmp_path, delta="dense", errors=errors).tables[0]
         at = [column.header for column in table.columns].index("Δ")
         return [[row.cells[at].error for row in group] for group in table.groups]
 
@@ -137,10 +137,19 @@ def test_deltas_error_is_that_of_the_same_questions(tmp_path):
     assert behind("std") == [[""], ["", ""]]
 
 
+def test_delta_to_a_method_is_at_the_same_ratio(output):
+    table = page_of(output, delta="camera_p").tables[0]
+    methods, deltas = texts(table, "Method"), texts(table, "Δ")
+    assert deltas[0] == ["–"]  # the dense model has no ratio
+    for group, shown in zip(methods[1:], deltas[1:], strict=True):
+        assert shown[group.index("Camera-P")] == "+0.0"
+        assert sorted(shown) != ["+0.0"] * len(shown)
+
+
 def test_delta_needs_a_dense_run_of_the_same_measurement(tmp_path):
     add(tmp_path, "a", "dense", evaluation={"limit": 5})
     add(tmp_path, "b", "camera_p", 0.2)
-    for table in page_of(tmp_path, delta=True).tables:
+    for table in page_of(tmp_path, delta="dense").tables:
         if "Camera-P" in texts(table, "Method")[0]:
             assert "Δ" not in [c.header for c in table.columns]
 

@@ -149,7 +149,10 @@ def test_the_commands_options_reach_the_page(output, capsys):
     assert main([str(output), "--errors", "se", "--delta"]) == 0
     page = (output / "table.md").read_text()
     assert "37.5 ± 3.3" in page.replace("**", "") and "| Δ |" in page
-    capsys.readouterr()
+    assert main(["--against", "camera_p", str(output)]) == 0
+    assert "| +0.0 |" in (output / "table.md").read_text()
+    assert main(["--against", "no_method", str(output)]) == 1
+    assert "--against no_method: the runs have camera_p" in capsys.readouterr().err
     assert main([str(output)]) == 0
     assert "±" not in (output / "table.md").read_text()
 
