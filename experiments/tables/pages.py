@@ -142,10 +142,10 @@ def _compared(block: ComparableRuns, method: str) -> pd.DataFrame:
     Of several rows of the method the one without settings counts.
     """
     differences: dict[Any, tuple[float, float | None]] = {}
+    dense = [] if block.dense is None else [block.dense.to_dict()]
     for group in block.groups():
-        others = block.runs if method == "dense" else group
-        usual = others[(others["method"] == method) & (others["settings"] == "")]
-        for base in usual.head(1).to_dict("records"):
+        usual = group[(group["method"] == method) & (group["settings"] == "")]
+        for base in dense if method == "dense" else usual.head(1).to_dict("records"):
             for label, run in group.to_dict("index").items():
                 error = paired_error(base, run, "average")
                 differences[label] = run["average"] - base["average"], error

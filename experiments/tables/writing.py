@@ -122,9 +122,7 @@ def main(arguments: list[str]) -> int:
         return 1
     if asked.delta and asked.delta not in set(runs["method"]):
         known = ", ".join(sorted(set(runs["method"])))
-        print(
-            f"--against {asked.delta}: the runs have {known}; name one of these.", file=sys.stderr
-        )
+        print(f"No run has method={asked.delta}: compare with one of {known}.", file=sys.stderr)
         return 1
     page = paper_page(runs, errors=asked.errors, delta=asked.delta)
     write(runs, asked.folder, page)

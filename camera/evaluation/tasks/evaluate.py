@@ -155,7 +155,8 @@ def right_answers(samples: Sequence[dict[str, Any]], metric: str) -> str | None:
 
     None where a question can be right in part: its score is neither.
     """
-    ordered = sorted(samples, key=lambda sample: sample["doc_id"])
+    unfiltered = [sample for sample in samples if sample["filter"] == "none"]  # as scores are
+    ordered = sorted(unfiltered, key=lambda sample: sample["doc_id"])
     scores = [float(sample[metric]) for sample in ordered]
     return "".join(f"{score:.0f}" for score in scores) if {*scores} <= {0.0, 1.0} else None
 

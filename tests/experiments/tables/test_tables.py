@@ -152,7 +152,7 @@ def test_the_commands_options_reach_the_page(output, capsys):
     assert main(["--against", "camera_p", str(output)]) == 0
     assert "| +0.0 |" in (output / "table.md").read_text()
     assert main(["--against", "no_method", str(output)]) == 1
-    assert "--against no_method: the runs have camera_p" in capsys.readouterr().err
+    assert "No run has method=no_method: compare with one of camera_p" in capsys.readouterr().err
     assert main([str(output)]) == 0
     assert "±" not in (output / "table.md").read_text()
 

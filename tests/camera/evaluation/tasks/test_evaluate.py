@@ -151,9 +151,11 @@ def test_scores_are_those_of_a_plain_computation(model, tokenizer, data):
 
 
 def test_answers_that_are_right_in_part_are_no_row_of_ones_and_zeros():
-    samples = [{"doc_id": n, "acc": score} for n, score in ((1, 1.0), (0, 0.0), (2, True))]
+    scores = {1: 1.0, 0: 0.0, 2: True}
+    samples = [{"doc_id": n, "acc": score, "filter": "none"} for n, score in scores.items()]
+    samples.append({"doc_id": 0, "acc": 1.0, "filter": "first-letter"})
     assert right_answers(samples, "acc") == "011"
-    assert right_answers([*samples, {"doc_id": 3, "acc": 0.5}], "acc") is None
+    assert right_answers([*samples, samples[0] | {"doc_id": 3, "acc": 0.5}], "acc") is None
 
 
 def test_the_limit_takes_the_first_rows(model, tokenizer, data, tmp_path):
