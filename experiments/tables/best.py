@@ -173,12 +173,9 @@ def _of_seeds(run: Run, score: str) -> float:
 def paired_error(best: Run, other: Run, score: str) -> float | None:
     """Standard error of the difference of two rows that measured the same, in the score's unit."""
     one, two = (run.get(QUESTIONS) or {} for run in (best, other))
-    if score == "average" and one.keys() == two.keys():
-        errors = [_error_of_difference(one[task], two[task]) for task in one]
-        return None if None in errors or not errors else 100 * math.hypot(*errors) / len(errors)
-    if score in one or score in two:
-        error = _error_of_difference(one.get(score), two.get(score))
-        return None if error is None else 100 * error
+    if tasks := [task for task in one | two if score in (task, "average")]:
+        errors = [_error_of_difference(one.get(task), two.get(task)) for task in tasks]
+        return None if None in errors else 100 * math.hypot(*errors) / len(errors)
     one, two = ((run.get(BLOCKS) or {}).get(score) for run in (best, other))
     error = _error_of_difference(one, two)
     unit = 100 if score.startswith(("agreement_", "acceptance_")) else 1

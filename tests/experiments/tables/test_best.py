@@ -1,6 +1,5 @@
 """Who is marked: methods only, ties within one standard error, nobody where all tie."""
 
-import json
 import math
 
 import numpy as np
@@ -128,8 +127,8 @@ def test_of_other_questions_the_error_of_the_best_score_counts(theirs):
 
 def test_answers_are_read_from_the_runs_and_averaged_over_seeds(tmp_path):
     for seed, right in ((1, "0110"), (2, "0011")):
-        folder = add(tmp_path, f"s{seed}", "naee", 0.2, seed=seed, tasks={"boolq": 50.0})
-        (folder / "task-boolq.json").write_text(json.dumps({"right": right}))
+        told = {"tasks": {"boolq": 50.0}, "right": {"boolq": right}}
+        add(tmp_path, f"s{seed}", "naee", 0.2, seed=seed, **told)
     add(tmp_path, "before", "reap", 0.2, tasks={"boolq": 50.0})
     of_method = {row["method"]: row for row in means_of(tmp_path).to_dict("records")}
     assert of_method["naee"]["_questions"]["boolq"].tolist() == [0.0, 0.5, 1.0, 0.5]

@@ -121,11 +121,10 @@ def test_delta_is_the_averages_difference_to_dense(output):
 
 
 def test_deltas_error_is_that_of_the_same_questions(tmp_path):
-    answers = {"dense": {"right": "1111100000"}, "camera_p": {"right": "1111000001"}, "naee": {}}
+    answers = {"dense": {"boolq": "1111100000"}, "camera_p": {"boolq": "1111000001"}, "naee": {}}
     for method, told in answers.items():
         ratio = None if method == "dense" else 0.4
-        folder = add(tmp_path, method, method, ratio, tasks={"boolq": 50.0})
-        (folder / "task-boolq.json").write_text(json.dumps(told))
+        add(tmp_path, method, method, ratio, tasks={"boolq": 50.0}, right=told)
 
     def behind(errors):
         table = page_of(tmp_path, delta="dense", errors=errors).tables[0]

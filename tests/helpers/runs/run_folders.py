@@ -29,6 +29,7 @@ def add(
     data: str = "hub",
     studies: Sequence[str] = (),
     blocks: dict[str, list[float]] | None = None,
+    right: dict[str, str] | None = None,
     seconds: dict[str, float] | None = None,
     cached: dict[str, float] | None = None,
     speed: dict[str, dict[str, float]] | None = None,
@@ -39,6 +40,7 @@ def add(
     """A run folder; `tasks` are headline scores in percent, each of so many questions.
 
     `seeded`: the method itself draws by the seed. `blocks`: the mean nll of each block of a text.
+    `right`: a 1 or 0 for each question of a task.
     `cached`: what statistics cost that another run gathered.
     """
     folder = output / "runs" / name
@@ -89,6 +91,8 @@ def add(
     for text, means in (blocks or {}).items():
         error = pstdev(means) / (len(means) - 1) ** 0.5
         _write(folder / f"perplexity-{text}.json", {"nll_per_block": means, "nll_stderr": error})
+    for task, answers in (right or {}).items():
+        _write(folder / f"task-{task}.json", {"right": answers})
     _write(folder / "compress.json", {"calibration": identity.get("calibration")})
     (folder / "DONE").touch()
     return folder
